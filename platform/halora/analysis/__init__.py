@@ -1,0 +1,1 @@
+"""The front and its figures: numbers in, numbers and figures out, no I/O."""

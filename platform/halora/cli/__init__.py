@@ -1,0 +1,1 @@
+"""The `halora` command, the one place that knows every part."""

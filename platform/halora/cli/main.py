@@ -1,0 +1,38 @@
+"""Entry point: the noun groups, the error contract, and the exit codes.
+
+Data goes to stdout, talk to stderr. Exit codes: 0 ok, 1 a trial or a check failed, 2 usage or configuration,
+3 cluster or tracking unreachable. Heavy imports wait until a command needs them.
+"""
+
+import sys
+
+import typer
+from halora.cli import doctor, front, sweep, trial
+from halora.cli.output import talk
+from halora.errors import UnreachableError, UserError
+
+app = typer.Typer(
+    help="Search HaLoRA finetuning under simulated RRAM noise for the front of accuracy against energy.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(sweep.app, name="sweep")
+app.add_typer(front.app, name="front")
+app.add_typer(trial.app, name="trial")
+app.command("doctor")(doctor.doctor)
+app.command("dashboard")(doctor.dashboard)
+
+
+def main() -> None:
+    """Run the command line; a user's mistake becomes a message, never a traceback."""
+    try:
+        app()
+    except UserError as error:
+        for problem in error.problems:
+            talk.print(f"error: {problem}", style="red", markup=False, highlight=False, soft_wrap=True)
+        if error.next_step:
+            talk.print(f"next: {error.next_step}", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(3 if isinstance(error, UnreachableError) else 2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,161 @@
+"""`halora sweep`: launch, resume, stop, and see how sweeps stand."""
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+import yaml
+from halora.cli.output import Format, FormatOption, StoreOption, SweepProgress, open_store, show_rows, talk
+from halora.errors import UserError
+from halora.records.store import Store
+from halora.spaces.sweep import load_sweep, shipped_sweeps
+
+if TYPE_CHECKING:
+    from halora.sweep.launch import Outcome
+
+app = typer.Typer(help="Launch sweeps and see how they stand.", no_args_is_help=True)
+
+SweepArgument = Annotated[
+    str, typer.Argument(metavar="SWEEP", help="A shipped sweep's name, or the path of a YAML file.")
+]
+NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Name of a launched sweep.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="PATH=VALUE", help="Override a value of the file, e.g. trial.training.steps=40."),
+]
+
+
+def overrides_from(settings: list[str] | None) -> dict[str, Any]:
+    """Typed overrides from `PATH=VALUE` texts; values are read as YAML.
+
+    Raises:
+        UserError: One of them has no `=`.
+    """
+    overrides = {}
+    for setting in settings or []:
+        path, separator, value = setting.partition("=")
+        if not separator or not path:
+            raise UserError(f"--set {setting}: write PATH=VALUE, for example trial.training.steps=40")
+        overrides[path] = yaml.safe_load(value)
+    return overrides
+
+
+@app.command()
+def launch(
+    sweep: SweepArgument,
+    name: Annotated[
+        str | None, typer.Option(help="Name of this sweep; default: the file's.", show_default=False)
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the sweep; default: the file's.", show_default=False)
+    ] = None,
+    set_: SetOption = None,
+    store: StoreOption = None,
+) -> None:
+    """Run a sweep on this machine to its end, and print its front."""
+    overrides = overrides_from(set_)
+    overrides |= {key: value for key, value in (("name", name), ("seed", seed)) if value is not None}
+    config = load_sweep(sweep, overrides)
+    place = open_store(store)
+
+    from halora.sweep import launch as launching
+
+    with SweepProgress(config.trials) as progress:
+        outcome = launching.launch(config, place, progress)
+    _close(config.name, place, outcome)
+
+
+@app.command()
+def resume(name: NameArgument, store: StoreOption = None) -> None:
+    """Go on with an interrupted sweep: unfinished trials from their checkpoints, then the rest."""
+    from halora.sweep import launch as launching
+
+    place = open_store(store)
+    config, core = launching.load_core(name, place)
+    with SweepProgress(config.trials) as progress:
+        counts = core.counts()
+        progress.already_ended(counts["finished"], counts["failed"])
+        outcome = launching.resume(name, place, progress)
+    _close(name, place, outcome)
+
+
+@app.command()
+def stop(name: NameArgument, store: StoreOption = None) -> None:
+    """Ask a running sweep to pause its trials at their next report, and to end."""
+    from halora.sweep.launch import is_running, load_core
+
+    place = open_store(store)
+    _, core = load_core(name, place)
+    if not is_running(place.sweep(name)):
+        talk.print(f"sweep '{name}' is not running", markup=False)
+        return
+    core.request_stop()
+    talk.print(f"sweep '{name}' ends after the next reports; go on with: halora sweep resume {name}", markup=False)
+
+
+@app.command()
+def status(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="A launched sweep; default: all.")] = None,
+    form: FormatOption = Format.TABLE,
+    store: StoreOption = None,
+) -> None:
+    """Trials of sweeps by state."""
+    from halora.sweep.launch import is_running, load_core
+
+    place = open_store(store)
+    rows = []
+    for each in [name] if name else place.sweeps():
+        config, core = load_core(each, place)
+        counts = core.counts()
+        running = is_running(place.sweep(each))
+        ended = counts["waiting"] == counts["unfinished"] == 0
+        state = "running" if running else "ended" if ended else "interrupted"
+        rows.append({"sweep": each, "state": state, "trials": config.trials, **counts})
+    if rows or form is not Format.TABLE:
+        show_rows(rows, form)
+    else:
+        talk.print(f"no sweep in '{place.root}' yet; shipped: {', '.join(shipped_sweeps())}", markup=False)
+
+
+@app.command()
+def validate(sweep: SweepArgument, set_: SetOption = None) -> None:
+    """Check a sweep file; every mistake is told at once."""
+    config = load_sweep(sweep, overrides_from(set_))
+    talk.print(f"{sweep}: valid, {config.trials} trials over {len(config.space)} searched fields", markup=False)
+
+
+def _close(name: str, store: Store, outcome: "Outcome") -> None:
+    from halora.cli.front import print_front
+
+    talk.print()
+    print_front(name, store, Format.TABLE)
+    if comparison := outcome.comparison:
+        gain, accuracy = comparison.margin_gain, comparison.accuracy_gain
+        adapter, base = comparison.adapter, comparison.base
+        verdict = (
+            "the adapter is better: a 95 % interval of a gain excludes 0"
+            if gain.low > 0 or accuracy.low > 0
+            else "not significant: both intervals include 0; the sweep `quickstart-hour` has the budget to decide"
+        )
+        talk.print(
+            f"\nbest adapter (trial {comparison.number}) beside the untrained base, "
+            f"on the same {comparison.chip_instances} fresh chips and {comparison.rows} fresh rows:\n"
+            f"  accuracy  {base['accuracy']:.3f} -> {adapter['accuracy']:.3f}   "
+            f"gain {accuracy.mean:+.3f}  95 % interval [{accuracy.low:+.3f}, {accuracy.high:+.3f}]\n"
+            f"  margin    {base['margin']:+.2f} -> {adapter['margin']:+.2f} nats   "
+            f"gain {gain.mean:+.2f}  95 % interval [{gain.low:+.2f}, {gain.high:+.2f}]\n"
+            f"  {verdict}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+    if not outcome.complete:
+        talk.print(f"\ninterrupted; all reports are kept. Go on with: halora sweep resume {name}", markup=False)
+    talk.print(
+        f"\nlook at a trial:  halora trial show {name}/NUMBER"
+        f"\nbrowse in MLflow: mlflow ui --backend-store-uri {store.tracking_uri}",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+    if outcome.failed or not outcome.complete:
+        raise typer.Exit(1)

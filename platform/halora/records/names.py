@@ -1,0 +1,44 @@
+"""Every name that MLflow sees, in one place; a test freezes them."""
+
+# Tags of parent and child runs.
+SWEEP = "halora.sweep"
+KIND = "halora.kind"  # sweep | trial
+NUMBER = "halora.trial"
+CHIP_HASH = "halora.chip_hash"
+STATE = "halora.state"  # running | finished | failed | interrupted
+CAUSE = "halora.cause"
+
+# Metrics of a child run while it trains; step = optimiser step.
+TRAINING_METRICS = ("train_loss", "train_task_loss", "train_reg_loss", "train_sigma")
+
+# Metrics of an evaluated child run.
+SCORE_METRICS = (
+    "clean_accuracy",
+    "clean_margin",
+    "accuracy",
+    "accuracy_low",
+    "accuracy_high",
+    "accuracy_std_chips",
+    "accuracy_worst",
+    "margin",
+    "margin_low",
+    "margin_high",
+    "noise_db",
+)
+ENERGY = "energy_uj_per_token"
+ENERGY_COMPONENT = "energy_uj_per_token.{component}"
+
+# Metrics of the parent run; step = trials finished so far.
+HYPERVOLUME = "hypervolume"
+FRONT_SIZE = "front_size"
+TRIALS_DONE = "trials_done"
+
+# Artifacts.
+CONFIG_FILE = "config.json"
+SCORES_FILE = "scores.json"
+ADAPTER_FOLDER = "adapter"
+SWEEP_FILE = "sweep.yaml"
+FRONT_JSON = "front.json"
+FRONT_CSV = "front.csv"
+FRONT_PNG = "front.png"
+COMPARISON_FILE = "comparison.json"

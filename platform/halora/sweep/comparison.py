@@ -1,0 +1,64 @@
+"""The closing comparison: the best adapter beside the untrained base, on rows and chips the search did not use."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from halora.evaluation.intervals import Interval, crossed_bootstrap
+from halora.records.store import SweepFolder
+from halora.spaces.sweep import SweepConfig
+from halora.sweep.core import Suggestion
+
+
+@dataclass(frozen=True)
+class PairedComparison:
+    """Adapter less base on the same chips and rows.
+
+    Attributes:
+        number: Trial of the adapter.
+        rows: Number of validation rows.
+        chip_instances: Number of chip instances.
+        adapter: Summary of the adapter's scores.
+        base: Summary of the base's scores.
+        accuracy_gain: Difference of accuracies, 95 % interval over rows and chips.
+        margin_gain: Difference of mean margins in nats, likewise.
+    """
+
+    number: int
+    rows: int
+    chip_instances: int
+    adapter: dict[str, float]
+    base: dict[str, float]
+    accuracy_gain: Interval
+    margin_gain: Interval
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def compare_with_base(sweep: SweepConfig, folder: SweepFolder, suggestion: Suggestion) -> PairedComparison:
+    """Score the trial's adapter and the bare base on fresh validation rows and fresh chips of the search pool."""
+    from halora.trainable import Workbench, adapter_folder, task_rows
+
+    assert sweep.comparison is not None
+    config = suggestion.config
+    used_rows, used_chips = config.evaluation.rows or 0, config.evaluation.chip_instances
+    rows = task_rows(config.task, "validation", used_rows + sweep.comparison.rows)[used_rows:]
+    settings = config.evaluation.model_copy(update={"chip_instances": sweep.comparison.chip_instances})
+    bench = Workbench()
+    adapter, base = (
+        bench.evaluate(config, weights, settings=settings, rows=rows, first_chip=used_chips)
+        for weights in (adapter_folder(folder.trial(suggestion.number)), None)
+    )
+    difference = np.array(adapter.noisy) - np.array(base.noisy)
+    rightness = (np.array(adapter.noisy) > 0).astype(float) - (np.array(base.noisy) > 0)
+    return PairedComparison(
+        number=suggestion.number,
+        rows=len(rows),
+        chip_instances=len(adapter.noisy),
+        adapter=adapter.summary(),
+        base=base.summary(),
+        accuracy_gain=crossed_bootstrap(rightness),
+        margin_gain=crossed_bootstrap(difference),
+    )

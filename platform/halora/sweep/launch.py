@@ -1,0 +1,175 @@
+"""Launches and resumes a sweep: study, Ray and records brought together, and everything closed at the end."""
+
+import fcntl
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import yaml
+from halora.analysis.front import TrialPoint, best
+from halora.errors import UserError
+from halora.records import queries
+from halora.records.names import ENERGY
+from halora.records.store import Store, SweepFolder
+from halora.records.tracking import SweepRecorder, open_client
+from halora.spaces.sweep import SweepConfig, load_sweep
+from halora.sweep.comparison import PairedComparison, compare_with_base
+from halora.sweep.core import DecisionCore, Suggestion, check_not_launched, open_study
+
+
+class Watcher(Protocol):
+    """Shows a person how the sweep goes on."""
+
+    def say(self, text: str) -> None:
+        """One line about what happens now."""
+
+    def trial(self, number: int, state: str, text: str = "") -> None:
+        """A trial began, reported, finished or failed."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run of a sweep ended.
+
+    Attributes:
+        complete: All trials ended; False after Ctrl-C or a stop request.
+        failed: Number of failed trials.
+        comparison: The closing comparison, where the sweep asks for one and it was reached.
+    """
+
+    complete: bool
+    failed: int
+    comparison: PairedComparison | None
+
+
+def launch(sweep: SweepConfig, store: Store, watcher: Watcher) -> Outcome:
+    """Run a new sweep to its end.
+
+    Raises:
+        UserError: The name is taken.
+        UnreachableError: The store cannot be written.
+    """
+    folder = store.sweep(sweep.name)
+    store.check_writable()
+    check_not_launched(folder)
+    open_client(store)
+    folder.root.mkdir(parents=True)
+    folder.sweep_file.write_text(yaml.safe_dump(sweep.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    return _run(sweep, store, watcher)
+
+
+def resume(name: str, store: Store, watcher: Watcher) -> Outcome:
+    """Go on with a sweep: unfinished trials from their checkpoints, then those not begun yet.
+
+    Raises:
+        UserError: There is no such sweep, or another process is running it.
+    """
+    return _run(load_sweep(str(store.existing(name).sweep_file)), store, watcher)
+
+
+def load_core(name: str, store: Store) -> tuple[SweepConfig, DecisionCore]:
+    """A launched sweep and its decision core, for looking and for asking it to stop."""
+    folder = store.existing(name)
+    sweep = SweepConfig.model_validate(yaml.safe_load(folder.sweep_file.read_text()))
+    return sweep, DecisionCore(sweep, open_study(sweep, folder))
+
+
+def is_running(folder: SweepFolder) -> bool:
+    """Whether a process of this machine is running the sweep."""
+    try:
+        with _only_driver(folder):
+            return False
+    except UserError:
+        return True
+
+
+def _run(sweep: SweepConfig, store: Store, watcher: Watcher) -> Outcome:
+    folder = store.sweep(sweep.name)
+    with _only_driver(folder):
+        client = open_client(store)
+        core = DecisionCore(sweep, open_study(sweep, folder))
+        core.request_stop(False)
+        recorder = SweepRecorder(client, store, sweep, folder.sweep_file)
+        for record in queries.trials(client, sweep.name):
+            if point := record.point():
+                recorder.add_point(point, record.params.get("training.method"))
+        events = _Recording(recorder, watcher, folder)
+        comparison = None
+        interrupted = True
+        try:
+            from halora.sweep.executor import run_trials  # imports Ray and torch
+
+            watcher.say(f"starting {sweep.concurrent} workers; the first loads the model once")
+            run_trials(sweep, folder, core, events)
+            interrupted = core.stopping or bool(core.unfinished) or core.num_started < sweep.trials
+            if not interrupted and sweep.comparison and (chosen := best(events.points())):
+                watcher.say(f"comparing trial {chosen.number} with the untrained base on fresh chips and rows")
+                comparison = compare_with_base(sweep, folder, core.suggestion(chosen.number))
+                recorder.record_comparison(comparison.to_json())
+        except KeyboardInterrupt:
+            interrupted = True
+        finally:
+            for number in core.unfinished:
+                recorder.interrupt_trial(number)
+            recorder.finish(interrupted=interrupted)
+        return Outcome(not interrupted, core.counts()["failed"], comparison)
+
+
+@contextmanager
+def _only_driver(folder: SweepFolder) -> Iterator[None]:
+    """Hold the sweep's lock; the system releases it when the process ends, however it ends."""
+    with folder.lock_file.open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"sweep '{folder.name}' is running in another process",
+                f"watch it with `halora sweep status {folder.name}`",
+            ) from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
+
+
+class _Recording:
+    """Passes what happens to trials on to the records and to whoever watches."""
+
+    def __init__(self, recorder: SweepRecorder, watcher: Watcher, folder: SweepFolder) -> None:
+        self._recorder, self._watcher, self._folder = recorder, watcher, folder
+
+    def points(self) -> list[TrialPoint]:
+        """Finished trials of this sweep, earlier runs included."""
+        return self._recorder.points
+
+    def began(self, suggestion: Suggestion) -> None:
+        self._recorder.begin_trial(suggestion.number, suggestion.config, suggestion.values, suggestion.energy)
+        energy = suggestion.energy.total_uj_per_token
+        self._watcher.trial(suggestion.number, "running", f"{suggestion.config.training.method}, {energy:.2f} µJ/token")
+
+    def reported(self, suggestion: Suggestion, report: Mapping[str, Any]) -> None:
+        self._recorder.report_step(suggestion.number, int(report["step"]), report)
+        loss = f", loss {report['train_loss']:.2f}" if "train_loss" in report else ""
+        steps = suggestion.config.training.steps
+        self._watcher.trial(suggestion.number, "training", f"step {report['step']}/{steps}{loss}")
+
+    def evaluated(self, suggestion: Suggestion, report: Mapping[str, Any]) -> None:
+        from halora.trainable import RESULT_FILE, adapter_folder
+
+        scores = {name: float(report[name]) for name in ("accuracy", "accuracy_low", "accuracy_high")}
+        scores |= {name: float(report[name]) for name in ("margin", "clean_accuracy")}
+        energy = {ENERGY: suggestion.energy.total_uj_per_token}
+        point = TrialPoint(number=suggestion.number, params=suggestion.values, **scores, **energy)
+        folder = self._folder.trial(suggestion.number)
+        self._recorder.finish_trial(point, int(report["step"]), report, folder / RESULT_FILE, adapter_folder(folder))
+        self._watcher.trial(
+            suggestion.number,
+            "finished",
+            f"accuracy {point.accuracy:.3f}, {point.energy_uj_per_token:.2f} µJ/token",
+        )
+
+    def failed(self, suggestion: Suggestion, cause: str) -> None:
+        self._recorder.fail_trial(suggestion.number, cause)
+        self._watcher.trial(suggestion.number, "failed", cause)

@@ -1,0 +1,102 @@
+"""Distributions over the fields of a trial, addressed by dotted path (`training.mu`), some only under a condition."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from halora.hardware.chip import Frozen
+from pydantic import Discriminator, Field, Tag, model_validator
+
+Value = str | int | float | bool
+"""A value a search can choose."""
+
+
+class _Distribution(Frozen):
+    when: dict[str, tuple[Value, ...]] = Field(default_factory=dict)
+    """Only searched when every named field has one of the given values; otherwise the trial's default stands."""
+
+    def applies(self, chosen: Mapping[str, Any]) -> bool:
+        """Whether the conditions hold for the values chosen so far."""
+        return all(chosen.get(name) in allowed for name, allowed in self.when.items())
+
+
+class Categorical(_Distribution):
+    """One of a list."""
+
+    choices: tuple[Value, ...] = Field(min_length=1)
+
+    def contains(self, value: Any) -> bool:
+        """Whether the search could choose `value`."""
+        return value in self.choices
+
+    @property
+    def probes(self) -> tuple[Any, ...]:
+        """Values whose validity implies that of all."""
+        return self.choices
+
+
+class Range(_Distribution):
+    """Every number between two."""
+
+    low: float
+    high: float
+    log: bool = False
+    kind: Literal["float", "int"] = "float"
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Range":
+        if self.low >= self.high:
+            raise ValueError(f"low must be below high, got {self.low} and {self.high}")
+        if self.log and self.low <= 0:
+            raise ValueError(f"a log range needs low > 0, got {self.low}")
+        if self.kind == "int" and (self.low % 1 or self.high % 1):
+            raise ValueError(f"an int range needs whole limits, got {self.low} and {self.high}")
+        return self
+
+    def contains(self, value: Any) -> bool:
+        """Whether the search could choose `value`."""
+        return isinstance(value, int | float) and self.low <= value <= self.high
+
+    @property
+    def probes(self) -> tuple[Any, ...]:
+        """Values whose validity implies that of all."""
+        return tuple(int(v) if self.kind == "int" else v for v in (self.low, self.high))
+
+
+def _kind(given: Any) -> str:
+    listed = isinstance(given, Categorical) or (isinstance(given, Mapping) and "choices" in given)
+    return "Categorical" if listed else "Range"
+
+
+Distribution = Annotated[
+    Annotated[Categorical, Tag("Categorical")] | Annotated[Range, Tag("Range")],
+    Discriminator(_kind),
+]
+"""What a field may be searched over; `choices`, or `low` and `high`."""
+
+
+def with_values(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a nested mapping with dotted paths set; a chip's name on the way becomes its preset."""
+    result = dict(base)
+    for path, value in values.items():
+        node = result
+        *parents, leaf = path.split(".")
+        for parent in parents:
+            child = node.get(parent, {})
+            node[parent] = {"preset": child} if isinstance(child, str) else dict(child)
+            node = node[parent]
+        node[leaf] = value
+    return result
+
+
+def value_at(base: Mapping[str, Any], path: str) -> Any:
+    """The value at a dotted path of a nested mapping.
+
+    Raises:
+        KeyError: There is no such path.
+    """
+    node: Any = base
+    for part in path.split("."):
+        if not isinstance(node, Mapping) or part not in node:
+            raise KeyError(path)
+        node = node[part]
+    return node

@@ -1,0 +1,232 @@
+"""A sweep file: read, checked whole, and refused with every mistake at once."""
+
+import re
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, get_args
+
+import yaml
+from halora.errors import UserError, nearest
+from halora.hardware.chip import Frozen
+from halora.spaces.language import Categorical, Distribution, Range, value_at, with_values
+from halora.trial import TrialConfig
+from pydantic import BaseModel, Field, StringConstraints, ValidationError
+
+SHIPPED = files("halora.spaces") / "sweeps"
+
+_DISTRIBUTIONS = {"Categorical": Categorical, "Range": Range}
+
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,79}$")]
+
+
+class Comparison(Frozen):
+    """The closing comparison of the best adapter with the untrained base, on rows and chips the search did not use."""
+
+    rows: int = Field(ge=2)
+    """Validation rows after those the search scores on."""
+    chip_instances: int = Field(ge=1)
+    """Chip instances of the search pool after those the search scores on."""
+
+
+class ReferencePoint(Frozen):
+    """Corner that hypervolumes are measured from: worse than any trial worth having."""
+
+    accuracy: float = Field(ge=0, le=1)
+    energy_uj_per_token: float = Field(gt=0)
+
+
+class SweepConfig(Frozen):
+    """One study: what is fixed, what is searched, and how long."""
+
+    name: Name
+    family: Name
+    """MLflow experiment; sweeps of a family can be compared."""
+    description: str = ""
+    seed: int = Field(default=0, ge=0)
+    trials: int = Field(ge=1)
+    concurrent: int = Field(default=1, ge=1)
+    """Trials that run at the same time, each on its share of the cores."""
+    trial: dict[str, Any]
+    """A trial's fixed fields, and the defaults of the searched ones."""
+    space: dict[str, Distribution]
+    """Searched fields by dotted path."""
+    first: tuple[dict[str, Any], ...] = ()
+    """Points to try before the sampler chooses."""
+    reference_point: ReferencePoint
+    comparison: Comparison | None = None
+
+    def resolve(self, values: Mapping[str, Any]) -> TrialConfig:
+        """The trial that the given values of searched fields describe."""
+        return TrialConfig.model_validate(with_values({"seed": self.seed, **self.trial}, values))
+
+
+def shipped_sweeps() -> list[str]:
+    """Names of the shipped sweep files."""
+    return sorted(item.name.removesuffix(".yaml") for item in SHIPPED.iterdir() if item.name.endswith(".yaml"))
+
+
+def load_sweep(name_or_path: str, overrides: Mapping[str, Any] | None = None) -> SweepConfig:
+    """Read and check a sweep.
+
+    Args:
+        name_or_path: A shipped sweep's name, or the path of a YAML file.
+        overrides: Values by dotted path that replace those of the file.
+
+    Raises:
+        UserError: With every mistake found: unknown keys, values out of range, searched fields that do not exist,
+            points outside the space, a model or task that does not exist.
+    """
+    raw = _read(name_or_path)
+    data = with_values(raw, overrides or {})
+    problems: list[str] = []
+    sweep: SweepConfig | None = None
+    try:
+        sweep = SweepConfig.model_validate(data)
+    except ValidationError as error:
+        problems += describe(error, SweepConfig)
+    trial = data.get("trial")
+    if isinstance(trial, dict):
+        problems += _trial_problems(trial)
+    if sweep is not None:
+        problems += _space_problems(sweep, already_wrong=bool(problems))
+    if problems:
+        raise UserError(
+            [f"{name_or_path}: {problem}" for problem in dict.fromkeys(problems)],
+            "mend the file and run again",
+        )
+    assert sweep is not None
+    return sweep
+
+
+def _read(name_or_path: str) -> dict[str, Any]:
+    if name_or_path in shipped_sweeps():
+        text = (SHIPPED / f"{name_or_path}.yaml").read_text()
+    elif Path(name_or_path).is_file():
+        text = Path(name_or_path).read_text()
+    else:
+        raise UserError(
+            f"no sweep '{name_or_path}': neither shipped ({', '.join(shipped_sweeps())}) nor a file"
+            + nearest(name_or_path, shipped_sweeps())
+        )
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{name_or_path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{name_or_path}: a sweep is a mapping of keys to values, got {type(data).__name__}")
+    return data
+
+
+def _trial_problems(trial: dict[str, Any]) -> list[str]:
+    try:
+        TrialConfig.model_validate(trial)
+    except ValidationError as error:
+        return describe(error, TrialConfig, "trial.")
+    return []
+
+
+def _space_problems(sweep: SweepConfig, *, already_wrong: bool) -> list[str]:
+    from halora.training.models import model_shape
+    from halora.training.tasks import check_task
+
+    problems = []
+    known_paths = _field_paths(TrialConfig)
+    searched_before: list[str] = []
+    for path, distribution in sweep.space.items():
+        strange = [name for name in distribution.when if name not in searched_before]
+        searched_before.append(path)
+        if path not in known_paths:
+            problems.append(f"space.{path}: a trial has no such field{nearest(path, known_paths)}")
+            continue
+        problems += [
+            f"space.{path}.when: '{name}' is not searched before it{nearest(name, searched_before)}" for name in strange
+        ]
+        if not strange and not already_wrong:
+            problems += _probe_problems(sweep, path, distribution)
+    for i, point in enumerate(sweep.first):
+        for path, value in point.items():
+            if path not in sweep.space:
+                problems.append(f"first[{i}].{path}: not searched{nearest(path, sweep.space)}")
+            elif not sweep.space[path].contains(value):
+                problems.append(f"first[{i}].{path}: {value} is outside the space")
+    if sweep.comparison and sweep.trial.get("evaluation", {}).get("rows") is None:
+        problems.append("comparison: needs trial.evaluation.rows, so that some validation rows are left for it")
+    for what, check in (("model", model_shape), ("task", check_task)):
+        searched = sweep.space.get(what)
+        named = searched.choices if isinstance(searched, Categorical) else (sweep.trial.get(what),)
+        for name in named:
+            try:
+                if isinstance(name, str):
+                    check(name)
+            except UserError as error:
+                problems += [f"trial.{what}: {problem}" for problem in error.problems]
+    return problems
+
+
+def _probe_problems(sweep: SweepConfig, path: str, distribution: Categorical | Range) -> list[str]:
+    problems = []
+    for value in distribution.probes:
+        point = {**{name: allowed[0] for name, allowed in distribution.when.items()}, path: value}
+        for name, other in sweep.space.items():  # what is searched once this value is chosen
+            if other.when and name not in point and other.applies(point):
+                point[name] = other.probes[0]
+        try:
+            sweep.resolve(point)
+        except ValidationError as error:
+            problems += [f"space.{path}: {value}: {text}" for text in describe(error, TrialConfig)]
+    return problems
+
+
+def describe(error: ValidationError, model: type[BaseModel], prefix: str = "") -> list[str]:
+    """One sentence per mistake: path, what is wrong, the value given, the nearest known key."""
+    sentences = []
+    for item in error.errors(include_url=False):
+        parts = [str(part) for part in item["loc"]]
+        path = prefix + ".".join(part for part in parts if part not in _DISTRIBUTIONS)
+        if item["type"] == "extra_forbidden":
+            known = _keys(model, parts[:-1])
+            sentences.append(f"{path}: unknown key{nearest(parts[-1], known)} (known: {', '.join(sorted(known))})")
+        elif item["type"] == "missing":
+            sentences.append(f"{path}: required, but missing")
+        else:
+            message = re.sub(r"^(Value error|Input), ?", "", item["msg"])
+            given = item["input"]
+            shown = f", got {given!r}" if isinstance(given, str | int | float | bool | None) else ""
+            sentences.append(f"{path}: {message[0].lower()}{message[1:]}{shown}")
+    return list(dict.fromkeys(sentences))
+
+
+def _submodel(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if isinstance(annotation, UnionType):
+        return next(filter(None, map(_submodel, get_args(annotation))), None)
+    return None
+
+
+def _keys(model: type[BaseModel], parents: list[str]) -> list[str]:
+    """Keys allowed below `parents`; a distribution's error names its class on the way."""
+    for parent in parents:
+        if parent in _DISTRIBUTIONS:
+            return list(_DISTRIBUTIONS[parent].model_fields)
+        field = model.model_fields.get(parent)
+        model = (_submodel(field.annotation) if field else None) or model
+    return list(model.model_fields)
+
+
+def _field_paths(model: type[BaseModel], prefix: str = "") -> list[str]:
+    paths = []
+    for name, field in model.model_fields.items():
+        below = _submodel(field.annotation)
+        paths += _field_paths(below, f"{prefix}{name}.") if below else [f"{prefix}{name}"]
+        if name == "chip":
+            paths.append(f"{prefix}{name}")
+    return paths
+
+
+def searched_values(sweep: SweepConfig, config: TrialConfig) -> dict[str, Any]:
+    """The value of every searched field in a resolved trial."""
+    dumped = config.model_dump(mode="json")
+    return {path: value_at(dumped, path) for path in sweep.space}

@@ -1,0 +1,124 @@
+"""Fixtures shared by all tests: tiny random models of every supported architecture, and a tiny task."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+VOCABULARY = 49152
+_COLOURS = {"grass": "green", "snow": "white", "coal": "black", "blood": "red", "the sea": "blue"}
+
+
+def _architectures() -> dict[str, Any]:
+    from transformers import (
+        LlamaConfig,
+        LlamaForCausalLM,
+        Qwen2Config,
+        Qwen2ForCausalLM,
+        Qwen3Config,
+        Qwen3ForCausalLM,
+    )
+
+    return {
+        "llama": (LlamaConfig, LlamaForCausalLM),
+        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    }
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Folder of a random two-layer model, with SmolLM2's tokenizer, by architecture name."""
+    from halora.training.models import find_model
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(find_model("smollm2-135m-instruct"))
+    folders = {}
+    for name, (config_class, model_class) in _architectures().items():
+        torch.manual_seed(0)
+        config = config_class(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            initializer_range=0.2,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+        model = model_class(config)
+        with torch.no_grad():
+            for parameter_name, parameter in model.named_parameters():
+                if parameter_name.endswith("bias"):  # zero by default, which would hide a lost bias
+                    parameter.normal_(std=0.2)
+        folder = tmp_path_factory.mktemp("models") / name
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        folders[name] = str(folder)
+    return folders
+
+
+@pytest.fixture(scope="session")
+def tiny_task(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder of JSONL files: 64 training and 24 validation questions on sums and colours, 2 to 5 options each."""
+    folder = tmp_path_factory.mktemp("tasks") / "tiny"
+    folder.mkdir()
+    records = [_sum_record(i) if i % 2 else _colour_record(i) for i in range(88)]
+    _write_rows(folder / "train.jsonl", records[:64])
+    _write_rows(folder / "validation.jsonl", records[64:])
+    return str(folder)
+
+
+@pytest.fixture
+def tiny_trial(tiny_models: dict[str, str], tiny_task: str) -> Callable[..., Any]:
+    """A function that makes the `TrialConfig` of a short training, by default of the tiny LLaMA model under noise.
+
+    Its keyword arguments are settings of the training; `architecture`, `chip`, `lora`, `evaluation` and `seed` are the
+    trial's own.
+    """
+    from halora.trial import TrialConfig
+
+    def make(architecture: str = "llama", chip: Any = "halora-2026", **settings: Any) -> TrialConfig:
+        own = {name: settings.pop(name) for name in ("lora", "evaluation", "seed") if name in settings}
+        training = {"steps": 6, "batch_size": 4, "learning_rate": 1e-2, "report_every": 1, **settings}
+        content = {"model": tiny_models[architecture], "task": tiny_task, "chip": chip, "training": training, **own}
+        return TrialConfig.model_validate(content)
+
+    return make
+
+
+def _write_rows(path: Path, records: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+# The place of the right option says nothing about its text, so a model without knowledge answers by chance.
+
+
+def _sum_record(i: int) -> dict[str, Any]:
+    first, second, count = 10 + 5 * i % 37, 10 + 7 * i % 31, 2 + i // 2 % 4
+    answer = i // 8 % count
+    choices = [f"{first + second - answer + place} apples" for place in range(count)]
+    question = f"A basket of {first} apples gains {second}. How many does it hold?"
+    return {"id": f"sum-{i}", "question": question, "choices": choices, "answer": answer}
+
+
+def _colour_record(i: int) -> dict[str, Any]:
+    things = list(_COLOURS)
+    thing, count = things[i // 2 % 5], 2 + i // 2 % 4
+    answer = i // 8 % count
+    choices = [colour for other, colour in _COLOURS.items() if other != thing][: count - 1]
+    choices.insert(answer, _COLOURS[thing])
+    question = f"On day {i}, which colour is {thing}?"
+    return {"id": f"colour-{i}", "question": question, "choices": choices, "answer": answer}

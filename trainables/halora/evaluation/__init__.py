@@ -1,0 +1,1 @@
+"""Scoring on many chip instances, with intervals over rows and chips."""

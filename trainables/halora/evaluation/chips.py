@@ -1,0 +1,140 @@
+"""Evaluation of an adapter on chip instances."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+from halora.evaluation.config import EvaluationSettings
+from halora.evaluation.intervals import crossed_bootstrap
+from halora.evaluation.scoring import margin, option_scores, pack
+from halora.hardware.addressing import NoiseKey, Role
+from halora.hardware.chip import Chip
+from halora.hardware.converters import ConverterModel, fit_converters
+from halora.training.batches import training_batch
+from halora.training.models import BaseModel
+from halora.training.rram import ChipInstance, RramArray, RramLinear
+from halora.training.tasks import Row
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ChipScores:
+    """Margins of an adapter on clean weights and on every chip instance, over the same rows.
+
+    Attributes:
+        row_ids: Id of each row.
+        chip_seeds: Number of each chip instance in its pool.
+        clean: Margin per row in nats, on clean weights and exact converters.
+        noisy: Margin per chip and row in nats, `[chip][row]`.
+        noise_db: Mean realised noise-to-signal ratio of the mapped weights in dB, per chip.
+    """
+
+    row_ids: tuple[str, ...]
+    chip_seeds: tuple[int, ...]
+    clean: tuple[float, ...]
+    noisy: tuple[tuple[float, ...], ...]
+    noise_db: tuple[float, ...]
+
+    def summary(self) -> dict[str, float]:
+        """Accuracy and mean margin, clean and over chips, with 95 % intervals over rows and chips."""
+        margins = np.array(self.noisy)  # (chips, rows)
+        correct = (margins > 0).astype(float)
+        by_chip = correct.mean(axis=1)
+        accuracy, mean_margin = crossed_bootstrap(correct), crossed_bootstrap(margins)
+        clean = np.array(self.clean)
+        return {
+            "clean_accuracy": float((clean > 0).mean()),
+            "clean_margin": float(clean.mean()),
+            "accuracy": accuracy.mean,
+            "accuracy_low": accuracy.low,
+            "accuracy_high": accuracy.high,
+            "accuracy_std_chips": float(by_chip.std(ddof=1)) if len(by_chip) > 1 else 0.0,
+            "accuracy_worst": float(by_chip.min()),
+            "margin": mean_margin.mean,
+            "margin_low": mean_margin.low,
+            "margin_high": mean_margin.high,
+            "noise_db": fmean(self.noise_db),
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain lists, for a JSON file."""
+        return asdict(self)
+
+
+def evaluate(
+    base: BaseModel,
+    array: RramArray,
+    chip: Chip,
+    rows: Sequence[Row],
+    calibration_rows: Sequence[Row],
+    settings: EvaluationSettings,
+    *,
+    role: Role = Role.SEARCH,
+    first_chip: int = 0,
+) -> ChipScores:
+    """Score the model, with whatever adapter is attached to it, clean and on chip instances.
+
+    Args:
+        base: Model; an attached adapter takes part.
+        array: Its RRAM layers.
+        chip: Description of the chips; their programming noise is the chip's own sigma.
+        rows: Rows to score.
+        calibration_rows: Training rows that set the ADC ranges.
+        settings: Number of chip instances, batch size, calibration tokens.
+        role: Pool of the chip instances.
+        first_chip: Number of the first chip instance.
+    """
+    packed = [pack(row, base.tokenizer) for row in rows]
+
+    def margins() -> tuple[float, ...]:
+        scores = option_scores(base.causal_lm, array, packed, settings.batch_size)
+        return tuple(margin(s, row.answer) for s, row in zip(scores, packed, strict=True))
+
+    array.clear()
+    converters = calibrate(base, array, chip, calibration_rows, settings.calibration_tokens)
+    clean = margins()
+    seeds = tuple(range(first_chip, first_chip + settings.chip_instances))
+    noisy, noise_db = [], []
+    for seed in seeds:
+        array.program(ChipInstance(chip, NoiseKey(role=role, chip_seed=seed), chip.noise.sigma), converters)
+        noisy.append(margins())
+        noise_db.append(_mean_db(array.noise_db().values()))
+    array.clear()
+    return ChipScores(tuple(row.row_id for row in rows), seeds, clean, tuple(noisy), tuple(noise_db))
+
+
+@torch.no_grad()
+def calibrate(
+    base: BaseModel, array: RramArray, chip: Chip, rows: Sequence[Row], num_tokens: int
+) -> dict[str, ConverterModel]:
+    """Converter model of every layer, fitted on the first `num_tokens` tokens of `rows`; empty for exact converters."""
+    if chip.adc.lossless:
+        return {}
+    models: dict[str, ConverterModel] = {}
+    taken: list[Row] = []
+    lengths: list[int] = []
+    for row in rows:
+        taken.append(row)
+        lengths.append(training_batch([row], base.tokenizer).input_ids.shape[1])
+        if sum(lengths) >= num_tokens:
+            break
+    batch = training_batch(taken, base.tokenizer)
+    real = torch.arange(batch.input_ids.shape[1])[None, :] < torch.tensor(lengths)[:, None]
+
+    def fit(layer: RramLinear, x: Tensor) -> None:
+        tokens = x[real.to(x.device)][:num_tokens].float()
+        models[layer.name] = fit_converters(tokens, layer.weight.float(), chip)
+
+    device = next(base.causal_lm.parameters()).device
+    with array.watching_inputs(fit):
+        base.causal_lm.get_decoder()(input_ids=batch.input_ids.to(device), use_cache=False)
+    return models
+
+
+def _mean_db(ratios: Any) -> float:
+    """Mean of noise-to-signal power ratios, in dB; -300 dB stands for none."""
+    power = fmean(10 ** (ratio / 10) for ratio in ratios)
+    return float(10 * np.log10(max(power, 1e-30)))

@@ -1,0 +1,1 @@
+"""One chip description that drives noise, converters and energy; imports no ray."""

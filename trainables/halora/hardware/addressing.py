@@ -1,0 +1,73 @@
+"""Every random draw of a chip has an address, so it never depends on the order of calls.
+
+A draw is named by (role, chip seed, canonical module name, purpose, draw index, example id). The name is hashed to the
+128-bit key of a Philox counter generator (Salmon et al., SC 2011) that runs on the CPU. A chip instance therefore shows
+the same noise to every adapter, in every process, at every batch size.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, replace
+from enum import StrEnum
+from math import prod
+
+import numpy as np
+
+_WRAPPER_PARTS = frozenset({"base_model", "module", "base_layer", "_orig_mod", "causal_lm"})
+
+
+class Role(StrEnum):
+    """What a chip instance is for. The role is part of every key, so the three pools of chips are disjoint."""
+
+    TRAIN = "train"
+    SEARCH = "search"
+    CERTIFY = "certify"
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseKey:
+    """The address of one draw.
+
+    Attributes:
+        role: Pool the chip instance comes from.
+        chip_seed: Number of the chip instance within its pool.
+        module: Canonical name of the linear layer, see `canonical_name`.
+        purpose: What is drawn, e.g. `programming` or `adc`.
+        draw: Index of the programming event or read; static draws stay at 0.
+        example: Id of the row being read; empty for draws that do not depend on it.
+    """
+
+    role: Role
+    chip_seed: int
+    module: str = ""
+    purpose: str = ""
+    draw: int = 0
+    example: str = ""
+
+    def at(self, *, module: str, purpose: str, example: str = "") -> "NoiseKey":
+        """The same chip instance and draw index, at one module, purpose and example."""
+        return replace(self, module=module, purpose=purpose, example=example)
+
+    def standard_normal(self, shape: tuple[int, ...]) -> np.ndarray:
+        """Standard normal draws, float32, of `shape`."""
+        return self._generator().standard_normal(shape, dtype=np.float32)
+
+    def uniform_bytes(self, shape: tuple[int, ...]) -> np.ndarray:
+        """Uniform draws over 0 .. 255, uint8, of `shape`; a longer first axis continues a shorter one."""
+        return np.frombuffer(self._generator().bytes(prod(shape)), dtype=np.uint8).reshape(shape)
+
+    def _generator(self) -> np.random.Generator:
+        address = json.dumps(asdict(self), sort_keys=True).encode()
+        key = int.from_bytes(hashlib.blake2b(address, digest_size=16).digest(), "little")
+        return np.random.Generator(np.random.Philox(key=key))
+
+
+def canonical_name(module_name: str) -> str:
+    """The module's name in the plain model, without the prefixes that PEFT, DeepSpeed or compilers add."""
+    return ".".join(part for part in module_name.split(".") if part not in _WRAPPER_PARTS)
+
+
+def derive_seed(*parts: object) -> int:
+    """A 63-bit seed that depends on every part and on their order."""
+    text = json.dumps([str(part) for part in parts]).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1

@@ -1,0 +1,189 @@
+"""The Ray Tune trainable: trains one trial, evaluates it, and keeps the base model for the next.
+
+An actor lives across trials (`reuse_actors`), so imports, the base model and the rows are loaded once. Durable state is
+the trial's own folder, not Ray's: `step-NNNNNN/` checkpoints while training, `result.json` at the end.
+"""
+
+import json
+import os
+from dataclasses import asdict
+from functools import lru_cache
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from halora.errors import UserError
+from halora.evaluation.config import EvaluationSettings
+from halora.hardware.addressing import Role
+from halora.training.models import BaseModel, load_base
+from halora.training.rram import RramArray, install
+from halora.training.tasks import Row, Split, load_rows
+from halora.trial import TrialConfig
+from ray import tune
+
+RESULT_FILE = "result.json"
+"""Scores of a finished trial, in its folder."""
+
+
+class Workbench:
+    """What one process keeps between trials: the base model with its RRAM layers, and the rows."""
+
+    def __init__(self) -> None:
+        self._loaded: tuple[tuple[str, str], BaseModel, RramArray] | None = None
+
+    def base(self, config: TrialConfig) -> tuple[BaseModel, RramArray]:
+        """The trial's base model, loaded when the last trial had another."""
+        name = (config.model, config.training.dtype)
+        if self._loaded is None or self._loaded[0] != name:
+            self._loaded = None  # free the old one first
+            base = load_base(*name)
+            self._loaded = (name, base, install(base.causal_lm))
+        return self._loaded[1], self._loaded[2]
+
+    def train(self, config: TrialConfig, folder: Path) -> "Training":
+        """Begin the trial's training, or go on from its latest checkpoint in `folder`."""
+        return Training(self, config, folder)
+
+    def forget_base(self) -> None:
+        """Drop the base model; ZeRO-3 leaves its shards unusable."""
+        self._loaded = None
+
+    def evaluate(self, config: TrialConfig, adapter: Path | None, **pool: Any) -> Any:
+        """Scores of the stored adapter (none: the bare base) on chip instances; see `evaluation.chips.evaluate`.
+
+        Keyword arguments beyond `role` and `first_chip`: `settings` and `rows` replace the trial's own.
+        """
+        from halora.evaluation.chips import evaluate
+        from halora.training.adapter import attach_saved, detach
+
+        base, array = self.base(config)
+        settings: EvaluationSettings = pool.pop("settings", config.evaluation)
+        rows = pool.pop("rows", None) or task_rows(config.task, "validation", settings.rows)
+        calibration = task_rows(config.task, "train", settings.calibration_tokens)
+        peft_model = attach_saved(base, adapter) if adapter else None
+        try:
+            return evaluate(base, array, config.chip, rows, calibration, settings, **pool)
+        finally:
+            array.clear()
+            if peft_model is not None:
+                detach(peft_model)
+
+
+class Training:
+    """A trial's training: segments of steps, each ending in a report and a checkpoint."""
+
+    def __init__(self, workbench: Workbench, config: TrialConfig, folder: Path) -> None:
+        from halora.training.engine import Finetuner, latest_checkpoint
+
+        self._workbench, self._config, self._folder = workbench, config, folder
+        base, array = workbench.base(config)
+        rows = task_rows(config.task, "train", config.training.train_rows)
+        self._finetuner = Finetuner(base, array, list(rows), config)
+        if checkpoint := latest_checkpoint(folder):
+            try:
+                self._finetuner.restore(checkpoint)
+            except UserError:
+                self.close()
+                raise
+
+    @property
+    def done(self) -> bool:
+        """Whether all steps are taken."""
+        return self._finetuner.done
+
+    def advance(self) -> dict[str, float]:
+        """Train up to the next report and checkpoint; means over the steps taken."""
+        from halora.training.engine import save_latest
+
+        training = self._config.training
+        reports = []
+        while not self.done and len(reports) < training.report_every:
+            reports.append(asdict(self._finetuner.train_step()))
+        save_latest(self._finetuner, self._folder)
+        means = {f"train_{name}": fmean(r[name] for r in reports) for name in reports[0]} if reports else {}
+        return {"step": self._finetuner.step, **means}
+
+    def close(self) -> None:
+        """Tear the engine down."""
+        self._finetuner.close()
+        if self._config.training.zero_stage == 3:
+            self._workbench.forget_base()
+
+
+@lru_cache(maxsize=8)
+def task_rows(task: str, split: Split, limit: int | None) -> tuple[Row, ...]:
+    """Rows of a split, read once per process."""
+    return tuple(load_rows(task, split, limit))
+
+
+def adapter_folder(folder: Path) -> Path | None:
+    """The trained adapter in a trial's folder, in PEFT's format."""
+    from halora.training.engine import latest_checkpoint
+
+    checkpoint = latest_checkpoint(folder)
+    return checkpoint / "adapter" if checkpoint else None
+
+
+class HaloraTrainable(tune.Trainable):
+    """Ray Tune's view of a trial.
+
+    The `config` given by the executor holds `number`, `folder` and `trial` (a resolved `TrialConfig`). Reports carry
+    `number`, `stage` (`training`, `evaluated` or `failed`) and metrics; a failed trial says its `cause`.
+    """
+
+    def setup(self, config: dict[str, Any]) -> None:
+        """Begin the first trial of this actor."""
+        import torch
+
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+        self._workbench = Workbench()
+        self._begin(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Begin the next trial in the same actor."""
+        self._end_training()
+        self._begin(new_config)
+        return True
+
+    def step(self) -> dict[str, Any]:
+        """Train up to the next report, or evaluate once training is done."""
+        try:
+            return {"number": self._number, **self._step()}
+        except (UserError, FloatingPointError) as error:  # this trial's own fault; the actor stays usable
+            self._end_training()
+            return {"number": self._number, "stage": "failed", "cause": str(error), "done": True}
+
+    def cleanup(self) -> None:
+        """Release the engine when the actor ends."""
+        self._end_training()
+
+    def _begin(self, config: dict[str, Any]) -> None:
+        self._number, self._folder = int(config["number"]), Path(config["folder"])
+        self._config = TrialConfig.model_validate(config["trial"])
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._training: Training | None = None
+        self._trained = False
+
+    def _step(self) -> dict[str, Any]:
+        if not self._trained:
+            if self._training is None:
+                self._training = self._workbench.train(self._config, self._folder)
+            report = self._training.advance()
+            self._trained = self._training.done
+            return {"stage": "training", **report, "done": False}
+        self._end_training()
+        scores = self._workbench.evaluate(self._config, adapter_folder(self._folder), role=Role.SEARCH)
+        write_json(self._folder / RESULT_FILE, scores.to_json())
+        return {"stage": "evaluated", "step": self._config.training.steps, **scores.summary(), "done": True}
+
+    def _end_training(self) -> None:
+        if self._training is not None:
+            self._training.close()
+            self._training = None
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file that appears whole or not at all."""
+    scratch = path.with_name(f".{path.name}.partial")
+    scratch.write_text(json.dumps(content, indent=1))
+    scratch.replace(path)

@@ -1,0 +1,1 @@
+"""Models, tasks, the HaLoRA loss, noise schedules and the DeepSpeed engine."""

@@ -1,0 +1,73 @@
+"""The LoRA branch: attached with PEFT, regularised by HaLoRA's L_reg, stored as a standard PEFT folder."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from halora.errors import UserError
+from halora.hardware.addressing import derive_seed
+from halora.training.config import LoraSettings
+from halora.training.models import BaseModel
+from torch import Tensor, nn
+
+
+def attach(base: BaseModel, lora: LoraSettings, seed: int) -> Any:
+    """A trainable PEFT model around `base`, its A drawn from `seed`, its B zero."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(derive_seed("adapter", seed))
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.rank * lora.alpha_over_rank,
+        target_modules=list(lora.targets),
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base.name,
+    )
+    return get_peft_model(base.causal_lm, config)
+
+
+def attach_saved(base: BaseModel, folder: Path) -> Any:
+    """A PEFT model around `base` with the adapter stored in `folder`, for evaluation.
+
+    Raises:
+        UserError: The folder holds no adapter in safetensors.
+    """
+    from peft import PeftModel
+
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise UserError(f"no adapter_model.safetensors in '{folder}'")
+    return PeftModel.from_pretrained(base.causal_lm, folder)
+
+
+def detach(peft_model: Any) -> None:
+    """Give the base model back as it was."""
+    peft_model.unload()
+
+
+def lora_pairs(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """(A, B) of every adapted module, A (r, d_in), B (d_out, r)."""
+    return [
+        (module.lora_A["default"].weight, module.lora_B["default"].weight)
+        for module in model.modules()
+        if hasattr(module, "lora_A") and "default" in module.lora_A
+    ]
+
+
+def regulariser(pairs: list[tuple[Tensor, Tensor]], norm: Literal["frobenius", "spectral"]) -> Tensor:
+    """HaLoRA's L_reg = ||A A^T|| + ||B^T B||, the mean over modules, so that mu means the same for any model.
+
+    The paper writes a norm with subscript 2, which is ambiguous: both readings are offered (arXiv 2502.19747).
+
+    Args:
+        pairs: A (r, d_in) and B (d_out, r) per adapted module.
+        norm: Frobenius, or spectral (the largest squared singular value).
+
+    Returns:
+        A scalar in float32; its gradient is finite at B = 0.
+    """
+    order = {"frobenius": "fro", "spectral": 2}[norm]
+    total = torch.zeros((), device=pairs[0][0].device)
+    for a, b in pairs:
+        for gram in (a.float() @ a.float().T, b.float().T @ b.float()):
+            total = total + torch.linalg.matrix_norm(gram, ord=order)
+    return total / len(pairs)

@@ -1,0 +1,86 @@
+"""Everything a training run can be told, validated before any heavy import."""
+
+from typing import Literal
+
+from halora.hardware.chip import Frozen
+from pydantic import Field, field_validator, model_validator
+
+Method = Literal["lora", "noise_lora", "halora"]
+"""`lora`: no noise, no regulariser. `noise_lora`: noise only. `halora`: noise and L_reg."""
+
+LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class LoraSettings(Frozen):
+    """Shape of the adapter; the paper adapts q, k, v, up and down at rank 4."""
+
+    rank: int = Field(default=4, ge=1, le=256)
+    alpha_over_rank: float = Field(default=2.0, gt=0, le=64)
+    """LoRA's scale alpha / r."""
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
+
+    @field_validator("targets")
+    @classmethod
+    def _known_targets(cls, targets: tuple[str, ...]) -> tuple[str, ...]:
+        unknown = [name for name in targets if name not in LINEAR_NAMES]
+        if unknown or not targets:
+            raise ValueError(f"targets must be some of {', '.join(LINEAR_NAMES)}; got {', '.join(unknown) or 'none'}")
+        return targets
+
+
+class NoiseSchedule(Frozen):
+    """Standard deviation of the training noise over the steps, in units of the chip's noise reference."""
+
+    shape: Literal["constant", "linear"] = "constant"
+    sigma_start: float = Field(default=0.01, ge=0, le=100)
+    sigma_end: float | None = Field(default=None, ge=0, le=100)
+    """Value at the last step; required by `linear`, not allowed for `constant`."""
+    redraw_steps: int = Field(default=400, ge=1)
+    """Optimiser steps between two draws; the paper redraws every 400."""
+
+    @model_validator(mode="after")
+    def _end_belongs_to_linear(self) -> "NoiseSchedule":
+        if (self.shape == "linear") != (self.sigma_end is not None):
+            raise ValueError("sigma_end is required for shape 'linear' and not allowed for 'constant'")
+        return self
+
+    def sigma(self, step: int, num_steps: int) -> float:
+        """Sigma in force at `step` of `num_steps`; it changes only when the noise is redrawn."""
+        drawn_at = step - step % self.redraw_steps
+        if self.sigma_end is None:
+            return self.sigma_start
+        return self.sigma_start + (self.sigma_end - self.sigma_start) * drawn_at / max(num_steps - 1, 1)
+
+
+class TrainingSettings(Frozen):
+    """Method, loss, optimiser and engine of one trial."""
+
+    method: Method = "halora"
+    mu: float = Field(default=0.1, ge=0)
+    """Weight of L_reg; read by `halora` only."""
+    reg_norm: Literal["frobenius", "spectral"] = "frobenius"
+    """Norm of A A^T and B^T B in L_reg."""
+    schedule: NoiseSchedule = NoiseSchedule()
+    """Read by `noise_lora` and `halora`."""
+    steps: int = Field(ge=0)
+    batch_size: int = Field(default=16, ge=1)
+    learning_rate: float = Field(default=3e-4, gt=0, le=1)
+    warmup_steps: int = Field(default=0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    gradient_clip: float = Field(default=1.0, gt=0)
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    report_every: int = Field(default=5, ge=1)
+    """Optimiser steps between two reports, each with a checkpoint."""
+    train_rows: int | None = Field(default=None, ge=1)
+    """Use only the first rows of the training split, in a fixed shuffled order; all of them when left out."""
+
+    @property
+    def noisy(self) -> bool:
+        """Whether the method trains under noise."""
+        return self.method != "lora"
+
+    @property
+    def reg_weight(self) -> float:
+        """Weight of L_reg in the loss: mu for `halora`, 0 otherwise."""
+        return self.mu if self.method == "halora" else 0.0

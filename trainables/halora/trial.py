@@ -1,0 +1,21 @@
+"""The full, resolved description of one trial: what is logged, hashed and needed to repeat it."""
+
+from halora.evaluation.config import EvaluationSettings
+from halora.hardware.chip import ChipSetting, Frozen
+from halora.training.config import LoraSettings, TrainingSettings
+from pydantic import Field
+
+
+class TrialConfig(Frozen):
+    """One configuration trained and evaluated."""
+
+    model: str
+    """A known model's name, a hub id, or a local folder."""
+    task: str
+    """A known task's name, a hub data set id, or a folder of JSONL files."""
+    chip: ChipSetting
+    lora: LoraSettings = LoraSettings()
+    training: TrainingSettings
+    evaluation: EvaluationSettings = EvaluationSettings()
+    seed: int = Field(default=0, ge=0)
+    """Seeds adapter initialisation, data order and training noise; chip instances do not depend on it."""
