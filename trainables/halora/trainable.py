@@ -12,6 +12,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from ray import tune
+
 from halora.errors import UserError
 from halora.evaluation.config import EvaluationSettings
 from halora.hardware.addressing import Role
@@ -19,7 +21,6 @@ from halora.training.models import BaseModel, load_base
 from halora.training.rram import RramArray, install
 from halora.training.tasks import Row, Split, load_rows
 from halora.trial import TrialConfig
-from ray import tune
 
 RESULT_FILE = "result.json"
 """Scores of a finished trial, in its folder."""
@@ -96,7 +97,7 @@ class Training:
         from halora.training.engine import save_latest
 
         training = self._config.training
-        reports = []
+        reports: list[dict[str, float]] = []
         while not self.done and len(reports) < training.report_every:
             reports.append(asdict(self._finetuner.train_step()))
         save_latest(self._finetuner, self._folder)

@@ -1,9 +1,10 @@
 """The full, resolved description of one trial: what is logged, hashed and needed to repeat it."""
 
+from pydantic import Field
+
 from halora.evaluation.config import EvaluationSettings
 from halora.hardware.chip import ChipSetting, Frozen
 from halora.training.config import LoraSettings, TrainingSettings
-from pydantic import Field
 
 
 class TrialConfig(Frozen):

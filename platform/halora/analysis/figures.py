@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
-from halora.analysis.front import TrialPoint, front
 from matplotlib.figure import Figure
+
+from halora.analysis.front import TrialPoint, front
 
 _STYLES = {
     "lora": ("#0072B2", "s"),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
 from halora.cli.output import Format, FormatOption, StoreOption, open_store, show_rows, talk
 from halora.errors import UserError
 from halora.records.store import Store

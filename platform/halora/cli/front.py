@@ -4,6 +4,7 @@ import json
 from typing import Annotated, Any
 
 import typer
+
 from halora.cli.output import Format, FormatOption, StoreOption, open_store, show_rows, talk
 from halora.records.store import Store
 

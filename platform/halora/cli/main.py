@@ -7,6 +7,7 @@ Data goes to stdout, talk to stderr. Exit codes: 0 ok, 1 a trial or a check fail
 import sys
 
 import typer
+
 from halora.cli import doctor, front, sweep, trial
 from halora.cli.output import talk
 from halora.errors import UnreachableError, UserError

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
+
 from halora.cli.output import Format, FormatOption, StoreOption, SweepProgress, open_store, show_rows, talk
 from halora.errors import UserError
 from halora.records.store import Store

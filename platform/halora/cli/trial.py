@@ -5,12 +5,14 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
 from halora.cli.output import Format, FormatOption, StoreOption, open_store, show_rows, talk
 from halora.records.store import Store
 
 if TYPE_CHECKING:
-    from halora.records.queries import TrialRecord
     from mlflow import MlflowClient
+
+    from halora.records.queries import TrialRecord
 
 app = typer.Typer(help="Single trials.", no_args_is_help=True)
 
@@ -36,7 +38,10 @@ def show(
     place: Store = open_store(store)
     client = open_client(place)
     record = queries.trial(client, trial)
-    rows = [{"name": "state", "value": record.state}, {"name": "run", "value": record.run_id}]
+    rows: list[dict[str, str | float]] = [
+        {"name": "state", "value": record.state},
+        {"name": "run", "value": record.run_id},
+    ]
     rows += [{"name": "cause", "value": record.cause}] if record.cause else []
     rows += [{"name": name, "value": value} for name, value in sorted(record.params.items())]
     rows += [{"name": name, "value": round(value, 6)} for name, value in sorted(record.metrics.items())]

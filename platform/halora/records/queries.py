@@ -7,12 +7,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
 from halora.analysis.front import TrialPoint
 from halora.errors import UserError
 from halora.records import names
 from halora.trial import TrialConfig
-from mlflow import MlflowClient
-from mlflow.entities import Run
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param, Run, RunTag
+
 from halora.analysis.figures import front_figure
 from halora.analysis.front import TrialPoint, front, hypervolume
 from halora.errors import UnreachableError
@@ -18,8 +21,6 @@ from halora.records import names
 from halora.records.store import Store
 from halora.spaces.sweep import SweepConfig
 from halora.trial import TrialConfig
-from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, Run, RunTag
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)
 

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+
 from halora.evaluation.intervals import Interval, crossed_bootstrap
 from halora.records.store import SweepFolder
 from halora.spaces.sweep import SweepConfig

@@ -10,6 +10,10 @@ from enum import StrEnum
 from typing import Any
 
 import optuna
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
+
 from halora.errors import UserError
 from halora.hardware.addressing import derive_seed
 from halora.hardware.energy import EnergyBreakdown, ModelShape, energy_per_token
@@ -18,7 +22,6 @@ from halora.spaces.language import Categorical, Distribution
 from halora.spaces.sweep import SweepConfig
 from halora.training.models import model_shape
 from halora.trial import TrialConfig
-from optuna.trial import FrozenTrial, TrialState
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -53,7 +56,7 @@ class Suggestion:
 
 def open_study(sweep: SweepConfig, folder: SweepFolder) -> optuna.Study:
     """The sweep's study, created with its points to try first if it is new."""
-    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(folder.study_file)))
+    storage = JournalStorage(JournalFileBackend(str(folder.study_file)))
     study = optuna.create_study(
         study_name=sweep.name, storage=storage, directions=["maximize", "minimize"], load_if_exists=True
     )
@@ -89,10 +92,10 @@ class DecisionCore:
         if self.num_started >= self._sweep.trials:
             return None
         self._study.sampler = self._sampler(self.num_started)
-        trial = self._study.ask()
-        values = choose(trial, self._sweep.space)
-        trial.set_user_attr(_VALUES, values)
-        return self._hand_out(trial.number, values)
+        new = self._study.ask()
+        values = choose(new, self._sweep.space)
+        new.set_user_attr(_VALUES, values)
+        return self._hand_out(new.number, values)
 
     def on_report(self, number: int, report: Mapping[str, Any]) -> Decision:
         """Judge a trial's intermediate report."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import yaml
+
 from halora.analysis.front import TrialPoint, best
 from halora.errors import UserError
 from halora.records import queries

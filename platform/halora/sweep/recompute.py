@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from halora.errors import UserError
 from halora.trial import TrialConfig
 

@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from halora.hardware.chip import Frozen
 from pydantic import Discriminator, Field, Tag, model_validator
+
+from halora.hardware.chip import Frozen
 
 Value = str | int | float | bool
 """A value a search can choose."""

@@ -8,15 +8,16 @@ from types import UnionType
 from typing import Annotated, Any, get_args
 
 import yaml
+from pydantic import BaseModel, Field, StringConstraints, ValidationError
+
 from halora.errors import UserError, nearest
 from halora.hardware.chip import Frozen
 from halora.spaces.language import Categorical, Distribution, Range, value_at, with_values
 from halora.trial import TrialConfig
-from pydantic import BaseModel, Field, StringConstraints, ValidationError
 
 SHIPPED = files("halora.spaces") / "sweeps"
 
-_DISTRIBUTIONS = {"Categorical": Categorical, "Range": Range}
+_DISTRIBUTIONS: dict[str, type[BaseModel]] = {"Categorical": Categorical, "Range": Range}
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,79}$")]
 

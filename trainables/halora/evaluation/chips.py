@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from halora.evaluation.config import EvaluationSettings
 from halora.evaluation.intervals import crossed_bootstrap
 from halora.evaluation.scoring import margin, option_scores, pack
@@ -17,7 +19,6 @@ from halora.training.batches import training_batch
 from halora.training.models import BaseModel
 from halora.training.rram import ChipInstance, RramArray, RramLinear
 from halora.training.tasks import Row
-from torch import Tensor
 
 
 @dataclass(frozen=True)

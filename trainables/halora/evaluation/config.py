@@ -1,7 +1,8 @@
 """How an adapter is scored."""
 
-from halora.hardware.chip import Frozen
 from pydantic import Field
+
+from halora.hardware.chip import Frozen
 
 
 class EvaluationSettings(Frozen):

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from halora.training.batches import encode
 from halora.training.rram import RramArray
 from halora.training.tasks import Row
-from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from halora.errors import UserError, nearest
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from halora.errors import UserError, nearest
 
 PRESETS = files("halora.hardware") / "presets"
 

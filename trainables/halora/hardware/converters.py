@@ -16,9 +16,10 @@ from functools import cache
 from math import pi, sqrt
 
 import torch
-from halora.hardware.chip import Chip
 from torch import Tensor
 from torch.nn import functional as F
+
+from halora.hardware.chip import Chip
 
 _TABLE_LOG2 = (-8.0, 10.0)
 _RANGE_FRACTIONS = (1.0, 0.7, 0.5, 0.35, 0.25, 0.18, 0.12)
@@ -29,18 +30,24 @@ def token_scale(x: Tensor) -> Tensor:
     return x.abs().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
 
 
+def _in_tiles(values: Tensor, rows: int) -> Tensor:
+    """Cut the last axis into tiles, the last one padded with zeros: (..., d_in) -> (..., tiles, rows)."""
+    padded = F.pad(values, (0, -values.shape[-1] % rows))
+    return padded.reshape(*values.shape[:-1], -1, rows)
+
+
 def _partial_sums(x: Tensor, weight: Tensor, rows: int) -> Tensor:
     """Partial sums per tile of scaled tokens; x (N, d_in), weight (d_out, d_in) -> (tiles, N, d_out)."""
-    padding = -x.shape[-1] % rows
-    x_tiles = F.pad(x, (0, padding)).unflatten(-1, (-1, rows)).permute(1, 0, 2)  # (tiles, N, rows)
-    w_tiles = F.pad(weight, (0, padding)).unflatten(-1, (-1, rows)).permute(1, 2, 0)  # (tiles, rows, d_out)
+    x_tiles = _in_tiles(x, rows).permute(1, 0, 2)  # (tiles, N, rows)
+    w_tiles = _in_tiles(weight, rows).permute(1, 2, 0)  # (tiles, rows, d_out)
     return torch.bmm(x_tiles, w_tiles)
 
 
 def _quantise(partial: Tensor, bits: int, full_scale: Tensor) -> Tensor:
     """Mid-tread ADC with 2^bits - 1 symmetric codes over +-full_scale."""
-    step = 2 * full_scale / (2**bits - 2)
-    return (partial / step).round().clamp(-(2 ** (bits - 1)) + 1, 2 ** (bits - 1) - 1) * step
+    top = 2 ** (bits - 1) - 1
+    step: Tensor = full_scale / top
+    return (partial / step).round().clamp(-top, top).mul(step)
 
 
 def full_scale(x: Tensor, weight: Tensor, chip: Chip) -> Tensor:
@@ -90,8 +97,8 @@ class ConverterModel:
         """
         scale = token_scale(x)
         power = (x / scale).square() * self.weight_power
-        power = F.pad(power, (0, -x.shape[-1] % self.rows)).unflatten(-1, (-1, self.rows)).sum(dim=-1)  # (..., tiles)
-        gain, error_power = _gaussian_response(power.sqrt() / self.step, self.bits)
+        spread = _in_tiles(power, self.rows).sum(dim=-1).sqrt()  # (..., tiles)
+        gain, error_power = _gaussian_response(spread / self.step, self.bits)
         error = (error_power * self.step.square()).sum(dim=-1, keepdim=True).sqrt() * scale
         return x * gain.repeat_interleave(self.rows, dim=-1)[..., : x.shape[-1]], error
 
@@ -105,7 +112,7 @@ def fit_converters(x: Tensor, weight: Tensor, chip: Chip) -> ConverterModel:
         chip: ADC resolution and tile height.
     """
     adc_range = full_scale(x, weight, chip)[:, 0, 0]
-    step = 2 * adc_range / (2**chip.adc.bits - 2)
+    step = adc_range / (2 ** (chip.adc.bits - 1) - 1)
     return ConverterModel(step, weight.square().mean(dim=0), chip.tile.rows, chip.adc.bits)
 
 

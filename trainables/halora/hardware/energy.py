@@ -13,6 +13,7 @@ from math import ceil
 from typing import Any
 
 import yaml
+
 from halora.hardware.chip import Chip
 
 

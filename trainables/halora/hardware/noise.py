@@ -7,6 +7,7 @@ the functions return a new tensor. Not modelled here: see `halora.hardware.chip`
 from typing import assert_never
 
 import torch
+
 from halora.hardware.addressing import NoiseKey
 from halora.hardware.chip import Chip, GaussianNoise
 

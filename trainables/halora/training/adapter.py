@@ -4,11 +4,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor, nn
+
 from halora.errors import UserError
 from halora.hardware.addressing import derive_seed
 from halora.training.config import LoraSettings
 from halora.training.models import BaseModel
-from torch import Tensor, nn
 
 
 def attach(base: BaseModel, lora: LoraSettings, seed: int) -> Any:
@@ -46,11 +47,10 @@ def detach(peft_model: Any) -> None:
 
 def lora_pairs(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
     """(A, B) of every adapted module, A (r, d_in), B (d_out, r)."""
-    return [
-        (module.lora_A["default"].weight, module.lora_B["default"].weight)
-        for module in model.modules()
-        if hasattr(module, "lora_A") and "default" in module.lora_A
-    ]
+    from peft.tuners.lora import LoraLayer
+
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    return [(layer.lora_A["default"].weight, layer.lora_B["default"].weight) for layer in layers]
 
 
 def regulariser(pairs: list[tuple[Tensor, Tensor]], norm: Literal["frobenius", "spectral"]) -> Tensor:

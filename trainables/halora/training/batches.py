@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from halora.errors import UserError
 from halora.hardware.addressing import derive_seed
 from halora.training.tasks import Row
-from torch import Tensor
 
 IGNORED = -100
 """Label of a token without loss."""

@@ -2,8 +2,9 @@
 
 from typing import Literal
 
-from halora.hardware.chip import Frozen
 from pydantic import Field, field_validator, model_validator
+
+from halora.hardware.chip import Frozen
 
 Method = Literal["lora", "noise_lora", "halora"]
 """`lora`: no noise, no regulariser. `noise_lora`: noise only. `halora`: noise and L_reg."""

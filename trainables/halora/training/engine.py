@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
 from halora.errors import UserError
 from halora.hardware.addressing import NoiseKey, Role, derive_seed
 from halora.training.adapter import attach, detach, lora_pairs, regulariser
@@ -21,8 +24,6 @@ from halora.training.models import BaseModel
 from halora.training.rram import ChipInstance, RramArray
 from halora.training.tasks import Row
 from halora.trial import TrialConfig
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -13,14 +13,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
 from halora.errors import UserError
 from halora.hardware.addressing import NoiseKey, canonical_name
 from halora.hardware.chip import Chip
 from halora.hardware.converters import ConverterModel
 from halora.hardware.noise import noise_to_signal_db, programmed_weight
 from halora.training.config import LINEAR_NAMES
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
