@@ -37,8 +37,9 @@ def _architectures() -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Folder of a random two-layer model, with SmolLM2's tokenizer, by architecture name."""
-    from halora.training.models import find_model
     from transformers import AutoTokenizer
+
+    from halora.training.models import find_model
 
     tokenizer = AutoTokenizer.from_pretrained(find_model("smollm2-135m-instruct"))
     folders = {}

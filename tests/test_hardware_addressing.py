@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+
 from halora.hardware.addressing import NoiseKey, Role, canonical_name, derive_seed
 
 KEY = NoiseKey(role=Role.SEARCH, chip_seed=3, module="layers.0.q_proj", purpose="adc", draw=2, example="row-7")

@@ -3,6 +3,8 @@
 import pytest
 import torch
 import yaml
+from pydantic import ValidationError
+
 from halora.errors import UserError
 from halora.hardware.addressing import NoiseKey, Role
 from halora.hardware.chip import PRESETS, load_chip, merge, preset_names
@@ -10,7 +12,6 @@ from halora.hardware.converters import full_scale, tilewise_product
 from halora.hardware.energy import LinearShape, ModelShape, energy_per_token
 from halora.hardware.noise import programmed_weight
 from halora.trial import TrialConfig
-from pydantic import ValidationError
 
 BASE = "halora-2026"
 

@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+
 from halora.hardware.chip import load_chip
 from halora.hardware.converters import _response_table, fit_converters, full_scale, tilewise_product
 

@@ -3,6 +3,7 @@
 from itertools import product
 
 import pytest
+
 from halora.hardware.chip import load_chip
 from halora.hardware.energy import LinearShape, ModelShape, energy_constants, energy_per_token
 

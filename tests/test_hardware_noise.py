@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+
 from halora.hardware.addressing import NoiseKey, Role
 from halora.hardware.chip import load_chip
 from halora.hardware.noise import ir_drop_gain, noise_to_signal_db, programmed_weight

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from halora.training.adapter import regulariser
 
 GENERATOR = torch.Generator().manual_seed(4)

@@ -1,10 +1,11 @@
 """Oracles: the definition of an epoch; tokens laid out by hand."""
 
 import pytest
+from transformers import AutoTokenizer
+
 from halora.errors import UserError
 from halora.training.batches import IGNORED, encode, rows_at_step, training_batch
 from halora.training.tasks import Row
-from transformers import AutoTokenizer
 
 ROWS = [
     Row("a", "Question: Which is a fruit?\nAnswer:", (" stone", " apple"), 1),

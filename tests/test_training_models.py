@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
+
 from halora.errors import UserError
 from halora.training.models import find_model, load_base, model_shape
-from transformers import AutoModelForCausalLM
 
 _ASK_HUB = """
 import time

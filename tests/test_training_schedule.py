@@ -1,8 +1,9 @@
 """Oracle: the closed form of each schedule."""
 
 import pytest
-from halora.training.config import LoraSettings, NoiseSchedule, TrainingSettings
 from pydantic import ValidationError
+
+from halora.training.config import LoraSettings, NoiseSchedule, TrainingSettings
 
 
 def test_constant_holds_sigma_start():

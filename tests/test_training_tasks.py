@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from halora.errors import UserError
 from halora.training.tasks import Row, check_task, load_rows
 

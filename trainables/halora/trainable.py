@@ -6,17 +6,21 @@ the trial's own folder, not Ray's: `step-NNNNNN/` checkpoints while training, `r
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
 from ray import tune
 
 from halora.errors import UserError
+from halora.evaluation.chips import ChipScores, evaluate
 from halora.evaluation.config import EvaluationSettings
-from halora.hardware.addressing import Role
+from halora.training.adapter import attach_saved, detach
+from halora.training.engine import Finetuner, latest_checkpoint, save_latest
 from halora.training.models import BaseModel, load_base
 from halora.training.rram import RramArray, install
 from halora.training.tasks import Row, Split, load_rows
@@ -49,21 +53,31 @@ class Workbench:
         """Drop the base model; ZeRO-3 leaves its shards unusable."""
         self._loaded = None
 
-    def evaluate(self, config: TrialConfig, adapter: Path | None, **pool: Any) -> Any:
-        """Scores of the stored adapter (none: the bare base) on chip instances; see `evaluation.chips.evaluate`.
+    def evaluate(
+        self,
+        config: TrialConfig,
+        adapter: Path | None,
+        *,
+        settings: EvaluationSettings | None = None,
+        rows: Sequence[Row] | None = None,
+        first_chip: int = 0,
+    ) -> ChipScores:
+        """Score a stored adapter (none: the bare base) on chip instances of the search pool.
 
-        Keyword arguments beyond `role` and `first_chip`: `settings` and `rows` replace the trial's own.
+        Args:
+            config: The trial.
+            adapter: Folder of the adapter.
+            settings: Replaces the trial's own evaluation settings.
+            rows: Replaces the trial's validation rows.
+            first_chip: Number of the first chip instance.
         """
-        from halora.evaluation.chips import evaluate
-        from halora.training.adapter import attach_saved, detach
-
+        settings = settings or config.evaluation
+        rows = rows or task_rows(config.task, "validation", settings.rows)
+        calibration_rows = task_rows(config.task, "train", settings.calibration_tokens)
         base, array = self.base(config)
-        settings: EvaluationSettings = pool.pop("settings", config.evaluation)
-        rows = pool.pop("rows", None) or task_rows(config.task, "validation", settings.rows)
-        calibration = task_rows(config.task, "train", settings.calibration_tokens)
         peft_model = attach_saved(base, adapter) if adapter else None
         try:
-            return evaluate(base, array, config.chip, rows, calibration, settings, **pool)
+            return evaluate(base, array, config.chip, rows, calibration_rows, settings, first_chip=first_chip)
         finally:
             array.clear()
             if peft_model is not None:
@@ -74,8 +88,6 @@ class Training:
     """A trial's training: segments of steps, each ending in a report and a checkpoint."""
 
     def __init__(self, workbench: Workbench, config: TrialConfig, folder: Path) -> None:
-        from halora.training.engine import Finetuner, latest_checkpoint
-
         self._workbench, self._config, self._folder = workbench, config, folder
         base, array = workbench.base(config)
         rows = task_rows(config.task, "train", config.training.train_rows)
@@ -94,8 +106,6 @@ class Training:
 
     def advance(self) -> dict[str, float]:
         """Train up to the next report and checkpoint; means over the steps taken."""
-        from halora.training.engine import save_latest
-
         training = self._config.training
         reports: list[dict[str, float]] = []
         while not self.done and len(reports) < training.report_every:
@@ -119,8 +129,6 @@ def task_rows(task: str, split: Split, limit: int | None) -> tuple[Row, ...]:
 
 def adapter_folder(folder: Path) -> Path | None:
     """The trained adapter in a trial's folder, in PEFT's format."""
-    from halora.training.engine import latest_checkpoint
-
     checkpoint = latest_checkpoint(folder)
     return checkpoint / "adapter" if checkpoint else None
 
@@ -134,8 +142,6 @@ class HaloraTrainable(tune.Trainable):
 
     def setup(self, config: dict[str, Any]) -> None:
         """Begin the first trial of this actor."""
-        import torch
-
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         self._workbench = Workbench()
         self._begin(config)
@@ -173,7 +179,7 @@ class HaloraTrainable(tune.Trainable):
             self._trained = self._training.done
             return {"stage": "training", **report, "done": False}
         self._end_training()
-        scores = self._workbench.evaluate(self._config, adapter_folder(self._folder), role=Role.SEARCH)
+        scores = self._workbench.evaluate(self._config, adapter_folder(self._folder))
         write_json(self._folder / RESULT_FILE, scores.to_json())
         return {"stage": "evaluated", "step": self._config.training.steps, **scores.summary(), "done": True}
 

@@ -3,12 +3,10 @@
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-import yaml
 
 from halora.cli.output import Format, FormatOption, StoreOption, SweepProgress, open_store, show_rows, talk
 from halora.errors import UserError
 from halora.records.store import Store
-from halora.spaces.sweep import load_sweep, shipped_sweeps
 
 if TYPE_CHECKING:
     from halora.sweep.launch import Outcome
@@ -31,6 +29,8 @@ def overrides_from(settings: list[str] | None) -> dict[str, Any]:
     Raises:
         UserError: One of them has no `=`.
     """
+    import yaml
+
     overrides = {}
     for setting in settings or []:
         path, separator, value = setting.partition("=")
@@ -53,6 +53,8 @@ def launch(
     store: StoreOption = None,
 ) -> None:
     """Run a sweep on this machine to its end, and print its front."""
+    from halora.spaces.sweep import load_sweep
+
     overrides = overrides_from(set_)
     overrides |= {key: value for key, value in (("name", name), ("seed", seed)) if value is not None}
     config = load_sweep(sweep, overrides)
@@ -100,6 +102,7 @@ def status(
     store: StoreOption = None,
 ) -> None:
     """Trials of sweeps by state."""
+    from halora.spaces.sweep import shipped_sweeps
     from halora.sweep.launch import is_running, load_core
 
     place = open_store(store)
@@ -120,6 +123,8 @@ def status(
 @app.command()
 def validate(sweep: SweepArgument, set_: SetOption = None) -> None:
     """Check a sweep file; every mistake is told at once."""
+    from halora.spaces.sweep import load_sweep
+
     config = load_sweep(sweep, overrides_from(set_))
     talk.print(f"{sweep}: valid, {config.trials} trials over {len(config.space)} searched fields", markup=False)
 

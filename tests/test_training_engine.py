@@ -1,0 +1,339 @@
+"""Oracles: plain `transformers` and `peft` with `F.cross_entropy`; the uninterrupted run; AdamW's first step."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from halora.errors import UserError
+from halora.hardware.addressing import NoiseKey, Role
+from halora.hardware.noise import programmed_weight
+from halora.trainable import Workbench, adapter_folder
+from halora.training.adapter import attach_saved, detach
+from halora.training.batches import rows_at_step
+from halora.training.config import LINEAR_NAMES
+from halora.training.tasks import load_rows
+from halora.trial import TrialConfig
+
+
+@pytest.fixture(scope="module")
+def workbench() -> Workbench:
+    """One process's workbench, used by trial after trial as in an actor."""
+    return Workbench()
+
+
+def _run(workbench: Workbench, config: TrialConfig, folder: Path, stop_at: int | None = None) -> list[dict]:
+    """Reports from the latest checkpoint to the end, or until `stop_at`, as if killed there."""
+    training = workbench.train(config, folder)
+    reports = []
+    try:
+        while not training.done and (stop_at is None or training._finetuner.step < stop_at):
+            reports.append(training.advance())
+    finally:
+        training.close()
+    return reports
+
+
+def _losses(*args, **kwargs) -> list[float]:
+    return [report["train_loss"] for report in _run(*args, **kwargs)]
+
+
+def _plain(config: TrialConfig) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def _plain_task_loss(model: torch.nn.Module, config: TrialConfig, step: int) -> float:
+    """Mean cross-entropy of the right options' tokens, one unpadded row at a time."""
+    tokenizer = AutoTokenizer.from_pretrained(config.model)
+    rows = load_rows(config.task, "train")
+    losses = []
+    for i in rows_at_step(len(rows), config.training.batch_size, config.seed, step):
+        prompt = tokenizer(rows[i].prompt).input_ids
+        option = tokenizer(rows[i].options[rows[i].answer]).input_ids
+        logits = model(input_ids=torch.tensor([prompt + option])).logits[0]
+        losses.append(F.cross_entropy(logits[len(prompt) - 1 : -1], torch.tensor(option), reduction="none"))
+    return torch.cat(losses).mean().item()
+
+
+def _perturb(model: torch.nn.Module, config: TrialConfig, draw: int, sigma: float) -> None:
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in LINEAR_NAMES:
+            key = NoiseKey(role=Role.TRAIN, chip_seed=config.seed, module=name, purpose="programming", draw=draw)
+            module.weight.data = programmed_weight(module.weight.data, config.chip, key, sigma)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+def test_losses_are_those_of_plain_transformers_and_peft(workbench, tiny_trial, tmp_path, architecture):
+    config = tiny_trial(architecture, method="lora", steps=4)
+    first = _losses(workbench, config, tmp_path, stop_at=3)
+    assert first[0] == pytest.approx(_plain_task_loss(_plain(config), config, 0), abs=1e-4)
+    trained = PeftModel.from_pretrained(_plain(config), adapter_folder(tmp_path))
+    expected = _plain_task_loss(trained, config, 3)
+    assert abs(expected - _plain_task_loss(_plain(config), config, 3)) > 0.01  # the adapter takes part
+    (last,) = _losses(workbench, config, tmp_path)
+    assert last == pytest.approx(expected, abs=1e-4)
+
+
+def test_noisy_losses_are_those_of_a_plain_model_with_perturbed_weights(workbench, tiny_trial, tmp_path):
+    schedule = {"shape": "linear", "sigma_start": 0.02, "sigma_end": 0.1, "redraw_steps": 2}
+    config = tiny_trial(method="noise_lora", steps=5, schedule=schedule, seed=3)
+    reports = _run(workbench, config, tmp_path, stop_at=3)
+    sigmas = [0.02, 0.02, 0.02 + 0.08 * 2 / 4, 0.02 + 0.08 * 2 / 4, 0.1]
+    assert [report["train_sigma"] for report in reports] == pytest.approx(sigmas[:3])
+    model = _plain(config)
+    _perturb(model, config, draw=0, sigma=sigmas[0])
+    assert reports[0]["train_loss"] == pytest.approx(_plain_task_loss(model, config, 0), abs=1e-4)
+    model = _plain(config)
+    _perturb(model, config, draw=1, sigma=sigmas[3])
+    expected = _plain_task_loss(PeftModel.from_pretrained(model, adapter_folder(tmp_path)), config, 3)
+    (report, last) = _run(workbench, config, tmp_path)
+    assert report["train_loss"] == pytest.approx(expected, abs=1e-4)
+    assert last["train_sigma"] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("norm", ["frobenius", "spectral"])
+def test_halora_adds_mu_times_the_norms_of_the_adapter(workbench, tiny_trial, tmp_path, norm):
+    config = tiny_trial(method="halora", mu=0.5, reg_norm=norm, steps=4, lora={"targets": ["q_proj", "down_proj"]})
+    _run(workbench, config, tmp_path, stop_at=3)
+    weights = load_file(adapter_folder(tmp_path) / "adapter_model.safetensors")
+    assert len(weights) == 2 * 2 * 2  # A and B of two targets in two blocks
+    order = {"frobenius": 4, "spectral": torch.inf}[norm]  # norms of the singular values, squared
+    expected = sum(torch.linalg.svdvals(w).norm(p=order).item() ** 2 for w in weights.values()) / 4
+    (report,) = _run(workbench, config, tmp_path)
+    assert report["train_reg_loss"] == pytest.approx(expected, rel=1e-5)
+    assert report["train_loss"] == pytest.approx(report["train_task_loss"] + 0.5 * expected, rel=1e-5)
+
+
+def test_the_regulariser_shrinks_the_adapter(workbench, tiny_trial, tmp_path):
+    last = {}
+    for mu in (0.0, 3.0):
+        reports = _run(workbench, tiny_trial(mu=mu, steps=12), tmp_path / str(mu))
+        last[mu] = reports[-1]["train_reg_loss"]
+    assert last[3.0] < 0.9 * last[0.0]
+
+
+def test_training_under_noise_lowers_the_loss(workbench, tiny_trial, tmp_path):
+    losses = _losses(workbench, tiny_trial(steps=24, batch_size=8, learning_rate=2e-2), tmp_path)
+    assert sum(losses[-4:]) / 4 < sum(losses[:4]) / 4 - 1.0
+
+
+def test_the_seed_decides_everything_and_a_used_workbench_changes_nothing(workbench, tiny_trial, tmp_path):
+    config = tiny_trial(schedule={"redraw_steps": 2})
+    first = _losses(workbench, config, tmp_path / "first")
+    _run(workbench, tiny_trial(seed=9, lora={"rank": 2, "targets": ["o_proj"]}, steps=3), tmp_path / "other")
+    assert _losses(workbench, config, tmp_path / "again") == first
+    assert _losses(Workbench(), config, tmp_path / "fresh") == first
+    assert _losses(workbench, tiny_trial(schedule={"redraw_steps": 2}, seed=1), tmp_path / "seed") != first
+    weights = [load_file(adapter_folder(tmp_path / n) / "adapter_model.safetensors") for n in ("first", "fresh")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 4])
+def test_the_first_step_has_the_size_of_the_warmed_up_learning_rate(workbench, tiny_trial, tmp_path, warmup_steps):
+    config = tiny_trial(method="lora", learning_rate=1e-3, warmup_steps=warmup_steps)
+    _run(workbench, config, tmp_path, stop_at=1)
+    weights = load_file(adapter_folder(tmp_path) / "adapter_model.safetensors")
+    b = torch.cat([weight.flatten() for name, weight in weights.items() if "lora_B" in name])
+    assert b.abs().median().item() == pytest.approx(1e-3 / (warmup_steps + 1), rel=0.01)  # AdamW: lr * sign(gradient)
+
+
+@pytest.fixture(scope="module")
+def reference_losses() -> dict[str, list[float]]:
+    """Uninterrupted losses by dtype, set by the first test that needs them."""
+    return {}
+
+
+ENGINES = [("fp32", 0), ("fp32", 1), ("fp32", 2), ("fp32", 3), ("bf16", 0), ("bf16", 1), ("bf16", 3)]
+
+
+@pytest.mark.parametrize(("dtype", "zero_stage"), ENGINES)
+def test_an_interrupted_run_goes_on_like_an_uninterrupted_one(
+    workbench, reference_losses, tiny_trial, tmp_path, dtype, zero_stage
+):
+    # Warm-up, noise redrawn off the checkpoints and weight decay all depend on the step.
+    settings = {"warmup_steps": 3, "weight_decay": 0.1, "schedule": {"redraw_steps": 3}, "report_every": 2}
+    config = tiny_trial(dtype=dtype, zero_stage=zero_stage, steps=8, **settings)
+    whole = _losses(workbench, config, tmp_path / "whole")
+    parts = [_losses(workbench, config, tmp_path / "parts", stop_at=step) for step in (2, 6, None)]
+    assert [len(part) for part in parts] == [1, 2, 1]
+    assert sum(parts, []) == pytest.approx(whole, abs=1e-5 if dtype == "fp32" else 2e-3)
+    reference = reference_losses.setdefault(dtype, whole)  # every stage computes the same thing
+    assert whole == pytest.approx(reference, abs=1e-4 if dtype == "fp32" else 3e-2)
+    adapters = [load_file(adapter_folder(tmp_path / n) / "adapter_model.safetensors") for n in ("whole", "parts")]
+    for name, weight in adapters[0].items():
+        torch.testing.assert_close(adapters[1][name], weight, rtol=0, atol=1e-5 if dtype == "fp32" else 2e-3)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 3])
+def test_an_adapter_without_steps_is_saved_and_restored(workbench, tiny_trial, tmp_path, zero_stage):
+    config = tiny_trial(zero_stage=zero_stage, steps=0)
+    saved = []
+    for _ in range(2):
+        training = workbench.train(config, tmp_path)
+        assert training.done
+        assert training.advance() == {"step": 0}
+        training.close()
+        saved.append(load_file(adapter_folder(tmp_path) / "adapter_model.safetensors"))
+    assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])
+    assert all((weight == 0).all() == ("lora_B" in name) for name, weight in saved[0].items())
+
+
+def test_zero_3_gives_its_base_up_and_lower_stages_keep_it(workbench, tiny_trial, tmp_path):
+    for zero_stage, kept in ((0, True), (2, True), (3, False)):
+        config = tiny_trial(zero_stage=zero_stage, steps=1)
+        before = workbench.base(config)[0]
+        _run(workbench, config, tmp_path / str(zero_stage))
+        assert (workbench.base(config)[0] is before) == kept
+
+
+def test_the_frozen_weights_survive_training_under_noise(workbench, tiny_trial, tmp_path):
+    config = tiny_trial(schedule={"sigma_start": 1.0, "redraw_steps": 2})
+    base = workbench.base(config)[0]
+    names = set(base.causal_lm.state_dict())
+    frozen = {name: tensor.clone() for name, tensor in base.causal_lm.state_dict().items()}
+    tokens = torch.arange(100, 120)[None]
+    with torch.no_grad():
+        logits = base.causal_lm(input_ids=tokens).logits
+    _run(workbench, config, tmp_path)
+    state = base.causal_lm.state_dict()
+    assert set(state) == names
+    assert all(torch.equal(state[name], frozen[name]) for name in names)
+    assert not any(parameter.requires_grad for parameter in base.causal_lm.parameters())
+    with torch.no_grad():
+        assert torch.equal(base.causal_lm(input_ids=tokens).logits, logits)
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_models, tiny_task, tmp_path_factory) -> tuple[TrialConfig, Path]:
+    """A short trial's folder, stopped two steps before its end."""
+    training = {"steps": 6, "batch_size": 4, "learning_rate": 1e-2, "report_every": 2}
+    content = {"model": tiny_models["llama"], "task": tiny_task, "chip": "halora-2026", "training": training}
+    config = TrialConfig.model_validate(content)
+    folder = tmp_path_factory.mktemp("trained")
+    _run(Workbench(), config, folder, stop_at=4)
+    return config, folder
+
+
+@torch.no_grad()
+def test_the_adapter_loads_with_plain_peft_and_gives_our_logits(workbench, trained):
+    config, folder = trained
+    tokens = torch.arange(100, 120)[None]
+    plain = PeftModel.from_pretrained(_plain(config), adapter_folder(folder)).eval()
+    expected = plain(input_ids=tokens).logits
+    base = workbench.base(config)[0]
+    ours = attach_saved(base, adapter_folder(folder))
+    logits = ours(input_ids=tokens).logits
+    detach(ours)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+    assert (logits - base.causal_lm(input_ids=tokens).logits).abs().max() > 0.1
+
+
+def test_a_checkpoint_is_one_folder_without_pickles(trained):
+    config, folder = trained
+    assert [path.name for path in folder.iterdir()] == ["step-000004"]
+    files = {str(path.relative_to(folder / "step-000004")) for path in folder.rglob("*") if path.is_file()}
+    assert files == {
+        "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
+        "optimizer.safetensors",
+        "progress.json",
+    }
+    weights = load_file(folder / "step-000004" / "adapter" / "adapter_model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+    assert json.loads((folder / "step-000004" / "progress.json").read_text()) == {"step": 4}
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _drop_a_tensor(path: Path) -> None:
+    from safetensors.torch import save_file
+
+    tensors = load_file(path)
+    tensors.pop(sorted(tensors)[0])
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("adapter/adapter_model.safetensors", _truncate),
+        ("adapter/adapter_model.safetensors", Path.unlink),
+        ("adapter/adapter_model.safetensors", _drop_a_tensor),
+        ("optimizer.safetensors", _truncate),
+        ("optimizer.safetensors", Path.unlink),
+        ("optimizer.safetensors", _drop_a_tensor),
+        ("progress.json", lambda path: path.write_text("")),
+        ("progress.json", lambda path: path.write_text("[4]")),
+    ],
+)
+def test_a_damaged_checkpoint_is_told_and_spoils_nothing(workbench, trained, tmp_path, file, damage):
+    config, folder = trained
+    shutil.copytree(folder, tmp_path / "trial")
+    damage(tmp_path / "trial" / "step-000004" / file)
+    with pytest.raises(UserError, match=r"checkpoint '.*step-000004' .*delete it; the trial starts over"):
+        workbench.train(config, tmp_path / "trial")
+    base = workbench.base(config)[0]
+    assert not any("lora" in name for name, _ in base.causal_lm.named_modules())
+
+
+def test_checkpoints_that_were_never_finished_are_passed_over(workbench, trained, tmp_path):
+    config, folder = trained
+    whole = _losses(workbench, config, tmp_path / "whole")
+    shutil.copytree(folder, tmp_path / "killed")
+    partial = tmp_path / "killed" / ".step-000006.partial"
+    shutil.copytree(folder / "step-000004", partial)  # killed while writing the last checkpoint
+    (tmp_path / "killed" / "step-000005").mkdir()
+    assert _losses(workbench, config, tmp_path / "killed") == pytest.approx(whole[2:], abs=1e-5)
+    shutil.copytree(folder, tmp_path / "emptied")
+    (tmp_path / "emptied" / "step-000004" / "progress.json").unlink()
+    assert _losses(workbench, config, tmp_path / "emptied") == whole
+
+
+def test_a_checkpoint_of_another_adapter_is_refused(workbench, trained, tmp_path):
+    config, folder = trained
+    shutil.copytree(folder, tmp_path / "trial")
+    other = config.model_copy(update={"lora": config.lora.model_copy(update={"rank": 2})})
+    with pytest.raises(UserError, match="belongs to another adapter"):
+        workbench.train(other, tmp_path / "trial")
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1])
+def test_a_loss_that_is_not_finite_stops_the_trial_and_keeps_the_last_checkpoint(tiny_trial, tmp_path, zero_stage):
+    workbench = Workbench()
+    config = tiny_trial(zero_stage=zero_stage)
+    training = workbench.train(config, tmp_path)
+    training.advance()
+    before = load_file(adapter_folder(tmp_path) / "adapter_model.safetensors")
+    norm = workbench.base(config)[0].causal_lm.model.norm.weight
+    kept = norm.detach().clone()
+    norm.data.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="loss nan at step 1"):
+        training.advance()
+    training.close()
+    after = load_file(adapter_folder(tmp_path) / "adapter_model.safetensors")
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    norm.data.copy_(kept)
+    assert len(_run(workbench, config, tmp_path)) == 5
+
+
+def test_a_segment_reports_means_over_its_steps(workbench, tiny_trial, tmp_path):
+    config = tiny_trial(steps=5)
+    single = _run(workbench, config, tmp_path / "single")
+    training = config.training.model_copy(update={"report_every": 3})
+    means = _run(workbench, replace_training(config, training), tmp_path / "means")
+    assert [report["step"] for report in means] == [3, 5]
+    losses = [report["train_loss"] for report in single]
+    assert [report["train_loss"] for report in means] == pytest.approx([sum(losses[:3]) / 3, sum(losses[3:]) / 2])
+
+
+def replace_training(config: TrialConfig, training) -> TrialConfig:
+    return config.model_copy(update={"training": training})

@@ -1,0 +1,138 @@
+"""Oracle: a plain `transformers` model whose weights were replaced one by one with the programmed ones."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from halora.errors import UserError
+from halora.hardware.addressing import NoiseKey, Role
+from halora.hardware.chip import load_chip
+from halora.hardware.converters import fit_converters
+from halora.hardware.noise import noise_to_signal_db, programmed_weight
+from halora.training.config import LINEAR_NAMES
+from halora.training.models import load_base
+from halora.training.rram import ChipInstance, RramLinear, install
+
+CHIP = load_chip({"preset": "halora-2026", "noise": {"sigma": 0.05}, "tile": {"rows": 16}})
+INSTANCE = ChipInstance(CHIP, NoiseKey(role=Role.SEARCH, chip_seed=1), CHIP.noise.sigma)
+TOKENS = torch.arange(300, 340).reshape(2, 20)
+
+
+def _plain(folder: str) -> nn.Module:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def _linears(model: nn.Module) -> dict[str, nn.Linear]:
+    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.split(".")[-1] in LINEAR_NAMES}
+
+
+@torch.no_grad()
+def _logits(model: nn.Module) -> torch.Tensor:
+    return model(input_ids=TOKENS).logits
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+def test_a_programmed_model_computes_with_the_noisy_weights(tiny_models, architecture):
+    base = load_base(tiny_models[architecture], "fp32")
+    array = install(base.causal_lm)
+    assert len(array.layers) == 2 * 7
+    plain = _plain(tiny_models[architecture])
+    frozen = {name: tensor.clone() for name, tensor in base.causal_lm.state_dict().items()}
+    torch.testing.assert_close(_logits(base.causal_lm), _logits(plain), rtol=0, atol=0)
+
+    array.program(INSTANCE)
+    noisy = _logits(base.causal_lm)
+    db = array.noise_db()
+    for name, linear in _linears(plain).items():
+        key = replace(INSTANCE.key, module=name, purpose="programming")
+        programmed = programmed_weight(linear.weight.data, CHIP, key, 0.05)
+        assert db[name] == pytest.approx(noise_to_signal_db(linear.weight.data, programmed), abs=1e-4)
+        linear.weight.data = programmed
+    assert (noisy - _logits(_plain(tiny_models[architecture]))).abs().max() > 0.1
+    torch.testing.assert_close(noisy, _logits(plain), rtol=0, atol=1e-5)
+
+    state = base.causal_lm.state_dict()
+    assert all(torch.equal(state[name], frozen[name]) for name in frozen)
+    array.clear()
+    torch.testing.assert_close(_logits(base.causal_lm), _logits(_plain(tiny_models[architecture])), rtol=0, atol=0)
+
+
+def test_chips_differ_by_seed_role_and_draw_and_repeat_exactly(tiny_models):
+    base = load_base(tiny_models["llama"], "fp32")
+    array = install(base.causal_lm)
+    outputs = []
+    for change in ({}, {"chip_seed": 2}, {"role": Role.TRAIN}, {"draw": 1}, {}):
+        array.program(replace(INSTANCE, key=replace(INSTANCE.key, **change)))
+        outputs.append(_logits(base.causal_lm))
+    assert torch.equal(outputs[0], outputs[-1])
+    for i in range(4):
+        for j in range(i):
+            assert (outputs[i] - outputs[j]).abs().max() > 0.01
+
+
+def test_a_model_without_known_layers_is_refused():
+    with pytest.raises(UserError, match="no linear layers named q_proj"):
+        install(nn.Sequential(nn.Linear(4, 4)))
+
+
+@pytest.fixture
+def layer() -> tuple[nn.Module, RramLinear]:
+    """A single layer with a bias, as a model of its own."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"q_proj": nn.Linear(48, 40)})
+    return model, install(model)
+
+
+def _converters(linear: RramLinear, chip=CHIP):
+    calibration = torch.randn(64, 48, generator=torch.Generator().manual_seed(5))
+    return {"q_proj": fit_converters(calibration, linear.weight.detach(), chip)}
+
+
+@torch.no_grad()
+def test_reads_of_a_row_do_not_depend_on_its_batch(layer):
+    model, array = layer
+    linear = model["q_proj"]
+    x = torch.randn(3, 11, 48, generator=torch.Generator().manual_seed(6))
+    array.program(INSTANCE, _converters(linear))
+    with array.reading([("a", 11), ("b", 8), ("c", 5)]):
+        together = linear(x)
+    for i, (row, tokens) in enumerate([("a", 11), ("b", 8), ("c", 5)]):
+        with array.reading([(row, tokens)]):
+            alone = linear(x[i : i + 1, :tokens])
+        torch.testing.assert_close(alone[0], together[i, :tokens], rtol=1e-5, atol=1e-5)
+    with array.reading([("b", 11), ("a", 8), ("c", 5)]):
+        assert (linear(x)[0] - together[0]).abs().max() > 1e-3  # another row reads other noise
+
+
+@torch.no_grad()
+def test_reads_have_the_error_of_the_converter_model_and_a_digital_bias(layer):
+    model, array = layer
+    linear = model["q_proj"]
+    chip = load_chip({"preset": "ideal", "adc": {"bits": 4, "lossless": False}, "tile": {"rows": 16}})
+    converters = _converters(linear, chip)
+    array.program(ChipInstance(chip, INSTANCE.key, 0.0), converters)
+    x = torch.randn(1, 3000, 48, generator=torch.Generator().manual_seed(7))
+    with array.reading([("a", 3000)]):
+        read = linear(x)
+    scaled, error = converters["q_proj"].split(x)
+    noise = (read - linear.bias - scaled @ linear.weight.T) / error
+    assert noise.mean().item() == pytest.approx(0, abs=0.01)
+    assert noise.std().item() == pytest.approx(1, abs=0.01)
+    assert noise.abs().max().item() == pytest.approx(3**0.5, abs=0.02)  # uniform
+    array.program(INSTANCE)
+    torch.testing.assert_close(linear(torch.zeros(1, 48))[0], linear.bias)
+
+
+@torch.no_grad()
+def test_watching_sees_every_layer_once_and_stops(tiny_models):
+    base = load_base(tiny_models["llama"], "fp32")
+    array = install(base.causal_lm)
+    seen = {}
+    with array.watching_inputs(lambda layer, x: seen.setdefault(layer.name, []).append(tuple(x.shape))):
+        base.causal_lm(input_ids=TOKENS)
+    base.causal_lm(input_ids=TOKENS)
+    assert len(seen) == 14
+    assert all(shapes == [(2, 20, 64 if name.endswith("down_proj") else 32)] for name, shapes in seen.items())
