@@ -43,9 +43,9 @@ def front_figure(points: Sequence[TrialPoint], title: str, methods: dict[int, st
             axes.errorbar(
                 [p.energy_uj_per_token for p in shown],
                 [p.accuracy for p in shown],
-                yerr=[
-                    [p.accuracy - p.accuracy_low for p in shown],
-                    [p.accuracy_high - p.accuracy for p in shown],
+                yerr=[  # never below 0: rounding can put a limit of an accuracy of 1 on its wrong side
+                    [max(p.accuracy - p.accuracy_low, 0) for p in shown],
+                    [max(p.accuracy_high - p.accuracy, 0) for p in shown],
                 ],
                 fmt=shape,
                 color=colour,

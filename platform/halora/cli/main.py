@@ -5,6 +5,7 @@ Data goes to stdout, talk to stderr. Exit codes: 0 ok, 1 a trial or a check fail
 """
 
 import sys
+import warnings
 
 import typer
 
@@ -27,6 +28,7 @@ app.command("dashboard")(doctor.dashboard)
 
 def main() -> None:
     """Run the command line; a user's mistake becomes a message, never a traceback."""
+    warnings.simplefilter("ignore")  # of libraries, for their developers; tests see them
     try:
         app()
     except UserError as error:

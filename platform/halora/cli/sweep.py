@@ -27,7 +27,7 @@ def overrides_from(settings: list[str] | None) -> dict[str, Any]:
     """Typed overrides from `PATH=VALUE` texts; values are read as YAML.
 
     Raises:
-        UserError: One of them has no `=`.
+        UserError: One of them has no `=`, or its value is not YAML.
     """
     import yaml
 
@@ -36,7 +36,10 @@ def overrides_from(settings: list[str] | None) -> dict[str, Any]:
         path, separator, value = setting.partition("=")
         if not separator or not path:
             raise UserError(f"--set {setting}: write PATH=VALUE, for example trial.training.steps=40")
-        overrides[path] = yaml.safe_load(value)
+        try:
+            overrides[path] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UserError(f"--set {setting}: '{value}' is not YAML; quote it, for example '\"{value}\"'") from None
     return overrides
 
 
@@ -140,11 +143,13 @@ def _close(name: str, store: Store, outcome: "Outcome") -> None:
         verdict = (
             "the adapter is better: a 95 % interval of a gain excludes 0"
             if gain.low > 0 or accuracy.low > 0
-            else "not significant: both intervals include 0; the sweep `quickstart-hour` has the budget to decide"
+            else "not significant: both intervals include 0; raise trial.training.steps and comparison.rows to decide"
         )
         talk.print(
             f"\nbest adapter (trial {comparison.number}) beside the untrained base, "
             f"on the same {comparison.chip_instances} fresh chips and {comparison.rows} fresh rows:\n"
+            f"  clean     {base['clean_accuracy']:.3f} -> {adapter['clean_accuracy']:.3f} accuracy, "
+            f"{base['clean_margin']:+.2f} -> {adapter['clean_margin']:+.2f} nats margin\n"
             f"  accuracy  {base['accuracy']:.3f} -> {adapter['accuracy']:.3f}   "
             f"gain {accuracy.mean:+.3f}  95 % interval [{accuracy.low:+.3f}, {accuracy.high:+.3f}]\n"
             f"  margin    {base['margin']:+.2f} -> {adapter['margin']:+.2f} nats   "

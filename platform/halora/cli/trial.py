@@ -36,6 +36,8 @@ def show(
     from halora.records.tracking import open_client
 
     place: Store = open_store(store)
+    if sweep := trial.rpartition("/")[0]:
+        place.existing(sweep)
     client = open_client(place)
     record = queries.trial(client, trial)
     rows: list[dict[str, str | float]] = [

@@ -9,6 +9,7 @@ from typing import Any
 
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
 
 from halora.analysis.front import TrialPoint
 from halora.errors import UserError
@@ -110,7 +111,7 @@ def _text(client: MlflowClient, run_id: str, name: str) -> str:
     with TemporaryDirectory() as folder:
         try:
             return Path(client.download_artifacts(run_id, name, folder)).read_text()
-        except OSError:
+        except (OSError, MlflowException):
             raise UserError(f"run {run_id} has no '{name}'; it did not get that far") from None
 
 

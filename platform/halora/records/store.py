@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from halora.errors import UnreachableError, UserError, nearest
+from halora.errors import UserError, nearest
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Store:
         """Make the store's folder.
 
         Raises:
-            UnreachableError: It cannot be written.
+            UserError: It cannot be written.
         """
         try:
             self.root.mkdir(parents=True, exist_ok=True)
@@ -67,7 +67,7 @@ class Store:
             probe.touch()
             probe.unlink()
         except OSError as error:
-            raise UnreachableError(
+            raise UserError(
                 f"store '{self.root}' cannot be written: {error.strerror}", "name another with --store"
             ) from None
 

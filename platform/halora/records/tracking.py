@@ -118,7 +118,7 @@ class SweepRecorder:
         if adapter:
             self._client.log_artifacts(run_id, str(adapter), names.ADAPTER_FOLDER)
         self._terminate(run_id, "FINISHED", "finished")
-        self.add_point(point)
+        self._points[point.number] = point
         self._record_front()
 
     def fail_trial(self, number: int, cause: str) -> None:
@@ -131,11 +131,10 @@ class SweepRecorder:
         """Mark a trial that a later resume goes on with."""
         self._terminate(self._trial_run(number), "KILLED", "interrupted")
 
-    def add_point(self, point: TrialPoint, method: str | None = None) -> None:
-        """Take a finished trial into the front without recording it again."""
+    def add_point(self, point: TrialPoint, method: str) -> None:
+        """Take a trial that finished in an earlier run into the front without recording it again."""
         self._points[point.number] = point
-        if method:
-            self._methods[point.number] = method
+        self._methods[point.number] = method
 
     @property
     def points(self) -> list[TrialPoint]:

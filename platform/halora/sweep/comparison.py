@@ -5,10 +5,13 @@ from typing import Any
 
 import numpy as np
 
+from halora.errors import UserError
 from halora.evaluation.intervals import Interval, crossed_bootstrap
 from halora.records.store import SweepFolder
+from halora.spaces.language import Categorical
 from halora.spaces.sweep import SweepConfig
 from halora.sweep.core import Suggestion
+from halora.training.tasks import load_rows
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,26 @@ class PairedComparison:
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         return asdict(self)
+
+
+def check_rows_left(sweep: SweepConfig) -> None:
+    """Refuse a comparison that would find too few rows, before anything is trained.
+
+    Raises:
+        UserError: A task has not enough validation rows beyond those the search scores on.
+    """
+    if sweep.comparison is None:
+        return
+    searched = sweep.space.get("task")
+    used = sweep.trial["evaluation"]["rows"]
+    for task in searched.choices if isinstance(searched, Categorical) else (sweep.trial["task"],):
+        left = len(load_rows(str(task), "validation")) - used
+        if left < sweep.comparison.rows:
+            raise UserError(
+                f"comparison.rows: {sweep.comparison.rows}, but '{task}' has {max(left, 0)} validation rows beyond "
+                f"the {used} of trial.evaluation.rows",
+                "lower one of the two",
+            )
 
 
 def compare_with_base(sweep: SweepConfig, folder: SweepFolder, suggestion: Suggestion) -> PairedComparison:

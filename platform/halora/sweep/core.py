@@ -57,12 +57,14 @@ class Suggestion:
 def open_study(sweep: SweepConfig, folder: SweepFolder) -> optuna.Study:
     """The sweep's study, created with its points to try first if it is new."""
     storage = JournalStorage(JournalFileBackend(str(folder.study_file)))
-    study = optuna.create_study(
-        study_name=sweep.name, storage=storage, directions=["maximize", "minimize"], load_if_exists=True
-    )
-    if not study.get_trials(deepcopy=False):
-        for point in sweep.first[: sweep.trials]:
-            study.enqueue_trial(point)
+    try:
+        return optuna.load_study(study_name=sweep.name, storage=storage)  # writes nothing
+    except KeyError:
+        study = optuna.create_study(
+            study_name=sweep.name, storage=storage, directions=["maximize", "minimize"], load_if_exists=True
+        )
+    for point in sweep.first[: sweep.trials]:
+        study.enqueue_trial(point)
     return study
 
 

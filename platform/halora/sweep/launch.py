@@ -16,7 +16,7 @@ from halora.records.names import ENERGY
 from halora.records.store import Store, SweepFolder
 from halora.records.tracking import SweepRecorder, open_client
 from halora.spaces.sweep import SweepConfig, load_sweep
-from halora.sweep.comparison import PairedComparison, compare_with_base
+from halora.sweep.comparison import PairedComparison, check_rows_left, compare_with_base
 from halora.sweep.core import DecisionCore, Suggestion, check_not_launched, open_study
 
 
@@ -49,12 +49,13 @@ def launch(sweep: SweepConfig, store: Store, watcher: Watcher) -> Outcome:
     """Run a new sweep to its end.
 
     Raises:
-        UserError: The name is taken.
-        UnreachableError: The store cannot be written.
+        UserError: The name is taken, the store cannot be written, or the comparison would have no rows.
+        UnreachableError: The store's database cannot be opened.
     """
     folder = store.sweep(sweep.name)
     store.check_writable()
     check_not_launched(folder)
+    check_rows_left(sweep)
     open_client(store)
     folder.root.mkdir(parents=True)
     folder.sweep_file.write_text(yaml.safe_dump(sweep.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
@@ -95,7 +96,7 @@ def _run(sweep: SweepConfig, store: Store, watcher: Watcher) -> Outcome:
         recorder = SweepRecorder(client, store, sweep, folder.sweep_file)
         for record in queries.trials(client, sweep.name):
             if point := record.point():
-                recorder.add_point(point, record.params.get("training.method"))
+                recorder.add_point(point, core.suggestion(record.number).config.training.method)
         events = _Recording(recorder, watcher, folder)
         comparison = None
         interrupted = True

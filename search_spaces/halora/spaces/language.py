@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
+from halora.errors import UserError
 from halora.hardware.chip import Frozen
 
 Value = str | int | float | bool
@@ -55,7 +56,8 @@ class Range(_Distribution):
 
     def contains(self, value: Any) -> bool:
         """Whether the search could choose `value`."""
-        return isinstance(value, int | float) and self.low <= value <= self.high
+        whole = self.kind == "float" or isinstance(value, int)
+        return isinstance(value, int | float) and whole and self.low <= value <= self.high
 
     @property
     def probes(self) -> tuple[Any, ...]:
@@ -76,16 +78,27 @@ Distribution = Annotated[
 
 
 def with_values(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of a nested mapping with dotted paths set; a chip's name on the way becomes its preset."""
+    """A copy of a nested mapping with dotted paths set; a chip's name on the way becomes its preset.
+
+    Raises:
+        UserError: A path goes through a value that has no keys.
+    """
     result = dict(base)
     for path, value in values.items():
-        node = result
-        *parents, leaf = path.split(".")
-        for parent in parents:
-            child = node.get(parent, {})
-            node[parent] = {"preset": child} if isinstance(child, str) else dict(child)
-            node = node[parent]
-        node[leaf] = value
+        node, rest = result, path
+        while True:
+            # Keys of a search space hold dots themselves.
+            fitting = [key for key in node if rest == key or rest.startswith(f"{key}.")]
+            key = max(fitting, key=len, default=rest.partition(".")[0])
+            rest = rest[len(key) + 1 :]
+            if not rest:
+                node[key] = value
+                break
+            child = node.get(key, {})
+            if not isinstance(child, Mapping | str):
+                raise UserError(f"{path}: '{key}' is a {type(child).__name__}, which has no keys")
+            node[key] = {"preset": child} if isinstance(child, str) else dict(child)
+            node = node[key]
     return result
 
 

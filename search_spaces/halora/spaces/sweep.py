@@ -2,13 +2,14 @@
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, get_args
 
 import yaml
-from pydantic import BaseModel, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, Field, StringConstraints, TypeAdapter, ValidationError
 
 from halora.errors import UserError, nearest
 from halora.hardware.chip import Frozen
@@ -17,6 +18,7 @@ from halora.trial import TrialConfig
 
 SHIPPED = files("halora.spaces") / "sweeps"
 
+_Space = Mapping[str, Categorical | Range]
 _DISTRIBUTIONS: dict[str, type[BaseModel]] = {"Categorical": Categorical, "Range": Range}
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,79}$")]
@@ -60,7 +62,7 @@ class SweepConfig(Frozen):
 
     def resolve(self, values: Mapping[str, Any]) -> TrialConfig:
         """The trial that the given values of searched fields describe."""
-        return TrialConfig.model_validate(with_values({"seed": self.seed, **self.trial}, values))
+        return _resolve({"seed": self.seed, **self.trial}, values)
 
 
 def shipped_sweeps() -> list[str]:
@@ -87,11 +89,16 @@ def load_sweep(name_or_path: str, overrides: Mapping[str, Any] | None = None) ->
         sweep = SweepConfig.model_validate(data)
     except ValidationError as error:
         problems += describe(error, SweepConfig)
-    trial = data.get("trial")
-    if isinstance(trial, dict):
+    trial, space = data.get("trial"), data.get("space")
+    if isinstance(trial, dict) and isinstance(space, dict):  # whatever else is wrong
         problems += _trial_problems(trial)
-    if sweep is not None:
-        problems += _space_problems(sweep, already_wrong=bool(problems))
+        readable = _readable(space)
+        problems += _space_problems(trial, space, readable)
+        problems += _first_problems(space, readable, data.get("first"))
+        problems += _model_and_task_problems(trial, readable)
+        evaluation = trial.get("evaluation", {})
+        if data.get("comparison") and isinstance(evaluation, dict) and evaluation.get("rows") is None:
+            problems.append("comparison: needs trial.evaluation.rows, so that some validation rows are left for it")
     if problems:
         raise UserError(
             [f"{name_or_path}: {problem}" for problem in dict.fromkeys(problems)],
@@ -128,55 +135,85 @@ def _trial_problems(trial: dict[str, Any]) -> list[str]:
     return []
 
 
-def _space_problems(sweep: SweepConfig, *, already_wrong: bool) -> list[str]:
+def _resolve(trial: Mapping[str, Any], values: Mapping[str, Any]) -> TrialConfig:
+    return TrialConfig.model_validate(with_values(trial, values))
+
+
+def _readable(space: Mapping[str, Any]) -> _Space:
+    """The distributions of a file that are well-formed; the others are told by `describe`."""
+    adapter: TypeAdapter[Categorical | Range] = TypeAdapter(Distribution)
+    found: dict[str, Categorical | Range] = {}
+    for path, given in space.items():
+        with suppress(ValidationError):
+            found[path] = adapter.validate_python(given)
+    return found
+
+
+def _space_problems(trial: dict[str, Any], space: dict[str, Any], readable: _Space) -> list[str]:
+    problems = []
+    known_paths = _field_paths(TrialConfig)
+    wrong_anyway = {problem.partition(": ")[0] for problem in _trial_problems(trial)}
+    searched_before: list[str] = []
+    for path in space:
+        conditions = readable[path].when if path in readable else {}
+        strange = [name for name in conditions if name not in searched_before]
+        searched_before.append(path)
+        if path not in known_paths:
+            problems.append(f"space.{path}: a trial has no such field{nearest(path, known_paths)}")
+        elif strange:
+            problems += [
+                f"space.{path}.when: '{name}' is not searched before it{nearest(name, searched_before)}"
+                for name in strange
+            ]
+        elif path in readable:
+            problems += _probe_problems(trial, readable, path, wrong_anyway)
+    return problems
+
+
+def _probe_problems(trial: dict[str, Any], space: _Space, path: str, wrong_anyway: set[str]) -> list[str]:
+    """What a trial would refuse of the searched values, beyond the fields that are wrong already."""
+    problems = []
+    for value in space[path].probes:
+        point = {**{name: allowed[0] for name, allowed in space[path].when.items()}, path: value}
+        for name, other in space.items():  # what is searched once this value is chosen
+            if other.when and name not in point and other.applies(point):
+                point[name] = other.probes[0]
+        try:
+            _resolve(trial, point)
+        except ValidationError as error:
+            found = [
+                text for text in describe(error, TrialConfig) if f"trial.{text}".partition(": ")[0] not in wrong_anyway
+            ]
+            problems += [f"space.{path}: {value}: {text}" for text in found]
+        except UserError:  # the point sets a field of something that is no mapping, which is told already
+            pass
+    return problems
+
+
+def _first_problems(space: dict[str, Any], readable: _Space, first: Any) -> list[str]:
+    problems = []
+    for i, point in enumerate(first if isinstance(first, list) else []):
+        for path, value in point.items() if isinstance(point, dict) else ():
+            if path not in space:
+                problems.append(f"first[{i}].{path}: not searched{nearest(path, space)}")
+            elif path in readable and not readable[path].contains(value):
+                problems.append(f"first[{i}].{path}: {value} is outside the space")
+    return problems
+
+
+def _model_and_task_problems(trial: dict[str, Any], readable: _Space) -> list[str]:
     from halora.training.models import model_shape
     from halora.training.tasks import check_task
 
     problems = []
-    known_paths = _field_paths(TrialConfig)
-    searched_before: list[str] = []
-    for path, distribution in sweep.space.items():
-        strange = [name for name in distribution.when if name not in searched_before]
-        searched_before.append(path)
-        if path not in known_paths:
-            problems.append(f"space.{path}: a trial has no such field{nearest(path, known_paths)}")
-            continue
-        problems += [
-            f"space.{path}.when: '{name}' is not searched before it{nearest(name, searched_before)}" for name in strange
-        ]
-        if not strange and not already_wrong:
-            problems += _probe_problems(sweep, path, distribution)
-    for i, point in enumerate(sweep.first):
-        for path, value in point.items():
-            if path not in sweep.space:
-                problems.append(f"first[{i}].{path}: not searched{nearest(path, sweep.space)}")
-            elif not sweep.space[path].contains(value):
-                problems.append(f"first[{i}].{path}: {value} is outside the space")
-    if sweep.comparison and sweep.trial.get("evaluation", {}).get("rows") is None:
-        problems.append("comparison: needs trial.evaluation.rows, so that some validation rows are left for it")
     for what, check in (("model", model_shape), ("task", check_task)):
-        searched = sweep.space.get(what)
-        named = searched.choices if isinstance(searched, Categorical) else (sweep.trial.get(what),)
-        for name in named:
+        searched = readable.get(what)
+        for name in searched.choices if isinstance(searched, Categorical) else (trial.get(what),):
             try:
                 if isinstance(name, str):
                     check(name)
             except UserError as error:
-                problems += [f"trial.{what}: {problem}" for problem in error.problems]
-    return problems
-
-
-def _probe_problems(sweep: SweepConfig, path: str, distribution: Categorical | Range) -> list[str]:
-    problems = []
-    for value in distribution.probes:
-        point = {**{name: allowed[0] for name, allowed in distribution.when.items()}, path: value}
-        for name, other in sweep.space.items():  # what is searched once this value is chosen
-            if other.when and name not in point and other.applies(point):
-                point[name] = other.probes[0]
-        try:
-            sweep.resolve(point)
-        except ValidationError as error:
-            problems += [f"space.{path}: {value}: {text}" for text in describe(error, TrialConfig)]
+                problems.append(f"trial.{what}: {error}")
     return problems
 
 
@@ -194,7 +231,8 @@ def describe(error: ValidationError, model: type[BaseModel], prefix: str = "") -
         else:
             message = re.sub(r"^(Value error|Input), ?", "", item["msg"])
             given = item["input"]
-            shown = f", got {given!r}" if isinstance(given, str | int | float | bool | None) else ""
+            plain = item["type"] != "value_error" and isinstance(given, str | int | float | bool | None)
+            shown = f", got {given!r}" if plain else ""
             sentences.append(f"{path}: {message[0].lower()}{message[1:]}{shown}")
     return list(dict.fromkeys(sentences))
 

@@ -159,7 +159,9 @@ class Finetuner:
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise UserError(f"checkpoint '{folder}' is damaged: {error}", "delete it; the trial starts over") from None
         expected = {name.replace(".default.", "."): parameter for name, parameter in self._trainable.items()}
-        if {n: w.shape for n, w in weights.items()} != {n: _shape(p) for n, p in expected.items()}:
+        same_adapter = {n: w.shape for n, w in weights.items()} == {n: _shape(p) for n, p in expected.items()}
+        expected_moments = {f"{name}.{moment}" for name in self._trainable for moment in _MOMENTS} if step else set()
+        if not same_adapter or moments.keys() != expected_moments:
             raise UserError(f"checkpoint '{folder}' belongs to another adapter", "delete it; the trial starts over")
         self._take_empty_step()  # DeepSpeed makes its optimiser state, and ZeRO-3 whole weights, at the first step
         for name, parameter in expected.items():

@@ -1,0 +1,127 @@
+"""Oracles: the clean model for an ideal chip, chance for a huge sigma, determinism, and plain averages of margins."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from halora.evaluation.chips import ChipScores
+from halora.trainable import Workbench, adapter_folder, task_rows
+
+
+@pytest.fixture(scope="module")
+def workbench() -> Workbench:
+    """One process's workbench, used by all tests here."""
+    return Workbench()
+
+
+@pytest.fixture
+def adapter(workbench, tiny_trial, tmp_path) -> Path:
+    """An adapter after a few steps of training."""
+    training = workbench.train(tiny_trial(steps=4, report_every=4), tmp_path)
+    training.advance()
+    training.close()
+    folder = adapter_folder(tmp_path)
+    assert folder is not None
+    return folder
+
+
+EVALUATION = {"chip_instances": 3, "batch_size": 8}
+
+
+def test_an_ideal_chip_without_noise_scores_exactly_as_clean(workbench, tiny_trial, adapter):
+    scores = workbench.evaluate(tiny_trial(chip="ideal", evaluation=EVALUATION), adapter)
+    assert scores.noisy == (scores.clean,) * 3
+    summary = scores.summary()
+    assert summary["accuracy"] == pytest.approx(summary["clean_accuracy"])
+    assert summary["noise_db"] == pytest.approx(-300)
+
+
+def test_chips_are_the_same_in_every_call_and_process_state(workbench, tiny_trial, adapter):
+    config = tiny_trial(evaluation=EVALUATION)
+    first = workbench.evaluate(config, adapter)
+    bare = workbench.evaluate(config, None)
+    assert workbench.evaluate(config, adapter) == first
+    assert Workbench().evaluate(config, adapter) == first
+    assert bare.clean != first.clean  # the adapter takes part, and is taken away again
+    assert bare.noise_db == first.noise_db  # other adapters meet the same chips
+    assert len(set(first.noisy)) == 3
+    assert set(first.row_ids) == {row.row_id for row in task_rows(config.task, "validation", None)}
+
+
+def test_chips_are_numbered(workbench, tiny_trial, adapter):
+    config = tiny_trial(evaluation=EVALUATION)
+    first, later = workbench.evaluate(config, adapter), workbench.evaluate(config, adapter, first_chip=1)
+    assert (first.chip_seeds, later.chip_seeds) == ((0, 1, 2), (1, 2, 3))
+    assert later.noisy[:2] == first.noisy[1:]
+    assert later.noisy[2] not in first.noisy
+
+
+def test_a_row_scores_the_same_whatever_else_is_asked(workbench, tiny_trial, adapter):
+    config = tiny_trial(evaluation=EVALUATION)
+    rows = task_rows(config.task, "validation", None)
+    whole = workbench.evaluate(config, adapter)
+    part = workbench.evaluate(config, adapter, rows=rows[5:9])
+    for few, all_rows in zip(part.noisy, whole.noisy, strict=True):
+        assert few == pytest.approx(all_rows[5:9], abs=1e-4)
+
+
+def test_coarser_converters_and_more_noise_move_the_margins_further(workbench, tiny_trial, adapter):
+    def distance(chip: dict) -> float:
+        scores = workbench.evaluate(tiny_trial(chip={"preset": "ideal", **chip}, evaluation=EVALUATION), adapter)
+        return float(np.abs(np.array(scores.noisy) - np.array(scores.clean)).mean())
+
+    by_bits = [distance({"adc": {"bits": bits, "lossless": False}}) for bits in (8, 6, 4)]
+    by_sigma = [distance({"noise": {"sigma": sigma}}) for sigma in (0.001, 0.01, 0.1)]
+    by_wire = [distance({"wires": {"resistance_ohm": ohm}}) for ohm in (1.0, 10.0)]
+    for distances in (by_bits, by_sigma, by_wire):
+        assert all(later > 2 * earlier > 0 for earlier, later in pairwise(distances))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_a_huge_sigma_leaves_chance(workbench, tiny_trial, architecture):
+    chips = 40
+    chip = {"preset": "halora-2026", "noise": {"sigma": 10.0}}
+    config = tiny_trial(architecture, chip=chip, evaluation={"chip_instances": chips, "batch_size": 24})
+    scores = workbench.evaluate(config, None)
+    rows = task_rows(config.task, "validation", None)
+    chance = np.mean([1 / len(row.options) for row in rows])
+    correct = np.array(scores.noisy) > 0
+    assert np.isfinite(scores.noisy).all()
+    standard_error = correct.mean(axis=1).std(ddof=1) / np.sqrt(chips)
+    assert abs(correct.mean() - chance) < 2 * standard_error
+    assert 10 < np.mean(scores.noise_db) < 40
+
+
+def test_summary_averages_rows_and_chips():
+    scores = ChipScores(
+        row_ids=("a", "b", "c", "d"),
+        chip_seeds=(0, 1),
+        clean=(1.0, 2.0, -1.0, 4.0),
+        noisy=((1.0, -2.0, -1.0, 4.0), (0.0, 2.0, 1.0, 3.0)),
+        noise_db=(-30.0, -20.0),
+    )
+    summary = scores.summary()
+    low_high = {key for key in summary if key.endswith(("_low", "_high"))}
+    assert low_high == {"accuracy_low", "accuracy_high", "margin_low", "margin_high"}
+    assert {key: value for key, value in summary.items() if key not in low_high} == pytest.approx(
+        {
+            "clean_accuracy": 0.75,
+            "clean_margin": 1.5,
+            "accuracy": 0.625,  # a tie is not a right answer
+            "accuracy_std_chips": np.std([0.5, 0.75], ddof=1),
+            "accuracy_worst": 0.5,
+            "margin": 1.0,
+            "noise_db": -25.0,
+        }
+    )
+    assert summary["accuracy_low"] <= 0.625 <= summary["accuracy_high"]
+    assert summary["margin_low"] <= 1.0 <= summary["margin_high"]
+    assert json.loads(json.dumps(scores.to_json()))["noisy"][1] == [0.0, 2.0, 1.0, 3.0]
+
+
+def test_a_single_chip_has_no_spread():
+    scores = ChipScores(("a", "b"), (0,), (1.0, 2.0), ((1.0, -2.0),), (-30.0,))
+    assert scores.summary()["accuracy_std_chips"] == 0.0

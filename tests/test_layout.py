@@ -1,0 +1,120 @@
+"""Oracles: the interpreter (what `import platform` finds), the syntax tree of every module, Ray's own schema."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+SOURCE_ROOTS = ("trainables", "search_spaces", "platform", "dashboards")
+LAYERS = (
+    {"errors"},
+    {"hardware"},
+    {"training", "evaluation", "trial"},
+    {"trainable"},
+    {"spaces"},
+    {"analysis"},
+    {"records"},
+    {"sweep"},
+    {"dashboard"},
+    {"cli"},
+)
+"""A module imports from its own layer and from those before it."""
+
+
+def _modules():
+    """(dotted name below `halora`, syntax tree) of every module."""
+    for source_root in SOURCE_ROOTS:
+        package = ROOT / source_root / "halora"
+        for path in sorted(package.rglob("*.py")):
+            yield path.relative_to(package).with_suffix("").parts, ast.parse(path.read_text())
+
+
+def _imports(tree, package):
+    """Dotted names imported anywhere in a module, inside functions and type-checking blocks too."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = [*package[: len(package) + 1 - node.level], node.module] if node.level else [node.module]
+            module = ".".join(part for part in base if part)
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def test_imports_run_one_way():
+    layer_of = {name: index for index, names in enumerate(LAYERS) for name in names}
+    seen, against = set(), []
+    for parts, tree in _modules():
+        seen.add(parts[0])
+        for imported in _imports(tree, ["halora", *parts[:-1]]):
+            top, _, rest = imported.partition(".")
+            if top == "halora" and layer_of[rest.partition(".")[0]] > layer_of[parts[0]]:
+                against.append(f"{'.'.join(parts)} imports {imported}")
+    assert seen == set(layer_of)
+    assert not against
+
+
+@pytest.mark.parametrize(
+    ("library", "importers"),
+    [
+        ("ray", {"trainable", "sweep.executor"}),
+        ("mlflow", {"records.queries", "records.tracking", "cli.trial"}),  # the last for a type alone
+        ("optuna", {"sweep.core", "analysis.front"}),
+        ("deepspeed", {"training.engine"}),
+        ("peft", {"training.adapter"}),
+    ],
+)
+def test_a_library_is_imported_where_it_belongs(library, importers):
+    found = {
+        ".".join(parts)
+        for parts, tree in _modules()
+        for imported in _imports(tree, ["halora", *parts[:-1]])
+        if imported.partition(".")[0] == library
+    }
+    assert found == importers
+
+
+@pytest.mark.parametrize("root_on_path", [False, True])
+def test_platform_is_the_standard_library_s_module(root_on_path):
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); " if root_on_path else ""
+    code += "import platform, halora.cli.main, halora.hardware.chip; print(platform.__file__, platform.machine())"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    place, machine = run.stdout.split()
+    assert Path(place).parent == Path(ast.__file__).parent
+    assert machine
+
+
+def test_the_roots_share_one_namespace_package():
+    import halora
+
+    assert not [root for root in SOURCE_ROOTS if (ROOT / root / "halora" / "__init__.py").exists()]
+    assert not [root for root in SOURCE_ROOTS if (ROOT / root / "__init__.py").exists()]
+    assert {Path(place).resolve() for place in halora.__path__} == {ROOT / root / "halora" for root in SOURCE_ROOTS}
+
+
+def test_the_lock_pins_every_direct_dependency_and_names_no_index():
+    lock = (ROOT / "requirements.lock").read_text()
+    assert not re.findall(r"https?:|--[a-z]|@ ", lock)
+    pinned = dict(line.split("==") for line in lock.splitlines())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = project["dependencies"] + project["optional-dependencies"]["dev"]
+    names = {re.split(r"[^A-Za-z0-9_.-]", text)[0].lower().replace("_", "-") for text in asked}
+    assert names <= {name.lower().replace("_", "-") for name in pinned}
+    assert all(re.fullmatch(r"[0-9][\w.+!-]*", version) for version in pinned.values())
+
+
+def test_ray_accepts_the_cluster_file():
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    config = yaml.safe_load((ROOT / "ray_cluster.yaml").read_text())
+    validate_config(prepare_config(config))
+    assert config["provider"]["type"] == "aws"
+    head = config["available_node_types"][config["head_node_type"]]
+    assert head["resources"] == {"CPU": 0}  # no trial lands there
+    with pytest.raises(Exception, match="Additional properties"):
+        validate_config(prepare_config({**config, "max_worker": 1}))

@@ -1,0 +1,119 @@
+"""Oracles on the embedded model: the same weights in another architecture, the exact converter path, and chance."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+
+from halora.evaluation.chips import ChipScores, calibrate
+from halora.evaluation.scoring import margin, option_scores, pack
+from halora.hardware.addressing import NoiseKey, Role
+from halora.hardware.chip import Chip, load_chip
+from halora.hardware.converters import ConverterModel, tilewise_product
+from halora.trainable import Workbench, task_rows
+from halora.training.models import load_base
+from halora.training.rram import ChipInstance, RramArray, RramLinear, install
+from halora.trial import TrialConfig
+
+MODEL = "smollm2-135m-instruct"
+
+
+@torch.no_grad()
+def test_the_weights_compute_the_same_as_a_qwen2_model():
+    rows = task_rows("arc-easy", "validation", 16)
+    tokens = torch.arange(1000, 1048).reshape(2, 24)
+    logits, margins = [], []
+    for name in (MODEL, f"{MODEL}-qwen2"):
+        base = load_base(name, "fp32")
+        packed = [pack(row, base.tokenizer) for row in rows]
+        scores = option_scores(base.causal_lm, install(base.causal_lm), packed, batch_size=8)
+        logits.append(base.causal_lm(input_ids=tokens).logits)
+        margins.append([margin(s, row.answer) for s, row in zip(scores, packed, strict=True)])
+        assert base.causal_lm.config.model_type == ("qwen2" if name.endswith("qwen2") else "llama")
+    torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=1e-4)
+    assert np.sign(margins[1]).tolist() == np.sign(margins[0]).tolist()
+    assert margins[1] == pytest.approx(margins[0], abs=1e-3)
+    assert sum(value > 0 for value in margins[0]) >= 8  # the model knows something: chance is 4 of 16
+
+
+@pytest.fixture(scope="module")
+def workbench() -> Workbench:
+    """The embedded model, loaded once."""
+    return Workbench()
+
+
+def _evaluate(workbench: Workbench, chip: object, rows: int, chips: int) -> ChipScores:
+    evaluation = {"rows": rows, "chip_instances": chips, "batch_size": 8}
+    content = {
+        "model": MODEL,
+        "task": "arc-easy",
+        "chip": chip,
+        "training": {"steps": 0},
+        "evaluation": evaluation,
+    }
+    return workbench.evaluate(TrialConfig.model_validate(content), None)
+
+
+@pytest.mark.slow
+def test_noise_of_the_paper_costs_the_untuned_model(workbench):
+    summary = _evaluate(workbench, "halora-2026", rows=60, chips=2).summary()
+    accuracy_lost = summary["clean_accuracy"] - summary["accuracy"]
+    margin_lost = summary["clean_margin"] - summary["margin"]
+    assert summary["clean_accuracy"] > 0.37  # chance and two standard errors
+    assert accuracy_lost >= 0.05 or margin_lost >= 0.3
+
+
+@pytest.mark.slow
+def test_a_huge_sigma_leaves_chance(workbench):
+    chip = {"preset": "halora-2026", "noise": {"sigma": 10.0}}
+    scores = _evaluate(workbench, chip, rows=100, chips=1)
+    rows = {row.row_id: row for row in task_rows("arc-easy", "validation", None)}
+    chances = np.array([1 / len(rows[row_id].options) for row_id in scores.row_ids])
+    standard_error = np.sqrt((chances * (1 - chances)).sum()) / len(chances)
+    assert abs(np.mean(np.array(scores.noisy) > 0) - chances.mean()) < 2 * standard_error
+
+
+@contextmanager
+def _exact_converters(array: RramArray, chip: Chip, models: dict[str, ConverterModel]) -> Iterator[None]:
+    """Let every layer give the tile-wise product through converters of the models' ranges."""
+
+    def convert(layer: RramLinear, args: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+        ranges = models[layer.name].step[:, None, None] * (2**chip.adc.bits - 2) / 2
+        product = tilewise_product(args[0].flatten(0, 1), layer.programmed(), chip, ranges)
+        return product.unflatten(0, output.shape[:2])
+
+    handles = [layer.register_forward_hook(convert) for layer in array.layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [6, 8])
+def test_the_converter_model_costs_as_much_accuracy_as_the_exact_converters(bits):
+    chip = load_chip({"preset": "halora-2026", "adc": {"bits": bits}})
+    base = load_base(MODEL, "fp32")
+    array = install(base.causal_lm)
+    packed = [pack(row, base.tokenizer) for row in task_rows("arc-easy", "validation", 40)]
+    models = calibrate(base, array, chip, task_rows("arc-easy", "train", 128), 128)
+
+    def margins() -> np.ndarray:
+        scores = option_scores(base.causal_lm, array, packed, batch_size=8)
+        return np.array([margin(s, row.answer) for s, row in zip(scores, packed, strict=True)])
+
+    instance = ChipInstance(chip, NoiseKey(role=Role.SEARCH, chip_seed=0), chip.noise.sigma)
+    array.program(instance, models)
+    modelled = margins()
+    array.program(instance)
+    lossless = margins()
+    with _exact_converters(array, chip, models):
+        exact = margins()
+    accuracy = (exact > 0).mean()
+    standard_error = np.sqrt(accuracy * (1 - accuracy) / len(exact))
+    assert abs((modelled > 0).mean() - accuracy) <= standard_error
+    moved_by_model, moved_exactly = np.abs(modelled - lossless).mean(), np.abs(exact - lossless).mean()
+    assert 0.5 < moved_by_model / moved_exactly < 2

@@ -1,0 +1,184 @@
+"""Oracles: the shipped files, a file with every mistake listed beside it, Optuna's own record of what it was asked."""
+
+import optuna
+import pytest
+import yaml
+
+from halora.errors import UserError
+from halora.spaces.language import value_at, with_values
+from halora.spaces.sweep import load_sweep, searched_values, shipped_sweeps
+from halora.sweep.core import choose
+
+_WRONG = """
+name: wrong
+family: tests
+trials: 4
+trails: 3
+trial:
+  model: smollm2-135m-instuct
+  task: arc-easi
+  chip: halora-2025
+  lora: {rank: 0}
+  training: {method: halora, steps: 8, shedule: {shape: constant}}
+  evaluation: {chip_instances: 2}
+space:
+  training.method: {choices: [lora, halorra]}
+  training.learning_rate: {low: 1.0e-2, high: 1.0e-3, log: true}
+  training.learnin_rate: {low: 1.0e-3, high: 1.0e-2}
+  training.mu: {low: 0.0, high: 1.0, when: {training.methd: [halora]}}
+  training.batch_size: {low: 0, high: 8, kind: int}
+first:
+  - {training.batch_size: 9, training.steps: 4}
+reference_point: {accuracy: 0.0, energy_uj_per_token: 6.0}
+comparison: {rows: 8, chip_instances: 2}
+"""
+
+_MISTAKES = {
+    "trails: unknown key; did you mean 'trials'?",
+    "trial.model: no model 'smollm2-135m-instuct'",
+    "did you mean 'smollm2-135m-instruct'?",
+    "trial.task: no task 'arc-easi'",
+    "did you mean 'arc-easy'?",
+    "trial.chip: no chip 'halora-2025'",
+    "did you mean 'halora-2026'?",
+    "trial.lora.rank: input should be greater than or equal to 1, got 0",
+    "trial.training.shedule: unknown key; did you mean 'schedule'?",
+    "space.training.method: halorra: training.method: input should be 'lora', 'noise_lora' or 'halora', got 'halorra'",
+    "space.training.learning_rate: low must be below high, got 0.01 and 0.001",
+    "space.training.learnin_rate: a trial has no such field; did you mean 'training.learning_rate'?",
+    "space.training.mu.when: 'training.methd' is not searched before it; did you mean 'training.method'?",
+    "space.training.batch_size: 0: training.batch_size: input should be greater than or equal to 1, got 0",
+    "first[0].training.batch_size: 9 is outside the space",
+    "first[0].training.steps: not searched",
+    "comparison: needs trial.evaluation.rows",
+}
+
+
+def _write(path, text):
+    path.write_text(text if isinstance(text, str) else yaml.safe_dump(text))
+    return str(path)
+
+
+def test_every_mistake_of_a_file_is_told_at_once_and_nothing_else(tmp_path):
+    with pytest.raises(UserError) as caught:
+        load_sweep(_write(tmp_path / "wrong.yaml", _WRONG))
+    told = caught.value.problems
+    assert not [mistake for mistake in _MISTAKES if not any(mistake in problem for problem in told)]
+    assert not [problem for problem in told if not any(mistake in problem for mistake in _MISTAKES)]
+    assert len(told) == len(set(told))
+    assert caught.value.next_step
+
+
+@pytest.mark.parametrize(
+    ("overrides", "mistake"),
+    [
+        ({"trials": 0}, "trials: input should be greater than or equal to 1, got 0"),
+        ({"trials.x": 1}, "trials.x: 'trials' is a int, which has no keys"),
+        ({"first.x": 1}, "first.x: 'first' is a list"),
+        ({"name": "../outside"}, "name: string should match"),
+        ({"trial": 5}, "trial: input should be a valid dictionary"),
+        ({"trial.evaluation": 5}, "trial.evaluation: input should be a valid dictionary"),
+        ({"trial.evaluation.rows": None}, "comparison: needs trial.evaluation.rows"),
+        ({"trial.chip.adc.bit": 8}, "trial.chip.adc.bit: unknown key; did you mean 'bits'?"),
+        ({"trial.training.schedule.sigma_end": 0.1}, "sigma_end is required for shape 'linear' and not allowed"),
+        ({"space": {"training.weight_decay": {"low": 0, "high": 1, "log": True}}}, "a log range needs low > 0, got 0"),
+        ({"space": {"chip.adc.bits": {"low": 4.5, "high": 6, "kind": "int"}}}, "an int range needs whole limits"),
+        ({"space.lora.rank.choices": []}, "space.lora.rank.choices: tuple should have at least 1 item"),
+        ({"space.lora.rank.choice": [4]}, "space.lora.rank.choice: unknown key; did you mean 'choices'?"),
+        ({"first": [{"chip.adc.bits": 7.5}]}, "first[0].chip.adc.bits: 7.5 is outside the space"),
+        ({"reference_point.energy_uj_per_token": 0}, "energy_uj_per_token: input should be greater than 0, got 0"),
+    ],
+)
+def test_a_wrong_override_is_named(overrides, mistake):
+    with pytest.raises(UserError) as caught:
+        load_sweep("quickstart", overrides)
+    assert any(mistake in problem for problem in caught.value.problems), caught.value.problems
+
+
+def test_what_is_no_sweep_file_is_refused(tmp_path):
+    for given, message in (
+        ("quikstart", "no sweep 'quikstart'.*did you mean 'quickstart'"),
+        (_write(tmp_path / "list.yaml", "[1, 2]"), "a sweep is a mapping"),
+        (_write(tmp_path / "broken.yaml", "a: [1"), "not YAML"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_sweep(given)
+
+
+def test_every_shipped_sweep_gives_a_valid_trial_wherever_the_sampler_goes():
+    assert "quickstart" in shipped_sweeps()
+    for name in shipped_sweeps():
+        sweep = load_sweep(name)
+        assert sweep.name == name
+        study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+        for point in sweep.first:
+            study.enqueue_trial(point)
+        for _ in range(60):
+            values = choose(study.ask(), sweep.space)
+            config = sweep.resolve(values)
+            assert searched_values(sweep, config) | values == searched_values(sweep, config)
+            assert config.seed == sweep.seed
+
+
+def test_a_point_written_in_the_file_is_searched_whole():
+    """No value of `first` is left out for a condition that does not hold, and none is added by the sampler."""
+    for name in shipped_sweeps():
+        sweep = load_sweep(name)
+        study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+        for point in sweep.first:
+            study.enqueue_trial(point)
+        assert [choose(study.ask(), sweep.space) for _ in sweep.first] == list(sweep.first)
+
+
+def test_only_fields_whose_condition_holds_are_suggested():
+    sweep = load_sweep("quickstart")
+    conditional = {path: d.when for path, d in sweep.space.items() if d.when}
+    assert {"training.mu", "training.schedule.sigma_end"} <= conditional.keys()
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=1))
+    seen = set()
+    for _ in range(100):
+        trial = study.ask()
+        values = choose(trial, sweep.space)
+        assert values == trial.params  # what Optuna was asked, and nothing beside it
+        for path, distribution in sweep.space.items():
+            holds = all(values.get(name) in allowed for name, allowed in distribution.when.items())
+            assert (path in values) == holds
+            seen.add((path, holds))
+    assert {(path, holds) for path in conditional for holds in (True, False)} <= seen
+
+
+def test_overrides_replace_values_of_the_file_and_leave_it_alone():
+    plain = load_sweep("quickstart")
+    changed = load_sweep(
+        "quickstart",
+        {
+            "trials": 3,
+            "trial.training.steps": 5,
+            "trial.chip.noise.sigma": 0.02,
+            "space.training.learning_rate.high": 0.004,
+            "space.lora.rank": {"choices": [4, 8, 16]},
+        },
+    )
+    assert (changed.trials, changed.trial["training"]["steps"]) == (3, 5)
+    assert (changed.space["lora.rank"].choices, changed.space["training.learning_rate"].low) == ((4, 8, 16), 5e-4)
+    assert (changed.space["training.learning_rate"].high, plain.space["training.learning_rate"].high) == (0.004, 0.005)
+    before, after = plain.resolve({}).chip, changed.resolve({}).chip
+    assert after.noise.sigma == 0.02
+    assert after.model_copy(update={"noise": before.noise}) == before  # the rest of the preset stands
+    assert load_sweep("quickstart") == plain
+
+
+def test_paths_set_and_read_nested_values():
+    base = {"chip": "ideal", "lora": {"rank": 4}, "space": {"lora.rank": {"low": 1}}}
+    changed = with_values(base, {"chip.adc.bits": 6, "lora.rank": 8, "a.b.c": 1, "space.lora.rank.low": 2})
+    assert changed == {
+        "chip": {"preset": "ideal", "adc": {"bits": 6}},
+        "lora": {"rank": 8},
+        "space": {"lora.rank": {"low": 2}},
+        "a": {"b": {"c": 1}},
+    }
+    assert base == {"chip": "ideal", "lora": {"rank": 4}, "space": {"lora.rank": {"low": 1}}}
+    assert value_at(changed, "chip.adc.bits") == 6
+    for path in ("chip.adc.bit", "lora.rank.x", "x"):
+        with pytest.raises(KeyError, match=path):
+            value_at(changed, path)
