@@ -1,7 +1,8 @@
 """The Ray Tune trainable: trains one trial, evaluates it, and keeps the base model for the next.
 
 An actor lives across trials (`reuse_actors`), so imports, the base model and the rows are loaded once. Durable state is
-the trial's own folder, not Ray's: `step-NNNNNN/` checkpoints while training, `result.json` at the end.
+the trial's own folder, not Ray's: `step-NNNNNN/` checkpoints and `reports.jsonl` while training, `result.json` at the
+end.
 """
 
 import json
@@ -28,6 +29,7 @@ from halora.trial import TrialConfig
 
 RESULT_FILE = "result.json"
 """Scores of a finished trial, in its folder."""
+_REPORTS_FILE = "reports.jsonl"
 
 
 class Workbench:
@@ -110,9 +112,13 @@ class Training:
         reports: list[dict[str, float]] = []
         while not self.done and len(reports) < training.report_every:
             reports.append(asdict(self._finetuner.train_step()))
+        report: dict[str, float] = {"step": self._finetuner.step}
+        if reports:
+            report |= {f"train_{name}": fmean(r[name] for r in reports) for name in reports[0]}
+            with (self._folder / _REPORTS_FILE).open("a") as lines:  # before the checkpoint, so that none goes without
+                lines.write(json.dumps(report) + "\n")
         save_latest(self._finetuner, self._folder)
-        means = {f"train_{name}": fmean(r[name] for r in reports) for name in reports[0]} if reports else {}
-        return {"step": self._finetuner.step, **means}
+        return report
 
     def close(self) -> None:
         """Tear the engine down."""
@@ -131,6 +137,18 @@ def adapter_folder(folder: Path) -> Path | None:
     """The trained adapter in a trial's folder, in PEFT's format."""
     checkpoint = latest_checkpoint(folder)
     return checkpoint / "adapter" if checkpoint else None
+
+
+def past_reports(folder: Path) -> list[dict[str, float]]:
+    """Reports of a trial up to its latest checkpoint, by step; whoever asked for them may have ended meanwhile."""
+    from halora.training.engine import latest_checkpoint
+
+    checkpoint, written = latest_checkpoint(folder), folder / _REPORTS_FILE
+    if checkpoint is None or not written.exists():
+        return []
+    reached = json.loads((checkpoint / "progress.json").read_text())["step"]
+    reports = {r["step"]: r for r in map(json.loads, written.read_text().splitlines())}
+    return [reports[step] for step in sorted(reports) if step <= reached]
 
 
 class HaloraTrainable(tune.Trainable):

@@ -103,6 +103,14 @@ class SweepRecorder:
             step=step,
         )
 
+    def report_missed(self, number: int, reports: Sequence[Mapping[str, float]]) -> None:
+        """Record those of a trial's reports that are not recorded yet."""
+        history = self._client.get_metric_history(self._trial_run(number), names.TRAINING_METRICS[0])
+        recorded = {metric.step for metric in history}
+        for report in reports:
+            if (step := int(report["step"])) not in recorded:
+                self.report_step(number, step, report)
+
     def finish_trial(
         self,
         point: TrialPoint,

@@ -147,7 +147,11 @@ class _Recording:
         return self._recorder.points
 
     def began(self, suggestion: Suggestion) -> None:
+        from halora.trainable import past_reports
+
         self._recorder.begin_trial(suggestion.number, suggestion.config, suggestion.values, suggestion.energy)
+        # A worker may have gone on for a moment after an earlier driver ended.
+        self._recorder.report_missed(suggestion.number, past_reports(self._folder.trial(suggestion.number)))
         energy = suggestion.energy.total_uj_per_token
         self._watcher.trial(suggestion.number, "running", f"{suggestion.config.training.method}, {energy:.2f} µJ/token")
 
