@@ -108,16 +108,12 @@ def _run_python(code: str, timeout_s: float = 600) -> tuple[bool, str]:
 
 
 def _deepspeed(build: bool) -> Finding:
-    """The shared-memory op that a DeepSpeed engine on a CPU compiles at its first start."""
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", "~/.cache/torch_extensions")).expanduser()
-    if locks := sorted(root.glob("**/lock")):
-        return Finding(
-            "DeepSpeed op",
-            False,
-            f"a build was killed or is running: {locks[0]}",
-            f"if none runs: rm {locks[0]}",
-        )
+    """The shared-memory op that a DeepSpeed engine on a CPU compiles at its first start.
+
+    Its build holds a lock of the operating system, so one that was killed leaves nothing in the way.
+    """
     if not build:
+        root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", "~/.cache/torch_extensions")).expanduser()
         built = sorted(root.glob("**/deepspeed_shm_comm*.so"))
         found = str(built[0].parent) if built else "not built yet"
         return Finding("DeepSpeed op", bool(built), found, "" if built else "run `halora doctor --build`")

@@ -43,7 +43,7 @@ def print_front(name: str, store: Store, form: Format, *, everything: bool = Fal
             "margin": round(p.margin, 3),
             "clean": round(p.clean_accuracy, 4),
             **({"front": p.number in on_front} if everything else {}),
-            **({"params": _short(p.params)} if form is Format.TABLE else {"params": json.dumps(p.params)}),
+            "params": _params(p.params, form),
         }
         for p in chosen
     ]
@@ -53,9 +53,15 @@ def print_front(name: str, store: Store, form: Format, *, everything: bool = Fal
         talk.print(f"sweep '{name}' has no finished trial yet", markup=False)
 
 
-def _short(params: dict[str, str]) -> str:
-    """Searched values on one line: last part of the path, numbers to three digits."""
-    return " ".join(f"{path.rpartition('.')[2]}={_number(value)}" for path, value in sorted(params.items()))
+def _params(params: dict[str, str], form: Format) -> Any:
+    """Searched values; in a table on one line: last part of the path, numbers to three digits."""
+    match form:
+        case Format.JSON:
+            return params
+        case Format.CSV:
+            return json.dumps(params)
+        case Format.TABLE:
+            return " ".join(f"{path.rpartition('.')[2]}={_number(value)}" for path, value in sorted(params.items()))
 
 
 def _number(value: str) -> str:

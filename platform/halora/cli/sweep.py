@@ -73,10 +73,13 @@ def launch(
 @app.command()
 def resume(name: NameArgument, store: StoreOption = None) -> None:
     """Go on with an interrupted sweep: unfinished trials from their checkpoints, then the rest."""
-    from halora.sweep import launch as launching
+    from halora.sweep.state import load_core
 
     place = open_store(store)
-    config, core = launching.load_core(name, place)
+    config, core = load_core(name, place)
+
+    from halora.sweep import launch as launching
+
     with SweepProgress(config.trials) as progress:
         counts = core.counts()
         progress.already_ended(counts["finished"], counts["failed"])
@@ -87,7 +90,7 @@ def resume(name: NameArgument, store: StoreOption = None) -> None:
 @app.command()
 def stop(name: NameArgument, store: StoreOption = None) -> None:
     """Ask a running sweep to pause its trials at their next report, and to end."""
-    from halora.sweep.launch import is_running, load_core
+    from halora.sweep.state import is_running, load_core
 
     place = open_store(store)
     _, core = load_core(name, place)
@@ -106,7 +109,7 @@ def status(
 ) -> None:
     """Trials of sweeps by state."""
     from halora.spaces.sweep import shipped_sweeps
-    from halora.sweep.launch import is_running, load_core
+    from halora.sweep.state import is_running, load_core
 
     place = open_store(store)
     rows = []

@@ -1,16 +1,12 @@
 """Launches and resumes a sweep: study, Ray and records brought together, and everything closed at the end."""
 
-import fcntl
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import yaml
 
 from halora.analysis.front import TrialPoint, best
-from halora.errors import UserError
 from halora.records import queries
 from halora.records.names import ENERGY
 from halora.records.store import Store, SweepFolder
@@ -18,6 +14,7 @@ from halora.records.tracking import SweepRecorder, open_client
 from halora.spaces.sweep import SweepConfig, load_sweep
 from halora.sweep.comparison import PairedComparison, check_rows_left, compare_with_base
 from halora.sweep.core import DecisionCore, Suggestion, check_not_launched, open_study
+from halora.sweep.state import only_driver
 
 
 class Watcher(Protocol):
@@ -71,25 +68,9 @@ def resume(name: str, store: Store, watcher: Watcher) -> Outcome:
     return _run(load_sweep(str(store.existing(name).sweep_file)), store, watcher)
 
 
-def load_core(name: str, store: Store) -> tuple[SweepConfig, DecisionCore]:
-    """A launched sweep and its decision core, for looking and for asking it to stop."""
-    folder = store.existing(name)
-    sweep = SweepConfig.model_validate(yaml.safe_load(folder.sweep_file.read_text()))
-    return sweep, DecisionCore(sweep, open_study(sweep, folder))
-
-
-def is_running(folder: SweepFolder) -> bool:
-    """Whether a process of this machine is running the sweep."""
-    try:
-        with _only_driver(folder):
-            return False
-    except UserError:
-        return True
-
-
 def _run(sweep: SweepConfig, store: Store, watcher: Watcher) -> Outcome:
     folder = store.sweep(sweep.name)
-    with _only_driver(folder):
+    with only_driver(folder):
         client = open_client(store)
         core = DecisionCore(sweep, open_study(sweep, folder))
         core.request_stop(False)
@@ -117,23 +98,6 @@ def _run(sweep: SweepConfig, store: Store, watcher: Watcher) -> Outcome:
                 recorder.interrupt_trial(number)
             recorder.finish(interrupted=interrupted)
         return Outcome(not interrupted, core.counts()["failed"], comparison)
-
-
-@contextmanager
-def _only_driver(folder: SweepFolder) -> Iterator[None]:
-    """Hold the sweep's lock; the system releases it when the process ends, however it ends."""
-    with folder.lock_file.open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"sweep '{folder.name}' is running in another process",
-                f"watch it with `halora sweep status {folder.name}`",
-            ) from None
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
-        yield
 
 
 class _Recording:
