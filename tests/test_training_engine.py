@@ -31,6 +31,7 @@ def workbench() -> Workbench:
 
 def _run(workbench: Workbench, config: TrialConfig, folder: Path, stop_at: int | None = None) -> list[dict]:
     """Reports from the latest checkpoint to the end, or until `stop_at`, as if killed there."""
+    folder.mkdir(exist_ok=True)
     training = workbench.train(config, folder)
     reports = []
     try:
@@ -238,17 +239,18 @@ def test_the_adapter_loads_with_plain_peft_and_gives_our_logits(workbench, train
 
 def test_a_checkpoint_is_one_folder_without_pickles(trained):
     _, folder = trained
-    assert [path.name for path in folder.iterdir()] == ["step-000004"]
-    files = {str(path.relative_to(folder / "step-000004")) for path in folder.rglob("*") if path.is_file()}
+    checkpoint = folder / "step-000004"
+    assert [path for path in folder.iterdir() if path.is_dir()] == [checkpoint]
+    files = {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file()}
     assert files == {
         "adapter/adapter_config.json",
         "adapter/adapter_model.safetensors",
         "optimizer.safetensors",
         "progress.json",
     }
-    weights = load_file(folder / "step-000004" / "adapter" / "adapter_model.safetensors")
+    weights = load_file(checkpoint / "adapter" / "adapter_model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
-    assert json.loads((folder / "step-000004" / "progress.json").read_text()) == {"step": 4}
+    assert json.loads((checkpoint / "progress.json").read_text()) == {"step": 4}
 
 
 def _truncate(path: Path) -> None:

@@ -112,9 +112,10 @@ def _deepspeed(build: bool) -> Finding:
 
     Its build holds a lock of the operating system, so one that was killed leaves nothing in the way.
     """
+    from halora.training.models import extensions_dir
+
     if not build:
-        root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", "~/.cache/torch_extensions")).expanduser()
-        built = sorted(root.glob("**/deepspeed_shm_comm*.so"))
+        built = sorted(extensions_dir().glob("**/deepspeed_shm_comm*.so"))
         found = str(built[0].parent) if built else "not built yet"
         return Finding("DeepSpeed op", bool(built), found, "" if built else "run `halora doctor --build`")
     ok, line = _run_python(

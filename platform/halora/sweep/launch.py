@@ -1,20 +1,24 @@
-"""Launches and resumes a sweep: study, Ray and records brought together, and everything closed at the end."""
+"""Launches and resumes a sweep: study, Ray and records brought together, and everything closed at the end.
+
+MLflow, Ray and torch are imported once nothing is left to refuse.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import yaml
 
 from halora.analysis.front import TrialPoint, best
-from halora.records import queries
 from halora.records.names import ENERGY
 from halora.records.store import Store, SweepFolder
-from halora.records.tracking import SweepRecorder, open_client
 from halora.spaces.sweep import SweepConfig, load_sweep
 from halora.sweep.comparison import PairedComparison, check_rows_left, compare_with_base
 from halora.sweep.core import DecisionCore, Suggestion, check_not_launched, open_study
 from halora.sweep.state import only_driver
+
+if TYPE_CHECKING:
+    from halora.records.tracking import SweepRecorder
 
 
 class Watcher(Protocol):
@@ -53,6 +57,9 @@ def launch(sweep: SweepConfig, store: Store, watcher: Watcher) -> Outcome:
     store.check_writable()
     check_not_launched(folder)
     check_rows_left(sweep)
+
+    from halora.records.tracking import open_client
+
     open_client(store)
     folder.root.mkdir(parents=True)
     folder.sweep_file.write_text(yaml.safe_dump(sweep.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
@@ -69,6 +76,9 @@ def resume(name: str, store: Store, watcher: Watcher) -> Outcome:
 
 
 def _run(sweep: SweepConfig, store: Store, watcher: Watcher) -> Outcome:
+    from halora.records import queries
+    from halora.records.tracking import SweepRecorder, open_client
+
     folder = store.sweep(sweep.name)
     with only_driver(folder):
         client = open_client(store)
@@ -103,7 +113,7 @@ def _run(sweep: SweepConfig, store: Store, watcher: Watcher) -> Outcome:
 class _Recording:
     """Passes what happens to trials on to the records and to whoever watches."""
 
-    def __init__(self, recorder: SweepRecorder, watcher: Watcher, folder: SweepFolder) -> None:
+    def __init__(self, recorder: "SweepRecorder", watcher: Watcher, folder: SweepFolder) -> None:
         self._recorder, self._watcher, self._folder = recorder, watcher, folder
 
     def points(self) -> list[TrialPoint]:

@@ -20,7 +20,7 @@ from halora.hardware.addressing import NoiseKey, Role, derive_seed
 from halora.training.adapter import attach, detach, lora_pairs, regulariser
 from halora.training.batches import IGNORED, rows_at_step, training_batch
 from halora.training.config import TrainingSettings
-from halora.training.models import BaseModel
+from halora.training.models import BaseModel, extensions_dir
 from halora.training.rram import ChipInstance, RramArray
 from halora.training.tasks import Row
 from halora.trial import TrialConfig
@@ -246,6 +246,7 @@ def _deepspeed_engine(loss: HaloraLoss, trainable: dict[str, nn.Parameter], conf
 
 def join_process_group() -> None:
     """Make this process a DeepSpeed world of one, once."""
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(extensions_dir())
     import deepspeed
 
     if torch.distributed.is_initialized():

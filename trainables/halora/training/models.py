@@ -7,6 +7,7 @@ its clean accuracy is that of the 4-bit weights.
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -44,6 +45,14 @@ class BaseModel:
 def cache_dir() -> Path:
     """Where converted models are kept: `HALORA_CACHE`, or `~/.cache/halora`."""
     return Path(os.environ.get("HALORA_CACHE", "~/.cache/halora")).expanduser()
+
+
+def extensions_dir() -> Path:
+    """Where torch keeps the op DeepSpeed builds: `TORCH_EXTENSIONS_DIR`, or in this virtual environment.
+
+    Torch's own default is shared by all environments of a user, which then rebuild it in turn.
+    """
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path(sys.prefix) / "torch_extensions")
 
 
 def find_model(model: str) -> str:

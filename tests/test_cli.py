@@ -1,0 +1,605 @@
+"""Oracles: the command's exit codes; MLflow's database read on its own; one sweep run twice, once undisturbed.
+
+Every launch is a process of its own with a real Ray; launched sweeps are shared by the tests that look at them.
+"""
+
+import csv
+import io
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+HALORA = Path(sys.executable).parent / "halora"
+TRIALS = 5
+STEPS = 60
+
+
+def _environment(store):
+    own = {"HALORA_STORE": str(store), "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    return os.environ | own
+
+
+def halora(store, *args, cwd=None, timeout=500):
+    """Run the command, in the folder that holds the store."""
+    return subprocess.run(
+        [HALORA, *map(str, args)],
+        env=_environment(store),
+        cwd=cwd or store.parent,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+class Background:
+    """The command in a session of its own, as in a terminal; its stderr is read line by line."""
+
+    def __init__(self, store, *args):
+        self.lines = []
+        self.process = subprocess.Popen(
+            [HALORA, *map(str, args)],
+            env=_environment(store),
+            cwd=store.parent,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self):
+        for line in self.process.stderr:
+            self.lines.append(line)
+
+    @property
+    def said(self):
+        """Its stderr so far."""
+        return "".join(self.lines)
+
+    def wait_for(self, text, timeout=400):
+        """Wait until a line of stderr holds the text."""
+        end = time.monotonic() + timeout
+        while text not in self.said:
+            assert self.process.poll() is None, self.said
+            assert time.monotonic() < end, f"no '{text}' in: {self.said}"
+            time.sleep(0.05)
+
+    def end(self, timeout=500):
+        """The exit code and stdout."""
+        code = self.process.wait(timeout)
+        self._reader.join(timeout)
+        return code, self.process.stdout.read()
+
+    def family(self):
+        """All processes it started."""
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def kill(self):
+        """End it and whatever it started, if anything is left."""
+        left = [*self.family(), self.process] if self.process.poll() is None else []
+        for process in left:
+            process.kill()
+
+
+@contextmanager
+def background(store, *args):
+    running = Background(store, *args)
+    try:
+        yield running
+    finally:
+        running.kill()
+
+
+def training_steps(said, number):
+    """Steps of a trial's reports in the order they were told."""
+    return [int(step) for step in re.findall(rf"trial +{number} training +step (\d+)/", said)]
+
+
+def _client(store):
+    from mlflow import MlflowClient
+
+    return MlflowClient(f"sqlite:///{store / 'mlflow.db'}")
+
+
+def runs(store, name, kind="trial"):
+    """MLflow's runs of a sweep, by trial number."""
+    client = _client(store)
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    found = client.search_runs(experiments, f"tags.`halora.sweep` = '{name}' and tags.`halora.kind` = '{kind}'")
+    return sorted(found, key=lambda run: int(run.data.tags.get("halora.trial", -1)))
+
+
+def loss_history(store, run):
+    """(step, train_loss) of a run as recorded, by step."""
+    history = _client(store).get_metric_history(run.info.run_id, "train_loss")
+    return sorted((metric.step, metric.value) for metric in history)
+
+
+def _content(name, models, task, **training):
+    """A sweep over the tiny models' fixed part."""
+    return {
+        "name": name,
+        "family": "tiny",
+        "description": "tiny models",
+        "seed": 7,
+        "trials": 3,
+        "trial": {
+            "model": models["llama"],
+            "task": task,
+            "chip": "halora-2026",
+            "training": {"method": "halora", "mu": 0.01, "batch_size": 4, "learning_rate": 0.05, **training},
+            "evaluation": {"chip_instances": 2, "rows": 8, "calibration_tokens": 64, "context_tokens": 64},
+        },
+        "reference_point": {"accuracy": 0.0, "energy_uj_per_token": 1.0},
+    }
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """The store that all launched sweeps share."""
+    return tmp_path_factory.mktemp("cli") / "store"
+
+
+@pytest.fixture(scope="module")
+def zoo_file(tiny_models, tiny_task, tmp_path_factory):
+    """A sweep over all architectures, two trials at a time, with a closing comparison."""
+    content = _content("zoo", tiny_models, tiny_task, steps=6, report_every=2, schedule={"redraw_steps": 2})
+    content |= {
+        "trials": TRIALS,
+        "concurrent": 2,
+        "space": {
+            "model": {"choices": list(tiny_models.values())},
+            "lora.rank": {"choices": [2, 4]},
+            "chip.adc.bits": {"low": 5, "high": 9, "kind": "int"},
+        },
+        "first": [{"model": folder, "lora.rank": 4} for folder in tiny_models.values()],
+        "comparison": {"rows": 8, "chip_instances": 2},
+    }
+    path = tmp_path_factory.mktemp("sweeps") / "zoo.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+@pytest.fixture(scope="module")
+def zoo(store, zoo_file):
+    """The process that launched that sweep."""
+    return halora(store, "sweep", "launch", zoo_file)
+
+
+# One sweep over all families, launched once.
+
+
+def test_a_sweep_over_all_families_ends_in_a_front(zoo, store, tiny_models):
+    assert zoo.returncode == 0, zoo.stderr
+    assert re.search(rf"front of zoo: \d of {TRIALS} finished trials", zoo.stdout)
+    assert "energy_uj_per_token" in zoo.stdout
+    for number in range(TRIALS):
+        assert f"trial {number:>3} finished" in zoo.stderr
+    assert re.search(r"best adapter \(trial \d\) beside the untrained base, on the same 2 fresh chips", zoo.stderr)
+    assert "Traceback" not in zoo.stderr
+    assert "Warning" not in zoo.stderr
+    assert [path.name for path in store.parent.iterdir()] == ["store"]  # nothing is written beside the store
+
+    shown = halora(store, "front", "show", "zoo", "--all", "--format", "json")
+    assert shown.returncode == 0
+    rows = json.loads(shown.stdout)
+    assert {row["params"]["model"] for row in rows} == set(tiny_models.values())
+    assert sorted(row["trial"] for row in rows) == list(range(TRIALS))
+    for row in rows:
+        beaten = [
+            other
+            for other in rows
+            if (other["accuracy"], -other["energy_uj_per_token"]) != (row["accuracy"], -row["energy_uj_per_token"])
+            and other["accuracy"] >= row["accuracy"]
+            and other["energy_uj_per_token"] <= row["energy_uj_per_token"]
+        ]
+        assert row["front"] == (not beaten)
+
+    members = list(csv.DictReader(io.StringIO(halora(store, "front", "show", "zoo", "--format", "csv").stdout)))
+    assert {int(row["trial"]) for row in members} == {row["trial"] for row in rows if row["front"]}
+
+
+def test_mlflow_holds_the_whole_sweep(zoo, store, tiny_models):
+    (parent,) = runs(store, "zoo", kind="sweep")
+    trials = runs(store, "zoo")
+    assert (parent.info.status, parent.data.metrics["trials_done"]) == ("FINISHED", TRIALS)
+    assert [run.data.tags["halora.trial"] for run in trials] == [str(number) for number in range(TRIALS)]
+    assert {run.data.params["model"] for run in trials} == set(tiny_models.values())
+    client = _client(store)
+    assert {item.path for item in client.list_artifacts(parent.info.run_id)} == {
+        "sweep.yaml",
+        "front.json",
+        "front.csv",
+        "front.png",
+        "comparison.json",
+    }
+    for run in trials:
+        assert run.info.status == "FINISHED"
+        assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
+        assert set(run.data.params) == {"model", "lora.rank", "chip.adc.bits"}
+        assert [step for step, _ in loss_history(store, run)] == [2, 4, 6]
+        metrics = run.data.metrics
+        components = [value for name, value in metrics.items() if name.startswith("energy_uj_per_token.")]
+        assert len(components) == 7
+        assert sum(components) == pytest.approx(metrics["energy_uj_per_token"], rel=1e-9)
+        assert metrics["accuracy_low"] <= metrics["accuracy"] <= metrics["accuracy_high"]
+        adapter = {item.path for item in client.list_artifacts(run.info.run_id, "adapter")}
+        assert adapter == {"adapter/adapter_model.safetensors", "adapter/adapter_config.json"}
+    kept = [*(store / "artifacts").rglob("*"), *(store / "sweeps" / "zoo" / "trials").rglob("*")]
+    assert {path.suffix for path in kept if path.is_file()} <= {
+        ".json",
+        ".jsonl",
+        ".yaml",
+        ".csv",
+        ".png",
+        ".safetensors",
+    }
+
+
+def test_status_and_trial_tell_what_is_recorded(zoo, store):
+    (row,) = json.loads(halora(store, "sweep", "status", "zoo", "--format", "json").stdout)
+    assert row == {
+        "sweep": "zoo",
+        "state": "ended",
+        "trials": TRIALS,
+        "finished": TRIALS,
+        "failed": 0,
+        "unfinished": 0,
+        "waiting": 0,
+    }
+    told = json.loads(halora(store, "trial", "show", "zoo/0", "--format", "json").stdout)
+    values = {row["name"]: row["value"] for row in told}
+    run = runs(store, "zoo")[0]
+    assert values["state"] == "finished"
+    assert values["run"] == run.info.run_id
+    assert {name: values[name] for name in run.data.params} == run.data.params
+    assert values["train_loss"] == pytest.approx(run.data.metrics["train_loss"], abs=1e-6)
+
+
+def test_recompute_agrees_and_notices_other_weights(zoo, store, tmp_path):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    again = halora(store, "trial", "show", "zoo/0", "--recompute")
+    assert again.returncode == 0, again.stderr
+    assert "energy: agrees" in again.stderr
+    assert "accuracy: agrees" in again.stderr
+
+    run = runs(store, "zoo")[0]
+    (weights,) = (store / "artifacts").rglob(f"{run.info.run_id}/artifacts/adapter/adapter_model.safetensors")
+    original = weights.read_bytes()
+    try:
+        generator = torch.Generator().manual_seed(0)
+        changed = {
+            name: tensor + 0.5 * torch.randn(tensor.shape, generator=generator) if "lora_B" in name else tensor
+            for name, tensor in load_file(weights).items()
+        }
+        save_file(changed, weights)
+        wrong = halora(store, "trial", "show", "zoo/0", "--recompute")
+    finally:
+        weights.write_bytes(original)
+    assert wrong.returncode == 1
+    assert "accuracy: DISAGREES" in wrong.stderr
+    assert "energy: agrees" in wrong.stderr
+
+
+def test_the_dashboard_serves_the_store(zoo, store):
+    from mlflow import MlflowClient
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    with background(store, "dashboard", "--port", port) as page:
+        end = time.monotonic() + 300
+        while True:
+            try:
+                assert urllib.request.urlopen(f"{url}/health").status == 200
+                break
+            except OSError:
+                assert page.process.poll() is None, page.said
+                assert time.monotonic() < end, page.said
+                time.sleep(0.5)
+        client = MlflowClient(url)
+        (experiment,) = client.search_experiments(filter_string="name = 'tiny'")
+        found = client.search_runs([experiment.experiment_id], "tags.`halora.sweep` = 'zoo'")
+        (parent,) = [run for run in found if run.data.tags["halora.kind"] == "sweep"]
+        children = [run for run in found if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+        assert len(children) == TRIALS
+        asked = f"{url}/get-artifact?path=front.png&run_uuid={parent.info.run_id}"
+        picture = urllib.request.urlopen(asked).read()
+        (kept,) = (store / "artifacts").rglob(f"{parent.info.run_id}/artifacts/front.png")
+        assert picture.startswith(b"\x89PNG")
+        assert picture == kept.read_bytes()
+        family = page.family()
+        os.kill(page.process.pid, signal.SIGTERM)
+        assert page.process.wait(60) == 0
+        assert not psutil.wait_procs(family, timeout=30)[1]
+    assert [path.name for path in store.parent.iterdir()] == ["store"]
+
+
+# One sweep twice: once undisturbed, once stopped, interrupted and killed. Its second trial fails by its own fault.
+
+
+@pytest.fixture(scope="module")
+def repeat_file(tiny_models, tiny_task, tmp_path_factory):
+    """A function that writes the same sweep under another name."""
+    content = _content("", tiny_models, tiny_task, steps=STEPS, report_every=3, schedule={"redraw_steps": 7})
+    content["space"] = {
+        "training.weight_decay": {"choices": [0.0, 1e30]},  # the second drives every weight out of range
+        "training.learning_rate": {"low": 0.01, "high": 0.1, "log": True},
+    }
+    content["first"] = [{"training.weight_decay": decay} for decay in (0.0, 1e30, 0.0)]
+    folder = tmp_path_factory.mktemp("sweeps")
+
+    def write(name):
+        path = folder / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(content | {"name": name}))
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def undisturbed(store, repeat_file):
+    return halora(store, "sweep", "launch", repeat_file("undisturbed"))
+
+
+def test_a_trial_that_fails_is_recorded_and_the_sweep_goes_on(undisturbed, store):
+    assert undisturbed.returncode == 1, undisturbed.stderr
+    good, bad, later = runs(store, "undisturbed")
+    assert [run.info.status for run in (good, bad, later)] == ["FINISHED", "FAILED", "FINISHED"]
+    assert bad.data.tags["halora.cause"] == "loss nan at step 1"
+    assert re.search(r"trial +1 failed +loss nan at step 1", undisturbed.stderr)
+    assert "Traceback" not in undisturbed.stderr
+    (parent,) = runs(store, "undisturbed", kind="sweep")
+    assert (parent.info.status, parent.data.metrics["trials_done"]) == ("FINISHED", 2)
+    every_third = list(range(3, STEPS + 1, 3))
+    assert [step for step, _ in loss_history(store, good)] == every_third
+    assert [step for step, _ in loss_history(store, later)] == every_third
+    (row,) = json.loads(halora(store, "sweep", "status", "undisturbed", "--format", "json").stdout)
+    assert (row["state"], row["finished"], row["failed"]) == ("ended", 2, 1)
+    shown = halora(store, "trial", "show", "undisturbed/1", "--recompute")
+    assert shown.returncode == 2
+    assert "has no 'scores.json'" in shown.stderr
+
+
+@pytest.fixture(scope="module")
+def stopped(store, repeat_file):
+    """The sweep again, asked to stop by another process while its first trial begins."""
+    with background(store, "sweep", "launch", repeat_file("disturbed")) as driver:
+        driver.wait_for("trial   0 running")
+        twice = halora(store, "sweep", "resume", "disturbed")
+        stop = halora(store, "sweep", "stop", "disturbed")
+        driver.end()
+        return driver, stop, twice
+
+
+def test_a_stop_from_another_process_pauses_the_sweep(stopped, store):
+    driver, stop, twice = stopped
+    assert stop.returncode == 0, stop.stderr
+    assert "halora sweep resume disturbed" in stop.stderr
+    assert twice.returncode == 2
+    assert "running in another process" in twice.stderr
+    assert driver.process.returncode == 1
+    assert "halora sweep resume disturbed" in driver.said
+    assert training_steps(driver.said, 0)
+    assert "trial   1" not in driver.said
+    assert {run.info.status for run in runs(store, "disturbed")} == {"KILLED"}
+    (row,) = json.loads(halora(store, "sweep", "status", "disturbed", "--format", "json").stdout)
+    assert (row["state"], row["unfinished"], row["waiting"]) == ("interrupted", 1, 2)
+
+
+@pytest.fixture(scope="module")
+def interrupted(stopped, store):
+    """Resumed, and interrupted with Ctrl-C, which a terminal sends to every process of the session."""
+    with background(store, "sweep", "resume", "disturbed") as driver:
+        driver.wait_for("training")
+        family = driver.family()
+        os.killpg(driver.process.pid, signal.SIGINT)
+        began = time.monotonic()
+        driver.end()
+        return driver, time.monotonic() - began, family
+
+
+def test_ctrl_c_ends_a_sweep_and_keeps_its_reports(interrupted, stopped, store):
+    driver, seconds, family = interrupted
+    assert driver.process.returncode == 1, driver.said
+    assert seconds < 30
+    assert "halora sweep resume disturbed" in driver.said
+    assert "Traceback" not in driver.said
+    assert training_steps(driver.said, 0)[0] > training_steps(stopped[0].said, 0)[-1]  # from its checkpoint
+    everything = [*runs(store, "disturbed"), *runs(store, "disturbed", kind="sweep")]
+    assert {run.info.status for run in everything} <= {"KILLED", "FINISHED", "FAILED"}
+    assert "KILLED" in {run.info.status for run in everything}
+    assert not psutil.wait_procs(family, timeout=30)[1]
+
+
+@pytest.fixture(scope="module")
+def killed(interrupted, store):
+    """Resumed again, and killed without a chance to record anything."""
+    with background(store, "sweep", "resume", "disturbed") as driver:
+        driver.wait_for("training")
+        family = driver.family()
+        driver.process.kill()
+        driver.end()
+        return driver, family
+
+
+@pytest.fixture(scope="module")
+def resumed(killed, store):
+    """Resumed a last time, to its end."""
+    psutil.wait_procs(killed[1], timeout=60)
+    return halora(store, "sweep", "resume", "disturbed")
+
+
+def test_workers_of_a_killed_driver_end_too(killed):
+    driver, family = killed
+    assert driver.process.returncode == -signal.SIGKILL
+    left = psutil.wait_procs(family, timeout=60)[1]
+    assert not [process for process in left if process.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_a_disturbed_sweep_ends_as_the_undisturbed_one(resumed, undisturbed, store):
+    assert resumed.returncode == undisturbed.returncode == 1, resumed.stderr  # for the trial that fails
+    again, whole = runs(store, "disturbed"), runs(store, "undisturbed")
+    assert [run.data.tags["halora.trial"] for run in again] == ["0", "1", "2"]  # none twice
+    assert [run.info.status for run in again] == [run.info.status for run in whole]
+    assert [run.data.params for run in again] == [run.data.params for run in whole]
+    assert len(runs(store, "disturbed", kind="sweep")) == 1
+    for one, other in zip(again, whole, strict=True):
+        assert one.data.tags.get("halora.cause") == other.data.tags.get("halora.cause")
+        steps, losses = zip(*loss_history(store, one), strict=True) if one.info.status == "FINISHED" else ((), ())
+        assert steps == tuple(step for step, _ in loss_history(store, other))  # each once
+        assert losses == pytest.approx([loss for _, loss in loss_history(store, other)], abs=1e-4)
+        for name in ("margin", "clean_margin"):
+            assert one.data.metrics.get(name) == pytest.approx(other.data.metrics.get(name), abs=1e-3)
+    (row,) = json.loads(halora(store, "sweep", "status", "disturbed", "--format", "json").stdout)
+    assert (row["state"], row["finished"], row["failed"], row["unfinished"]) == ("ended", 2, 1, 0)
+
+
+def test_the_picture_of_a_resumed_sweep_shows_all_its_trials(resumed, undisturbed, store):
+    import matplotlib.image
+    import numpy as np
+
+    pictures = []
+    for name in ("disturbed", "undisturbed"):
+        (parent,) = runs(store, name, kind="sweep")
+        (path,) = (store / "artifacts").rglob(f"{parent.info.run_id}/artifacts/front.png")
+        pictures.append(matplotlib.image.imread(path)[40:])  # without the title
+    assert np.abs(pictures[0] - pictures[1]).mean() < 1e-3
+    assert np.abs(pictures[0] - 1).mean() > 1e-3
+
+
+# What a user can get wrong, and what needs no sweep.
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--set", "trial.training.lerning_rate=0.1"], "unknown key; did you mean 'learning_rate'"),
+        (["--set", "trial.lora.rank=0"], "trial.lora.rank: input should be greater than or equal to 1, got 0"),
+        (["--set", "trial.model=smollm2", "--set", "space={}", "--set", "first=[]"], "no model 'smollm2'"),
+        (["--set", "trial.task=arc-medium"], "no task 'arc-medium'"),
+        (["--set", "trial.training.steps=many"], "trial.training.steps: input should be a valid integer"),
+        (["--set", "trial.training.steps"], "write PATH=VALUE"),
+        (["--set", "trial={"], "is not YAML"),
+        (["--seed", "-1"], "seed: input should be greater than or equal to 0, got -1"),
+        (["--set", "comparison.rows=100"], "comparison.rows: 100, but"),
+    ],
+)
+def test_bad_input_is_refused_with_a_message_and_nothing_is_written(args, message, zoo_file, tmp_path):
+    place = tmp_path / "store"
+    refused = halora(place, "sweep", "launch", zoo_file, *args)
+    assert refused.returncode == 2
+    assert message in refused.stderr
+    assert refused.stderr.count("error: ") == 1
+    assert "Traceback" not in refused.stderr
+    assert not refused.stdout
+    assert not list(place.rglob("*"))
+
+
+def test_a_store_that_cannot_be_written_is_refused(zoo_file, tmp_path):
+    (tmp_path / "file").touch()
+    refused = halora(tmp_path / "file" / "store", "sweep", "launch", zoo_file, cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "cannot be written: Not a directory" in refused.stderr
+    assert "next: name another with --store" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_database_that_cannot_be_opened_is_told_apart(zoo_file, tmp_path):
+    place = tmp_path / "store"
+    place.mkdir()
+    (place / "mlflow.db").write_text("no database")
+    refused = halora(place, "sweep", "launch", zoo_file)
+    assert refused.returncode == 3
+    assert "cannot be opened" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert [path.name for path in place.iterdir()] == ["mlflow.db"]
+
+
+def test_a_name_that_is_taken_is_refused_with_the_ways_to_go_on(zoo, zoo_file, store):
+    before = len(runs(store, "zoo"))
+    refused = halora(store, "sweep", "launch", zoo_file)
+    assert refused.returncode == 2
+    assert "sweep 'zoo' was launched before" in refused.stderr
+    assert "halora sweep resume zoo" in refused.stderr
+    assert "--name" in refused.stderr
+    assert len(runs(store, "zoo")) == before
+
+
+@pytest.mark.parametrize("args", [["sweep", "resume"], ["sweep", "stop"], ["sweep", "status"], ["front", "show"]])
+def test_a_sweep_that_is_not_there_is_named(args, zoo, store):
+    refused = halora(store, *args, "zo")
+    assert refused.returncode == 2
+    assert "no sweep 'zo'" in refused.stderr
+    assert "did you mean 'zoo'" in refused.stderr
+
+
+def test_looking_into_an_empty_store_makes_nothing(tmp_path):
+    place = tmp_path / "store"
+    refused = halora(place, "trial", "show", "zoo/0")
+    assert refused.returncode == 2
+    assert "no sweep 'zoo'" in refused.stderr
+    assert halora(place, "dashboard").returncode == 2
+    assert "quickstart" in halora(place, "sweep", "status").stderr
+    assert not place.exists()
+
+
+@pytest.mark.parametrize("args", [[], ["sweep"], ["front"], ["trial"], ["doctor"], ["dashboard"], ["sweep", "launch"]])
+def test_help_is_there_for_every_command(args, tmp_path):
+    shown = halora(tmp_path / "store", *args, "--help")
+    assert shown.returncode == 0
+    assert shown.stdout.lstrip().startswith("Usage: halora")
+
+
+def test_help_and_validation_load_nothing_heavy(zoo_file):
+    code = (
+        "import sys, halora.cli.main\n"
+        "from halora.spaces.sweep import load_sweep\n"
+        "import halora.sweep.state\n"
+        f"load_sweep({str(zoo_file)!r})\n"
+        "heavy = {'torch', 'ray', 'mlflow', 'transformers', 'peft', 'deepspeed', 'datasets', 'matplotlib'}\n"
+        "print(sorted(heavy & sys.modules.keys()))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
+
+
+def test_the_doctor_names_every_check(zoo, store):
+    told = halora(store, "doctor", "--format", "json")
+    findings = json.loads(told.stdout)
+    assert [row["check"] for row in findings] == [
+        "Python",
+        "packages",
+        "C++ compiler",
+        "DeepSpeed op",
+        "demo data",
+        "Ray",
+        "MLflow store",
+        "free memory",
+        "disk",
+        "/dev/shm",
+    ]
+    by_name = {row["check"]: row for row in findings}
+    for needed in ("Python", "packages", "demo data", "Ray", "MLflow store"):
+        assert by_name[needed]["ok"] == "yes", by_name[needed]
+    assert told.returncode == (0 if all(row["ok"] == "yes" for row in findings) else 1)
+    assert all(row["do"] for row in findings if row["ok"] == "NO")
