@@ -1,7 +1,7 @@
 """The Ray Tune trainable: trains one trial, evaluates it, and keeps the base model for the next.
 
 An actor lives across trials (`reuse_actors`), so imports, the base model and the rows are loaded once. Durable state is
-the trial's own folder, not Ray's: `step-NNNNNN/` checkpoints and `reports.jsonl` while training, `result.json` at the
+the trial's own folder, not Ray's: `step-NNNNNN/` checkpoints and `reports.json` while training, `result.json` at the
 end.
 """
 
@@ -29,7 +29,7 @@ from halora.trial import TrialConfig
 
 RESULT_FILE = "result.json"
 """Scores of a finished trial, in its folder."""
-_REPORTS_FILE = "reports.jsonl"
+_REPORTS_FILE = "reports.json"
 
 
 class Workbench:
@@ -93,13 +93,15 @@ class Training:
         self._workbench, self._config, self._folder = workbench, config, folder
         base, array = workbench.base(config)
         rows = task_rows(config.task, "train", config.training.train_rows)
+        folder.mkdir(parents=True, exist_ok=True)
         self._finetuner = Finetuner(base, array, list(rows), config)
-        if checkpoint := latest_checkpoint(folder):
-            try:
+        try:
+            if checkpoint := latest_checkpoint(folder):
                 self._finetuner.restore(checkpoint)
-            except UserError:
-                self.close()
-                raise
+            self._reports = past_reports(folder)
+        except Exception:
+            self.close()
+            raise
 
     @property
     def done(self) -> bool:
@@ -109,14 +111,14 @@ class Training:
     def advance(self) -> dict[str, float]:
         """Train up to the next report and checkpoint; means over the steps taken."""
         training = self._config.training
-        reports: list[dict[str, float]] = []
-        while not self.done and len(reports) < training.report_every:
-            reports.append(asdict(self._finetuner.train_step()))
+        steps: list[dict[str, float]] = []
+        while not self.done and len(steps) < training.report_every:
+            steps.append(asdict(self._finetuner.train_step()))
         report: dict[str, float] = {"step": self._finetuner.step}
-        if reports:
-            report |= {f"train_{name}": fmean(r[name] for r in reports) for name in reports[0]}
-            with (self._folder / _REPORTS_FILE).open("a") as lines:  # before the checkpoint, so that none goes without
-                lines.write(json.dumps(report) + "\n")
+        if steps:
+            report |= {f"train_{name}": fmean(step[name] for step in steps) for name in steps[0]}
+            self._reports.append(report)
+        write_json(self._folder / _REPORTS_FILE, self._reports)  # first, so that no checkpoint goes without its report
         save_latest(self._finetuner, self._folder)
         return report
 
@@ -141,14 +143,11 @@ def adapter_folder(folder: Path) -> Path | None:
 
 def past_reports(folder: Path) -> list[dict[str, float]]:
     """Reports of a trial up to its latest checkpoint, by step; whoever asked for them may have ended meanwhile."""
-    from halora.training.engine import latest_checkpoint
-
     checkpoint, written = latest_checkpoint(folder), folder / _REPORTS_FILE
     if checkpoint is None or not written.exists():
         return []
     reached = json.loads((checkpoint / "progress.json").read_text())["step"]
-    reports = {r["step"]: r for r in map(json.loads, written.read_text().splitlines())}
-    return [reports[step] for step in sorted(reports) if step <= reached]
+    return [report for report in json.loads(written.read_text()) if report["step"] <= reached]
 
 
 class HaloraTrainable(tune.Trainable):
@@ -185,7 +184,6 @@ class HaloraTrainable(tune.Trainable):
     def _begin(self, config: dict[str, Any]) -> None:
         self._number, self._folder = int(config["number"]), Path(config["folder"])
         self._config = TrialConfig.model_validate(config["trial"])
-        self._folder.mkdir(parents=True, exist_ok=True)
         self._training: Training | None = None
         self._trained = False
 

@@ -32,12 +32,13 @@ def show(
     store: StoreOption = None,
 ) -> None:
     """State, searched values and metrics of a trial."""
-    from halora.records import queries
-    from halora.records.tracking import open_client
-
     place: Store = open_store(store)
     if sweep := trial.rpartition("/")[0]:
         place.existing(sweep)
+
+    from halora.records import queries
+    from halora.records.tracking import open_client
+
     client = open_client(place)
     record = queries.trial(client, trial)
     rows: list[dict[str, str | float]] = [

@@ -112,7 +112,14 @@ def load_base(model: str, dtype: str) -> BaseModel:
     source = find_model(model)
     torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     tokenizer = _load(model, lambda: AutoTokenizer.from_pretrained(source))
-    causal_lm = _load(model, lambda: AutoModelForCausalLM.from_pretrained(source, dtype=torch_dtype))
+    causal_lm, info = _load(
+        model,
+        lambda: AutoModelForCausalLM.from_pretrained(source, dtype=torch_dtype, output_loading_info=True),
+    )
+    if missing := sorted(info["missing_keys"]):  # transformers would make them up
+        raise UserError(
+            f"model '{model}' lacks {len(missing)} weights, the first '{missing[0]}'", "save it again whole"
+        )
     causal_lm.eval().requires_grad_(False)
     if torch.cuda.is_available():
         causal_lm.cuda()
