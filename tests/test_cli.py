@@ -54,7 +54,7 @@ class Background:
             [HALORA, *map(str, args)],
             env=_environment(store),
             cwd=store.parent,
-            stdout=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
@@ -80,14 +80,18 @@ class Background:
             time.sleep(0.05)
 
     def end(self, timeout=1200):
-        """The exit code and stdout."""
+        """Wait for its end; the exit code."""
         code = self.process.wait(timeout)
         self._reader.join(timeout)
-        return code, self.process.stdout.read()
+        return code
 
     def family(self):
         """All processes it started."""
         return psutil.Process(self.process.pid).children(recursive=True)
+
+    def workers(self):
+        """The processes among them that train."""
+        return [process for process in self.family() if "Trainable" in " ".join(process.cmdline())]
 
     def kill(self):
         """End it and whatever it started, if anything is left."""
@@ -433,23 +437,23 @@ def killed(interrupted, store):
     """Resumed again, and killed without a chance to record anything."""
     with background(store, "sweep", "resume", "disturbed") as driver:
         driver.wait_for("training")
-        family = driver.family()
+        workers = driver.workers()
         driver.process.kill()
         driver.end()
-        return driver, family
+        return driver, workers
 
 
 @pytest.fixture(scope="module")
 def resumed(killed, store):
     """Resumed a last time, to its end."""
-    psutil.wait_procs(killed[1], timeout=120)
     return halora(store, "sweep", "resume", "disturbed")
 
 
 def test_workers_of_a_killed_driver_end_too(killed):
-    driver, family = killed
+    driver, workers = killed
     assert driver.process.returncode == -signal.SIGKILL
-    left = psutil.wait_procs(family, timeout=120)[1]
+    assert len(workers) == 1
+    left = psutil.wait_procs(workers, timeout=120)[1]
     assert not [process for process in left if process.status() != psutil.STATUS_ZOMBIE]
 
 
@@ -482,6 +486,20 @@ def test_the_picture_of_a_resumed_sweep_shows_all_its_trials(resumed, undisturbe
         pictures.append(matplotlib.image.imread(path)[40:])  # without the title
     assert np.abs(pictures[0] - pictures[1]).mean() < 1e-3
     assert np.abs(pictures[0] - 1).mean() > 1e-3
+
+
+@pytest.mark.slow
+def test_a_trial_whose_worker_is_killed_has_failed_and_the_sweep_goes_on(store, repeat_file):
+    with background(store, "sweep", "launch", repeat_file("bereaved")) as driver:
+        driver.wait_for("training")
+        (worker,) = driver.workers()
+        worker.kill()
+        assert driver.end() == 1
+    lost, bad, later = runs(store, "bereaved")
+    assert [run.info.status for run in (lost, bad, later)] == ["FAILED", "FAILED", "FINISHED"]
+    cause = lost.data.tags["halora.cause"]
+    assert cause.startswith("its worker ended; see ")
+    assert Path(cause.rpartition(" ")[2]).is_file()
 
 
 # What a user can get wrong, and what needs no sweep.
