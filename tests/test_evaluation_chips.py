@@ -61,11 +61,11 @@ def test_chips_are_numbered(workbench, tiny_trial, adapter):
 
 def test_a_row_scores_the_same_whatever_else_is_asked(workbench, tiny_trial, adapter):
     config = tiny_trial(evaluation=EVALUATION)
-    rows = task_rows(config.task, "validation", None)
+    few = tiny_trial(evaluation={**EVALUATION, "rows": 4})
     whole = workbench.evaluate(config, adapter)
-    part = workbench.evaluate(config, adapter, rows=rows[5:9])
-    for few, all_rows in zip(part.noisy, whole.noisy, strict=True):
-        assert few == pytest.approx(all_rows[5:9], abs=1e-4)
+    part = workbench.evaluate(few, adapter, first_row=5)
+    for some_rows, all_rows in zip(part.noisy, whole.noisy, strict=True):
+        assert some_rows == pytest.approx(all_rows[5:9], abs=1e-4)
 
 
 def test_coarser_converters_and_more_noise_move_the_margins_further(workbench, tiny_trial, adapter):

@@ -7,8 +7,7 @@ end.
 
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from statistics import fmean
@@ -19,7 +18,6 @@ from ray import tune
 
 from halora.errors import UserError
 from halora.evaluation.chips import ChipScores, evaluate
-from halora.evaluation.config import EvaluationSettings
 from halora.training.adapter import attach_saved, detach
 from halora.training.engine import Finetuner, latest_checkpoint, save_latest
 from halora.training.models import BaseModel, load_base
@@ -56,25 +54,19 @@ class Workbench:
         self._loaded = None
 
     def evaluate(
-        self,
-        config: TrialConfig,
-        adapter: Path | None,
-        *,
-        settings: EvaluationSettings | None = None,
-        rows: Sequence[Row] | None = None,
-        first_chip: int = 0,
+        self, config: TrialConfig, adapter: Path | None, *, first_row: int = 0, first_chip: int = 0
     ) -> ChipScores:
-        """Score a stored adapter (none: the bare base) on chip instances of the search pool.
+        """Score a stored adapter on chip instances of the search pool.
 
         Args:
             config: The trial.
-            adapter: Folder of the adapter.
-            settings: Replaces the trial's own evaluation settings.
-            rows: Replaces the trial's validation rows.
+            adapter: Folder of the adapter; none for the bare base.
+            first_row: Validation rows to leave out before `config.evaluation.rows` are taken.
             first_chip: Number of the first chip instance.
         """
-        settings = settings or config.evaluation
-        rows = rows or task_rows(config.task, "validation", settings.rows)
+        settings = config.evaluation
+        until = None if settings.rows is None else first_row + settings.rows
+        rows = task_rows(config.task, "validation", until)[first_row:]
         calibration_rows = task_rows(config.task, "train", settings.calibration_tokens)
         base, array = self.base(config)
         peft_model = attach_saved(base, adapter) if adapter else None
@@ -127,6 +119,27 @@ class Training:
         self._finetuner.close()
         if self._config.training.zero_stage == 3:
             self._workbench.forget_base()
+
+
+@dataclass(frozen=True)
+class ScoringJob:
+    """An evaluation that any process can carry out.
+
+    Attributes:
+        config: The trial, with the evaluation settings to use.
+        adapter: Folder of the adapter; none for the bare base.
+        first_row: Validation rows to leave out before `config.evaluation.rows` are taken.
+        first_chip: Number of the first chip instance.
+    """
+
+    config: TrialConfig
+    adapter: Path | None
+    first_row: int = 0
+    first_chip: int = 0
+
+    def run(self) -> ChipScores:
+        """Load the base and score."""
+        return Workbench().evaluate(self.config, self.adapter, first_row=self.first_row, first_chip=self.first_chip)
 
 
 @lru_cache(maxsize=8)

@@ -62,24 +62,29 @@ def check_rows_left(sweep: SweepConfig) -> None:
 
 
 def compare_with_base(sweep: SweepConfig, folder: SweepFolder, suggestion: Suggestion) -> PairedComparison:
-    """Score the trial's adapter and the bare base on fresh validation rows and fresh chips of the search pool."""
-    from halora.trainable import Workbench, adapter_folder, task_rows
+    """Score the trial's adapter and the bare base on fresh validation rows and fresh chips of the search pool.
+
+    Ray has to run, see `halora.sweep.executor.ray_session`.
+    """
+    from halora.sweep.executor import score_on_workers
+    from halora.trainable import ScoringJob, adapter_folder
 
     assert sweep.comparison is not None
-    config = suggestion.config
-    used_rows, used_chips = config.evaluation.rows or 0, config.evaluation.chip_instances
-    rows = task_rows(config.task, "validation", used_rows + sweep.comparison.rows)[used_rows:]
-    settings = config.evaluation.model_copy(update={"chip_instances": sweep.comparison.chip_instances})
-    bench = Workbench()
-    adapter, base = (
-        bench.evaluate(config, weights, settings=settings, rows=rows, first_chip=used_chips)
-        for weights in (adapter_folder(folder.trial(suggestion.number)), None)
+    used = suggestion.config.evaluation
+    fresh = used.model_copy(update={"rows": sweep.comparison.rows, "chip_instances": sweep.comparison.chip_instances})
+    config = suggestion.config.model_copy(update={"evaluation": fresh})
+    adapter, base = score_on_workers(
+        sweep,
+        [
+            ScoringJob(config, weights, first_row=used.rows or 0, first_chip=used.chip_instances)
+            for weights in (adapter_folder(folder.trial(suggestion.number)), None)
+        ],
     )
     difference = np.array(adapter.noisy) - np.array(base.noisy)
     rightness = (np.array(adapter.noisy) > 0).astype(float) - (np.array(base.noisy) > 0)
     return PairedComparison(
         number=suggestion.number,
-        rows=len(rows),
+        rows=len(adapter.row_ids),
         chip_instances=len(adapter.noisy),
         adapter=adapter.summary(),
         base=base.summary(),

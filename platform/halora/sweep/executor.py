@@ -1,7 +1,8 @@
 """The Ray Tune adapter of the decision core. Ray runs trials and keeps nothing: storage is the truth."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import ray
@@ -10,10 +11,11 @@ from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
+from halora.evaluation.chips import ChipScores
 from halora.records.store import SweepFolder
 from halora.spaces.sweep import SweepConfig
 from halora.sweep.core import Decision, DecisionCore, Suggestion
-from halora.trainable import HaloraTrainable
+from halora.trainable import HaloraTrainable, ScoringJob
 
 # Read by Ray when it starts.
 _RAY_SETTINGS = {
@@ -126,13 +128,10 @@ class _CoreScheduler(FIFOScheduler):
         return {}
 
 
-def run_trials(sweep: SweepConfig, folder: SweepFolder, core: DecisionCore, events: TrialEvents) -> None:
-    """Run the core's suggestions until it has none left, or until Ctrl-C or a stop request.
-
-    Trials still unfinished at the end keep their checkpoint and stay unfinished in the study.
-    """
+@contextmanager
+def ray_session(sweep: SweepConfig) -> Iterator[None]:
+    """Ray on this machine while the block runs, with as many one-CPU workers as the sweep has trials side by side."""
     os.environ.update(_RAY_SETTINGS)
-    running = _Running(folder, core, events)
     threads = max((os.cpu_count() or 1) // sweep.concurrent, 1)
     ray.init(
         num_cpus=sweep.concurrent,
@@ -144,29 +143,47 @@ def run_trials(sweep: SweepConfig, folder: SweepFolder, core: DecisionCore, even
         runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}},
     )
     try:
-        gpus = min(torch.cuda.device_count() / sweep.concurrent, 1)
-        tune.Tuner(
-            tune.with_resources(HaloraTrainable, {"cpu": 1, "gpu": gpus}),
-            tune_config=tune.TuneConfig(
-                search_alg=_CoreSearcher(running),
-                scheduler=_CoreScheduler(running),
-                num_samples=-1,
-                max_concurrent_trials=sweep.concurrent,
-                reuse_actors=True,
-                trial_name_creator=_trial_name,
-                trial_dirname_creator=_trial_name,
-            ),
-            run_config=tune.RunConfig(
-                name="ray",
-                storage_path=str(folder.root),
-                verbose=0,
-                log_to_file=True,
-                failure_config=tune.FailureConfig(max_failures=0),
-                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # the trial's folder has its own
-            ),
-        ).fit()
+        yield
     finally:
         ray.shutdown()
+
+
+def run_trials(sweep: SweepConfig, folder: SweepFolder, core: DecisionCore, events: TrialEvents) -> None:
+    """Run the core's suggestions until it has none left, or until Ctrl-C or a stop request.
+
+    Trials still unfinished at the end keep their checkpoint and stay unfinished in the study.
+    """
+    running = _Running(folder, core, events)
+    tune.Tuner(
+        tune.with_resources(HaloraTrainable, {"cpu": 1, "gpu": _gpus_per_worker(sweep)}),
+        tune_config=tune.TuneConfig(
+            search_alg=_CoreSearcher(running),
+            scheduler=_CoreScheduler(running),
+            num_samples=-1,
+            max_concurrent_trials=sweep.concurrent,
+            reuse_actors=True,
+            trial_name_creator=_trial_name,
+            trial_dirname_creator=_trial_name,
+        ),
+        run_config=tune.RunConfig(
+            name="ray",
+            storage_path=str(folder.root),
+            verbose=0,
+            log_to_file=True,
+            failure_config=tune.FailureConfig(max_failures=0),
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # the trial's folder has its own
+        ),
+    ).fit()
+
+
+def score_on_workers(sweep: SweepConfig, jobs: Sequence[ScoringJob]) -> list[ChipScores]:
+    """Carry out scoring jobs on the workers, side by side."""
+    score = ray.remote(num_cpus=1, num_gpus=_gpus_per_worker(sweep))(ScoringJob.run)
+    return list(ray.get([score.remote(job) for job in jobs]))
+
+
+def _gpus_per_worker(sweep: SweepConfig) -> float:
+    return min(torch.cuda.device_count() / sweep.concurrent, 1)
 
 
 def _trial_name(trial: Any) -> str:

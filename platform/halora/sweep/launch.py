@@ -92,15 +92,16 @@ def _run(sweep: SweepConfig, store: Store, watcher: Watcher) -> Outcome:
         comparison = None
         interrupted = True
         try:
-            from halora.sweep.executor import run_trials  # imports Ray and torch
+            from halora.sweep.executor import ray_session, run_trials  # imports Ray and torch
 
             watcher.say(f"starting {sweep.concurrent} workers; the first loads the model once")
-            run_trials(sweep, folder, core, events)
-            interrupted = core.stopping or bool(core.unfinished) or core.num_started < sweep.trials
-            if not interrupted and sweep.comparison and (chosen := best(events.points())):
-                watcher.say(f"comparing trial {chosen.number} with the untrained base on fresh chips and rows")
-                comparison = compare_with_base(sweep, folder, core.suggestion(chosen.number))
-                recorder.record_comparison(comparison.to_json())
+            with ray_session(sweep):
+                run_trials(sweep, folder, core, events)
+                interrupted = core.stopping or bool(core.unfinished) or core.num_started < sweep.trials
+                if not interrupted and sweep.comparison and (chosen := best(events.points())):
+                    watcher.say(f"comparing trial {chosen.number} with the untrained base on fresh chips and rows")
+                    comparison = compare_with_base(sweep, folder, core.suggestion(chosen.number))
+                    recorder.record_comparison(comparison.to_json())
         except KeyboardInterrupt:
             interrupted = True
         finally:
