@@ -1,11 +1,15 @@
-"""Oracles: determinism across processes and argument orders; moments of a standard normal."""
+"""Oracles: determinism across processes and argument orders; the normal distribution's moments, tails and quantiles;
+independence over every shift, with a recycled pool of noise as the generator that must fail.
+"""
 
 import subprocess
 import sys
 from dataclasses import replace
+from math import erfc, sqrt
 
 import numpy as np
 import pytest
+import torch
 
 from halora.hardware.addressing import NoiseKey, Role, canonical_name, derive_seed
 
@@ -13,7 +17,8 @@ KEY = NoiseKey(role=Role.SEARCH, chip_seed=3, module="layers.0.q_proj", purpose=
 _PRINT_DRAWS = """
 from halora.hardware.addressing import NoiseKey, Role, derive_seed
 key = NoiseKey(role=Role.SEARCH, chip_seed=3, module="layers.0.q_proj", purpose="adc", draw=2, example="row-7")
-print(key.standard_normal((3, 5)).tobytes().hex(), key.uniform_bytes((2, 9)).tobytes().hex(), derive_seed("a", 1))
+draws = (key.standard_normal((3, 5)), key.uniform_bytes((2, 9)), key.uniform((2, 3)))
+print(*(d.tobytes().hex() for d in draws), derive_seed("a", 1))
 """
 
 
@@ -31,7 +36,8 @@ def test_draws_are_equal_in_separate_processes():
             command, env={"PYTHONHASHSEED": hash_seed}, capture_output=True, text=True, check=True
         ).stdout
 
-    here = [KEY.standard_normal((3, 5)).tobytes().hex(), KEY.uniform_bytes((2, 9)).tobytes().hex()]
+    drawn = (KEY.standard_normal((3, 5)), KEY.uniform_bytes((2, 9)), KEY.uniform((2, 3)))
+    here = [draw.tobytes().hex() for draw in drawn]
     assert draws("1").split() == draws("2").split() == [*here, str(derive_seed("a", 1))]
 
 
@@ -99,3 +105,120 @@ def test_longer_uniform_bytes_continue_shorter_ones():
 )
 def test_canonical_name_drops_wrappers(wrapped):
     assert canonical_name(wrapped) == "model.layers.1.mlp.up_proj"
+
+
+@pytest.mark.parametrize("rows", [1, 7, 50, 64])
+def test_rows_drawn_some_at_a_time_are_the_same_draws(rows):
+    parts = list(KEY.normal_rows((50, 7), rows))
+    assert all(len(part) <= rows for part in parts)
+    np.testing.assert_array_equal(np.concatenate(parts), KEY.standard_normal((50, 7)))
+
+
+def test_uniform_draws_are_finer_than_bytes_and_even():
+    draws = KEY.uniform((1000, 1000))
+    assert draws.dtype == np.float32
+    assert 0 <= draws.min() < 1e-5
+    assert 1 - 1e-5 < draws.max() < 1
+    assert len(np.unique(draws)) > 900_000
+    counts = np.histogram(draws, bins=1000, range=(0, 1))[0]
+    assert 780 < np.square(counts - 1000).sum() / 1000 < 1220  # 999 degrees of freedom, +-5 standard deviations
+
+
+def test_parts_and_lasting_draws_have_addresses_of_their_own():
+    assert KEY.part("slice 0").purpose == "adc/slice 0"
+    assert KEY.part("slice 0").draw == 2
+    assert KEY.part("read", draw=5) == replace(KEY, purpose="adc/read", draw=5)
+    assert KEY.lasting() == replace(KEY, draw=0, example="") == replace(KEY, draw=9, example="x").lasting()
+
+
+# The generator.
+
+_LENGTH = 1 << 16
+
+
+def _draws(**change) -> np.ndarray:
+    return replace(KEY, **change).standard_normal((_LENGTH,))
+
+
+def _largest_correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Largest correlation of `a` with `b` over every shift, on overlaps of at least an eighth of their length.
+
+    A shift's value is the sum of products over the root of the overlap: standard normal for independent draws.
+    """
+    size = 2 * len(a)
+    products = np.fft.irfft(np.fft.rfft(a, size) * np.conj(np.fft.rfft(b, size)), size)
+    shifts = np.arange(size)
+    overlap = len(a) - np.minimum(shifts, size - shifts)
+    wide = overlap >= len(a) // 8
+    return float(np.max(np.abs(products[wide]) / np.sqrt(overlap[wide])))
+
+
+_INDEPENDENT = 6.0  # the largest of 1.1e5 standard normals stays below with probability 1 - 2e-4
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"module": "layers.1.q_proj"}, {"draw": 3}, {"chip_seed": 4}, {"role": Role.CERTIFY}, {"example": "row-8"}],
+    ids=lambda change: next(iter(change)),
+)
+def test_no_window_of_one_draw_overlaps_another(change):
+    assert _largest_correlation(_draws(), _draws(**change)) < _INDEPENDENT
+
+
+def test_a_draw_does_not_repeat_itself():
+    draws = _draws()
+    assert _largest_correlation(draws[: _LENGTH // 2], draws[_LENGTH // 2 :]) < _INDEPENDENT
+
+
+def test_a_recycled_pool_of_noise_fails_the_window_test():
+    """The cheap trick of taking windows at random offsets of one pool, used as it is."""
+    pool = KEY.standard_normal((4 * _LENGTH,))
+    offsets = [derive_seed(layer) % (3 * _LENGTH) for layer in range(4)]
+    windows = [pool[start : start + _LENGTH] for start in offsets]
+    largest = max(_largest_correlation(windows[i], windows[j]) for i in range(4) for j in range(i))
+    assert largest > 10 * _INDEPENDENT
+
+
+def test_many_short_draws_are_uncorrelated():
+    draws = np.stack([replace(KEY, module=f"l{i % 16}", draw=i // 16).standard_normal((4000,)) for i in range(128)])
+    correlation = np.corrcoef(draws)[np.triu_indices(128, k=1)]
+    assert np.abs(correlation).max() < 5.5 / np.sqrt(4000)  # of 8128 pairs
+    assert correlation.std() == pytest.approx(1 / np.sqrt(4000), rel=0.05)
+
+
+def test_four_moments_are_those_of_a_standard_normal():
+    draws = KEY.part("moments").standard_normal((4_000_000,)).astype(np.float64)
+    errors = [1, np.sqrt(2), np.sqrt(15), np.sqrt(96)]  # standard deviations of x, x^2, x^3, x^4
+    for power, (expected, error) in enumerate(zip((0, 1, 0, 3), errors, strict=True), start=1):
+        assert abs(np.mean(draws**power) - expected) < 4.5 * error / np.sqrt(len(draws))
+
+
+def test_distribution_is_normal_out_to_four_sigma():
+    """Kolmogorov-Smirnov over all draws, then over the tails alone, rescaled to themselves; and their counts."""
+    draws = np.sort(np.concatenate([KEY.part(str(i)).standard_normal((1_000_000,)) for i in range(4)]))
+    critical = 1.95  # of sqrt(n) D, at a probability of 0.001
+    assert _kolmogorov_smirnov(draws, -np.inf) < critical
+    for edge in (2.0, 3.0, 4.0):
+        for tail in (draws[draws > edge], -draws[draws < -edge][::-1]):
+            expected = len(draws) * _upper_tail(edge)
+            assert abs(len(tail) - expected) < 4.5 * np.sqrt(expected)
+            assert _kolmogorov_smirnov(tail, edge) < critical
+
+
+def _upper_tail(x: float) -> float:
+    return 0.5 * erfc(x / sqrt(2))
+
+
+def _kolmogorov_smirnov(ordered: np.ndarray, edge: float) -> float:
+    """sqrt(n) times the largest distance from the normal distribution above `edge`."""
+    above = torch.special.erfc(torch.from_numpy(ordered.astype(np.float64)) / sqrt(2)).numpy() / 2
+    expected = 1 - above / _upper_tail(edge)
+    steps = np.arange(len(ordered) + 1) / len(ordered)
+    distance = max(np.max(expected - steps[:-1]), np.max(steps[1:] - expected))
+    return float(distance * np.sqrt(len(ordered)))
+
+
+def test_the_distribution_test_sees_a_wrong_tail():
+    draws = np.sort(KEY.part("0").standard_normal((1_000_000,)).clip(-3.5, 3.5))
+    tail = draws[draws > 3.0]
+    assert _kolmogorov_smirnov(tail, 3.0) > 1.95

@@ -13,6 +13,7 @@ from halora.hardware.addressing import NoiseKey, Role
 from halora.hardware.chip import Chip, load_chip
 from halora.hardware.converters import ConverterModel, tilewise_product
 from halora.trainable import Workbench, task_rows
+from halora.training.batches import training_batch
 from halora.training.models import load_base
 from halora.training.rram import ChipInstance, RramArray, RramLinear, install
 from halora.trial import TrialConfig
@@ -80,8 +81,7 @@ def _exact_converters(array: RramArray, chip: Chip, models: dict[str, ConverterM
     """Let every layer give the tile-wise product through converters of the models' ranges."""
 
     def convert(layer: RramLinear, args: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
-        ranges = models[layer.name].step[:, None, None] * (2**chip.adc.bits - 2) / 2
-        product = tilewise_product(args[0].flatten(0, 1), layer.programmed(), chip, ranges)
+        product = tilewise_product(args[0].flatten(0, 1), layer.programmed(), chip, models[layer.name].converters)
         return product.unflatten(0, output.shape[:2])
 
     handles = [layer.register_forward_hook(convert) for layer in array.layers]
@@ -93,7 +93,7 @@ def _exact_converters(array: RramArray, chip: Chip, models: dict[str, ConverterM
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bits", [6, 8])
+@pytest.mark.parametrize("bits", [4, 6, 8])
 def test_the_converter_model_costs_as_much_accuracy_as_the_exact_converters(bits):
     chip = load_chip({"preset": "halora-2026", "adc": {"bits": bits}})
     base = load_base(MODEL, "fp32")
@@ -105,7 +105,7 @@ def test_the_converter_model_costs_as_much_accuracy_as_the_exact_converters(bits
         scores = option_scores(base.causal_lm, array, packed, batch_size=8)
         return np.array([margin(s, row.answer) for s, row in zip(scores, packed, strict=True)])
 
-    instance = ChipInstance(chip, NoiseKey(role=Role.SEARCH, chip_seed=0), chip.noise.sigma)
+    instance = ChipInstance(chip, NoiseKey(role=Role.SEARCH, chip_seed=0), chip.noise.level)
     array.program(instance, models)
     modelled = margins()
     array.program(instance)
@@ -117,3 +117,38 @@ def test_the_converter_model_costs_as_much_accuracy_as_the_exact_converters(bits
     assert abs((modelled > 0).mean() - accuracy) <= standard_error
     moved_by_model, moved_exactly = np.abs(modelled - lossless).mean(), np.abs(exact - lossless).mean()
     assert 0.5 < moved_by_model / moved_exactly < 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_the_converter_model_has_the_error_of_the_exact_converters_in_every_kind_of_layer(bits):
+    """On tokens that the calibration has not seen; every token counts alike, whatever the size of its output."""
+    chip = load_chip({"preset": "halora-2026", "adc": {"bits": bits}})
+    base = load_base(MODEL, "fp32")
+    array = install(base.causal_lm)
+    models = calibrate(base, array, chip, task_rows("arc-easy", "train", 128), 128)
+    ratios = {}
+
+    def compare(layer: RramLinear, x: torch.Tensor) -> None:
+        model, tokens = models[layer.name], x[0]
+        product = tokens @ layer.weight.T
+        size = product.square().mean(dim=1, keepdim=True).sqrt()
+        driven = model.drive(tokens)
+        unit = torch.randn(product.shape, generator=torch.Generator().manual_seed(len(ratios)))
+        read = model.read(driven.inputs @ layer.weight.T, driven, unit)
+        exact = tilewise_product(tokens, layer.weight, chip, model.converters)
+        modelled, true = (((y - product) / size).square().mean() for y in (read, exact))
+        ratios.setdefault(layer.name, []).append((modelled.item(), true.item()))
+
+    with torch.no_grad(), array.watching_inputs(compare):
+        for row in task_rows("arc-easy", "validation", 8):
+            base.causal_lm.get_decoder()(input_ids=training_batch([row], base.tokenizer).input_ids, use_cache=False)
+    by_layer = np.array([np.sqrt(np.mean(pairs, axis=0)) for pairs in ratios.values()])
+    ratio = by_layer[:, 0] / by_layer[:, 1]
+    print(
+        f"{bits} bits: std modelled over exact, quantiles over {len(ratio)} layers",
+        np.quantile(ratio, [0, 0.1, 0.5, 0.9, 1]),
+    )
+    assert np.median(ratio) == pytest.approx(1, abs=0.02)
+    assert np.mean(np.abs(ratio - 1) < 0.05) > 0.75
+    assert np.mean(np.abs(ratio - 1) < 0.15) > 0.95

@@ -212,6 +212,45 @@ def test_the_frozen_weights_survive_training_under_noise(workbench, tiny_trial, 
         assert torch.equal(base.causal_lm(input_ids=tokens).logits, logits)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("noisy_weights", ["materialise", "regenerate"])
+@pytest.mark.parametrize("zero_stage", [0, 3])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_thousand_noisy_steps_leave_every_bit_of_the_base(tiny_trial, tmp_path, dtype, zero_stage, noisy_weights):
+    from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+
+    config = tiny_trial(
+        dtype=dtype,
+        zero_stage=zero_stage,
+        noisy_weights=noisy_weights,
+        steps=1000,
+        report_every=1000,
+        batch_size=2,
+        schedule={"sigma_start": 0.5, "redraw_steps": 1},
+    )
+    workbench = Workbench()
+    base = workbench.base(config)[0]
+    parameters = dict(base.causal_lm.named_parameters())  # the very tensors, whatever is wrapped around them
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    training = workbench.train(config, tmp_path)
+    while not training.done:
+        training.advance()
+    with GatheredParameters(list(parameters.values()), enabled=zero_stage == 3):
+        for name, parameter in parameters.items():
+            assert torch.equal(parameter.detach(), before[name]), name
+    training.close()
+
+
+def test_both_ways_to_hold_noisy_weights_train_alike(tiny_trial, tmp_path):
+    losses = {}
+    for noisy_weights, zero_stage in (("materialise", 0), ("regenerate", 0), ("regenerate", 3)):
+        config = tiny_trial(noisy_weights=noisy_weights, zero_stage=zero_stage, steps=6, schedule={"redraw_steps": 2})
+        losses[noisy_weights, zero_stage] = _losses(Workbench(), config, tmp_path / f"{noisy_weights}{zero_stage}")
+    first, *others = losses.values()
+    for other in others:
+        assert other == pytest.approx(first, abs=1e-5)
+
+
 @pytest.fixture(scope="module")
 def trained(tiny_models, tiny_task, tmp_path_factory) -> tuple[TrialConfig, Path]:
     """A short trial's folder, stopped two steps before its end."""

@@ -17,7 +17,7 @@ from halora.training.models import load_base
 from halora.training.rram import ChipInstance, RramLinear, install
 
 CHIP = load_chip({"preset": "halora-2026", "noise": {"sigma": 0.05}, "tile": {"rows": 16}})
-INSTANCE = ChipInstance(CHIP, NoiseKey(role=Role.SEARCH, chip_seed=1), CHIP.noise.sigma)
+INSTANCE = ChipInstance(CHIP, NoiseKey(role=Role.SEARCH, chip_seed=1), CHIP.noise.level)
 TOKENS = torch.arange(300, 340).reshape(2, 20)
 
 
@@ -73,6 +73,37 @@ def test_chips_differ_by_seed_role_and_draw_and_repeat_exactly(tiny_models):
             assert (outputs[i] - outputs[j]).abs().max() > 0.01
 
 
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_weights_made_again_in_every_pass_give_the_same_outputs_and_gradients(tiny_models, architecture):
+    base = load_base(tiny_models[architecture], "fp32")
+    array = install(base.causal_lm)
+    embeddings = base.causal_lm.get_input_embeddings()(TOKENS).detach()
+    results = []
+    for regenerate in (False, True):
+        array.program(INSTANCE, regenerate=regenerate)
+        inputs = embeddings.clone().requires_grad_()
+        logits = base.causal_lm(inputs_embeds=inputs).logits
+        logits.square().mean().backward()
+        results.append((logits.detach(), inputs.grad))
+        kept = sum(layer._kept is not None for layer in array.layers)
+        assert kept == (0 if regenerate else len(array.layers))
+    for kept, made_again in zip(*results, strict=True):
+        torch.testing.assert_close(made_again, kept, rtol=0, atol=0)
+
+
+def test_layers_outside_rram_compute_with_their_clean_weights(tiny_models):
+    base = load_base(tiny_models["llama"], "fp32")
+    array = install(base.causal_lm)
+    mapping = {"sram": ["*.v_proj"], "digital": ["model.layers.0.*"]}
+    chip = load_chip({"preset": "halora-2026", "noise": {"sigma": 0.05}, "mapping": mapping})
+    array.program(replace(INSTANCE, chip=chip))
+    clean = {layer.name for layer in array.layers if layer.programmed() is layer.weight}
+    assert clean == {layer.name for layer in array.layers if "layers.0." in layer.name or "v_proj" in layer.name}
+    assert array.noise_db().keys() == {layer.name for layer in array.layers} - clean
+    with pytest.raises(UserError, match=r"'\*\.w_proj' matches no layer"):
+        array.program(replace(INSTANCE, chip=load_chip({"preset": "ideal", "mapping": {"sram": ["*.w_proj"]}})))
+
+
 def test_a_model_without_known_layers_is_refused():
     with pytest.raises(UserError, match="no linear layers named q_proj"):
         install(nn.Sequential(nn.Linear(4, 4)))
@@ -117,8 +148,10 @@ def test_reads_have_the_error_of_the_converter_model_and_a_digital_bias(layer):
     x = torch.randn(1, 3000, 48, generator=torch.Generator().manual_seed(7))
     with array.reading([("a", 3000)]):
         read = linear(x)
-    scaled, error = converters["q_proj"].split(x)
-    noise = (read - linear.bias - scaled @ linear.weight.T) / error
+    model = converters["q_proj"]
+    driven = model.drive(x)
+    explained = (driven.inputs @ linear.weight.T) * model.output_gain
+    noise = (read - linear.bias - explained) / (driven.converter_power.sqrt() * model.error_factor)
     assert noise.mean().item() == pytest.approx(0, abs=0.01)
     assert noise.std().item() == pytest.approx(1, abs=0.01)
     assert noise.abs().max().item() == pytest.approx(3**0.5, abs=0.02)  # uniform

@@ -69,7 +69,7 @@ class Workbench:
         rows = task_rows(config.task, "validation", until)[first_row:]
         calibration_rows = task_rows(config.task, "train", settings.calibration_tokens)
         base, array = self.base(config)
-        peft_model = attach_saved(base, adapter) if adapter else None
+        peft_model = attach_saved(base, adapter, config.chip.lora.weight_bits) if adapter else None
         try:
             return evaluate(base, array, config.chip, rows, calibration_rows, settings, first_chip=first_chip)
         finally:

@@ -3,7 +3,8 @@
 from pydantic import Field
 
 from halora.evaluation.config import EvaluationSettings
-from halora.hardware.chip import ChipSetting, Frozen
+from halora.hardware.chip import ChipSetting
+from halora.hardware.description import Frozen
 from halora.training.config import LoraSettings, TrainingSettings
 
 

@@ -1,10 +1,13 @@
-"""Pictures of a sweep, drawn from its points."""
+"""Pictures of a sweep, drawn from its points, and of a chip's errors, drawn from their curves."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from halora.analysis.front import TrialPoint, front
+from halora.hardware.error_curves import ErrorCurve
 
 _STYLES = {
     "lora": ("#0072B2", "s"),
@@ -63,3 +66,59 @@ def front_figure(points: Sequence[TrialPoint], title: str, methods: dict[int, st
     else:
         axes.text(0.5, 0.5, "no finished trial yet", ha="center", transform=axes.transAxes)
     return figure
+
+
+@dataclass(frozen=True)
+class ErrorPanel:
+    """One picture of an error over the value aimed at.
+
+    Attributes:
+        title: What and when.
+        quantity: Name and unit of the value aimed at.
+        error: Name and unit of the error.
+        stated: What the noise models say.
+        drawn: What a chip instance shows.
+    """
+
+    title: str
+    quantity: str
+    error: str
+    stated: ErrorCurve
+    drawn: ErrorCurve
+
+
+def error_figure(panels: Sequence[ErrorPanel], noise_db: Mapping[str, float], title: str) -> Figure:
+    """Mean and standard deviation of errors, stated (lines) and drawn (marks), and the noise of every layer.
+
+    Args:
+        panels: Side by side.
+        noise_db: Realised noise-to-signal ratio in dB by canonical layer name; empty for no such panel.
+        title: Title of the figure.
+    """
+    count = len(panels) + bool(noise_db)
+    figure = Figure(figsize=(5 * max(count, 1), 4.2), layout="constrained")
+    figure.suptitle(title, fontsize="medium")
+    for index, panel in enumerate(panels):
+        axes = figure.add_subplot(1, count, index + 1)
+        for name, colour, shape in (("std", "#0072B2", "o"), ("mean", "#E69F00", "^")):
+            axes.plot(panel.stated.target, getattr(panel.stated, name), color=colour, label=f"{name}, stated")
+            drawn = getattr(panel.drawn, name)
+            axes.plot(panel.drawn.target, drawn, shape, color=colour, markersize=4, label=f"{name}, drawn")
+        axes.set(title=panel.title, xlabel=panel.quantity, ylabel=panel.error)
+        axes.legend(fontsize="small")
+    if noise_db:
+        _draw_layers(figure.add_subplot(1, count, count), noise_db)
+    return figure
+
+
+def _draw_layers(axes: Axes, noise_db: Mapping[str, float]) -> None:
+    """One line per kind of layer over the depth; names are `model.layers.DEPTH. ... .KIND`."""
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for name, ratio_db in noise_db.items():
+        depth = next((int(part) for part in name.split(".") if part.isdecimal()), 0)
+        lines.setdefault(name.rpartition(".")[2], []).append((depth, ratio_db))
+    for kind, points in lines.items():
+        axes.plot(*zip(*sorted(points), strict=True), marker=".", label=kind)
+    axes.set(title="weights of each layer", xlabel="decoder block", ylabel="noise to signal (dB)")
+    axes.margins(y=0.2)  # room for the legend
+    axes.legend(fontsize="x-small", ncols=4, loc="upper center")

@@ -1,11 +1,11 @@
 """`halora sweep`: launch, resume, stop, and see how sweeps stand."""
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from halora.cli.arguments import overrides_from
 from halora.cli.output import Format, FormatOption, StoreOption, SweepProgress, open_store, show_rows, talk
-from halora.errors import UserError
 from halora.records.store import Store
 
 if TYPE_CHECKING:
@@ -21,26 +21,6 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="PATH=VALUE", help="Override a value of the file, e.g. trial.training.steps=40."),
 ]
-
-
-def overrides_from(settings: list[str] | None) -> dict[str, Any]:
-    """Typed overrides from `PATH=VALUE` texts; values are read as YAML.
-
-    Raises:
-        UserError: One of them has no `=`, or its value is not YAML.
-    """
-    import yaml
-
-    overrides = {}
-    for setting in settings or []:
-        path, separator, value = setting.partition("=")
-        if not separator or not path:
-            raise UserError(f"--set {setting}: write PATH=VALUE, for example trial.training.steps=40")
-        try:
-            overrides[path] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise UserError(f"--set {setting}: '{value}' is not YAML; quote it, for example '\"{value}\"'") from None
-    return overrides
 
 
 @app.command()

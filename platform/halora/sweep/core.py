@@ -16,7 +16,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from halora.errors import UserError
 from halora.hardware.addressing import derive_seed
-from halora.hardware.energy import EnergyBreakdown, ModelShape, energy_per_token
+from halora.hardware.energy import EnergyBreakdown, energy_per_token
+from halora.hardware.shapes import ModelShape
 from halora.records.store import SweepFolder
 from halora.spaces.language import Categorical, Distribution
 from halora.spaces.sweep import SweepConfig

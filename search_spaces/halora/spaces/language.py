@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from halora.errors import UserError
-from halora.hardware.chip import Frozen
+from halora.hardware.description import Frozen
 
 Value = str | int | float | bool
 """A value a search can choose."""

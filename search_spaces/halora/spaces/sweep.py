@@ -12,7 +12,9 @@ import yaml
 from pydantic import BaseModel, Field, StringConstraints, TypeAdapter, ValidationError
 
 from halora.errors import UserError, nearest
-from halora.hardware.chip import Frozen
+from halora.hardware.description import Frozen
+from halora.hardware.noise_models import NoiseModel
+from halora.hardware.noise_settings import noise_fields
 from halora.spaces.language import Categorical, Distribution, Range, value_at, with_values
 from halora.trial import TrialConfig
 
@@ -252,14 +254,22 @@ def _keys(model: type[BaseModel], parents: list[str]) -> list[str]:
             return list(_DISTRIBUTIONS[parent].model_fields)
         field = model.model_fields.get(parent)
         model = (_submodel(field.annotation) if field else None) or model
-    return list(model.model_fields)
+    return _fields(model)
+
+
+def _fields(model: type[BaseModel]) -> list[str]:
+    """Keys of a section; a noise model has those of every shipped kind."""
+    return noise_fields() if model is NoiseModel else list(model.model_fields)
 
 
 def _field_paths(model: type[BaseModel], prefix: str = "") -> list[str]:
     paths = []
     for name, field in model.model_fields.items():
         below = _submodel(field.annotation)
-        paths += _field_paths(below, f"{prefix}{name}.") if below else [f"{prefix}{name}"]
+        if below is NoiseModel:
+            paths += [f"{prefix}{name}.{key}" for key in noise_fields()]
+        else:
+            paths += _field_paths(below, f"{prefix}{name}.") if below else [f"{prefix}{name}"]
         if name == "chip":
             paths.append(f"{prefix}{name}")
     return paths

@@ -14,7 +14,8 @@ from halora.evaluation.intervals import crossed_bootstrap
 from halora.evaluation.scoring import margin, option_scores, pack
 from halora.hardware.addressing import NoiseKey, Role
 from halora.hardware.chip import Chip
-from halora.hardware.converters import ConverterModel, fit_converters
+from halora.hardware.converters import ConverterModel, exact_reads, fit_converters
+from halora.hardware.mapping import Place
 from halora.training.batches import training_batch
 from halora.training.models import BaseModel
 from halora.training.rram import ChipInstance, RramArray, RramLinear
@@ -81,7 +82,7 @@ def evaluate(
     Args:
         base: Model; an attached adapter takes part.
         array: Its RRAM layers.
-        chip: Description of the chips; their programming noise is the chip's own sigma.
+        chip: Description of the chips; their programming noise is at the chip's own level.
         rows: Rows to score.
         calibration_rows: Training rows that set the ADC ranges.
         settings: Number of chip instances, batch size, calibration tokens.
@@ -100,7 +101,7 @@ def evaluate(
     seeds = tuple(range(first_chip, first_chip + settings.chip_instances))
     noisy, noise_db = [], []
     for seed in seeds:
-        array.program(ChipInstance(chip, NoiseKey(role=role, chip_seed=seed), chip.noise.sigma), converters)
+        array.program(ChipInstance(chip, NoiseKey(role=role, chip_seed=seed), chip.noise.level), converters)
         noisy.append(margins())
         noise_db.append(_mean_db(array.noise_db().values()))
     array.clear()
@@ -111,9 +112,10 @@ def evaluate(
 def calibrate(
     base: BaseModel, array: RramArray, chip: Chip, rows: Sequence[Row], num_tokens: int
 ) -> dict[str, ConverterModel]:
-    """Converter model of every layer, fitted on the first `num_tokens` tokens of `rows`; empty for exact converters."""
-    if chip.adc.lossless:
+    """Model of the reads of every layer in RRAM, fitted on the first `num_tokens` tokens of `rows`; empty if exact."""
+    if exact_reads(chip):
         return {}
+    places = array.places(chip)
     models: dict[str, ConverterModel] = {}
     taken: list[Row] = []
     lengths: list[int] = []
@@ -126,6 +128,8 @@ def calibrate(
     real = torch.arange(batch.input_ids.shape[1])[None, :] < torch.tensor(lengths)[:, None]
 
     def fit(layer: RramLinear, x: Tensor) -> None:
+        if places[layer.name] is not Place.RRAM:
+            return
         tokens = x[real.to(x.device)][:num_tokens].float()
         models[layer.name] = fit_converters(tokens, layer.weight.float(), chip)
 
@@ -137,5 +141,5 @@ def calibrate(
 
 def _mean_db(ratios: Any) -> float:
     """Mean of noise-to-signal power ratios, in dB; -300 dB stands for none."""
-    power = fmean(10 ** (ratio / 10) for ratio in ratios)
+    power = fmean([10 ** (ratio / 10) for ratio in ratios] or [0.0])
     return float(10 * np.log10(max(power, 1e-30)))

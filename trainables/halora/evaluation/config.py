@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from halora.hardware.chip import Frozen
+from halora.hardware.description import Frozen
 
 
 class EvaluationSettings(Frozen):

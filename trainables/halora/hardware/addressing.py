@@ -7,6 +7,7 @@ the same noise to every adapter, in every process, at every batch size.
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from math import prod
@@ -48,9 +49,27 @@ class NoiseKey:
         """The same chip instance and draw index, at one module, purpose and example."""
         return replace(self, module=module, purpose=purpose, example=example)
 
+    def lasting(self) -> "NoiseKey":
+        """The draw that lasts as long as the chip instance, whatever is programmed or read."""
+        return replace(self, draw=0, example="")
+
+    def part(self, purpose: str, draw: int | None = None) -> "NoiseKey":
+        """A draw of its own for a part of this one, e.g. a slice's cells; the draw index stays unless given."""
+        return replace(self, purpose=f"{self.purpose}/{purpose}", draw=self.draw if draw is None else draw)
+
     def standard_normal(self, shape: tuple[int, ...]) -> np.ndarray:
         """Standard normal draws, float32, of `shape`."""
         return self._generator().standard_normal(shape, dtype=np.float32)
+
+    def normal_rows(self, shape: tuple[int, ...], rows: int) -> Iterator[np.ndarray]:
+        """The very draws of `standard_normal(shape)`, at most `rows` of the first axis at a time."""
+        generator = self._generator()
+        for start in range(0, shape[0], rows):
+            yield generator.standard_normal((min(rows, shape[0] - start), *shape[1:]), dtype=np.float32)
+
+    def uniform(self, shape: tuple[int, ...]) -> np.ndarray:
+        """Uniform draws over [0, 1) in steps of 2^-24, float32, of `shape`."""
+        return self._generator().random(shape, dtype=np.float32)
 
     def uniform_bytes(self, shape: tuple[int, ...]) -> np.ndarray:
         """Uniform draws over 0 .. 255, uint8, of `shape`; a longer first axis continues a shorter one."""

@@ -1,48 +1,149 @@
 """The chip: one frozen description used by training, evaluation, energy and export alike.
 
-Modelled: Gaussian programming noise (static per chip instance), IR drop along the columns (first order, static),
-tile-wise ADC quantisation (statistical, per read), energy of each of these.
-Not modelled yet: drift and relaxation, read noise, stuck-at faults, finite conductance levels, DAC quantisation,
-temperature, buffers and network, reprogramming.
+Every section says what it does to the accuracy path and what it costs. `docs/hardware.md` lists what is modelled, what
+is not, and the source of each constant.
 """
 
 import hashlib
 import json
 from importlib.resources import files
+from math import ceil
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from halora.errors import UserError, nearest
+from halora.hardware.costs import AdcCosts, constant_names
+from halora.hardware.description import Frozen
+from halora.hardware.mapping import Mapping
+from halora.hardware.noise_settings import AgeingSetting, NoiseSetting
 
 PRESETS = files("halora.hardware") / "presets"
 
 
-class Frozen(BaseModel):
-    """Base of every configuration: frozen, unknown keys refused, field docstrings kept as descriptions."""
+class Cells(Frozen):
+    """The RRAM cells and their read pulse. A weight is the difference of two cells (differential pair)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+    g_min_us: float = Field(ge=0, le=1000)
+    """Lowest conductance used, in microsiemens."""
+    g_max_us: float = Field(gt=0, le=1000)
+    """Conductance of the largest weight, in microsiemens."""
+    levels: int | None = Field(default=None, ge=2, le=4096)
+    """Number of conductances a cell can be programmed to; continuous when left out."""
+    read_voltage_v: float = Field(gt=0, le=5)
+    read_time_ns: float = Field(gt=0, le=10_000)
+    """Length of one read pulse; the read energy of a cell is V^2 G t."""
+    mean_fill: float = Field(default=0.1, ge=0, le=1)
+    """Mean |weight| over the largest, from which the mean conductance follows; assumed, for energy and IR drop."""
+
+    @model_validator(mode="after")
+    def _range_is_not_empty(self) -> "Cells":
+        if self.g_min_us >= self.g_max_us:
+            raise ValueError(f"g_min_us {self.g_min_us:g} must be below g_max_us {self.g_max_us:g}")
+        return self
+
+    @property
+    def mean_us(self) -> float:
+        """Mean conductance over both cells of the pairs, in microsiemens."""
+        return self.g_min_us + (self.g_max_us - self.g_min_us) * self.mean_fill / 2
+
+    @property
+    def read_energy_fj(self) -> float:
+        """Mean energy of one cell in one read pulse, V^2 G t, in femtojoule."""
+        return self.read_voltage_v**2 * self.mean_us * self.read_time_ns
 
 
-class GaussianNoise(Frozen):
-    """Independent Gaussian error of every programmed weight, drawn once per chip instance (HaLoRA: W* = W0 + N)."""
+class Coding(Frozen):
+    """How a weight matrix is laid out in cells."""
 
-    kind: Literal["gaussian"] = "gaussian"
-    sigma: float = Field(ge=0, le=100)
-    """Standard deviation in units of `reference`."""
-    reference: Literal["absolute", "tensor_max", "channel_max", "std"]
-    """What sigma is relative to: weight units, max|W| of the tensor, max|W| of the output channel, or std of W."""
+    scale: Literal["tensor_max", "channel_max"] = "tensor_max"
+    """Weight that maps to the largest conductance: of the whole matrix, or of each output channel (digital scale)."""
+    clip_std: float | None = Field(default=None, gt=0, le=20)
+    """Weights are clipped at this many standard deviations (of the tensor or channel) before they are mapped."""
+    slices: int = Field(default=1, ge=1, le=16)
+    """Cells pairs in a row for one weight; each holds what the read-back of those before it left over."""
+    slice_ratio: float = Field(default=4.0, ge=2, le=256)
+    """Significance of a slice over that of the next."""
+    replicas: int = Field(default=1, ge=1, le=32)
+    """Copies of the whole matrix, averaged digitally."""
+
+
+class WriteVerify(Frozen):
+    """Programming effort. Each pulse is taken as an independent try that is kept once it falls inside the window."""
+
+    pulses: float = Field(default=1.0, ge=1, le=10_000)
+    """Mean number of programming pulses per cell; fewer widen the accepted window."""
+    reference_pulses: float = Field(default=1.0, ge=1, le=10_000)
+    """Pulses at which the noise model's own figures hold."""
+    pulse_energy_pj: float = Field(default=117.0, ge=0)
+    """Energy of one pulse with its verify read, in picojoule."""
+
+
+class Retention(Frozen):
+    """What happens to programmed cells until they are programmed again."""
+
+    ageing: AgeingSetting | None = None
+    """Drift or relaxation model; none: cells hold their value for ever."""
+    refresh_interval_s: float = Field(default=1.0, gt=0, le=1e9)
+    """Time between two programmings, in seconds; accuracy is that of the oldest moment."""
+    compensation: Literal["none", "global", "column"] = "none"
+    """Digital gain that undoes the mean ageing, from one probe read per refresh: per layer or per output."""
+
+
+class Faults(Frozen):
+    """Cells stuck at a conductance, drawn once per chip instance."""
+
+    stuck_low_rate: float = Field(default=0.0, ge=0, le=0.5)
+    stuck_high_rate: float = Field(default=0.0, ge=0, le=0.5)
+    stuck_low_us: float = Field(default=0.0, ge=0, le=2000)
+    stuck_high_us: float = Field(default=40.0, ge=0, le=2000)
+    """Where stuck cells stand; it may lie outside the range in use."""
+
+
+class Read(Frozen):
+    """Noise of single reads, fresh for every token."""
+
+    averaged: int = Field(default=1, ge=1, le=64)
+    """Reads averaged per product, K: white noise falls with sqrt(K), 1/f noise does not."""
+    white_us: float = Field(default=0.0, ge=0, le=100)
+    """White noise of one cell and read, standard deviation in microsiemens."""
+    flicker: float = Field(default=0.0, ge=0, le=1)
+    """1/f noise of one cell as a fraction of its conductance; the floor under averaging."""
+    thermal: bool = False
+    """Thermal noise of the read pulse: sigma_G / G = sqrt(2 k T / read energy of the cell)."""
+
+
+class Dac(Frozen):
+    """The converters that drive the rows."""
+
+    input_bits: int = Field(default=8, ge=1, le=16)
+    """Resolution of the inputs, sign included."""
+    bits: int = Field(default=8, ge=1, le=16)
+    """Most magnitude bits driven at once, the sign by polarity; the read cycles of a product are added with shifts."""
+    range: Literal["token", "calibrated"] = "token"
+    """Input full scale: the largest input of each token (digital scale), or a fixed one per layer from calibration."""
+    lossless: bool = False
+    """True: no quantisation error (energy is still that of `input_bits`)."""
+
+    @property
+    def cycles(self) -> int:
+        """Read cycles per product, N_i."""
+        return max(ceil((self.input_bits - 1) / self.bits), 1)
 
 
 class Adc(Frozen):
     """The converter at the foot of every tile column."""
 
-    bits: int = Field(ge=4, le=10)
-    """Resolution; the range is the one the energy table covers."""
+    bits: int = Field(ge=2, le=14)
+    """Resolution; `costs` must cover it."""
     lossless: bool = False
     """True: no quantisation error (energy is still that of `bits`)."""
+    noise_steps: float = Field(default=0.0, ge=0, le=16)
+    """Output noise before each conversion, standard deviation in ADC steps."""
+    costs: AdcCosts = "isaac"
+    """Where the energy per conversion comes from."""
 
 
 class Tile(Frozen):
@@ -55,39 +156,80 @@ class Tile(Frozen):
 
 
 class Wires(Frozen):
-    """Column wire and mean cell, which set the IR drop."""
+    """Column wire, which sets the IR drop together with the mean conductance."""
 
     resistance_ohm: float = Field(ge=0, le=100)
     """Wire resistance per cell segment, in ohm; 0 switches IR drop off."""
-    conductance_us: float = Field(gt=0, le=1000)
-    """Mean cell conductance, in microsiemens."""
 
 
 class Boundary(Frozen):
     """What the energy totals include besides the mapped linear layers and LoRA."""
 
-    attention: bool
+    attention: bool = True
     """Attention products and softmax."""
-    lm_head: bool
+    lm_head: bool = False
     """The output projection, mapped to RRAM."""
+    buffers: bool = False
+    """Moving inputs and outputs through buffers and network."""
+    programming: bool = False
+    """Programming the cells, spread over the tokens between two refreshes."""
+    tokens_per_s: float = Field(default=100.0, gt=0, le=1e9)
+    """Throughput over which a refresh is spread."""
+    adapter_swap_tokens: float | None = Field(default=None, gt=0)
+    """Tokens between two adapter loads from DRAM; never when left out."""
+
+
+class Lora(Frozen):
+    """The digital SRAM macro of the LoRA branch."""
+
+    weight_bits: int = Field(default=8, ge=2, le=16)
+    """Precision of A and B; 16 leaves them as trained."""
 
 
 class Chip(Frozen):
     """A hybrid compute-in-memory chip: frozen weights in RRAM tiles, LoRA in SRAM."""
 
     name: str
-    noise: GaussianNoise
+    mapping: Mapping = Mapping()
+    cells: Cells
+    coding: Coding = Coding()
+    noise: NoiseSetting
+    """Error of programming."""
+    write_verify: WriteVerify = WriteVerify()
+    faults: Faults = Faults()
+    retention: Retention = Retention()
+    read: Read = Read()
+    dac: Dac = Dac()
     adc: Adc
     tile: Tile
     wires: Wires
-    boundary: Boundary
-    lora_weight_bits: int = Field(ge=2, le=16)
-    """Precision of the LoRA weights in SRAM."""
+    lora: Lora = Lora()
+    boundary: Boundary = Boundary()
+    costs: dict[str, float] = Field(default_factory=dict)
+    """Constants of `constants.yaml` that this chip replaces, by name."""
+
+    @field_validator("costs")
+    @classmethod
+    def _known_costs(cls, costs: dict[str, float]) -> dict[str, float]:
+        for name, value in costs.items():
+            if name not in constant_names():
+                raise ValueError(f"no constant '{name}'{nearest(name, constant_names())}")
+            if value < 0:
+                raise ValueError(f"{name} is an energy or area and cannot be {value:g}")
+        return costs
+
+    @model_validator(mode="after")
+    def _noise_is_known_for_the_cells(self) -> "Chip":
+        models = [model for model in (self.noise, self.retention.ageing) if model is not None]
+        known_for = (self.cells.g_min_us, self.cells.g_max_us, self.retention.refresh_interval_s)
+        if problems := [problem for model in models for problem in model.problems(*known_for)]:
+            raise UserError(problems)
+        return self
 
     @property
     def content_hash(self) -> str:
         """Twelve hex digits that change with any value but the name."""
-        content = json.dumps(self.model_dump(exclude={"name"}), sort_keys=True)
+        content = json.dumps(self.model_dump(mode="json", exclude={"name"}), sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:12]
 
 
@@ -114,17 +256,25 @@ def _read(name: str) -> dict[str, Any]:
     if name in preset_names():
         return dict(yaml.safe_load((PRESETS / f"{name}.yaml").read_text()))
     if name.endswith((".yaml", ".yml")) and Path(name).is_file():
-        return dict(yaml.safe_load(Path(name).read_text()))
+        try:
+            content = yaml.safe_load(Path(name).read_text())
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"chip '{name}' is not YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(content, dict):
+            raise UserError(f"chip '{name}': a chip is a mapping of keys to values, got {type(content).__name__}")
+        return content
     known = ", ".join(preset_names())
     raise UserError(f"no chip '{name}': neither a preset ({known}) nor a YAML file{nearest(name, preset_names())}")
 
 
 def merge(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    """`base` with `overrides` laid over it, mapping by mapping."""
+    """`base` with `overrides` laid over it, mapping by mapping; a mapping of another `kind` replaces the whole."""
     merged = dict(base)
     for key, value in overrides.items():
-        both_mappings = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = merge(merged[key], value) if both_mappings else value
+        old = merged.get(key)
+        if isinstance(value, dict) and isinstance(old, dict) and value.get("kind", old.get("kind")) == old.get("kind"):
+            value = merge(old, value)
+        merged[key] = value
     return merged
 
 

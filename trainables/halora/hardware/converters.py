@@ -1,17 +1,20 @@
-"""Tile-wise ADC quantisation: the exact path, and the statistical model fitted to it.
+"""DAC and tile-wise ADC quantisation: the exact path, and the statistical model fitted to it.
 
-A matrix product of d inputs is cut into tiles of `rows` inputs. The digital side scales each token's inputs by their
-largest magnitude, every tile's partial sum is converted by a b-bit ADC, and the codes are added digitally. The ADC's
-full scale is fixed per tile: the one with the least squared error on calibration tokens, clipping included.
+A matrix product of d inputs is cut into tiles of `rows` inputs. Inputs are scaled digitally, rounded to the DAC's
+resolution and driven in one or more cycles of a few magnitude bits each (sign by polarity). In every cycle each tile's
+partial sum is converted by a b-bit ADC; the codes are added digitally. The ADC's full scale is fixed per tile: the one
+with the least squared error on calibration tokens, clipping included.
 
 The statistical model is Bussgang's decomposition of that quantiser (Bussgang 1952): a partial sum p with standard
 deviation s_p becomes `g p + d`, with d zero-mean and uncorrelated with p. For Gaussian p, g and the variance of d are
 functions of s_p / step alone, dead zone and clipping included. s_p follows from the token's inputs in the tile and the
-mean square of the weights they meet. So the model costs a scaling of the inputs per token and tile (by g) and one draw
-per output; d lasts one read and is addressed by example and position. It ignores that s_p differs between outputs.
+mean square of the weights they meet. Real sums are not Gaussian and s_p differs between outputs, so g and d are brought
+to the exact path's by one factor each per output, fitted on the calibration tokens. The model costs a scaling of the
+inputs per token and tile (by g) and one draw per output; d lasts one read and is addressed by example and position. The
+noise of reads and of the ADC's input is added to the same draw.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from math import pi, sqrt
 
@@ -19,15 +22,173 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from halora.hardware.chip import Chip
+from halora.hardware.chip import Chip, Dac
+from halora.hardware.noise import read_noise_power
 
 _TABLE_LOG2 = (-8.0, 10.0)
 _RANGE_FRACTIONS = (1.0, 0.7, 0.5, 0.35, 0.25, 0.18, 0.12)
+_INPUT_FRACTIONS = (1.0, 0.7, 0.5, 0.35, 0.25)
 
 
-def token_scale(x: Tensor) -> Tensor:
-    """Largest input magnitude per token, `(..., 1)`: the digital scale in front of the converters."""
-    return x.abs().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+@dataclass(frozen=True)
+class Converters:
+    """Ranges of one layer's converters, set on calibration tokens.
+
+    Attributes:
+        input_range: Full scale of the DAC in input units, a scalar; none where each token has its own scale.
+        adc_range: Full scale of the ADC of every tile, `(tiles, 1, 1)`, in units of weight times scaled input.
+    """
+
+    input_range: Tensor | None
+    adc_range: Tensor
+
+
+def full_scale(x: Tensor, weight: Tensor, chip: Chip) -> Converters:
+    """The ranges of a layer's converters: of fixed fractions of the largest value, those with the least squared error.
+
+    Args:
+        x: Inputs of the layer on calibration tokens, `(N, d_in)`.
+        weight: Clean weight, `(d_out, d_in)`.
+        chip: DAC, ADC and tile height.
+    """
+    input_range = None
+    if chip.dac.range == "calibrated" and not chip.dac.lossless:
+        ranges = x.abs().amax().clamp_min(torch.finfo(x.dtype).tiny) * x.new_tensor(_INPUT_FRACTIONS)
+        errors = [(_quantise(x, chip.dac.input_bits, r) - x).square().mean() for r in ranges]
+        input_range = ranges[torch.stack(errors).argmin()]
+    _, cycles = _drive(x, chip.dac, input_range)
+    partial = torch.stack([_partial_sums(driven, weight, chip.tile.rows) for _, driven in cycles], dim=1)
+    largest = partial.abs().amax(dim=(1, 2, 3)).clamp_min(torch.finfo(x.dtype).tiny)[:, None, None, None]
+    steps = [_quantise(partial, chip.adc.bits, largest * fraction) for fraction in _RANGE_FRACTIONS]
+    best = torch.stack([(q - partial).square().mean(dim=(1, 2, 3)) for q in steps]).argmin(dim=0)
+    return Converters(input_range, largest[:, 0] * x.new_tensor(_RANGE_FRACTIONS)[best, None, None])
+
+
+def tilewise_product(x: Tensor, weight: Tensor, chip: Chip, converters: Converters) -> Tensor:
+    """x W^T through the converters, exactly: x (N, d_in), weight (d_out, d_in) -> (N, d_out)."""
+    scale, cycles = _drive(x, chip.dac, converters.input_range)
+    total = x.new_zeros(x.shape[0], weight.shape[0])
+    for significance, driven in cycles:
+        partial = _partial_sums(driven, weight, chip.tile.rows)
+        total += significance * _quantise(partial, chip.adc.bits, converters.adc_range).sum(dim=0)
+    return total * scale
+
+
+@dataclass(frozen=True)
+class Driven:
+    """What the converters make of a batch of inputs, before the analog product.
+
+    Attributes:
+        inputs: Inputs as the product sees them, `(..., d_in)`.
+        converter_power: Predicted variance of the converters' error per token, `(..., 1)`.
+        noise_power: Variance of the noise of reads per token, `(..., 1)`.
+    """
+
+    inputs: Tensor
+    converter_power: Tensor
+    noise_power: Tensor
+
+
+@dataclass(frozen=True)
+class ConverterModel:
+    """The statistical model of one layer's reads.
+
+    Attributes:
+        chip: Its converters, tile height and read noise.
+        converters: Ranges of the converters.
+        weight_power: Mean square over outputs of the weights each input meets, `(d_in,)`.
+        read_power: Mean variance over outputs of those weights from read to read, `(d_in,)`.
+        output_gain: Gain of the exact path over the Gaussian prediction, `(d_out,)`.
+        error_factor: Error of the exact path over the Gaussian prediction, `(d_out,)`.
+    """
+
+    chip: Chip
+    converters: Converters
+    weight_power: Tensor
+    read_power: Tensor
+    output_gain: Tensor
+    error_factor: Tensor
+
+    def drive(self, x: Tensor) -> Driven:
+        """Pass inputs `(..., d_in)` through the converters; gradients pass straight through."""
+        with torch.no_grad():
+            scale, cycles = _drive(x, self.chip.dac, self.converters.input_range)
+            seen, power, steps = torch.zeros_like(x), torch.zeros_like(scale), torch.zeros_like(scale)
+            for significance, driven in cycles:
+                gain, error_power, step_power = self._convert(driven)
+                seen += significance * gain * driven
+                power += significance**2 * error_power
+                steps += significance**2 * step_power
+            noise_power = (x.square() * self.read_power).sum(dim=-1, keepdim=True) + steps * scale.square()
+        return Driven(x + (seen * scale - x).detach(), power * scale.square(), noise_power)
+
+    def read(self, product: Tensor, driven: Driven, unit: Tensor) -> Tensor:
+        """The product `driven.inputs @ W.T` as it is read, with zero-mean unit-variance draws `unit` of its shape."""
+        power = driven.converter_power * self.error_factor.square() + driven.noise_power
+        return torch.addcmul(product * self.output_gain, unit, power.sqrt())
+
+    def _convert(self, driven: Tensor) -> tuple[Tensor | float, Tensor | float, Tensor | float]:
+        """Gain per input, variance of the quantisation error and of the ADC's own noise, per token."""
+        adc, coding, rows = self.chip.adc, self.chip.coding, self.chip.tile.rows
+        if adc.lossless:
+            return 1.0, 0.0, 0.0
+        step = self.converters.adc_range[:, 0, 0] / _top_code(adc.bits)
+        spread = _in_tiles(driven.square() * self.weight_power, rows).sum(dim=-1).sqrt()  # (..., tiles)
+        gain, error_power = _gaussian_response(spread / step, adc.bits)
+        gain = gain.repeat_interleave(rows, dim=-1)[..., : driven.shape[-1]]
+        slices = sum(coding.slice_ratio ** (-2 * s) for s in range(coding.slices))  # each has its own converters
+        noise_power = slices * adc.noise_steps**2 / self.chip.read.averaged * step.square().sum()
+        return gain, slices * (error_power * step.square()).sum(dim=-1, keepdim=True), noise_power
+
+
+def fit_converters(x: Tensor, weight: Tensor, chip: Chip) -> ConverterModel:
+    """The statistical model of a layer, its ranges, gains and error factors set on calibration tokens.
+
+    Args:
+        x: Inputs of the layer, `(N, d_in)`.
+        weight: Clean weight, `(d_out, d_in)`.
+        chip: Converters, tile height and read noise.
+    """
+    converters = full_scale(x, weight, chip)
+    tiny, ones = torch.finfo(x.dtype).tiny, x.new_ones(weight.shape[0])
+    unfitted = ConverterModel(chip, converters, weight.square().mean(dim=0), read_noise_power(weight, chip), ones, ones)
+    if chip.adc.lossless:
+        return unfitted
+    driven = unfitted.drive(x)
+    size = F.linear(x, weight).square().mean(dim=1, keepdim=True).clamp_min(tiny)  # so that every token counts alike
+    exact = tilewise_product(x, weight, chip, converters) / size.sqrt()
+    predicted = F.linear(driven.inputs, weight) / size.sqrt()
+    gain = (exact * predicted).sum(dim=0) / predicted.square().sum(dim=0).clamp_min(tiny)
+    error = (exact - gain * predicted).square().mean(dim=0)
+    slices = sum(chip.coding.slice_ratio ** (-2 * s) for s in range(chip.coding.slices))
+    expected = (driven.converter_power / slices / size).mean().clamp_min(tiny)
+    return replace(unfitted, output_gain=gain, error_factor=(error / expected).sqrt())
+
+
+def exact_reads(chip: Chip) -> bool:
+    """Whether reading this chip adds nothing to the product of its programmed weights."""
+    read = chip.read
+    return chip.adc.lossless and chip.dac.lossless and not (read.white_us or read.flicker or read.thermal)
+
+
+def _drive(x: Tensor, dac: Dac, input_range: Tensor | None) -> tuple[Tensor, list[tuple[float, Tensor]]]:
+    """Scale (..., 1), and per read cycle its significance and the row inputs in [-1, 1]; least significant first."""
+    tiny = torch.finfo(x.dtype).tiny
+    scale = x.abs().amax(dim=-1, keepdim=True).clamp_min(tiny) if input_range is None else input_range
+    scale = scale.expand(*x.shape[:-1], 1)
+    if dac.lossless:
+        return scale, [(1.0, x / scale)]
+    top = _top_code(dac.input_bits)
+    codes = (x / scale * top).round().clamp(-top, top)
+    if dac.cycles == 1:
+        return scale, [(1.0, codes / top)]
+    base = 2**dac.bits
+    left, sign, cycles = codes.abs(), codes.sign(), []
+    for cycle in range(dac.cycles):
+        digit = left.remainder(base)
+        left = (left - digit) / base
+        cycles.append((base**cycle * (base - 1) / top, sign * digit / (base - 1)))
+    return scale, cycles
 
 
 def _in_tiles(values: Tensor, rows: int) -> Tensor:
@@ -37,83 +198,22 @@ def _in_tiles(values: Tensor, rows: int) -> Tensor:
 
 
 def _partial_sums(x: Tensor, weight: Tensor, rows: int) -> Tensor:
-    """Partial sums per tile of scaled tokens; x (N, d_in), weight (d_out, d_in) -> (tiles, N, d_out)."""
+    """Partial sums per tile; x (N, d_in), weight (d_out, d_in) -> (tiles, N, d_out)."""
     x_tiles = _in_tiles(x, rows).permute(1, 0, 2)  # (tiles, N, rows)
     w_tiles = _in_tiles(weight, rows).permute(1, 2, 0)  # (tiles, rows, d_out)
     return torch.bmm(x_tiles, w_tiles)
 
 
-def _quantise(partial: Tensor, bits: int, full_scale: Tensor) -> Tensor:
-    """Mid-tread ADC with 2^bits - 1 symmetric codes over +-full_scale."""
-    top = 2 ** (bits - 1) - 1
-    step: Tensor = full_scale / top
-    return (partial / step).round().clamp(-top, top).mul(step)
+def _top_code(bits: int) -> int:
+    """Largest code of a signed mid-tread converter with 2^bits - 1 codes; one bit tells the sign alone."""
+    return max((1 << (bits - 1)) - 1, 1)
 
 
-def full_scale(x: Tensor, weight: Tensor, chip: Chip) -> Tensor:
-    """The ADC range of every tile of a layer, (tiles, 1, 1), in units of weight times scaled input.
-
-    Of fixed fractions of the tile's largest partial sum on calibration tokens x (N, d_in), the one with the least
-    squared error.
-    """
-    partial = _partial_sums(x / token_scale(x), weight, chip.tile.rows)
-    largest = partial.abs().amax(dim=(1, 2), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
-    ranges = torch.stack([largest * fraction for fraction in _RANGE_FRACTIONS])
-    errors = [(_quantise(partial, chip.adc.bits, r) - partial).square().mean(dim=(1, 2), keepdim=True) for r in ranges]
-    return ranges.gather(0, torch.stack(errors).argmin(dim=0, keepdim=True))[0]
-
-
-def tilewise_product(x: Tensor, weight: Tensor, chip: Chip, adc_range: Tensor) -> Tensor:
-    """x W^T through the tiles' converters, exactly: x (N, d_in), weight (d_out, d_in) -> (N, d_out)."""
-    scale = token_scale(x)
-    partial = _partial_sums(x / scale, weight, chip.tile.rows)
-    return _quantise(partial, chip.adc.bits, adc_range).sum(dim=0) * scale
-
-
-@dataclass(frozen=True)
-class ConverterModel:
-    """The statistical model of one layer's converters.
-
-    Attributes:
-        step: ADC step of every tile, `(tiles,)`, in units of weight times scaled input.
-        weight_power: Mean square over outputs of the weights each input meets, `(d_in,)`.
-        rows: Inputs per tile.
-        bits: ADC resolution.
-    """
-
-    step: Tensor
-    weight_power: Tensor
-    rows: int
-    bits: int
-
-    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs scaled by each tile's gain, and the standard deviation of the error per token.
-
-        Args:
-            x: `(..., d_in)`.
-
-        Returns:
-            Scaled inputs `(..., d_in)` and error `(..., 1)`; the product is `scaled @ W.T + error * unit_noise`.
-        """
-        scale = token_scale(x)
-        power = (x / scale).square() * self.weight_power
-        spread = _in_tiles(power, self.rows).sum(dim=-1).sqrt()  # (..., tiles)
-        gain, error_power = _gaussian_response(spread / self.step, self.bits)
-        error = (error_power * self.step.square()).sum(dim=-1, keepdim=True).sqrt() * scale
-        return x * gain.repeat_interleave(self.rows, dim=-1)[..., : x.shape[-1]], error
-
-
-def fit_converters(x: Tensor, weight: Tensor, chip: Chip) -> ConverterModel:
-    """The statistical model of a layer, its ADC ranges set on calibration tokens.
-
-    Args:
-        x: Inputs of the layer, `(N, d_in)`.
-        weight: Clean weight, `(d_out, d_in)`.
-        chip: ADC resolution and tile height.
-    """
-    adc_range = full_scale(x, weight, chip)[:, 0, 0]
-    step = adc_range / (2 ** (chip.adc.bits - 1) - 1)
-    return ConverterModel(step, weight.square().mean(dim=0), chip.tile.rows, chip.adc.bits)
+def _quantise(values: Tensor, bits: int, scale: Tensor) -> Tensor:
+    """Mid-tread converter with symmetric codes over +-scale."""
+    top = _top_code(bits)
+    step: Tensor = scale / top
+    return (values / step).round().clamp(-top, top).mul(step)
 
 
 def _gaussian_response(spread: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -129,7 +229,7 @@ def _gaussian_response(spread: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 def _response_table(bits: int) -> tuple[Tensor, Tensor]:
     """Bussgang gain and error variance on a logarithmic grid of spreads, from the thresholds of the quantiser."""
     spread = torch.logspace(*_TABLE_LOG2, 4096, base=2, dtype=torch.float64)[:, None]
-    code = torch.arange(1, 2 ** (bits - 1), dtype=torch.float64)
+    code = torch.arange(1, _top_code(bits) + 1, dtype=torch.float64)
     threshold = (code - 0.5) / spread
     gain = (2 * torch.exp(-threshold.square() / 2) / (spread * sqrt(2 * pi))).sum(dim=1)
     power = ((2 * code - 1) * torch.erfc(threshold / sqrt(2))).sum(dim=1)

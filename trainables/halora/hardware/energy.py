@@ -1,59 +1,47 @@
-"""Energy per token of a model on a chip, as a sum of named components.
+"""Energy per token and area of a model on a chip, as sums of named components.
 
-Counts are exact for one token that passes every mapped layer once (prefill and decode alike, except attention, whose
-share depends on the context). Constants and their sources: `constants.yaml`. Not modelled: buffers and network,
-programming, adapter swap, leakage, host traffic.
+Per linear layer d_in x d_out in RRAM, with tiles of R rows and C columns, N_w weight slices, N_rep replicas, N_i input
+cycles of b_d bits and K reads averaged:
+
+    adc, shift_add   d_out ceil(d_in / R) N_w N_rep N_i K    conversions: every cycle of every tile column ends in one
+    dac              d_in ceil(d_out / C) N_w N_rep N_i K    driven inputs of b_d bits: every tile has its own drivers
+    array            2 d_in d_out N_w N_rep N_i K            reads of a cell, V^2 G t each (differential pairs)
+    programming      2 d_in d_out N_w N_rep                  cells, over the tokens between two refreshes
+
+and r (d_in + d_out) SRAM multiply-accumulates per adapted layer. Counts are exact; a token passes every linear layer
+once, in prefill and in decode. The constants and their sources stand in `constants.yaml`. Not modelled: leakage, clocks
+and control, partial sums between tiles, norms and embeddings, host traffic, the probe reads of drift compensation.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
-from importlib.resources import files
+from enum import StrEnum
 from math import ceil
 from typing import Any
 
-import yaml
+from halora.errors import UserError, nearest
+from halora.hardware.chip import Boundary, Chip
+from halora.hardware.costs import AdcCost, adc_cost, energy_constants
+from halora.hardware.mapping import Place
+from halora.hardware.shapes import LinearShape, ModelShape
 
-from halora.hardware.chip import Chip
-
-
-@dataclass(frozen=True)
-class LinearShape:
-    """One linear layer of every decoder block."""
-
-    name: str
-    in_features: int
-    out_features: int
+_CELLS_PER_WEIGHT = 2  # a differential pair
+_DIGITAL_BITS = 8  # weights and activations of layers outside RRAM
 
 
-@dataclass(frozen=True)
-class ModelShape:
-    """The dimensions of a decoder-only transformer that its energy depends on."""
+class Phase(StrEnum):
+    """What the tokens are: those of a prompt, or those that are generated one by one."""
 
-    layers: int
-    hidden: int
-    heads: int
-    head_dim: int
-    vocabulary: int
-    linears: tuple[LinearShape, ...]
+    PREFILL = "prefill"
+    DECODE = "decode"
 
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> "ModelShape":
-        """Read the dimensions of a LLaMA or Qwen `config.json` (grouped-query attention, gated MLP)."""
-        hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
-        head_dim = int(config.get("head_dim") or hidden // heads)
-        queries, keys = heads * head_dim, int(config.get("num_key_value_heads") or heads) * head_dim
-        inner = int(config["intermediate_size"])
-        linears = (
-            LinearShape("q_proj", hidden, queries),
-            LinearShape("k_proj", hidden, keys),
-            LinearShape("v_proj", hidden, keys),
-            LinearShape("o_proj", queries, hidden),
-            LinearShape("gate_proj", hidden, inner),
-            LinearShape("up_proj", hidden, inner),
-            LinearShape("down_proj", inner, hidden),
-        )
-        return cls(int(config["num_hidden_layers"]), hidden, heads, head_dim, int(config["vocab_size"]), linears)
+    def context(self, context_tokens: int) -> str:
+        """What `context_tokens` counts in this phase."""
+        match self:
+            case Phase.PREFILL:
+                return f"every token attends to all {context_tokens} of its prompt (non-causal, as the HaLoRA paper)"
+            case Phase.DECODE:
+                return f"every token attends to the {context_tokens} before it, kept in SRAM"
 
 
 @dataclass(frozen=True)
@@ -62,58 +50,166 @@ class EnergyBreakdown:
 
     Attributes:
         components_uj: Microjoule per token by component.
-        context_tokens: Number of tokens every token attends to (non-causal, as the paper counts).
-        boundary: What is included.
+        phase: What the tokens are.
+        context_tokens: Number of tokens every token attends to; `phase.context` says which.
+        boundary: What is included and what is not.
+        area_mm2: Area of ADCs, cells and SRAM, in square millimetre; rough.
     """
 
     components_uj: Mapping[str, float]
+    phase: Phase
     context_tokens: int
     boundary: str
+    area_mm2: float
 
     @property
     def total_uj_per_token(self) -> float:
         """Sum of the components, in microjoule per token."""
         return sum(self.components_uj.values())
 
+    @property
+    def lora_share(self) -> float:
+        """Share of the LoRA branch in the total."""
+        return self.components_uj["lora_sram"] / self.total_uj_per_token
 
-@cache
-def energy_constants() -> dict[str, Any]:
-    """Value by name of every constant in `constants.yaml`."""
-    entries = yaml.safe_load((files("halora.hardware") / "constants.yaml").read_text())
-    return {name: entry["value"] for name, entry in entries.items()}
+
+@dataclass(frozen=True)
+class _Counts:
+    """Events of one token in the layers that sit in RRAM, and what they occupy."""
+
+    conversions: int
+    driven_inputs: int
+    cell_reads: int
+    cells: int
+    tiles: int
 
 
 def energy_per_token(
-    shape: ModelShape, chip: Chip, *, rank: int, targets: tuple[str, ...], context_tokens: int = 512
+    shape: ModelShape,
+    chip: Chip,
+    *,
+    rank: int,
+    targets: tuple[str, ...],
+    context_tokens: int = 512,
+    phase: Phase = Phase.PREFILL,
 ) -> EnergyBreakdown:
     """Energy of one token on the chip.
 
     Args:
         shape: Dimensions of the model.
-        chip: Tile, ADC, LoRA precision and boundary.
-        rank: LoRA rank r; each adapted layer costs r (d_in + d_out) SRAM multiply-accumulates.
+        chip: The chip; each of its sections acts where it has an energy side.
+        rank: LoRA rank r; 0 for none.
         targets: Names of the adapted linear layers, e.g. `q_proj`.
         context_tokens: Tokens each token attends to.
+        phase: What the tokens are; the chip takes the same for both, its baselines do not.
+
+    Raises:
+        UserError: With every mistake: ADC bits that the costs do not cover, patterns that match no layer, unknown
+            targets, a negative rank or context.
     """
-    c = energy_constants()
-    rram = [(linear.in_features, linear.out_features, shape.layers) for linear in shape.linears]
-    if chip.boundary.lm_head:
-        rram.append((shape.hidden, shape.vocabulary, 1))
-    conversions = sum(n * d_out * ceil(d_in / chip.tile.rows) for d_in, d_out, n in rram)
-    driven_inputs = sum(n * d_in * ceil(d_out / chip.tile.columns) for d_in, d_out, n in rram)
-    cells = sum(n * d_in * d_out * 2 for d_in, d_out, n in rram)  # differential pairs
-    adapted = sum(linear.in_features + linear.out_features for linear in shape.linears if linear.name in targets)
+    constants = {**energy_constants(), **chip.costs}
+    layers = shape.linear_layers
+    problems = _problems(shape, rank, targets, context_tokens)
+    adc, places = AdcCost(0.0, 0.0), dict[str, Place]()
+    try:
+        adc = adc_cost(chip.adc.costs, chip.adc.bits, constants)
+    except UserError as error:
+        problems += error.problems
+    try:
+        places = chip.mapping.places({name: layer.weights for name, layer in layers.items()})
+    except UserError as error:
+        problems += error.problems
+    if problems:
+        raise UserError(problems)
+
+    head = [shape.lm_head] if chip.boundary.lm_head else []
+    rram = [layer for name, layer in layers.items() if places[name] is Place.RRAM] + head
+    counts = _count(rram, chip)
+    sram_weights, digital_weights = (
+        sum(layer.weights for name, layer in layers.items() if places[name] is place)
+        for place in (Place.SRAM, Place.DIGITAL)
+    )
+    lora_weights = rank * sum(
+        layer.in_features + layer.out_features for layer in layers.values() if layer.name in targets
+    )
     components = {
-        "adc": conversions * c["adc_conversion_pj"][chip.adc.bits] * 1e-6,
-        "dac": driven_inputs * c["dac_conversion_pj"] * 1e-6,
-        "shift_add": conversions * c["shift_add_pj"] * 1e-6,
-        "array": cells * c["cell_read_fj"] * 1e-9,
-        "lora_sram": shape.layers * rank * adapted * c["sram_mac_fj"] * chip.lora_weight_bits / 8 * 1e-9,
+        "adc": counts.conversions * adc.conversion_pj * 1e-6,
+        "dac": counts.driven_inputs * min(chip.dac.bits, chip.dac.input_bits) * constants["dac_pj_per_bit"] * 1e-6,
+        "shift_add": counts.conversions * constants["shift_add_pj"] * 1e-6,
+        "array": counts.cell_reads * chip.cells.read_energy_fj * 1e-9,
+        "sram": sram_weights * constants["sram_mac_fj"] * 1e-9,
+        "digital": digital_weights * constants["digital_mac_fj"] * 1e-9,
+        "lora_sram": lora_weights * constants["sram_mac_fj"] * chip.lora.weight_bits / _DIGITAL_BITS * 1e-9,
+        **_around(shape, chip, constants, [*layers.values(), *head], counts.cells, lora_weights, context_tokens),
     }
-    if chip.boundary.attention:
+    sram_bits = _DIGITAL_BITS * (sram_weights + digital_weights) + chip.lora.weight_bits * lora_weights
+    area_um2 = (
+        counts.tiles * adc.area_um2 + counts.cells * constants["rram_cell_um2"] + sram_bits * constants["sram_bit_um2"]
+    )
+    return EnergyBreakdown(components, phase, context_tokens, _describe(chip.boundary), area_um2 * 1e-6)
+
+
+def _problems(shape: ModelShape, rank: int, targets: tuple[str, ...], context_tokens: int) -> list[str]:
+    known = [linear.name for linear in shape.linears]
+    problems = [f"targets: the model has no layer '{t}'{nearest(t, known)}" for t in targets if t not in known]
+    if rank < 0:
+        problems.append(f"rank: must be 0 or more, got {rank}")
+    if context_tokens < 1:
+        problems.append(f"context: must be 1 token or more, got {context_tokens}")
+    return problems
+
+
+def _count(layers: list[LinearShape], chip: Chip) -> _Counts:
+    copies = chip.coding.slices * chip.coding.replicas
+    reads = copies * chip.dac.cycles * chip.read.averaged
+    rows, columns = chip.tile.rows, chip.tile.columns
+    cells = _CELLS_PER_WEIGHT * sum(layer.weights for layer in layers)
+    return _Counts(
+        conversions=reads * sum(layer.out_features * ceil(layer.in_features / rows) for layer in layers),
+        driven_inputs=reads * sum(layer.in_features * ceil(layer.out_features / columns) for layer in layers),
+        cell_reads=reads * cells,
+        cells=copies * cells,
+        tiles=copies * sum(ceil(layer.in_features / rows) * ceil(layer.out_features / columns) for layer in layers),
+    )
+
+
+def _around(
+    shape: ModelShape,
+    chip: Chip,
+    constants: Mapping[str, Any],
+    layers: list[LinearShape],
+    cells: int,
+    lora_weights: int,
+    context_tokens: int,
+) -> dict[str, float]:
+    """Microjoule per token of what the chip's boundary adds to its linear layers."""
+    boundary, components = chip.boundary, dict[str, float]()
+    if boundary.attention:
+        macs = shape.attention_macs_per_context_token * context_tokens
         scores = shape.layers * shape.heads * context_tokens
-        components["attention"] = 2 * scores * shape.head_dim * c["attention_mac_fj"] * 1e-9
-        components["softmax"] = scores * c["softmax_element_pj"] * 1e-6
-    boundary = "linear layers and LoRA" + (", attention" if chip.boundary.attention else "")
-    boundary += ", lm_head" if chip.boundary.lm_head else "; lm_head, buffers and programming outside"
-    return EnergyBreakdown(components, context_tokens, boundary)
+        components["attention"] = macs * constants["attention_mac_fj"] * 1e-9
+        components["softmax"] = scores * constants["softmax_element_pj"] * 1e-6
+    if boundary.buffers:
+        bits = chip.dac.input_bits * sum(layer.in_features + layer.out_features for layer in layers)
+        components["buffers"] = bits * constants["buffer_pj_per_bit"] * 1e-6
+    if boundary.programming:
+        pulses = cells * chip.write_verify.pulses * chip.noise.effort
+        tokens = boundary.tokens_per_s * chip.retention.refresh_interval_s
+        components["programming"] = pulses * chip.write_verify.pulse_energy_pj * 1e-6 / tokens
+    if boundary.adapter_swap_tokens is not None:
+        bits = lora_weights * chip.lora.weight_bits
+        components["adapter_swap"] = bits * constants["dram_pj_per_bit"] * 1e-6 / boundary.adapter_swap_tokens
+    return components
+
+
+def _describe(boundary: Boundary) -> str:
+    parts = {
+        "attention": boundary.attention,
+        "lm_head": boundary.lm_head,
+        "buffers": boundary.buffers,
+        "programming": boundary.programming,
+        "adapter swap": boundary.adapter_swap_tokens is not None,
+    }
+    inside = ["linear layers", "LoRA", *(part for part, included in parts.items() if included)]
+    outside = [part for part, included in parts.items() if not included]
+    return ", ".join(inside) + (f"; outside: {', '.join(outside)}" if outside else "")

@@ -1,41 +1,230 @@
-"""What a chip instance does to a weight matrix: Gaussian programming noise, then IR drop.
+"""What a chip instance does to a weight matrix, in physical order.
 
-Both are static per chip instance: drawn or computed once, the same for every read. The frozen weight is never written;
-the functions return a new tensor. Not modelled here: see `halora.hardware.chip`.
+Clip, scale, slices of differential pairs, finite levels, programming error, stuck cells and ageing move conductances;
+back in weights come the programming error of models in the weight domain, drift compensation and IR drop. All of this
+is static until the cells are programmed again: drawn or computed once, the same for every read. Read noise is fresh
+for every product and given by its variance. The frozen weight is never written; the functions return a new tensor.
 """
 
-from typing import assert_never
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from math import exp, isinf, pi, sqrt
 
 import torch
+from torch import Tensor
 
 from halora.hardware.addressing import NoiseKey
-from halora.hardware.chip import Chip, GaussianNoise
+from halora.hardware.cells import (
+    clip_limit,
+    clipped,
+    target_conductance,
+    weight_scale,
+    white_read_variance,
+    with_faults,
+)
+from halora.hardware.chip import Chip
+from halora.hardware.noise_models import NoiseModel, WeightNoise
+
+ROWS = 128
+"""Outputs worked on at a time, so that memory stays that of the result; part of the address of the cells' draws."""
 
 
-def reference_scale(weight: torch.Tensor, noise: GaussianNoise) -> torch.Tensor:
-    """What sigma is relative to, in weight units.
+def programmed_weight(weight: Tensor, chip: Chip, key: NoiseKey, level: float) -> Tensor:
+    """The weight as one chip instance holds it at the end of its refresh interval and reads it.
 
     Args:
-        weight: `(out_features, in_features)`.
-        noise: Its `reference` chooses the scale.
+        weight: Frozen weight `(d_out, d_in)`, left unchanged.
+        chip: Everything that moves it.
+        key: Address of the chip instance at this module.
+        level: Strength of the chip's noise model, as the noise schedule sets it (`chip.noise.level`: the chip's own).
 
     Returns:
-        A scalar, or `(out_features, 1)` for `channel_max`.
+        A new tensor in `weight`'s dtype; exactly `weight` when nothing moves it.
     """
-    match noise.reference:
-        case "absolute":
-            return weight.new_ones(())
-        case "tensor_max":
-            return weight.abs().amax()
-        case "channel_max":
-            return weight.abs().amax(dim=1, keepdim=True)
-        case "std":
-            return weight.std()
-        case unknown:
-            assert_never(unknown)
+    noise, compensation = chip.noise.with_level(level), chip.retention.compensation
+    limit = clip_limit(weight, chip.coding)
+    whole = weight if limit is None else clipped(weight, limit)
+    scale = weight_scale(whole, chip.coding) if cells_act(chip, noise) else None
+    spread = _added_spread(whole, chip, noise)
+    row_gain = ir_drop_gain(weight.shape[1], chip).to(weight.device) if chip.wires.resistance_ohm > 0 else None
+    if all(part is None for part in (limit, scale, spread, row_gain)):
+        return weight
+    del whole
+    units = _address(key, noise).normal_rows(tuple(weight.shape), ROWS)
+    held = torch.empty_like(weight, dtype=torch.float32 if compensation == "global" else weight.dtype)
+    before = after = torch.zeros((), device=weight.device)
+    for rows in _row_blocks(weight):
+        fresh = aged = _clipped_rows(weight, limit, rows)
+        if scale is not None:
+            fresh, aged = _through_cells(fresh, _at(scale, rows), chip, noise, key.part(f"rows {rows.start}"))
+        ages = aged is not fresh
+        if spread is not None:
+            unit, deviation = torch.from_numpy(next(units)).to(weight.device), _at(spread, rows)
+            aged = torch.addcmul(aged, unit, deviation)
+            fresh = torch.addcmul(fresh, unit, deviation) if ages else aged
+        if ages and compensation == "column":
+            aged = aged * _gain(fresh.abs().mean(dim=1, keepdim=True), aged.abs().mean(dim=1, keepdim=True))
+        if ages and compensation == "global":
+            before, after = before + fresh.abs().sum(), after + aged.abs().sum()
+        held[rows] = aged if row_gain is None else aged * row_gain
+    if after > 0:
+        held.mul_(_gain(before, after))
+    return held.to(weight.dtype)
 
 
-def ir_drop_gain(in_features: int, chip: Chip) -> torch.Tensor:
+def _row_blocks(weight: Tensor) -> Iterator[slice]:
+    return (slice(start, start + ROWS) for start in range(0, weight.shape[0], ROWS))
+
+
+def _at(values: Tensor, rows: slice) -> Tensor:
+    """The rows of what broadcasts over the weight."""
+    return values if values.ndim == 0 else values[rows]
+
+
+def _clipped_rows(weight: Tensor, limit: Tensor | None, rows: slice) -> Tensor:
+    return clipped(weight[rows], None if limit is None else _at(limit, rows))
+
+
+def _added_spread(weight: Tensor, chip: Chip, noise: NoiseModel) -> Tensor | None:
+    """Standard deviation of the error that is added to weights, broadcasting over (d_out, d_in); none without one."""
+    if noise.level == 0 or not isinstance(noise, WeightNoise):
+        return None
+    return noise.std(weight, chip.retention.refresh_interval_s) * weight_error_factor(chip)
+
+
+def _gain(before: Tensor, after: Tensor) -> Tensor:
+    """Digital gain that brings the mean |W| back to that right after programming."""
+    return before / after.clamp_min(torch.finfo(after.dtype).tiny)
+
+
+def cells_act(chip: Chip, noise: NoiseModel) -> bool:
+    """Whether anything happens to single cells, so that conductances have to be computed."""
+    ageing = chip.retention.ageing
+    return (
+        (noise.domain == "conductance" and noise.level > 0)
+        or chip.cells.levels is not None
+        or chip.faults.stuck_low_rate + chip.faults.stuck_high_rate > 0
+        or (ageing is not None and ageing.level > 0)
+    )
+
+
+@dataclass(frozen=True)
+class CellArray:
+    """The cells of one side of one slice of one replica.
+
+    Attributes:
+        share: What one microsiemens adds to weight over scale; negative on the negative side of the pairs.
+        fresh: Conductances right after programming, `(d_out, d_in)`, in microsiemens.
+        aged: At the end of the refresh interval; the same tensor when nothing ages.
+        name: Tells this array from the others of the layer.
+    """
+
+    share: float
+    fresh: Tensor
+    aged: Tensor
+    name: str
+
+
+def cell_arrays(stored: Tensor, chip: Chip, noise: NoiseModel | None, key: NoiseKey | None) -> Iterator[CellArray]:
+    """All cell arrays of a layer, made one at a time.
+
+    Args:
+        stored: Weights over scale, `(d_out, d_in)` in [-1, 1]; left unchanged.
+        chip: Coding, cells, faults and retention.
+        noise: Programming error.
+        key: Address of the chip instance; without one the cells are as wanted: no error, no fault, no ageing.
+    """
+    coding, span = chip.coding, chip.cells.g_max_us - chip.cells.g_min_us
+    for replica in range(coding.replicas):
+        left = stored
+        for index in range(coding.slices):
+            share = coding.slice_ratio**-index / (span * coding.replicas)
+            wanted, held = left.clamp(-1, 1), torch.zeros_like(stored)
+            for sign in (1, -1):
+                name = f"replica {replica}, slice {index}, side {sign}"
+                target = target_conductance(wanted, sign, chip.cells)
+                fresh = aged = target
+                if noise is not None and key is not None:
+                    fresh, aged = _programmed(target, chip, noise, key.part(name))
+                held.add_(fresh, alpha=sign / span)
+                yield CellArray(sign * share, fresh, aged, name)
+            left = (left - held).mul_(coding.slice_ratio)
+
+
+def _programmed(target: Tensor, chip: Chip, noise: NoiseModel, key: NoiseKey) -> tuple[Tensor, Tensor]:
+    """Conductances right after programming and at the end of the refresh interval, (d_out, d_in) in microsiemens."""
+    faults, ageing, time_s = chip.faults, chip.retention.ageing, chip.retention.refresh_interval_s
+    uniform = None
+    if faults.stuck_low_rate + faults.stuck_high_rate > 0:
+        draws = key.part("faults").lasting().uniform(tuple(target.shape))
+        uniform = torch.from_numpy(draws).to(target.device)
+    fresh = later = target
+    if noise.domain == "conductance" and noise.level > 0:
+        unit = _unit(key, noise, target).mul_(write_verify_ratio(chip))
+        first_s = time_s if noise.first_s is None else min(noise.first_s, time_s)
+        fresh = later = noise.apply(target, unit, first_s)
+        if first_s < time_s:
+            later = with_faults(noise.apply(target, unit, time_s), faults, uniform)
+    fresh = with_faults(fresh, faults, uniform)
+    if ageing is not None and ageing.level > 0:
+        unit = _unit(key.part("ageing"), ageing, target)
+        later = with_faults(ageing.apply(later, unit, time_s), faults, uniform)
+    return fresh, later
+
+
+def _address(key: NoiseKey, model: NoiseModel) -> NoiseKey:
+    """The address of draws that last as long as the model says."""
+    return key.lasting() if model.lifetime == "chip" else key
+
+
+def _unit(key: NoiseKey, model: NoiseModel, like: Tensor) -> Tensor:
+    return torch.from_numpy(_address(key, model).standard_normal(tuple(like.shape))).to(like.device)
+
+
+def _through_cells(coded: Tensor, scale: Tensor, chip: Chip, noise: NoiseModel, key: NoiseKey) -> tuple[Tensor, Tensor]:
+    """Weights that the cells hold after programming and at the end; the same tensor when nothing ages."""
+    fresh = torch.zeros_like(coded)
+    aged: Tensor | None = None
+    for array in cell_arrays(coded / scale, chip, noise, key):
+        if array.aged is not array.fresh and aged is None:
+            aged = torch.zeros_like(coded)
+        fresh.add_(array.fresh, alpha=array.share)
+        if aged is not None:
+            aged.add_(array.aged, alpha=array.share)
+    fresh.mul_(scale)
+    return fresh, fresh if aged is None else aged.mul_(scale)
+
+
+@cache
+def write_verify_factor(pulses: float) -> float:
+    """Standard deviation of the programming error over that of a single pulse, for a mean number of pulses per cell.
+
+    Each pulse is an independent try x ~ N(0, 1) that is kept once |x| < a. The number of tries is geometric with mean
+    n = 1 / P(|x| < a), which sets a; what is kept is a truncated normal of variance 1 - 2 a phi(a) / P(|x| < a).
+    """
+    window = sqrt(2) * float(torch.erfinv(torch.tensor(1 / pulses, dtype=torch.float64)))
+    if isinf(window):
+        return 1.0
+    return sqrt(1 - 2 * window * exp(-(window**2) / 2) / sqrt(2 * pi) * pulses)
+
+
+def write_verify_ratio(chip: Chip) -> float:
+    """Programming error at the chip's pulses over what its noise model states, which is for the reference pulses."""
+    effort = chip.write_verify
+    return write_verify_factor(effort.pulses) / write_verify_factor(effort.reference_pulses)
+
+
+def weight_error_factor(chip: Chip) -> float:
+    """Error of a weight over what a noise model of the weight domain states for one pair of cells.
+
+    Write-verify narrows it, later slices make up for the errors of those before, and replicas are averaged.
+    """
+    coding = chip.coding
+    return write_verify_ratio(chip) * coding.slice_ratio ** (1 - coding.slices) / sqrt(coding.replicas)
+
+
+def ir_drop_gain(in_features: int, chip: Chip) -> Tensor:
     """Relative signal of each input row after the voltage lost along its tile column, `(in_features,)`, mean 1.
 
     First order, for equal cells: the current of all cells flows through the shared wire, so the cell k segments from
@@ -43,35 +232,64 @@ def ir_drop_gain(in_features: int, chip: Chip) -> torch.Tensor:
     """
     rows = chip.tile.rows
     position = torch.arange(in_features, dtype=torch.float32) % rows + 1
-    loss = chip.wires.resistance_ohm * chip.wires.conductance_us * 1e-6 * (position * rows - position.square() / 2)
+    loss = chip.wires.resistance_ohm * chip.cells.mean_us * 1e-6 * (position * rows - position.square() / 2)
     gain = 1 / (1 + loss)
     return gain / gain.mean()
 
 
-def programmed_weight(weight: torch.Tensor, chip: Chip, key: NoiseKey, sigma: float) -> torch.Tensor:
-    """The weight as one chip instance holds and reads it, W* = (W0 + sigma * reference * E) * IR drop.
+def read_noise_power(weight: Tensor, chip: Chip) -> Tensor:
+    """Mean over the outputs of the variance that read noise gives the effective weight in one product.
+
+    White and thermal noise fall with the reads averaged, 1/f noise does not; cells of a pair, slices and replicas are
+    independent. Cells are taken where programming aims them.
 
     Args:
-        weight: Frozen weight `(out_features, in_features)`, left unchanged.
-        chip: Noise reference, tile height and wires.
-        key: Address of the chip instance at this module; E is standard normal.
-        sigma: Standard deviation in units of the chip's noise reference.
+        weight: `(d_out, d_in)`.
+        chip: Read noise, cells and coding.
 
     Returns:
-        A new tensor in `weight`'s dtype; exactly `weight` for sigma 0 and no wire resistance.
+        `(d_in,)`, in squared weight units; the variance of an output is the sum over inputs of x^2 times it.
     """
-    if sigma == 0 and chip.wires.resistance_ohm == 0:
-        return weight
-    noisy = weight.float()
-    if sigma > 0:
-        unit = torch.from_numpy(key.standard_normal(tuple(weight.shape))).to(weight.device)
-        noisy = torch.addcmul(noisy, unit, sigma * reference_scale(noisy, chip.noise))
-    if chip.wires.resistance_ohm > 0:
-        noisy = noisy * ir_drop_gain(weight.shape[1], chip).to(weight.device)
-    return noisy.to(weight.dtype)
+    read = chip.read
+    power = torch.zeros(weight.shape[1], device=weight.device)
+    if not (read.white_us or read.flicker or read.thermal):
+        return power
+    limit = clip_limit(weight, chip.coding)
+    scale = weight_scale(weight if limit is None else clipped(weight, limit), chip.coding)
+    for rows in _row_blocks(weight):
+        block_scale = _at(scale, rows)
+        for array in cell_arrays(_clipped_rows(weight, limit, rows) / block_scale, chip, None, None):
+            variance = white_read_variance(array.aged, chip.cells, read.white_us, read.thermal).div_(read.averaged)
+            variance.add_((read.flicker * array.aged).square_())
+            power.add_(variance.mul_((array.share * block_scale).square()).sum(dim=0))
+    return power.div_(weight.shape[0]).mul_(ir_drop_gain(weight.shape[1], chip).to(power).square_())
 
 
-def noise_to_signal_db(weight: torch.Tensor, programmed: torch.Tensor) -> float:
+def sampled_read_error(weight: Tensor, chip: Chip, key: NoiseKey) -> Tensor:
+    """Error of the effective weight in one product, drawn cell by cell and read by read: what the variance stands for.
+
+    Args:
+        weight: `(d_out, d_in)`.
+        chip: Read noise, cells and coding.
+        key: Address of the product; its K reads are draws of their own.
+
+    Returns:
+        `(d_out, d_in)`, in weight units.
+    """
+    values, read = clipped(weight, clip_limit(weight, chip.coding)), chip.read
+    scale = weight_scale(values, chip.coding)
+    total = torch.zeros_like(values)
+    for array in cell_arrays(values / scale, chip, None, None):
+        white = white_read_variance(array.aged, chip.cells, read.white_us, read.thermal).sqrt_()
+        slow = torch.from_numpy(key.part(f"{array.name}, 1/f").standard_normal(tuple(white.shape))).to(white)
+        total.add_(slow.mul_(array.aged), alpha=array.share * read.flicker)
+        for index in range(read.averaged):
+            unit = torch.from_numpy(key.part(array.name, draw=index).standard_normal(tuple(white.shape))).to(white)
+            total.add_(unit.mul_(white), alpha=array.share / read.averaged)
+    return total.mul_(scale) * ir_drop_gain(weight.shape[1], chip).to(total)
+
+
+def noise_to_signal_db(weight: Tensor, programmed: Tensor) -> float:
     """Power of the weight error over the power of the weight, 10 log10(|W* - W|^2 / |W|^2); -inf without error."""
     error = (programmed.float() - weight.float()).square().sum()
     return float(10 * torch.log10(error / weight.float().square().sum()))

@@ -27,8 +27,13 @@ def attach(base: BaseModel, lora: LoraSettings, seed: int) -> Any:
     return get_peft_model(base.causal_lm, config)
 
 
-def attach_saved(base: BaseModel, folder: Path) -> Any:
+def attach_saved(base: BaseModel, folder: Path, weight_bits: int = 16) -> Any:
     """A PEFT model around `base` with the adapter stored in `folder`, for evaluation.
+
+    Args:
+        base: The base model.
+        folder: A PEFT folder.
+        weight_bits: Precision of A and B in the chip's SRAM, see `rounded`; 16 leaves them as stored.
 
     Raises:
         UserError: The folder holds no adapter in safetensors.
@@ -37,7 +42,19 @@ def attach_saved(base: BaseModel, folder: Path) -> Any:
 
     if not (folder / "adapter_model.safetensors").is_file():
         raise UserError(f"no adapter_model.safetensors in '{folder}'")
-    return PeftModel.from_pretrained(base.causal_lm, folder)
+    peft_model = PeftModel.from_pretrained(base.causal_lm, folder)
+    if weight_bits < 16:
+        with torch.no_grad():
+            for a, b in lora_pairs(peft_model):
+                a.copy_(rounded(a, weight_bits, dim=1))
+                b.copy_(rounded(b, weight_bits, dim=0))
+    return peft_model
+
+
+def rounded(weight: Tensor, bits: int, dim: int) -> Tensor:
+    """The weight rounded to 2^bits - 1 symmetric levels, with one scale per rank (the largest value along `dim`)."""
+    step = weight.abs().amax(dim=dim, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny) / (2 ** (bits - 1) - 1)
+    return (weight / step).round() * step
 
 
 def detach(peft_model: Any) -> None:

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from halora.hardware.chip import Frozen
+from halora.hardware.description import Frozen
 
 Method = Literal["lora", "noise_lora", "halora"]
 """`lora`: no noise, no regulariser. `noise_lora`: noise only. `halora`: noise and L_reg."""
@@ -71,6 +71,8 @@ class TrainingSettings(Frozen):
     gradient_clip: float = Field(default=1.0, gt=0)
     dtype: Literal["fp32", "bf16"] = "fp32"
     zero_stage: Literal[0, 1, 2, 3] = 0
+    noisy_weights: Literal["auto", "materialise", "regenerate"] = "auto"
+    """Keep one noisy copy of the mapped weights, or make it again in every pass; `auto` keeps it where it fits."""
     report_every: int = Field(default=5, ge=1)
     """Optimiser steps between two reports, each with a checkpoint."""
     train_rows: int | None = Field(default=None, ge=1)

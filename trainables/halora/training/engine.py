@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -78,6 +79,7 @@ class Finetuner:
         self.step = 0
         self._base, self._array, self._rows, self._config = base, array, rows, config
         self._programmed_at = -1
+        self._regenerate = _regenerates(array, config.training)
         self._peft_model = attach(base, config.lora, config.seed)
         self._trainable = {n: p for n, p in self._peft_model.named_parameters() if p.requires_grad}
         self._engine = _deepspeed_engine(HaloraLoss(self._peft_model, config.training), self._trainable, config)
@@ -119,7 +121,7 @@ class Finetuner:
         sigma = training.schedule.sigma(self.step, training.steps)
         if draw != self._programmed_at:
             key = NoiseKey(role=Role.TRAIN, chip_seed=self._config.seed, draw=draw)
-            self._array.program(ChipInstance(chip, key, sigma))
+            self._array.program(ChipInstance(chip, key, sigma), regenerate=self._regenerate)
             self._programmed_at = draw
         return sigma
 
@@ -214,6 +216,18 @@ def save_latest(finetuner: Finetuner, folder: Path) -> Path:
         if old != newest:
             shutil.rmtree(old)
     return newest
+
+
+def _regenerates(array: RramArray, training: TrainingSettings) -> bool:
+    """Whether noisy weights are made in every pass: at ZeRO-3, or where a copy would take half the free memory."""
+    if training.noisy_weights != "auto":
+        return training.noisy_weights == "regenerate"
+    if training.zero_stage == 3:
+        return True
+    weight = array.layers[0].weight
+    copy = sum(layer.in_features * layer.out_features for layer in array.layers) * weight.element_size()
+    free = torch.cuda.mem_get_info(weight.device)[0] if weight.is_cuda else psutil.virtual_memory().available
+    return bool(copy > free / 2)
 
 
 def _deepspeed_engine(loss: HaloraLoss, trainable: dict[str, nn.Parameter], config: TrialConfig) -> Any:

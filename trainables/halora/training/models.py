@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from halora.errors import UserError, nearest
-from halora.hardware.energy import ModelShape
+from halora.hardware.shapes import ModelShape
 
 EMBEDDED = {
     "smollm2-135m-instruct": "SmolLM2-135M-Instruct (LLaMA architecture), de-quantised from 4 bits",

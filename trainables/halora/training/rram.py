@@ -1,15 +1,17 @@
 """Frozen linear layers that read their weight from a simulated RRAM chip.
 
-`install` replaces the mapped linear layers of a base model once; afterwards a chip instance is put under the model with
-`RramArray.program` and taken away with `clear`. The frozen weights are never written. The programmed copy is made
-inside the first forward that needs it, which is where a ZeRO-3 shard is whole, and kept until the next `program`.
+`install` replaces the linear layers of a base model once; afterwards a chip instance is put under the model with
+`RramArray.program` and taken away with `clear`. The frozen weights are never written. There are two ways to hold what
+the chip instance makes of them, with the same results: *materialise* keeps one noisy copy from the first forward that
+needs it until the next `program`, for draws that last; *regenerate* makes it inside each forward and again inside the
+backward, without a copy, for draws that change every step and for ZeRO-3, whose shards are whole only there.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import sqrt
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,17 +22,18 @@ from halora.errors import UserError
 from halora.hardware.addressing import NoiseKey, canonical_name
 from halora.hardware.chip import Chip
 from halora.hardware.converters import ConverterModel
+from halora.hardware.mapping import Place
 from halora.hardware.noise import noise_to_signal_db, programmed_weight
 from halora.training.config import LINEAR_NAMES
 
 
 @dataclass(frozen=True)
 class ChipInstance:
-    """One programmed chip: its description, its address and the sigma it was programmed with."""
+    """One programmed chip: its description, its address and the level its noise model was programmed with."""
 
     chip: Chip
     key: NoiseKey
-    sigma: float
+    level: float
 
 
 @dataclass
@@ -38,12 +41,17 @@ class _Wiring:
     """What every layer of one model shares: the chip instance under it and the rows in the current batch."""
 
     instance: ChipInstance | None = None
+    regenerate: bool = False
+    places: Mapping[str, Place] = field(default_factory=dict)
     converters: Mapping[str, ConverterModel] = field(default_factory=dict)
     examples: Sequence[tuple[str, int]] = ()  # (row id, number of tokens) of each sequence in the batch
 
 
 class RramLinear(nn.Linear):
-    """y = x W*^T with W* as the chip instance holds it, then the converters' error; the bias is added digitally."""
+    """y = x W*^T with W* as the chip instance holds it, as its converters read it; the bias is added digitally.
+
+    A layer that the chip's mapping keeps in SRAM or digital logic computes with its clean weight.
+    """
 
     def __init__(self, linear: nn.Linear, name: str, wiring: _Wiring) -> None:
         nn.Module.__init__(self)
@@ -51,31 +59,50 @@ class RramLinear(nn.Linear):
         self.weight, self.bias = linear.weight, linear.bias
         self.name = name
         self._wiring = wiring
-        self._programmed: Tensor | None = None
+        self._kept: Tensor | None = None
 
     def forget(self) -> None:
         """Drop the programmed copy; the next forward makes it anew."""
-        self._programmed = None
+        self._kept = None
+
+    @property
+    def noisy(self) -> bool:
+        """Whether a chip instance lies under the model and keeps this layer in RRAM."""
+        return self._wiring.instance is not None and self._wiring.places[self.name] is Place.RRAM
 
     def programmed(self) -> Tensor:
-        """The weight under the current chip instance; the frozen weight itself without one."""
-        instance = self._wiring.instance
-        if instance is None:
+        """The weight under the current chip instance; the frozen weight itself where it is not in RRAM."""
+        if not self.noisy:
             return self.weight
-        if self._programmed is None:
-            key = instance.key.at(module=self.name, purpose="programming")
-            with torch.no_grad():
-                self._programmed = programmed_weight(self.weight.detach(), instance.chip, key, instance.sigma)
-        return self._programmed
+        if self._kept is not None:
+            return self._kept
+        instance = self._wiring.instance
+        assert instance is not None
+        with torch.no_grad():
+            weight = programmed_weight(
+                self.weight.detach(),
+                instance.chip,
+                instance.key.at(module=self.name, purpose="programming"),
+                instance.level,
+            )
+        if not self._wiring.regenerate:
+            self._kept = weight
+        return weight
 
     def forward(self, input: Tensor) -> Tensor:
         """Input (batch, tokens, in_features) -> (batch, tokens, out_features)."""
-        converter = self._wiring.converters.get(self.name)
+        converter = self._wiring.converters.get(self.name) if self.noisy else None
         if converter is None:
-            return F.linear(input, self.programmed(), self.bias)
-        scaled, error = converter.split(input)
-        product = F.linear(scaled, self.programmed(), self.bias)
-        return torch.addcmul(product, self._read_noise(product), error)
+            return self._product(input, self.bias)
+        driven = converter.drive(input)
+        product = self._product(driven.inputs, None)
+        read = converter.read(product, driven, self._read_noise(product))
+        return read if self.bias is None else read + self.bias
+
+    def _product(self, input: Tensor, bias: Tensor | None) -> Tensor:
+        if self.noisy and self._wiring.regenerate:
+            return cast(Tensor, _RegeneratedProduct.apply(input, bias, self))
+        return F.linear(input, self.programmed(), bias)
 
     def _read_noise(self, like: Tensor) -> Tensor:
         """Zero-mean unit-variance noise of one read, shaped (batch, tokens, out_features).
@@ -92,6 +119,19 @@ class RramLinear(nn.Linear):
         return (torch.from_numpy(levels).to(like) - 127.5).div_(sqrt((256**2 - 1) / 12))
 
 
+class _RegeneratedProduct(torch.autograd.Function):
+    """x W*^T, with W* made in the forward and made again in the backward instead of being kept."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, bias: Tensor | None, layer: RramLinear) -> Tensor:
+        ctx.layer = layer
+        return F.linear(input, layer.programmed(), bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient @ ctx.layer.programmed(), None, None
+
+
 class RramArray:
     """All RRAM layers of one base model."""
 
@@ -99,11 +139,32 @@ class RramArray:
         self.layers = layers
         self._wiring = wiring
 
-    def program(self, instance: ChipInstance, converters: Mapping[str, ConverterModel] | None = None) -> None:
-        """Put a chip instance under the model, with converter models by layer name (none: exact converters)."""
+    def program(
+        self,
+        instance: ChipInstance,
+        converters: Mapping[str, ConverterModel] | None = None,
+        *,
+        regenerate: bool = False,
+    ) -> None:
+        """Put a chip instance under the model.
+
+        Args:
+            instance: The chip, its address and the level of its noise.
+            converters: Models of the reads by layer name; none for exact reads.
+            regenerate: Make the noisy weights inside every pass instead of keeping a copy.
+
+        Raises:
+            UserError: The chip's mapping names layers that the model has not.
+        """
         self.clear()
+        self._wiring.places = self.places(instance.chip)
         self._wiring.instance = instance
         self._wiring.converters = converters or {}
+        self._wiring.regenerate = regenerate
+
+    def places(self, chip: Chip) -> dict[str, Place]:
+        """Where the chip's mapping puts every layer."""
+        return chip.mapping.places({layer.name: layer.in_features * layer.out_features for layer in self.layers})
 
     def clear(self) -> None:
         """Take the chip away: the model computes with its clean weights, and no copy of them is kept."""
@@ -132,12 +193,14 @@ class RramArray:
                 handle.remove()
 
     def noise_db(self) -> dict[str, float]:
-        """Realised noise-to-signal ratio of the programmed weights in dB, by layer name."""
-        return {layer.name: noise_to_signal_db(layer.weight, layer.programmed()) for layer in self.layers}
+        """Realised noise-to-signal ratio of the programmed weights in dB, by name of the layers in RRAM."""
+        return {
+            layer.name: noise_to_signal_db(layer.weight, layer.programmed()) for layer in self.layers if layer.noisy
+        }
 
 
 def install(causal_lm: Any) -> RramArray:
-    """Map every linear layer of the decoder blocks to RRAM, in place.
+    """Make every linear layer of the decoder blocks one that a chip can hold, in place.
 
     Raises:
         UserError: The model has no linear layer with a known name.

@@ -1,0 +1,65 @@
+"""What several commands take: `--set`, and a chip."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from halora.errors import UserError
+
+if TYPE_CHECKING:
+    from halora.hardware.chip import Chip
+
+ChipOption = Annotated[str, typer.Option(help="A preset's name, or the path of a YAML file.")]
+ChipSetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="PATH=VALUE", help="Override a value of the chip, e.g. adc.bits=6."),
+]
+
+
+def overrides_from(settings: list[str] | None, example: str = "trial.training.steps=40") -> dict[str, Any]:
+    """Typed overrides from `PATH=VALUE` texts; values are read as YAML.
+
+    Raises:
+        UserError: One of them has no `=`, or its value is not YAML.
+    """
+    import yaml
+
+    overrides = {}
+    for setting in settings or []:
+        path, separator, value = setting.partition("=")
+        if not separator or not path:
+            raise UserError(f"--set {setting}: write PATH=VALUE, for example {example}")
+        try:
+            overrides[path] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UserError(f"--set {setting}: '{value}' is not YAML; quote it, for example '\"{value}\"'") from None
+    return overrides
+
+
+def chip_from(name: str, settings: list[str] | None) -> "Chip":
+    """The chip that `--chip` and `--set` describe.
+
+    Raises:
+        UserError: With every mistake.
+    """
+    from pydantic import ValidationError
+
+    from halora.hardware.chip import Chip, expand_chip
+    from halora.spaces.language import with_values
+    from halora.spaces.sweep import describe
+
+    overrides = overrides_from(settings, example="adc.bits=6")
+    try:
+        return Chip.model_validate(with_values(expand_chip(name), overrides))
+    except ValidationError as error:
+        raise UserError([f"chip.{problem}" for problem in describe(error, Chip)]) from None
+
+
+def attempt[T](problems: list[str], call: Callable[[], T]) -> T | None:
+    """What `call` gives, or nothing and its problems."""
+    try:
+        return call()
+    except UserError as error:
+        problems += error.problems
+        return None

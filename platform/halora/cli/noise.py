@@ -1,0 +1,348 @@
+"""`halora noise`: what a chip's noise is, and which layers of a model feel it most."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from enum import StrEnum
+from math import isfinite, log10
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from halora.cli.arguments import ChipOption, ChipSetOption, attempt, chip_from
+from halora.cli.output import Format, FormatOption, show_rows, talk
+from halora.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from halora.analysis.figures import ErrorPanel
+    from halora.evaluation.sensitivity import LayerSensitivity
+    from halora.hardware.chip import Chip
+    from halora.hardware.noise_models import NoiseModel
+    from halora.training.models import BaseModel
+    from halora.training.rram import RramArray
+
+app = typer.Typer(help="See a chip's noise, and the layers that feel it most.", no_args_is_help=True)
+
+_MODEL_HELP = "An embedded model (smollm2-135m-instruct, ...), a folder, or a hub id."
+_TABLE_POINTS = 11
+_REFERENCES = {
+    "absolute": "1, in weight units",
+    "tensor_max": "max|W| of the whole matrix",
+    "channel_max": "max|W| of the output",
+    "block_max": "max|W| of the block",
+    "std": "the standard deviation of the whole matrix",
+}
+
+
+class SensitivityFormat(StrEnum):
+    """Forms of the answer; `yaml` is a chip file with the order as its ranking."""
+
+    TABLE = "table"
+    JSON = "json"
+    CSV = "csv"
+    YAML = "yaml"
+
+
+@app.command()
+def show(
+    chip: ChipOption = "halora-2026",
+    set_: ChipSetOption = None,
+    model: Annotated[str | None, typer.Option(help=_MODEL_HELP + " Default: the chip alone.")] = None,
+    picture: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Draw the errors, stated and drawn, to this file.")
+    ] = None,
+    form: FormatOption = Format.TABLE,
+) -> None:
+    """The chip's error over conductance, or with a model the realised noise of each layer.
+
+    Draws are those of chip instance 0 of the search pool.
+    """
+    problems: list[str] = []
+    described = attempt(problems, lambda: chip_from(chip, set_))
+    _check_model(problems, model, described)
+    problems += _picture_problems(picture)
+    if problems:
+        raise UserError(problems)
+    assert described is not None
+
+    noise = described.noise.model_dump(mode="json")
+    answer = {"chip": described.name, "chip_hash": described.content_hash, "noise": noise}
+    if model is None:
+        rows = _chip_rows(described)
+        if form is Format.JSON:
+            print(json.dumps(answer | {"rows": rows}, indent=1))
+        else:
+            show_rows(rows, form, f"noise of {described.name}, {described.noise.kind}")
+        _tell_other_causes(described)
+        _draw(picture, described, None, {})
+        return
+    _, array = _loaded(model)
+    noise_db = _realised_db(array, described)
+    rows = [{"layer": name, "noise_db": _finite(ratio)} for name, ratio in noise_db.items()]
+    mean_db = _finite(_mean_db(list(noise_db.values())))
+    if form is Format.JSON:
+        print(json.dumps(answer | {"model": model, "layers": rows, "mean_db": mean_db}, indent=1))
+    else:
+        show_rows([*rows, {"layer": "mean", "noise_db": mean_db}], form, f"{model} on {described.name}")
+    _draw(picture, described, array, noise_db)
+
+
+@app.command()
+def sensitivity(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL_HELP)],
+    chip: ChipOption = "halora-2026",
+    task: Annotated[str, typer.Option(help="A known task, a folder of JSONL files, or a hub id.")] = "arc-easy",
+    rows: Annotated[int, typer.Option(help="Validation rows to score.")] = 8,
+    set_: ChipSetOption = None,
+    form: Annotated[
+        SensitivityFormat, typer.Option("--format", help="Form of the answer; yaml: a chip file with the ranking.")
+    ] = SensitivityFormat.TABLE,
+) -> None:
+    """Layers by how far each one's noise alone moves the scores, most sensitive per weight first.
+
+    One forward per layer on chip instance 0 of the search pool. The order is the one `mapping.ranking` of a chip takes:
+    write it with --format yaml > ranked.yaml and use it with --chip ranked.yaml --set mapping.sram_fraction=0.1.
+    """
+    problems: list[str] = []
+    described = attempt(problems, lambda: chip_from(chip, set_))
+    _check_model(problems, model, described)
+    attempt(problems, lambda: _check_task(task))
+    if rows < 1:
+        problems.append(f"--rows: must be 1 or more, got {rows}")
+    if problems:
+        raise UserError(problems)
+    assert described is not None
+
+    from halora.evaluation.config import EvaluationSettings
+    from halora.evaluation.sensitivity import layer_sensitivity
+    from halora.training.tasks import load_rows
+
+    settings = EvaluationSettings()
+    scored = load_rows(task, "validation", rows)
+    calibration_rows = load_rows(task, "train", settings.calibration_tokens)
+    base, array = _loaded(model)
+    with _progress() as progress:
+        found = layer_sensitivity(base, array, described, scored, calibration_rows, settings, progress=progress)
+    _show_sensitivity(found, described, form, f"{model} on {described.name}, {len(scored)} rows of {task}")
+
+
+def _check_model(problems: list[str], model: str | None, chip: "Chip | None") -> None:
+    """Add what is wrong with the model, or with the chip's mapping of its layers."""
+    from halora.training.models import model_shape
+
+    shape = attempt(problems, lambda: model_shape(model)) if model is not None else None
+    if shape is not None and chip is not None:
+        attempt(problems, lambda: chip.mapping.places({n: layer.weights for n, layer in shape.linear_layers.items()}))
+
+
+def _check_task(task: str) -> None:
+    from halora.training.tasks import check_task
+
+    check_task(task)
+
+
+def _picture_problems(picture: Path | None) -> list[str]:
+    if picture is None:
+        return []
+    problems = [] if picture.suffix.lower() == ".png" else [f"--picture {picture}: the name must end in .png"]
+    if not picture.parent.is_dir():
+        problems.append(f"--picture {picture}: there is no folder '{picture.parent}'")
+    return problems
+
+
+def _loaded(model: str) -> "tuple[BaseModel, RramArray]":
+    from halora.training.models import load_base
+    from halora.training.rram import install
+
+    talk.print(f"loading {model}", markup=False, highlight=False)
+    base = load_base(model, "fp32")
+    return base, install(base.causal_lm)
+
+
+def _realised_db(array: "RramArray", chip: "Chip") -> dict[str, float]:
+    from halora.hardware.addressing import NoiseKey, Role
+    from halora.training.rram import ChipInstance
+
+    instance = ChipInstance(chip, NoiseKey(role=Role.SEARCH, chip_seed=0), chip.noise.level)
+    array.program(instance, regenerate=True)
+    try:
+        return array.noise_db()
+    finally:
+        array.clear()
+
+
+def _mean_db(ratios_db: Sequence[float]) -> float:
+    """Mean of noise-to-signal power ratios, in dB."""
+    power = fmean([10 ** (ratio / 10) for ratio in ratios_db] or [0.0])
+    return 10 * log10(power) if power > 0 else float("-inf")
+
+
+def _finite(ratio_db: float) -> float | None:
+    """The ratio; nothing where there is no error, as JSON has no infinity."""
+    return ratio_db if isfinite(ratio_db) else None
+
+
+def _chip_rows(chip: "Chip") -> list[dict[str, Any]]:
+    """What the models state: cells over conductance at both ends of the refresh interval, weights in one row."""
+    import torch
+
+    from halora.hardware.error_curves import cells_err, moment_s, stated_cell_error
+    from halora.hardware.noise import weight_error_factor
+
+    rows: list[dict[str, Any]] = []
+    if chip.noise.domain == "weight":
+        rows.append({"of": "weight", "std": chip.noise.level * weight_error_factor(chip), **_meaning(chip.noise)})
+    if cells_err(chip):
+        cells = chip.cells
+        conductance = torch.linspace(cells.g_min_us, cells.g_max_us, _TABLE_POINTS)
+        for moment in ("start", "end"):
+            curve = stated_cell_error(chip, conductance, moment)
+            rows += [
+                {
+                    "of": "cell",
+                    "moment": moment,
+                    "time_s": moment_s(chip, moment),
+                    "conductance_us": target,
+                    "mean_error_us": round(mean, 9),
+                    "std_us": std,
+                    "std_of_g_max": std / cells.g_max_us,
+                }
+                for target, mean, std in zip(curve.target, curve.mean, curve.std, strict=True)
+            ]
+    return rows
+
+
+def _meaning(noise: "NoiseModel") -> dict[str, Any]:
+    """What the standard deviation of a model of the weight domain is in units of."""
+    from halora.hardware.noise_models import GaussianNoise
+
+    if not isinstance(noise, GaussianNoise):
+        return {"times": f"as {noise.kind} defines it"}
+    block = f" ({noise.block[0]} x {noise.block[1]})" if noise.reference == "block_max" else ""
+    return {"sigma": noise.sigma, "times": _REFERENCES[noise.reference] + block, "lasts": "until programmed again"}
+
+
+def _tell_other_causes(chip: "Chip") -> None:
+    """Say what moves weights and products besides the curves."""
+    read, faults = chip.read, chip.faults
+    causes = {
+        "finite levels": chip.cells.levels is not None,
+        "stuck cells": faults.stuck_low_rate + faults.stuck_high_rate > 0,
+        "clipping": chip.coding.clip_std is not None,
+        "IR drop": chip.wires.resistance_ohm > 0,
+        "read noise": bool(read.white_us or read.flicker or read.thermal),
+        "DAC": not chip.dac.lossless,
+        "ADC": not chip.adc.lossless,
+    }
+    if acting := [cause for cause, acts in causes.items() if acts]:
+        text = f"not in these rows, but in the chip: {', '.join(acting)}"
+        talk.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _draw(picture: Path | None, chip: "Chip", array: "RramArray | None", noise_db: Mapping[str, float]) -> None:
+    """Write the picture: of the first layer in RRAM, or without a model of a ramp of weights."""
+    if picture is None:
+        return
+    from halora.analysis.figures import error_figure
+    from halora.hardware.error_curves import ramp
+
+    name, weight = "a ramp of weights", ramp()
+    if array is not None:
+        layer = next((layer for layer in array.layers if layer.name in noise_db), None)
+        if layer is None:
+            talk.print("no layer is in RRAM: no picture", markup=False)
+            return
+        name, weight = layer.name, layer.weight.detach().float().cpu()
+    drawn = {layer: ratio for layer, ratio in noise_db.items() if isfinite(ratio)}
+    figure = error_figure(_panels(chip, name, weight), drawn, f"{chip.name}, chip instance 0: {name}")
+    try:
+        figure.savefig(picture, format="png")
+    except OSError as error:
+        raise UserError(f"--picture {picture}: cannot be written: {error.strerror}") from None
+    talk.print(f"picture: {picture}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _panels(chip: "Chip", name: str, weight: "Tensor") -> "list[ErrorPanel]":
+    import torch
+
+    from halora.analysis.figures import ErrorPanel
+    from halora.hardware import error_curves
+    from halora.hardware.addressing import NoiseKey, Role
+
+    key = NoiseKey(role=Role.SEARCH, chip_seed=0).at(module=name, purpose="programming")
+    panels = []
+    if error_curves.cells_err(chip):
+        conductance = torch.linspace(chip.cells.g_min_us, chip.cells.g_max_us, 100)
+        for moment in ("start", "end"):
+            stated = error_curves.stated_cell_error(chip, conductance, moment)
+            drawn = error_curves.drawn_cell_error(weight, chip, key, moment)
+            title = f"cells at the {moment}, {error_curves.moment_s(chip, moment):g} s"
+            panels.append(ErrorPanel(title, "conductance aimed at (µS)", "error (µS)", stated, drawn))
+    if chip.noise.domain == "weight":
+        stated = error_curves.stated_weight_error(weight, chip)
+        drawn = error_curves.drawn_weight_error(weight, chip, key)
+        panels.append(
+            ErrorPanel("weights (drawn: from every cause)", "weight / max|W|", "error / max|W|", stated, drawn)
+        )
+    return panels
+
+
+@contextmanager
+def _progress() -> "Iterator[Any]":
+    """Progress over layers: a bar on a terminal, a line per tenth elsewhere."""
+    from rich.progress import Progress
+
+    with Progress(console=talk, disable=not talk.is_terminal) as bar:
+        task = bar.add_task("layers", total=None)
+
+        def tell(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+            if not talk.is_terminal and 10 * done // total > 10 * (done - 1) // total:
+                talk.print(f"layer {done} of {total}", markup=False, highlight=False)
+
+        yield tell
+
+
+def _show_sensitivity(found: "Sequence[LayerSensitivity]", chip: "Chip", form: SensitivityFormat, title: str) -> None:
+    names = [layer.name for layer in found]
+    if form is SensitivityFormat.YAML:
+        print(_ranked_chip(chip, names), end="")
+        return
+    total, so_far, rows = sum(layer.weights for layer in found), 0, []
+    for layer in found:
+        so_far += layer.weights
+        rows.append(
+            {
+                "layer": layer.name,
+                "weights": layer.weights,
+                "noise_db": _finite(layer.noise_db),
+                "change_nats": layer.change_nats,
+                "change_per_million_weights": layer.change_per_million_weights,
+                "weights_share_so_far": so_far / total,
+            }
+        )
+    if form is SensitivityFormat.JSON:
+        answer = {"chip": chip.name, "chip_hash": chip.content_hash, "layers": rows, "ranking": names}
+        print(json.dumps(answer, indent=1))
+    else:
+        show_rows(rows, Format(form.value), title)
+    talk.print(
+        "to keep the first of these in SRAM: --format yaml > ranked.yaml, "
+        "then --chip ranked.yaml --set mapping.sram_fraction=0.1",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _ranked_chip(chip: "Chip", names: Sequence[str]) -> str:
+    import yaml
+
+    from halora.evaluation.sensitivity import with_mapping
+
+    ranked = with_mapping(chip, ranking=tuple(names)).model_copy(update={"name": f"{chip.name}-ranked"})
+    return yaml.safe_dump(ranked.model_dump(mode="json"), sort_keys=False)

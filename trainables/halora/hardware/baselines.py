@@ -1,0 +1,130 @@
+"""What the same work takes on other hardware: energies that carry their assumptions in their name and description."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from functools import cache
+from importlib.resources import files
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import Field, TypeAdapter
+
+from halora.errors import UserError, nearest
+from halora.hardware.chip import Boundary
+from halora.hardware.description import Frozen
+from halora.hardware.energy import Phase
+from halora.hardware.shapes import ModelShape, named_shapes
+
+
+class Baseline(Frozen, ABC):
+    """An energy per token to compare with; it counts the same boundary as the chip, the adapter merged."""
+
+    phase: Phase
+    """The phase it stands for."""
+    description: str
+    """Its assumptions."""
+
+    @abstractmethod
+    def energy_uj_per_token(self, shape: ModelShape, boundary: Boundary, context_tokens: int) -> float | None:
+        """Microjoule per token of a model; none where the source gives no figure for it."""
+
+
+class PublishedBaseline(Baseline):
+    """Totals that someone published for some models."""
+
+    kind: Literal["published"]
+    tokens: int
+    """Tokens of the published totals."""
+    energy_mj: dict[str, float]
+    """Millijoule for that many tokens, by known model name."""
+
+    def energy_uj_per_token(self, shape: ModelShape, boundary: Boundary, context_tokens: int) -> float | None:
+        """The published total over its tokens; the boundary is the publication's."""
+        for name, energy_mj in self.energy_mj.items():
+            if named_shapes()[name] == shape:
+                return energy_mj * 1000 / self.tokens
+        return None
+
+
+class PeakBaseline(Baseline):
+    """A processor busy at its peak rate: two operations per multiply-accumulate."""
+
+    kind: Literal["peak"]
+    power_w: float = Field(gt=0)
+    tera_operations_per_s: float = Field(gt=0)
+
+    def energy_uj_per_token(self, shape: ModelShape, boundary: Boundary, context_tokens: int) -> float:
+        """Operations at the energy of one, power over rate."""
+        macs = _weights(shape, boundary)
+        if boundary.attention:
+            macs += shape.attention_macs_per_context_token * context_tokens
+        return 2 * macs * self.power_w / self.tera_operations_per_s * 1e-6
+
+
+class BandwidthBaseline(Baseline):
+    """A processor that reads every weight, and the cache, once per token."""
+
+    kind: Literal["bandwidth"]
+    power_w: float = Field(gt=0)
+    giga_bytes_per_s: float = Field(gt=0)
+    bytes_per_value: int = Field(gt=0)
+
+    def energy_uj_per_token(self, shape: ModelShape, boundary: Boundary, context_tokens: int) -> float:
+        """Power for as long as reading takes."""
+        values = _weights(shape, boundary)
+        if boundary.attention:
+            values += shape.cache_values_per_context_token * context_tokens
+        return values * self.bytes_per_value * self.power_w / self.giga_bytes_per_s * 1e-3
+
+
+_AnyBaseline = Annotated[PublishedBaseline | PeakBaseline | BandwidthBaseline, Field(discriminator="kind")]
+
+
+def _weights(shape: ModelShape, boundary: Boundary) -> int:
+    head = shape.lm_head.weights if boundary.lm_head else 0
+    return head + sum(layer.weights for layer in shape.linear_layers.values())
+
+
+@cache
+def baselines() -> Mapping[str, Baseline]:
+    """Every baseline by name."""
+    raw = yaml.safe_load((files("halora.hardware") / "baselines.yaml").read_text())
+    return TypeAdapter(dict[str, _AnyBaseline]).validate_python(raw)
+
+
+def named_baseline(name: str) -> Baseline:
+    """The baseline of that name.
+
+    Raises:
+        UserError: There is none.
+    """
+    if name not in baselines():
+        raise UserError(f"no baseline '{name}' ({', '.join(baselines())}){nearest(name, baselines())}")
+    return baselines()[name]
+
+
+def default_baseline(shape: ModelShape, phase: Phase) -> str:
+    """Name of the baseline to use where none is named: the paper's where it has a figure, else one of the phase."""
+    match phase:
+        case Phase.DECODE:
+            return "a100_decode_bw"
+        case Phase.PREFILL:
+            paper = "a100_halora_paper"
+            return paper if _has_figure(baselines()[paper], shape) else "a100_int8_peak"
+
+
+def baseline_energy_uj_per_token(name: str, shape: ModelShape, boundary: Boundary, context_tokens: int) -> float:
+    """Microjoule per token by a named baseline.
+
+    Raises:
+        UserError: There is no such baseline, or it has no figure for this model.
+    """
+    energy = named_baseline(name).energy_uj_per_token(shape, boundary, context_tokens)
+    if energy is None:
+        others = ", ".join(other for other, it in baselines().items() if _has_figure(it, shape))
+        raise UserError(f"baseline '{name}' has no figure for this model; these have: {others}")
+    return energy
+
+
+def _has_figure(baseline: Baseline, shape: ModelShape) -> bool:
+    return baseline.energy_uj_per_token(shape, Boundary(), 1) is not None

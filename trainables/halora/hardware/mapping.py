@@ -1,0 +1,72 @@
+"""Which linear layer of the decoder blocks sits where: RRAM (noisy), SRAM or plain digital logic (both exact)."""
+
+from collections.abc import Mapping as MappingOf
+from enum import StrEnum
+from fnmatch import fnmatchcase
+from typing import Literal
+
+from pydantic import Field
+
+from halora.errors import UserError, nearest
+from halora.hardware.description import Frozen
+
+
+class Place(StrEnum):
+    """Where a layer's frozen weights are kept and multiplied."""
+
+    RRAM = "rram"
+    SRAM = "sram"
+    DIGITAL = "digital"
+
+
+class Mapping(Frozen):
+    """Placement by pattern, by explicit name, or by fraction; everything else goes to RRAM.
+
+    A pattern is a layer's canonical name with shell wildcards, for example `model.layers.0.*` or `*.v_proj`.
+    """
+
+    sram: tuple[str, ...] = ()
+    """Patterns of layers kept in SRAM compute-in-memory macros."""
+    digital: tuple[str, ...] = ()
+    """Patterns of layers computed by digital logic that reads its weights from SRAM; wins over `sram`."""
+    sram_fraction: float = Field(default=0.0, ge=0, le=1)
+    """Share of the linear weights moved to SRAM, whole layers in the order of `ranking` as long as they fit."""
+    ranking: Literal["depth"] | tuple[str, ...] = "depth"
+    """Most sensitive layers first: `depth` (the first block first), or names as `halora noise sensitivity` gives."""
+
+    def places(self, sizes: MappingOf[str, int]) -> dict[str, Place]:
+        """The place of every layer.
+
+        Args:
+            sizes: Number of weights by canonical layer name, in the order of the forward pass.
+
+        Raises:
+            UserError: Patterns that match no layer, or ranked names that are no layers; all at once.
+        """
+        patterns = {"sram": self.sram, "digital": self.digital}
+        if self.ranking != "depth":
+            patterns["ranking"] = self.ranking
+        problems = [
+            f"chip.mapping.{where}: '{pattern}' matches no layer{nearest(pattern, list(sizes))}"
+            for where, group in patterns.items()
+            for pattern in group
+            if not any(fnmatchcase(name, pattern) for name in sizes)
+        ]
+        if problems:
+            raise UserError(problems)
+        places = dict.fromkeys(sizes, Place.RRAM)
+        room = self.sram_fraction * sum(sizes.values())
+        for name in self._ranked(sizes):
+            if room <= 0:
+                break
+            if sizes[name] <= room:
+                places[name] = Place.SRAM
+                room -= sizes[name]
+        for place, group in ((Place.SRAM, self.sram), (Place.DIGITAL, self.digital)):
+            places |= {name: place for name in sizes if any(fnmatchcase(name, pattern) for pattern in group)}
+        return places
+
+    def _ranked(self, sizes: MappingOf[str, int]) -> list[str]:
+        if self.ranking == "depth":
+            return list(sizes)
+        return [name for pattern in self.ranking for name in sizes if fnmatchcase(name, pattern)]

@@ -1,0 +1,129 @@
+"""The dimensions of a model that its energy depends on: known by name, or read from a `config.json`. No download."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from halora.errors import UserError
+
+_BLOCK_OF = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "self_attn") | dict.fromkeys(
+    ("gate_proj", "up_proj", "down_proj"), "mlp"
+)
+
+
+@dataclass(frozen=True)
+class LinearShape:
+    """One linear layer of every decoder block."""
+
+    name: str
+    in_features: int
+    out_features: int
+
+    @property
+    def weights(self) -> int:
+        """Number of weights, which is that of multiply-accumulates per token."""
+        return self.in_features * self.out_features
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The dimensions of a decoder-only transformer that its energy depends on."""
+
+    layers: int
+    hidden: int
+    heads: int
+    head_dim: int
+    vocabulary: int
+    linears: tuple[LinearShape, ...]
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "ModelShape":
+        """Read the dimensions of a LLaMA or Qwen `config.json` (grouped-query attention, gated MLP).
+
+        Raises:
+            KeyError: The configuration lacks a dimension: another family.
+            UserError: It is a mixture of experts, where a token does not pass every layer.
+        """
+        if config.get("num_experts") or config.get("num_local_experts"):
+            raise UserError("a mixture of experts is not modelled; dense LLaMA and Qwen models are")
+        hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
+        head_dim = int(config.get("head_dim") or hidden // heads)
+        queries, keys = heads * head_dim, int(config.get("num_key_value_heads") or heads) * head_dim
+        inner = int(config["intermediate_size"])
+        linears = (
+            LinearShape("q_proj", hidden, queries),
+            LinearShape("k_proj", hidden, keys),
+            LinearShape("v_proj", hidden, keys),
+            LinearShape("o_proj", queries, hidden),
+            LinearShape("gate_proj", hidden, inner),
+            LinearShape("up_proj", hidden, inner),
+            LinearShape("down_proj", inner, hidden),
+        )
+        return cls(int(config["num_hidden_layers"]), hidden, heads, head_dim, int(config["vocab_size"]), linears)
+
+    @property
+    def linear_layers(self) -> dict[str, LinearShape]:
+        """Every linear layer of the decoder blocks by canonical name, in the order of the forward pass."""
+        return {
+            f"model.layers.{i}.{_BLOCK_OF[linear.name]}.{linear.name}": linear
+            for i in range(self.layers)
+            for linear in self.linears
+        }
+
+    @property
+    def lm_head(self) -> LinearShape:
+        """The output projection."""
+        return LinearShape("lm_head", self.hidden, self.vocabulary)
+
+    @property
+    def attention_macs_per_context_token(self) -> int:
+        """Multiply-accumulates of scores and weighted values, per token and token it attends to."""
+        return 2 * self.layers * self.heads * self.head_dim
+
+    @property
+    def cache_values_per_context_token(self) -> int:
+        """Keys and values kept per token, over all layers."""
+        return self.layers * sum(linear.out_features for linear in self.linears if linear.name in ("k_proj", "v_proj"))
+
+
+@cache
+def named_shapes() -> dict[str, ModelShape]:
+    """Dimensions of the models known by name."""
+    return {name: ModelShape.from_config(entry) for name, entry in _known_models().items()}
+
+
+def known_shape(model: str) -> ModelShape | None:
+    """Dimensions of a model that needs neither download nor conversion: a known name or hub id, or a `config.json`.
+
+    Raises:
+        UserError: The file is no configuration of a dense LLaMA or Qwen model.
+    """
+    if model in named_shapes():
+        return named_shapes()[model]
+    hub_id = model.lower().removesuffix("-instruct")
+    for name, entry in _known_models().items():
+        if entry["hub"].lower().removesuffix("-instruct") == hub_id:
+            return named_shapes()[name]
+    return _read_shape(Path(model)) if Path(model).is_file() else None
+
+
+def _read_shape(path: Path) -> ModelShape:
+    try:
+        return ModelShape.from_config(json.loads(path.read_text()))
+    except UserError as error:
+        raise UserError(f"model '{path}': {error}") from None
+    except KeyError as error:
+        raise UserError(f"model '{path}' has no {error}; the config.json of a LLaMA or Qwen model has") from None
+    except (ValueError, TypeError, AttributeError, ArithmeticError):
+        raise UserError(f"model '{path}' is not the config.json of a LLaMA or Qwen model") from None
+
+
+@cache
+def _known_models() -> dict[str, dict[str, Any]]:
+    return dict(yaml.safe_load((files("halora.hardware") / "models.yaml").read_text()))
