@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from halora.evaluation.chips import calibrate
+from halora.evaluation.config import EvaluationSettings
 from halora.hardware.addressing import NoiseKey, Role
 from halora.hardware.chip import Chip, load_chip, merge
 from halora.hardware.energy import energy_per_token
@@ -35,6 +36,8 @@ def _at(path: str, value: Any) -> dict[str, Any]:
         value = {part: value}
     return value
 
+
+SETTINGS = EvaluationSettings(calibration_tokens=64)
 
 KNOBS = [  # path, cheap, dear
     ("adc.bits", 5, 8),
@@ -72,7 +75,7 @@ class _Blocks:
         """Relative error of the outputs on one chip instance."""
         self.array.clear()
         clean = self.outputs()
-        converters = calibrate(self.base, self.array, chip, task_rows("arc-easy", "train", 64), 64)
+        converters = calibrate(self.base, self.array, chip, task_rows("arc-easy", "train", 64), SETTINGS)
         key = NoiseKey(role=Role.SEARCH, chip_seed=0)
         self.array.program(ChipInstance(chip, key, chip.noise.level), converters)
         error = self.outputs() - clean

@@ -4,6 +4,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from halora.evaluation.chips import calibrate
+from halora.evaluation.config import EvaluationSettings
 from halora.evaluation.scoring import margin, option_scores, pack
 from halora.hardware.addressing import NoiseKey, Role
 from halora.hardware.chip import load_chip
@@ -41,17 +43,17 @@ def test_one_pass_scores_every_option_as_a_sequence_of_its_own(tiny_models, tiny
         assert row_scores == pytest.approx(_plain_scores(plain, tokenizer, row), abs=1e-4)
 
 
+@pytest.mark.parametrize("converters", ["exact", "statistical"])
 @pytest.mark.parametrize("architecture", ["llama", "qwen3"])
-def test_scores_on_a_chip_do_not_depend_on_the_batch(tiny_models, tiny_task, architecture):
-    from halora.evaluation.chips import calibrate
-
-    chip = load_chip({"preset": "halora-2026", "adc": {"bits": 6}, "noise": {"sigma": 0.05}})
+def test_scores_on_a_chip_do_not_depend_on_the_batch(tiny_models, tiny_task, architecture, converters):
+    chip = load_chip({"preset": "halora-2026", "adc": {"bits": 6}, "noise": {"sigma": 0.05}, "read": {"white_us": 0.4}})
     base = load_base(tiny_models[architecture], "fp32")
     array = install(base.causal_lm)
     packed = [pack(row, base.tokenizer) for row in _uneven_rows(tiny_task)]
     clean = option_scores(base.causal_lm, array, packed, batch_size=4)
-    converters = calibrate(base, array, chip, load_rows(tiny_task, "train"), 128)
-    array.program(ChipInstance(chip, NoiseKey(role=Role.SEARCH, chip_seed=0), 0.05), converters)
+    settings = EvaluationSettings(converters=converters)
+    reads = calibrate(base, array, chip, load_rows(tiny_task, "train"), settings)
+    array.program(ChipInstance(chip, NoiseKey(role=Role.SEARCH, chip_seed=0), 0.05), reads)
     alone = option_scores(base.causal_lm, array, packed, batch_size=1)
     assert max(abs(a - c) for row in zip(alone, clean, strict=True) for a, c in zip(*row, strict=True)) > 0.1
     for batch_size in (3, 10):

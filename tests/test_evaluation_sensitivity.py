@@ -111,7 +111,7 @@ def test_protecting_what_the_ranking_puts_first_saves_more_than_what_it_puts_las
     chip, settings = load_chip("halora-2026"), EvaluationSettings(batch_size=8)
     training_rows, rows = load_rows("arc-easy", "train", 128), load_rows("arc-easy", "validation", 14)
     names = tuple(layer.name for layer in layer_sensitivity(base, array, chip, rows[:2], training_rows, settings))
-    converters = calibrate(base, array, chip, training_rows, settings.calibration_tokens)
+    converters = calibrate(base, array, chip, training_rows, settings)
     packed = [pack(row, base.tokenizer) for row in rows[2:]]
     array.clear()
     clean = option_scores(base.causal_lm, array, packed, 8)

@@ -9,9 +9,9 @@ from halora.hardware.chip import load_chip
 from halora.hardware.converters import (
     ConverterModel,
     _response_table,
-    exact_reads,
     fit_converters,
     full_scale,
+    reads_are_exact,
     tilewise_product,
 )
 
@@ -156,9 +156,9 @@ def test_gradients_pass_straight_through(layer):
 
 
 def test_only_an_ideal_read_is_exact():
-    assert exact_reads(load_chip("ideal"))
+    assert reads_are_exact(load_chip("ideal"))
     for change in ({"adc": {"lossless": False}}, {"dac": {"lossless": False}}, {"read": {"thermal": True}}):
-        assert not exact_reads(load_chip({"preset": "ideal", **change}))
+        assert not reads_are_exact(load_chip({"preset": "ideal", **change}))
 
 
 def test_exact_path_equals_a_loop_over_tiles(layer):

@@ -1,21 +1,18 @@
 """Oracles on the embedded model: the same weights in another architecture, the exact converter path, and chance."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import numpy as np
 import pytest
 import torch
 
 from halora.evaluation.chips import ChipScores, calibrate
+from halora.evaluation.config import EvaluationSettings
 from halora.evaluation.scoring import margin, option_scores, pack
-from halora.hardware.addressing import NoiseKey, Role
-from halora.hardware.chip import Chip, load_chip
-from halora.hardware.converters import ConverterModel, tilewise_product
+from halora.hardware.chip import load_chip
+from halora.hardware.converters import tilewise_product
 from halora.trainable import Workbench, task_rows
 from halora.training.batches import training_batch
 from halora.training.models import load_base
-from halora.training.rram import ChipInstance, RramArray, RramLinear, install
+from halora.training.rram import RramLinear, install
 from halora.trial import TrialConfig
 
 MODEL = "smollm2-135m-instruct"
@@ -45,8 +42,8 @@ def workbench() -> Workbench:
     return Workbench()
 
 
-def _evaluate(workbench: Workbench, chip: object, rows: int, chips: int) -> ChipScores:
-    evaluation = {"rows": rows, "chip_instances": chips, "batch_size": 8}
+def _evaluate(workbench: Workbench, chip: object, rows: int, chips: int, converters: str = "exact") -> ChipScores:
+    evaluation = {"rows": rows, "chip_instances": chips, "batch_size": 8, "converters": converters}
     content = {
         "model": MODEL,
         "task": "arc-easy",
@@ -76,47 +73,18 @@ def test_a_huge_sigma_leaves_chance(workbench):
     assert abs(np.mean(np.array(scores.noisy) > 0) - chances.mean()) < 2 * standard_error
 
 
-@contextmanager
-def _exact_converters(array: RramArray, chip: Chip, models: dict[str, ConverterModel]) -> Iterator[None]:
-    """Let every layer give the tile-wise product through converters of the models' ranges."""
-
-    def convert(layer: RramLinear, args: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
-        product = tilewise_product(args[0].flatten(0, 1), layer.programmed(), chip, models[layer.name].converters)
-        return product.unflatten(0, output.shape[:2])
-
-    handles = [layer.register_forward_hook(convert) for layer in array.layers]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", [4, 6, 8])
-def test_the_converter_model_costs_as_much_accuracy_as_the_exact_converters(bits):
-    chip = load_chip({"preset": "halora-2026", "adc": {"bits": bits}})
-    base = load_base(MODEL, "fp32")
-    array = install(base.causal_lm)
-    packed = [pack(row, base.tokenizer) for row in task_rows("arc-easy", "validation", 40)]
-    models = calibrate(base, array, chip, task_rows("arc-easy", "train", 128), 128)
-
-    def margins() -> np.ndarray:
-        scores = option_scores(base.causal_lm, array, packed, batch_size=8)
-        return np.array([margin(s, row.answer) for s, row in zip(scores, packed, strict=True)])
-
-    instance = ChipInstance(chip, NoiseKey(role=Role.SEARCH, chip_seed=0), chip.noise.level)
-    array.program(instance, models)
-    modelled = margins()
-    array.program(instance)
-    lossless = margins()
-    with _exact_converters(array, chip, models):
-        exact = margins()
-    accuracy = (exact > 0).mean()
-    standard_error = np.sqrt(accuracy * (1 - accuracy) / len(exact))
-    assert abs((modelled > 0).mean() - accuracy) <= standard_error
-    moved_by_model, moved_exactly = np.abs(modelled - lossless).mean(), np.abs(exact - lossless).mean()
-    assert 0.5 < moved_by_model / moved_exactly < 2
+def test_the_converter_model_costs_as_much_accuracy_as_the_exact_converters(workbench, bits):
+    chip = {"preset": "halora-2026", "adc": {"bits": bits}}
+    exact, modelled = (
+        _evaluate(workbench, chip, rows=40, chips=3, converters=converters) for converters in ("exact", "statistical")
+    )
+    accuracies = [(np.array(scores.noisy) > 0).mean() for scores in (exact, modelled)]
+    standard_error = np.sqrt(accuracies[0] * (1 - accuracies[0]) / 40)  # of the rows; chips share them
+    print(f"{bits} bits: accuracy {accuracies[0]:.3f} exact, {accuracies[1]:.3f} modelled, SE {standard_error:.3f}")
+    print(f"mean margins {np.mean(exact.noisy):.2f} exact, {np.mean(modelled.noisy):.2f} modelled")
+    assert abs(accuracies[0] - accuracies[1]) <= standard_error
 
 
 @pytest.mark.slow
@@ -126,7 +94,8 @@ def test_the_converter_model_has_the_error_of_the_exact_converters_in_every_kind
     chip = load_chip({"preset": "halora-2026", "adc": {"bits": bits}})
     base = load_base(MODEL, "fp32")
     array = install(base.causal_lm)
-    models = calibrate(base, array, chip, task_rows("arc-easy", "train", 128), 128)
+    settings = EvaluationSettings(converters="statistical")
+    models = calibrate(base, array, chip, task_rows("arc-easy", "train", 128), settings)
     ratios = {}
 
     def compare(layer: RramLinear, x: torch.Tensor) -> None:

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 from halora.errors import UserError
 from halora.hardware.addressing import NoiseKey, Role
 from halora.hardware.chip import load_chip
-from halora.hardware.converters import fit_converters
-from halora.hardware.noise import noise_to_signal_db, programmed_weight
+from halora.hardware.converters import ExactReads, fit_converters, full_scale, tilewise_product
+from halora.hardware.noise import noise_to_signal_db, programmed_weight, read_noise_power
 from halora.training.config import LINEAR_NAMES
 from halora.training.models import load_base
 from halora.training.rram import ChipInstance, RramLinear, install
@@ -157,6 +157,27 @@ def test_reads_have_the_error_of_the_converter_model_and_a_digital_bias(layer):
     assert noise.abs().max().item() == pytest.approx(3**0.5, abs=0.02)  # uniform
     array.program(INSTANCE)
     torch.testing.assert_close(linear(torch.zeros(1, 48))[0], linear.bias)
+
+
+@torch.no_grad()
+def test_exact_reads_are_the_tilewise_product_plus_read_noise(layer):
+    model, array = layer
+    linear = model["q_proj"]
+    calibration, x = torch.randn(64, 48), torch.randn(2, 3000, 48)
+    for white_us in (0.0, 0.5):
+        chip = load_chip({"preset": "halora-2026", "tile": {"rows": 16}, "read": {"white_us": white_us}})
+        converters = full_scale(calibration, linear.weight, chip)
+        reads = ExactReads(chip, converters, read_noise_power(linear.weight, chip))
+        array.program(replace(INSTANCE, chip=chip), {"q_proj": reads})
+        with array.reading([("a", 3000), ("b", 3000)]):
+            read = linear(x)
+        product = tilewise_product(x.flatten(0, 1), linear.programmed(), chip, converters).reshape(2, 3000, 40)
+        noise = read - linear.bias - product
+        if white_us == 0:
+            torch.testing.assert_close(read, product + linear.bias)
+        else:
+            variance = (x.square() * read_noise_power(linear.weight, chip)).sum(dim=-1)
+            assert (noise.square().mean() / variance.mean()).item() == pytest.approx(1, abs=0.02)
 
 
 @torch.no_grad()

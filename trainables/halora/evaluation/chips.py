@@ -14,11 +14,12 @@ from halora.evaluation.intervals import crossed_bootstrap
 from halora.evaluation.scoring import margin, option_scores, pack
 from halora.hardware.addressing import NoiseKey, Role
 from halora.hardware.chip import Chip
-from halora.hardware.converters import ConverterModel, exact_reads, fit_converters
+from halora.hardware.converters import ExactReads, fit_converters, full_scale, reads_are_exact
 from halora.hardware.mapping import Place
+from halora.hardware.noise import read_noise_power
 from halora.training.batches import training_batch
 from halora.training.models import BaseModel
-from halora.training.rram import ChipInstance, RramArray, RramLinear
+from halora.training.rram import ChipInstance, Reads, RramArray, RramLinear
 from halora.training.tasks import Row
 
 
@@ -85,7 +86,7 @@ def evaluate(
         chip: Description of the chips; their programming noise is at the chip's own level.
         rows: Rows to score.
         calibration_rows: Training rows that set the ADC ranges.
-        settings: Number of chip instances, batch size, calibration tokens.
+        settings: Number of chip instances, batch size, converters.
         role: Pool of the chip instances.
         first_chip: Number of the first chip instance.
     """
@@ -96,12 +97,12 @@ def evaluate(
         return tuple(margin(s, row.answer) for s, row in zip(scores, packed, strict=True))
 
     array.clear()
-    converters = calibrate(base, array, chip, calibration_rows, settings.calibration_tokens)
+    reads = calibrate(base, array, chip, calibration_rows, settings)
     clean = margins()
     seeds = tuple(range(first_chip, first_chip + settings.chip_instances))
     noisy, noise_db = [], []
     for seed in seeds:
-        array.program(ChipInstance(chip, NoiseKey(role=role, chip_seed=seed), chip.noise.level), converters)
+        array.program(ChipInstance(chip, NoiseKey(role=role, chip_seed=seed), chip.noise.level), reads)
         noisy.append(margins())
         noise_db.append(_mean_db(array.noise_db().values()))
     array.clear()
@@ -110,13 +111,13 @@ def evaluate(
 
 @torch.no_grad()
 def calibrate(
-    base: BaseModel, array: RramArray, chip: Chip, rows: Sequence[Row], num_tokens: int
-) -> dict[str, ConverterModel]:
-    """Model of the reads of every layer in RRAM, fitted on the first `num_tokens` tokens of `rows`; empty if exact."""
-    if exact_reads(chip):
+    base: BaseModel, array: RramArray, chip: Chip, rows: Sequence[Row], settings: EvaluationSettings
+) -> dict[str, Reads]:
+    """How every layer in RRAM is read, its converters set on the first tokens of `rows`; empty for perfect reads."""
+    if reads_are_exact(chip):
         return {}
-    places = array.places(chip)
-    models: dict[str, ConverterModel] = {}
+    places, num_tokens = array.places(chip), settings.calibration_tokens
+    reads: dict[str, Reads] = {}
     taken: list[Row] = []
     lengths: list[int] = []
     for row in rows:
@@ -131,12 +132,16 @@ def calibrate(
         if places[layer.name] is not Place.RRAM:
             return
         tokens = x[real.to(x.device)][:num_tokens].float()
-        models[layer.name] = fit_converters(tokens, layer.weight.float(), chip)
+        weight = layer.weight.float()
+        if settings.converters == "exact":
+            reads[layer.name] = ExactReads(chip, full_scale(tokens, weight, chip), read_noise_power(weight, chip))
+        else:
+            reads[layer.name] = fit_converters(tokens, weight, chip)
 
     device = next(base.causal_lm.parameters()).device
     with array.watching_inputs(fit):
         base.causal_lm.get_decoder()(input_ids=batch.input_ids.to(device), use_cache=False)
-    return models
+    return reads
 
 
 def _mean_db(ratios: Any) -> float:

@@ -73,7 +73,7 @@ def layer_sensitivity(
 
     array.clear()
     chip = with_mapping(chip, sram_fraction=0.0)
-    converters = calibrate(base, array, chip, calibration_rows, settings.calibration_tokens)
+    reads = calibrate(base, array, chip, calibration_rows, settings)
     clean = scores()
     places = array.places(chip)
     candidates = [layer for layer in array.layers if places[layer.name] is Place.RRAM]
@@ -83,7 +83,7 @@ def layer_sensitivity(
             others = tuple(name for name in places if name != layer.name)
             alone = with_mapping(chip, sram=(), digital=others)
             instance = ChipInstance(alone, NoiseKey(role=Role.SEARCH, chip_seed=chip_seed), chip.noise.level)
-            array.program(instance, converters)
+            array.program(instance, reads)
             change = mean_change(clean, scores())
             weights = layer.in_features * layer.out_features
             found.append(LayerSensitivity(layer.name, weights, array.noise_db()[layer.name], change))

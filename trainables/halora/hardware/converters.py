@@ -14,6 +14,7 @@ inputs per token and tile (by g) and one draw per output; d lasts one read and i
 noise of reads and of the ADC's input is added to the same draw.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from math import pi, sqrt
@@ -67,11 +68,49 @@ def full_scale(x: Tensor, weight: Tensor, chip: Chip) -> Converters:
 def tilewise_product(x: Tensor, weight: Tensor, chip: Chip, converters: Converters) -> Tensor:
     """x W^T through the converters, exactly: x (N, d_in), weight (d_out, d_in) -> (N, d_out)."""
     scale, cycles = _drive(x, chip.dac, converters.input_range)
+    if chip.adc.lossless:
+        return F.linear(_sum(cycles), weight) * scale
+    rows, top = chip.tile.rows, _top_code(chip.adc.bits)
     total = x.new_zeros(x.shape[0], weight.shape[0])
     for significance, driven in cycles:
-        partial = _partial_sums(driven, weight, chip.tile.rows)
-        total += significance * _quantise(partial, chip.adc.bits, converters.adc_range).sum(dim=0)
+        for tile, step in enumerate((converters.adc_range[:, 0, 0] / top).unbind()):
+            inputs = slice(tile * rows, (tile + 1) * rows)
+            codes = F.linear(driven[:, inputs], weight[:, inputs]).div_(step).round_().clamp_(-top, top)
+            total.addcmul_(codes, significance * step)
     return total * scale
+
+
+@dataclass(frozen=True)
+class ExactReads:
+    """One layer's reads, every conversion of every tile carried out.
+
+    Attributes:
+        chip: Its converters, tile height and read noise.
+        converters: Ranges of the converters.
+        read_power: Mean variance over outputs of the weights each input meets, from read to read, `(d_in,)`.
+    """
+
+    chip: Chip
+    converters: Converters
+    read_power: Tensor
+
+    def product(self, x: Tensor, weight: Tensor, unit_noise: Callable[[Tensor], Tensor]) -> Tensor:
+        """x W^T as it is read.
+
+        Args:
+            x: `(..., d_in)`.
+            weight: Programmed weight, `(d_out, d_in)`.
+            unit_noise: Zero-mean unit-variance draws shaped like its argument; asked only if reads are noisy.
+        """
+        product = tilewise_product(x.flatten(0, -2), weight, self.chip, self.converters).reshape(*x.shape[:-1], -1)
+        if not _noisy(self.chip):
+            return product
+        power = (x.square() * self.read_power).sum(dim=-1, keepdim=True)
+        if not self.chip.adc.lossless:
+            scale, cycles = _drive(x, self.chip.dac, self.converters.input_range)
+            steps = sum(significance**2 for significance, _ in cycles) * _adc_noise_power(self.chip, self.converters)
+            power = power + steps * scale.square()
+        return torch.addcmul(product, unit_noise(product), power.sqrt())
 
 
 @dataclass(frozen=True)
@@ -129,16 +168,15 @@ class ConverterModel:
 
     def _convert(self, driven: Tensor) -> tuple[Tensor | float, Tensor | float, Tensor | float]:
         """Gain per input, variance of the quantisation error and of the ADC's own noise, per token."""
-        adc, coding, rows = self.chip.adc, self.chip.coding, self.chip.tile.rows
+        adc, rows = self.chip.adc, self.chip.tile.rows
         if adc.lossless:
             return 1.0, 0.0, 0.0
         step = self.converters.adc_range[:, 0, 0] / _top_code(adc.bits)
         spread = _in_tiles(driven.square() * self.weight_power, rows).sum(dim=-1).sqrt()  # (..., tiles)
         gain, error_power = _gaussian_response(spread / step, adc.bits)
         gain = gain.repeat_interleave(rows, dim=-1)[..., : driven.shape[-1]]
-        slices = sum(coding.slice_ratio ** (-2 * s) for s in range(coding.slices))  # each has its own converters
-        noise_power = slices * adc.noise_steps**2 / self.chip.read.averaged * step.square().sum()
-        return gain, slices * (error_power * step.square()).sum(dim=-1, keepdim=True), noise_power
+        error_power = _slice_factor(self.chip) * (error_power * step.square()).sum(dim=-1, keepdim=True)
+        return gain, error_power, _adc_noise_power(self.chip, self.converters)
 
 
 def fit_converters(x: Tensor, weight: Tensor, chip: Chip) -> ConverterModel:
@@ -160,15 +198,30 @@ def fit_converters(x: Tensor, weight: Tensor, chip: Chip) -> ConverterModel:
     predicted = F.linear(driven.inputs, weight) / size.sqrt()
     gain = (exact * predicted).sum(dim=0) / predicted.square().sum(dim=0).clamp_min(tiny)
     error = (exact - gain * predicted).square().mean(dim=0)
-    slices = sum(chip.coding.slice_ratio ** (-2 * s) for s in range(chip.coding.slices))
-    expected = (driven.converter_power / slices / size).mean().clamp_min(tiny)
+    expected = (driven.converter_power / _slice_factor(chip) / size).mean().clamp_min(tiny)
     return replace(unfitted, output_gain=gain, error_factor=(error / expected).sqrt())
 
 
-def exact_reads(chip: Chip) -> bool:
+def _slice_factor(chip: Chip) -> float:
+    """Error power of all slices' converters over that of the first's; the ranges shrink with the significance."""
+    return sum(chip.coding.slice_ratio ** (-2 * index) for index in range(chip.coding.slices))
+
+
+def _adc_noise_power(chip: Chip, converters: Converters) -> Tensor:
+    """Variance of the ADCs' own noise in one cycle, averaged over the reads; in units of weight times scaled input."""
+    step = converters.adc_range[:, 0, 0] / _top_code(chip.adc.bits)
+    return _slice_factor(chip) * chip.adc.noise_steps**2 / chip.read.averaged * step.square().sum()
+
+
+def reads_are_exact(chip: Chip) -> bool:
     """Whether reading this chip adds nothing to the product of its programmed weights."""
+    return chip.adc.lossless and chip.dac.lossless and not _noisy(chip)
+
+
+def _noisy(chip: Chip) -> bool:
+    """Whether a product differs from read to read."""
     read = chip.read
-    return chip.adc.lossless and chip.dac.lossless and not (read.white_us or read.flicker or read.thermal)
+    return bool(read.white_us or read.flicker or read.thermal or (chip.adc.noise_steps and not chip.adc.lossless))
 
 
 def _drive(x: Tensor, dac: Dac, input_range: Tensor | None) -> tuple[Tensor, list[tuple[float, Tensor]]]:
@@ -189,6 +242,14 @@ def _drive(x: Tensor, dac: Dac, input_range: Tensor | None) -> tuple[Tensor, lis
         left = (left - digit) / base
         cycles.append((base**cycle * (base - 1) / top, sign * digit / (base - 1)))
     return scale, cycles
+
+
+def _sum(cycles: list[tuple[float, Tensor]]) -> Tensor:
+    """The inputs that the cycles add up to."""
+    total = torch.zeros_like(cycles[0][1])
+    for significance, driven in cycles:
+        total += significance * driven
+    return total
 
 
 def _in_tiles(values: Tensor, rows: int) -> Tensor:

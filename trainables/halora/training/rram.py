@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from halora.errors import UserError
 from halora.hardware.addressing import NoiseKey, canonical_name
 from halora.hardware.chip import Chip
-from halora.hardware.converters import ConverterModel
+from halora.hardware.converters import ConverterModel, ExactReads
 from halora.hardware.mapping import Place
 from halora.hardware.noise import noise_to_signal_db, programmed_weight
 from halora.training.config import LINEAR_NAMES
@@ -36,6 +36,10 @@ class ChipInstance:
     level: float
 
 
+Reads = ExactReads | ConverterModel
+"""How a layer is read: every conversion carried out, or their statistical model."""
+
+
 @dataclass
 class _Wiring:
     """What every layer of one model shares: the chip instance under it and the rows in the current batch."""
@@ -43,7 +47,7 @@ class _Wiring:
     instance: ChipInstance | None = None
     regenerate: bool = False
     places: Mapping[str, Place] = field(default_factory=dict)
-    converters: Mapping[str, ConverterModel] = field(default_factory=dict)
+    reads: Mapping[str, Reads] = field(default_factory=dict)
     examples: Sequence[tuple[str, int]] = ()  # (row id, number of tokens) of each sequence in the batch
 
 
@@ -91,13 +95,16 @@ class RramLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Input (batch, tokens, in_features) -> (batch, tokens, out_features)."""
-        converter = self._wiring.converters.get(self.name) if self.noisy else None
-        if converter is None:
+        reads = self._wiring.reads.get(self.name) if self.noisy else None
+        if reads is None:
             return self._product(input, self.bias)
-        driven = converter.drive(input)
-        product = self._product(driven.inputs, None)
-        read = converter.read(product, driven, self._read_noise(product))
-        return read if self.bias is None else read + self.bias
+        if isinstance(reads, ExactReads):
+            product = reads.product(input, self.programmed(), self._read_noise)
+        else:
+            driven = reads.drive(input)
+            product = self._product(driven.inputs, None)
+            product = reads.read(product, driven, self._read_noise(product))
+        return product if self.bias is None else product + self.bias
 
     def _product(self, input: Tensor, bias: Tensor | None) -> Tensor:
         if self.noisy and self._wiring.regenerate:
@@ -142,7 +149,7 @@ class RramArray:
     def program(
         self,
         instance: ChipInstance,
-        converters: Mapping[str, ConverterModel] | None = None,
+        reads: Mapping[str, Reads] | None = None,
         *,
         regenerate: bool = False,
     ) -> None:
@@ -150,7 +157,7 @@ class RramArray:
 
         Args:
             instance: The chip, its address and the level of its noise.
-            converters: Models of the reads by layer name; none for exact reads.
+            reads: How each layer is read, by name; none for plain products of the programmed weights.
             regenerate: Make the noisy weights inside every pass instead of keeping a copy.
 
         Raises:
@@ -159,7 +166,7 @@ class RramArray:
         self.clear()
         self._wiring.places = self.places(instance.chip)
         self._wiring.instance = instance
-        self._wiring.converters = converters or {}
+        self._wiring.reads = reads or {}
         self._wiring.regenerate = regenerate
 
     def places(self, chip: Chip) -> dict[str, Place]:
@@ -169,7 +176,7 @@ class RramArray:
     def clear(self) -> None:
         """Take the chip away: the model computes with its clean weights, and no copy of them is kept."""
         self._wiring.instance = None
-        self._wiring.converters = {}
+        self._wiring.reads = {}
         for layer in self.layers:
             layer.forget()
 
