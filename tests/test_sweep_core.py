@@ -6,7 +6,7 @@ import pytest
 from halora.errors import UserError
 from halora.records.store import SweepFolder
 from halora.spaces.sweep import SweepConfig, load_sweep
-from halora.sweep.core import Decision, DecisionCore, check_not_launched, open_study, trial_energy
+from halora.sweep.core import Decision, DecisionCore, check_not_launched, free_knobs, open_study, trial_energy
 
 _FIRST = (
     {"training.method": "lora", "lora.rank": 8, "chip.adc.bits": 6},
@@ -171,3 +171,15 @@ def test_quickstart_searches_a_wide_range_of_energies(folder):
     assert max(energies) / min(energies) >= 1.5
     assert len({round(energy, 3) for energy in energies}) >= 15
     assert max(energies) < sweep.reference_point.energy_uj_per_token
+
+
+def test_a_searched_knob_whose_cost_lies_outside_the_boundary_is_told(tiny_models, tiny_task):
+    space = {
+        "chip.adc.bits": {"low": 4, "high": 8, "kind": "int"},
+        "chip.write_verify.pulses": {"low": 1, "high": 20, "when": {"chip.adc.bits": [4]}},
+        "lora.rank": {"choices": [4]},
+    }
+    sweep = _sweep(tiny_models["llama"], tiny_task, space=space)
+    assert free_knobs(sweep) == ["chip.write_verify.pulses"]
+    inside = {**sweep.trial, "chip": {"preset": "halora-2026", "boundary": {"programming": True}}}
+    assert free_knobs(_sweep(tiny_models["llama"], tiny_task, space=space, trial=inside)) == []

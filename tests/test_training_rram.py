@@ -1,10 +1,13 @@
 """Oracle: a plain `transformers` model whose weights were replaced one by one with the programmed ones."""
 
+import tracemalloc
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
 
 from halora.errors import UserError
@@ -89,6 +92,29 @@ def test_weights_made_again_in_every_pass_give_the_same_outputs_and_gradients(ti
         assert kept == (0 if regenerate else len(array.layers))
     for kept, made_again in zip(*results, strict=True):
         torch.testing.assert_close(made_again, kept, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("preset", ["halora-2026", "neurram-2022"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_made_again_take_little_memory(dtype, preset):
+    """The largest layer of Llama-3.2-1B beside a smaller one; peaks of torch's and numpy's allocators added."""
+    model = nn.ModuleDict({"down_proj": nn.Linear(8192, 2048, bias=False), "v_proj": nn.Linear(2048, 512, bias=False)})
+    model.to(dtype).requires_grad_(False)
+    array = install(model)
+    chip = load_chip(preset)
+    array.program(ChipInstance(chip, INSTANCE.key, chip.noise.level), regenerate=True)
+    x = torch.randn(1, 4, 8192, dtype=dtype, requires_grad=True)
+    tracemalloc.start()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        model["v_proj"](model["down_proj"](x)).sum().backward()
+    numpy_peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
+    assert x.grad is not None
+    largest = model["down_proj"].weight.nbytes
+    assert held.max() >= largest  # it was made at all
+    assert held.max() + numpy_peak <= 3 * largest
 
 
 def test_layers_outside_rram_compute_with_their_clean_weights(tiny_models):

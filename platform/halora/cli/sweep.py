@@ -9,6 +9,7 @@ from halora.cli.output import Format, FormatOption, StoreOption, SweepProgress, 
 from halora.records.store import Store
 
 if TYPE_CHECKING:
+    from halora.spaces.sweep import SweepConfig
     from halora.sweep.launch import Outcome
 
 app = typer.Typer(help="Launch sweeps and see how they stand.", no_args_is_help=True)
@@ -42,6 +43,7 @@ def launch(
     overrides |= {key: value for key, value in (("name", name), ("seed", seed)) if value is not None}
     config = load_sweep(sweep, overrides)
     place = open_store(store)
+    _tell_free_knobs(config)
 
     from halora.sweep import launch as launching
 
@@ -112,7 +114,20 @@ def validate(sweep: SweepArgument, set_: SetOption = None) -> None:
     from halora.spaces.sweep import load_sweep
 
     config = load_sweep(sweep, overrides_from(set_))
+    _tell_free_knobs(config)
     talk.print(f"{sweep}: valid, {config.trials} trials over {len(config.space)} searched fields", markup=False)
+
+
+def _tell_free_knobs(sweep: "SweepConfig") -> None:
+    from halora.sweep.core import free_knobs
+
+    for path in free_knobs(sweep):
+        talk.print(
+            f"note: {path} is free: it changes nothing that the chip's energy counts (see trial.chip.boundary)",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def _close(name: str, store: Store, outcome: "Outcome") -> None:

@@ -199,6 +199,19 @@ def trial_energy(config: TrialConfig, shape: ModelShape | None = None) -> Energy
     )
 
 
+def free_knobs(sweep: SweepConfig) -> list[str]:
+    """Searched settings of the chip that change no energy the chip counts, so that the search takes them for free."""
+    free = []
+    for path, distribution in sweep.space.items():
+        if not path.startswith("chip."):
+            continue
+        condition = {name: allowed[0] for name, allowed in distribution.when.items()}
+        trials = [sweep.resolve({**condition, path: value}) for value in distribution.probes]
+        if len({trial_energy(trial).total_uj_per_token for trial in trials}) == 1:
+            free.append(path)
+    return free
+
+
 def check_not_launched(folder: SweepFolder) -> None:
     """Refuse a sweep name that is taken.
 

@@ -230,6 +230,8 @@ def describe(error: ValidationError, model: type[BaseModel], prefix: str = "") -
             sentences.append(f"{path}: unknown key{nearest(parts[-1], known)} (known: {', '.join(sorted(known))})")
         elif item["type"] == "missing":
             sentences.append(f"{path}: required, but missing")
+        elif isinstance(cause := item.get("ctx", {}).get("error"), UserError):
+            sentences += [f"{path}: {problem}" for problem in cause.problems]
         else:
             message = re.sub(r"^(Value error|Input), ?", "", item["msg"])
             given = item["input"]
