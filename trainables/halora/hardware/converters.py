@@ -28,6 +28,7 @@ from halora.hardware.noise import read_noise_power
 
 _TABLE_LOG2 = (-8.0, 10.0)
 _RANGE_FRACTIONS = (1.0, 0.7, 0.5, 0.35, 0.25, 0.18, 0.12)
+_TOKENS = 128  # converted at a time, so that a tile's sums stay in the cache
 _INPUT_FRACTIONS = (1.0, 0.7, 0.5, 0.35, 0.25)
 
 
@@ -71,12 +72,13 @@ def tilewise_product(x: Tensor, weight: Tensor, chip: Chip, converters: Converte
     if chip.adc.lossless:
         return F.linear(_sum(cycles), weight) * scale
     rows, top = chip.tile.rows, _top_code(chip.adc.bits)
-    total = x.new_zeros(x.shape[0], weight.shape[0])
+    steps = (converters.adc_range[:, 0, 0] / top).unbind()
+    tiles, total = torch.split(weight, rows, 1), x.new_zeros(x.shape[0], weight.shape[0])
     for significance, driven in cycles:
-        for tile, step in enumerate((converters.adc_range[:, 0, 0] / top).unbind()):
-            inputs = slice(tile * rows, (tile + 1) * rows)
-            codes = F.linear(driven[:, inputs], weight[:, inputs]).div_(step).round_().clamp_(-top, top)
-            total.addcmul_(codes, significance * step)
+        for tokens, sums in zip(torch.split(driven, _TOKENS), torch.split(total, _TOKENS), strict=True):
+            for inputs, weights, step in zip(torch.split(tokens, rows, 1), tiles, steps, strict=True):
+                codes = F.linear(inputs / step, weights).round_().clamp_(-top, top)
+                sums.addcmul_(codes, significance * step)
     return total * scale
 
 
