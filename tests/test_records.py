@@ -13,7 +13,7 @@ from halora.records import names, queries
 from halora.records.store import Store
 from halora.records.tracking import SweepRecorder, open_client
 from halora.spaces.sweep import SweepConfig
-from halora.sweep.core import trial_energy
+from halora.trial import trial_energy
 
 _SCORES = {name: 0.25 + i / 100 for i, name in enumerate(names.SCORE_METRICS)}
 

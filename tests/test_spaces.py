@@ -182,3 +182,11 @@ def test_paths_set_and_read_nested_values():
     for path in ("chip.adc.bit", "lora.rank.x", "x"):
         with pytest.raises(KeyError, match=path):
             value_at(changed, path)
+
+
+def test_what_cannot_be_priced_is_refused_before_anything_runs():
+    chip = {"preset": "halora-2026", "mapping": {"sram": ["*.w_proj"]}}
+    with pytest.raises(UserError, match=r"'\*\.w_proj' matches no layer; did you mean"):
+        load_sweep("quickstart", {"trial.chip": chip})
+    with pytest.raises(UserError, match=r"adc.bits.*12.*\(with chip.adc.bits 12\)"):
+        load_sweep("quickstart", {"space.chip.adc.bits": {"low": 6, "high": 12, "kind": "int"}})

@@ -6,7 +6,8 @@ import pytest
 from halora.errors import UserError
 from halora.records.store import SweepFolder
 from halora.spaces.sweep import SweepConfig, load_sweep
-from halora.sweep.core import Decision, DecisionCore, check_not_launched, free_knobs, open_study, trial_energy
+from halora.sweep.core import Decision, DecisionCore, check_not_launched, free_knobs, open_study
+from halora.trial import trial_energy
 
 _FIRST = (
     {"training.method": "lora", "lora.rank": 8, "chip.adc.bits": 6},

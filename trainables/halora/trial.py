@@ -5,7 +5,10 @@ from pydantic import Field
 from halora.evaluation.config import EvaluationSettings
 from halora.hardware.chip import ChipSetting
 from halora.hardware.description import Frozen
+from halora.hardware.energy import EnergyBreakdown, energy_per_token
+from halora.hardware.shapes import ModelShape
 from halora.training.config import LoraSettings, TrainingSettings
+from halora.training.models import model_shape
 
 
 class TrialConfig(Frozen):
@@ -21,3 +24,18 @@ class TrialConfig(Frozen):
     evaluation: EvaluationSettings = EvaluationSettings()
     seed: int = Field(default=0, ge=0)
     """Seeds adapter initialisation, data order and training noise; chip instances do not depend on it."""
+
+
+def trial_energy(config: TrialConfig, shape: ModelShape | None = None) -> EnergyBreakdown:
+    """Energy per token of a trial's configuration; exact, and free before training.
+
+    Raises:
+        UserError: The model's dimensions cannot be had.
+    """
+    return energy_per_token(
+        shape or model_shape(config.model),
+        config.chip,
+        rank=config.lora.rank,
+        targets=config.lora.targets,
+        context_tokens=config.evaluation.context_tokens,
+    )

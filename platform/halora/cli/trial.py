@@ -55,8 +55,8 @@ def show(
 
 def _agrees(client: "MlflowClient", record: "TrialRecord") -> bool:
     from halora.records import names, queries
-    from halora.sweep.core import trial_energy
     from halora.sweep.recompute import recompute
+    from halora.trial import trial_energy
 
     config = queries.logged_config(client, record.run_id)
     logged = queries.logged_json(client, record.run_id, names.SCORES_FILE)

@@ -16,13 +16,13 @@ from optuna.trial import FrozenTrial, TrialState
 
 from halora.errors import UserError
 from halora.hardware.addressing import derive_seed
-from halora.hardware.energy import EnergyBreakdown, energy_per_token
+from halora.hardware.energy import EnergyBreakdown
 from halora.hardware.shapes import ModelShape
 from halora.records.store import SweepFolder
 from halora.spaces.language import Categorical, Distribution
 from halora.spaces.sweep import SweepConfig
 from halora.training.models import model_shape
-from halora.trial import TrialConfig
+from halora.trial import TrialConfig, trial_energy
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -184,29 +184,13 @@ def choose(trial: optuna.Trial, space: Mapping[str, Distribution]) -> dict[str, 
     return values
 
 
-def trial_energy(config: TrialConfig, shape: ModelShape | None = None) -> EnergyBreakdown:
-    """Energy per token of a trial's configuration; exact, and free before training.
-
-    Raises:
-        UserError: The model's dimensions cannot be had.
-    """
-    return energy_per_token(
-        shape or model_shape(config.model),
-        config.chip,
-        rank=config.lora.rank,
-        targets=config.lora.targets,
-        context_tokens=config.evaluation.context_tokens,
-    )
-
-
 def free_knobs(sweep: SweepConfig) -> list[str]:
     """Searched settings of the chip that change no energy the chip counts, so that the search takes them for free."""
     free = []
     for path, distribution in sweep.space.items():
         if not path.startswith("chip."):
             continue
-        condition = {name: allowed[0] for name, allowed in distribution.when.items()}
-        trials = [sweep.resolve({**condition, path: value}) for value in distribution.probes]
+        trials = [sweep.resolve({**distribution.condition, path: value}) for value in distribution.probes]
         if len({trial_energy(trial).total_uj_per_token for trial in trials}) == 1:
             free.append(path)
     return free

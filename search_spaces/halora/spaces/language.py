@@ -20,6 +20,11 @@ class _Distribution(Frozen):
         """Whether the conditions hold for the values chosen so far."""
         return all(chosen.get(name) in allowed for name, allowed in self.when.items())
 
+    @property
+    def condition(self) -> dict[str, Any]:
+        """Values under which it is searched: the first allowed one of each named field."""
+        return {name: allowed[0] for name, allowed in self.when.items()}
+
 
 class Categorical(_Distribution):
     """One of a list."""

@@ -16,7 +16,7 @@ from halora.hardware.description import Frozen
 from halora.hardware.noise_models import NoiseModel
 from halora.hardware.noise_settings import noise_fields
 from halora.spaces.language import Categorical, Distribution, Range, value_at, with_values
-from halora.trial import TrialConfig
+from halora.trial import TrialConfig, trial_energy
 
 SHIPPED = files("halora.spaces") / "sweeps"
 
@@ -101,6 +101,8 @@ def load_sweep(name_or_path: str, overrides: Mapping[str, Any] | None = None) ->
         evaluation = trial.get("evaluation", {})
         if data.get("comparison") and isinstance(evaluation, dict) and evaluation.get("rows") is None:
             problems.append("comparison: needs trial.evaluation.rows, so that some validation rows are left for it")
+    if sweep is not None and not problems:
+        problems = _energy_problems(sweep)
     if problems:
         raise UserError(
             [f"{name_or_path}: {problem}" for problem in dict.fromkeys(problems)],
@@ -176,7 +178,7 @@ def _probe_problems(trial: dict[str, Any], space: _Space, path: str, wrong_anywa
     """What a trial would refuse of the searched values, beyond the fields that are wrong already."""
     problems = []
     for value in space[path].probes:
-        point = {**{name: allowed[0] for name, allowed in space[path].when.items()}, path: value}
+        point = {**space[path].condition, path: value}
         for name, other in space.items():  # what is searched once this value is chosen
             if other.when and name not in point and other.applies(point):
                 point[name] = other.probes[0]
@@ -216,6 +218,19 @@ def _model_and_task_problems(trial: dict[str, Any], readable: _Space) -> list[st
                     check(name)
             except UserError as error:
                 problems.append(f"trial.{what}: {error}")
+    return problems
+
+
+def _energy_problems(sweep: SweepConfig) -> list[str]:
+    """What cannot be priced: layers that a chip maps and the model has not, converters that no table covers."""
+    problems = []
+    priced = {p: d for p, d in sweep.space.items() if p.partition(".")[0] in ("model", "chip", "lora")}
+    for point in ({}, *({**d.condition, path: value} for path, d in priced.items() for value in d.probes)):
+        try:
+            trial_energy(sweep.resolve(point))
+        except UserError as error:
+            at = ", ".join(f"{path} {value}" for path, value in point.items())
+            problems += [f"trial.{problem}" + (f" (with {at})" if at else "") for problem in error.problems]
     return problems
 
 
