@@ -223,15 +223,16 @@ def _model_and_task_problems(trial: dict[str, Any], readable: _Space) -> list[st
 
 def _energy_problems(sweep: SweepConfig) -> list[str]:
     """What cannot be priced: layers that a chip maps and the model has not, converters that no table covers."""
-    problems = []
+    problems: dict[str, str] = {}  # by what is wrong, told where it is met first
     priced = {p: d for p, d in sweep.space.items() if p.partition(".")[0] in ("model", "chip", "lora")}
     for point in ({}, *({**d.condition, path: value} for path, d in priced.items() for value in d.probes)):
         try:
             trial_energy(sweep.resolve(point))
         except UserError as error:
             at = ", ".join(f"{path} {value}" for path, value in point.items())
-            problems += [f"trial.{problem}" + (f" (with {at})" if at else "") for problem in error.problems]
-    return problems
+            for problem in error.problems:
+                problems.setdefault(problem, f"trial.{problem}" + (f" (with {at})" if at else ""))
+    return list(problems.values())
 
 
 def describe(error: ValidationError, model: type[BaseModel], prefix: str = "") -> list[str]:
