@@ -2,6 +2,9 @@
 
 import json
 import os
+import shlex
+import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,6 +101,35 @@ def tiny_trial(tiny_models: dict[str, str], tiny_task: str) -> Callable[..., Any
         return TrialConfig.model_validate(content)
 
     return make
+
+
+@pytest.fixture
+def halora(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[[str], tuple[int, str, str]]:
+    """The command line in this process: (exit code, stdout, stderr)."""
+    from halora.cli import main as cli
+
+    def run(arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["halora", *shlex.split(arguments)])
+        with warnings.catch_warnings(), pytest.raises(SystemExit) as exit_:
+            cli.main()
+        told = capsys.readouterr()
+        return int(exit_.value.code or 0), told.out, told.err
+
+    return run
+
+
+@pytest.fixture
+def halora_json(halora: Callable[[str], Any]) -> Callable[[str], Any]:
+    """What a read command that succeeds says with `--format json`."""
+
+    def ask(arguments: str) -> Any:
+        code, out, err = halora(f"{arguments} --format json")
+        assert code == 0, err
+        return json.loads(out)
+
+    return ask
 
 
 def _write_rows(path: Path, records: list[dict[str, Any]]) -> None:

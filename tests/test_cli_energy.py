@@ -5,14 +5,10 @@ documentation, and the contract of the command line: data on stdout, talk on std
 import csv
 import json
 import re
-import shlex
-import sys
-import warnings
 from pathlib import Path
 
 import pytest
 
-from halora.cli import main as cli
 from halora.hardware.chip import load_chip, preset_names
 from halora.hardware.energy import Phase, energy_per_token
 from halora.hardware.shapes import named_shapes
@@ -36,29 +32,9 @@ STABLE_KEYS = {
 
 
 @pytest.fixture
-def halora(monkeypatch, capsys):
-    """The command line in this process: (exit code, stdout, stderr)."""
-
-    def run(arguments):
-        monkeypatch.setattr(sys, "argv", ["halora", *shlex.split(arguments)])
-        with warnings.catch_warnings(), pytest.raises(SystemExit) as exit_:
-            cli.main()
-        told = capsys.readouterr()
-        return exit_.value.code or 0, told.out, told.err
-
-    return run
-
-
-@pytest.fixture
-def answer(halora):
+def answer(halora_json):
     """What `halora energy ... --format json` says."""
-
-    def ask(arguments):
-        code, out, err = halora(f"energy {arguments} --format json")
-        assert code == 0, err
-        return json.loads(out)
-
-    return ask
+    return lambda arguments: halora_json(f"energy {arguments}")
 
 
 @pytest.mark.parametrize(("model", "published_mj"), [("llama-3.2-1b", 18.1), ("llama-3.2-3b", 51.3)])

@@ -4,9 +4,6 @@ is read again, and the contract of the command line: data on stdout, talk on std
 
 import csv
 import json
-import shlex
-import sys
-import warnings
 from math import log10
 
 import matplotlib.image
@@ -15,7 +12,6 @@ import pytest
 import torch
 import yaml
 
-from halora.cli import main as cli
 from halora.hardware.addressing import NoiseKey, Role
 from halora.hardware.chip import load_chip, preset_names
 from halora.hardware.error_curves import stated_cell_error
@@ -24,29 +20,9 @@ from halora.training.models import load_base
 
 
 @pytest.fixture
-def halora(monkeypatch, capsys):
-    """The command line in this process: (exit code, stdout, stderr)."""
-
-    def run(arguments):
-        monkeypatch.setattr(sys, "argv", ["halora", *shlex.split(arguments)])
-        with warnings.catch_warnings(), pytest.raises(SystemExit) as exit_:
-            cli.main()
-        told = capsys.readouterr()
-        return exit_.value.code or 0, told.out, told.err
-
-    return run
-
-
-@pytest.fixture
-def answer(halora):
+def answer(halora_json):
     """What `halora noise ... --format json` says."""
-
-    def ask(arguments):
-        code, out, err = halora(f"noise {arguments} --format json")
-        assert code == 0, err
-        return json.loads(out)
-
-    return ask
+    return lambda arguments: halora_json(f"noise {arguments}")
 
 
 def _pixels(path):

@@ -10,7 +10,6 @@ import torch
 from halora.hardware.addressing import NoiseKey, Role
 from halora.hardware.chip import load_chip
 from halora.hardware.error_curves import (
-    cells_err,
     drawn_cell_error,
     drawn_weight_error,
     moment_s,
@@ -18,7 +17,7 @@ from halora.hardware.error_curves import (
     stated_cell_error,
     stated_weight_error,
 )
-from halora.hardware.noise import programmed_weight, write_verify_factor
+from halora.hardware.noise import cells_err, programmed_weight, write_verify_factor
 
 KEY = NoiseKey(role=Role.SEARCH, chip_seed=0, module="layer", purpose="programming")
 
@@ -131,4 +130,5 @@ def test_the_ramp_brings_every_value_to_every_row_of_a_tile():
     ],
 )
 def test_chips_whose_cells_err(preset, sections, err):
-    assert cells_err(load_chip({"preset": preset, **sections})) == err
+    chip = load_chip({"preset": preset, **sections})
+    assert cells_err(chip, chip.noise) == err

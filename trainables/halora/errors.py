@@ -1,6 +1,6 @@
 """What a user is told when something they can mend is wrong; imports nothing of the project."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 
 
@@ -23,6 +23,15 @@ class UserError(ValueError):
 
 class UnreachableError(UserError):
     """The cluster or the tracking store cannot be reached or written."""
+
+
+def attempt[T](problems: list[str], call: Callable[[], T]) -> T | None:
+    """What `call` gives, or nothing and its problems, added to `problems`."""
+    try:
+        return call()
+    except UserError as error:
+        problems += error.problems
+        return None
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -6,7 +6,6 @@ from halora.evaluation.config import EvaluationSettings
 from halora.hardware.chip import ChipSetting
 from halora.hardware.description import Frozen
 from halora.hardware.energy import EnergyBreakdown, energy_per_token
-from halora.hardware.shapes import ModelShape
 from halora.training.config import LoraSettings, TrainingSettings
 from halora.training.models import model_shape
 
@@ -26,14 +25,14 @@ class TrialConfig(Frozen):
     """Seeds adapter initialisation, data order and training noise; chip instances do not depend on it."""
 
 
-def trial_energy(config: TrialConfig, shape: ModelShape | None = None) -> EnergyBreakdown:
+def trial_energy(config: TrialConfig) -> EnergyBreakdown:
     """Energy per token of a trial's configuration; exact, and free before training.
 
     Raises:
         UserError: The model's dimensions cannot be had.
     """
     return energy_per_token(
-        shape or model_shape(config.model),
+        model_shape(config.model),
         config.chip,
         rank=config.lora.rank,
         targets=config.lora.targets,

@@ -1,6 +1,5 @@
 """What several commands take: `--set`, and a chip."""
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -54,12 +53,3 @@ def chip_from(name: str, settings: list[str] | None) -> "Chip":
         return Chip.model_validate(with_values(expand_chip(name), overrides))
     except ValidationError as error:
         raise UserError([f"chip.{problem}" for problem in describe(error, Chip)]) from None
-
-
-def attempt[T](problems: list[str], call: Callable[[], T]) -> T | None:
-    """What `call` gives, or nothing and its problems."""
-    try:
-        return call()
-    except UserError as error:
-        problems += error.problems
-        return None

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from halora.cli.arguments import ChipOption, ChipSetOption, attempt, chip_from
+from halora.cli.arguments import ChipOption, ChipSetOption, chip_from
 from halora.cli.output import Format, FormatOption, show_rows, talk
-from halora.errors import UserError, nearest
+from halora.errors import UserError, attempt, nearest
 
 if TYPE_CHECKING:
     from halora.hardware.chip import Chip

@@ -4,16 +4,15 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
-from math import isfinite, log10
+from math import isfinite
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from halora.cli.arguments import ChipOption, ChipSetOption, attempt, chip_from
+from halora.cli.arguments import ChipOption, ChipSetOption, chip_from
 from halora.cli.output import Format, FormatOption, show_rows, talk
-from halora.errors import UserError
+from halora.errors import UserError, attempt
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,14 +79,16 @@ def show(
         _tell_other_causes(described)
         _draw(picture, described, None, {})
         return
+    from halora.hardware.noise import mean_db
+
     _, array = _loaded(model)
     noise_db = _realised_db(array, described)
     rows = [{"layer": name, "noise_db": _finite(ratio)} for name, ratio in noise_db.items()]
-    mean_db = _finite(_mean_db(list(noise_db.values())))
+    mean_ratio_db = _finite(mean_db(noise_db.values()))
     if form is Format.JSON:
-        print(json.dumps(answer | {"model": model, "layers": rows, "mean_db": mean_db}, indent=1))
+        print(json.dumps(answer | {"model": model, "layers": rows, "mean_db": mean_ratio_db}, indent=1))
     else:
-        show_rows([*rows, {"layer": "mean", "noise_db": mean_db}], form, f"{model} on {described.name}")
+        show_rows([*rows, {"layer": "mean", "noise_db": mean_ratio_db}], form, f"{model} on {described.name}")
     _draw(picture, described, array, noise_db)
 
 
@@ -175,12 +176,6 @@ def _realised_db(array: "RramArray", chip: "Chip") -> dict[str, float]:
         array.clear()
 
 
-def _mean_db(ratios_db: Sequence[float]) -> float:
-    """Mean of noise-to-signal power ratios, in dB."""
-    power = fmean([10 ** (ratio / 10) for ratio in ratios_db] or [0.0])
-    return 10 * log10(power) if power > 0 else float("-inf")
-
-
 def _finite(ratio_db: float) -> float | None:
     """The ratio; nothing where there is no error, as JSON has no infinity."""
     return ratio_db if isfinite(ratio_db) else None
@@ -190,13 +185,13 @@ def _chip_rows(chip: "Chip") -> list[dict[str, Any]]:
     """What the models state: cells over conductance at both ends of the refresh interval, weights in one row."""
     import torch
 
-    from halora.hardware.error_curves import cells_err, moment_s, stated_cell_error
-    from halora.hardware.noise import weight_error_factor
+    from halora.hardware.error_curves import moment_s, stated_cell_error
+    from halora.hardware.noise import cells_err, weight_error_factor
 
     rows: list[dict[str, Any]] = []
     if chip.noise.domain == "weight":
         rows.append({"of": "weight", "std": chip.noise.level * weight_error_factor(chip), **_meaning(chip.noise)})
-    if cells_err(chip):
+    if cells_err(chip, chip.noise):
         cells = chip.cells
         conductance = torch.linspace(cells.g_min_us, cells.g_max_us, _TABLE_POINTS)
         for moment in ("start", "end"):
@@ -228,13 +223,12 @@ def _meaning(noise: "NoiseModel") -> dict[str, Any]:
 
 def _tell_other_causes(chip: "Chip") -> None:
     """Say what moves weights and products besides the curves."""
-    read, faults = chip.read, chip.faults
     causes = {
         "finite levels": chip.cells.levels is not None,
-        "stuck cells": faults.stuck_low_rate + faults.stuck_high_rate > 0,
+        "stuck cells": chip.faults.occur,
         "clipping": chip.coding.clip_std is not None,
         "IR drop": chip.wires.resistance_ohm > 0,
-        "read noise": bool(read.white_us or read.flicker or read.thermal),
+        "read noise": chip.read.noisy,
         "DAC": not chip.dac.lossless,
         "ADC": not chip.adc.lossless,
     }
@@ -272,10 +266,11 @@ def _panels(chip: "Chip", name: str, weight: "Tensor") -> "list[ErrorPanel]":
     from halora.analysis.figures import ErrorPanel
     from halora.hardware import error_curves
     from halora.hardware.addressing import NoiseKey, Role
+    from halora.hardware.noise import cells_err
 
     key = NoiseKey(role=Role.SEARCH, chip_seed=0).at(module=name, purpose="programming")
     panels = []
-    if error_curves.cells_err(chip):
+    if cells_err(chip, chip.noise):
         conductance = torch.linspace(chip.cells.g_min_us, chip.cells.g_max_us, 100)
         for moment in ("start", "end"):
             stated = error_curves.stated_cell_error(chip, conductance, moment)

@@ -17,11 +17,9 @@ from optuna.trial import FrozenTrial, TrialState
 from halora.errors import UserError
 from halora.hardware.addressing import derive_seed
 from halora.hardware.energy import EnergyBreakdown
-from halora.hardware.shapes import ModelShape
 from halora.records.store import SweepFolder
 from halora.spaces.language import Categorical, Distribution
 from halora.spaces.sweep import SweepConfig
-from halora.training.models import model_shape
 from halora.trial import TrialConfig, trial_energy
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -80,7 +78,6 @@ class DecisionCore:
     def __init__(self, sweep: SweepConfig, study: optuna.Study) -> None:
         self._sweep, self._study = sweep, study
         self._handed_out: set[int] = set()
-        self._shapes: dict[str, ModelShape] = {}
 
     def suggest(self) -> Suggestion | None:
         """The next trial: first those that an earlier run left unfinished, then new ones; None when there is none."""
@@ -158,9 +155,7 @@ class DecisionCore:
 
     def _suggestion(self, number: int, values: dict[str, Any]) -> Suggestion:
         config = self._sweep.resolve(values)
-        if config.model not in self._shapes:
-            self._shapes[config.model] = model_shape(config.model)
-        return Suggestion(number, values, config, trial_energy(config, self._shapes[config.model]))
+        return Suggestion(number, values, config, trial_energy(config))
 
     def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
         """Seeded by (sweep seed, number): a suggestion depends on the history it sees, not on who asks."""

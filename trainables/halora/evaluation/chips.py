@@ -16,11 +16,13 @@ from halora.hardware.addressing import NoiseKey, Role
 from halora.hardware.chip import Chip
 from halora.hardware.converters import ExactReads, fit_converters, full_scale, reads_are_exact
 from halora.hardware.mapping import Place
-from halora.hardware.noise import read_noise_power
+from halora.hardware.noise import mean_db, read_noise_power
 from halora.training.batches import training_batch
 from halora.training.models import BaseModel
 from halora.training.rram import ChipInstance, Reads, RramArray, RramLinear
 from halora.training.tasks import Row
+
+_NO_NOISE_DB = -300.0  # stands for none, as JSON has no infinity
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def evaluate(
     for seed in seeds:
         array.program(ChipInstance(chip, NoiseKey(role=role, chip_seed=seed), chip.noise.level), reads)
         noisy.append(margins())
-        noise_db.append(_mean_db(array.noise_db().values()))
+        noise_db.append(max(mean_db(array.noise_db().values()), _NO_NOISE_DB))
     array.clear()
     return ChipScores(tuple(row.row_id for row in rows), seeds, clean, tuple(noisy), tuple(noise_db))
 
@@ -142,9 +144,3 @@ def calibrate(
     with array.watching_inputs(fit):
         base.causal_lm.get_decoder()(input_ids=batch.input_ids.to(device), use_cache=False)
     return reads
-
-
-def _mean_db(ratios: Any) -> float:
-    """Mean of noise-to-signal power ratios, in dB; -300 dB stands for none."""
-    power = fmean([10 ** (ratio / 10) for ratio in ratios] or [0.0])
-    return float(10 * np.log10(max(power, 1e-30)))

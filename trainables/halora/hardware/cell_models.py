@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+_CMO_US = (9.0, 88.2)
+
+
 @cache
 def coefficients(name: str) -> Any:
     """The published coefficients of that name."""
@@ -93,7 +96,7 @@ class CmoNoise(FittedNoise):
     @property
     def measured_us(self) -> tuple[float, float]:
         """9 to 88.2 uS."""
-        return 9.0, 88.2
+        return _CMO_US
 
     @property
     def effort(self) -> float:
@@ -206,7 +209,7 @@ class CmoRelaxation(FittedNoise):
     @property
     def measured_us(self) -> tuple[float, float]:
         """9 to 88.2 uS."""
-        return 9.0, 88.2
+        return _CMO_US
 
     @property
     def measured_s(self) -> tuple[float, float]:

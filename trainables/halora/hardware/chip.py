@@ -101,6 +101,11 @@ class Faults(Frozen):
     stuck_high_us: float = Field(default=40.0, ge=0, le=2000)
     """Where stuck cells stand; it may lie outside the range in use."""
 
+    @property
+    def occur(self) -> bool:
+        """Whether any cell can be stuck."""
+        return self.stuck_low_rate + self.stuck_high_rate > 0
+
 
 class Read(Frozen):
     """Noise of single reads, fresh for every token."""
@@ -113,6 +118,11 @@ class Read(Frozen):
     """1/f noise of one cell as a fraction of its conductance; the floor under averaging."""
     thermal: bool = False
     """Thermal noise of the read pulse: sigma_G / G = sqrt(2 k T / read energy of the cell)."""
+
+    @property
+    def noisy(self) -> bool:
+        """Whether a cell reads differently from read to read."""
+        return bool(self.white_us or self.flicker or self.thermal)
 
 
 class Dac(Frozen):

@@ -32,6 +32,10 @@ _TOKENS = 128  # converted at a time, so that a tile's sums stay in the cache
 _INPUT_FRACTIONS = (1.0, 0.7, 0.5, 0.35, 0.25)
 
 
+_Cycles = list[tuple[float, Tensor]]
+"""Significance of a read cycle and its row inputs in [-1, 1], `(..., d_in)`."""
+
+
 @dataclass(frozen=True)
 class Converters:
     """Ranges of one layer's converters, set on calibration tokens.
@@ -69,17 +73,22 @@ def full_scale(x: Tensor, weight: Tensor, chip: Chip) -> Converters:
 def tilewise_product(x: Tensor, weight: Tensor, chip: Chip, converters: Converters) -> Tensor:
     """x W^T through the converters, exactly: x (N, d_in), weight (d_out, d_in) -> (N, d_out)."""
     scale, cycles = _drive(x, chip.dac, converters.input_range)
+    return _converted(cycles, weight, chip, converters) * scale
+
+
+def _converted(cycles: _Cycles, weight: Tensor, chip: Chip, converters: Converters) -> Tensor:
+    """The products of all cycles of driven inputs (N, d_in), converted tile by tile and added up, (N, d_out)."""
     if chip.adc.lossless:
-        return F.linear(_sum(cycles), weight) * scale
+        return F.linear(_sum(cycles), weight)
     rows, top = chip.tile.rows, _top_code(chip.adc.bits)
     steps = (converters.adc_range[:, 0, 0] / top).unbind()
-    tiles, total = torch.split(weight, rows, 1), x.new_zeros(x.shape[0], weight.shape[0])
+    tiles, total = torch.split(weight, rows, 1), weight.new_zeros(cycles[0][1].shape[0], weight.shape[0])
     for significance, driven in cycles:
         for tokens, sums in zip(torch.split(driven, _TOKENS), torch.split(total, _TOKENS), strict=True):
             for inputs, weights, step in zip(torch.split(tokens, rows, 1), tiles, steps, strict=True):
                 codes = F.linear(inputs / step, weights).round_().clamp_(-top, top)
                 sums.addcmul_(codes, significance * step)
-    return total * scale
+    return total
 
 
 @dataclass(frozen=True)
@@ -104,15 +113,12 @@ class ExactReads:
             weight: Programmed weight, `(d_out, d_in)`.
             unit_noise: Zero-mean unit-variance draws shaped like its argument; asked only if reads are noisy.
         """
-        product = tilewise_product(x.flatten(0, -2), weight, self.chip, self.converters).reshape(*x.shape[:-1], -1)
+        scale, cycles = _drive(x.flatten(0, -2), self.chip.dac, self.converters.input_range)
+        product = (_converted(cycles, weight, self.chip, self.converters) * scale).reshape(*x.shape[:-1], -1)
         if not _noisy(self.chip):
             return product
-        power = (x.square() * self.read_power).sum(dim=-1, keepdim=True)
-        if not self.chip.adc.lossless:
-            scale, cycles = _drive(x, self.chip.dac, self.converters.input_range)
-            steps = sum(significance**2 for significance, _ in cycles) * _adc_noise_power(self.chip, self.converters)
-            power = power + steps * scale.square()
-        return torch.addcmul(product, unit_noise(product), power.sqrt())
+        power = _read_variance(x.flatten(0, -2), self.read_power, scale, cycles, self.chip, self.converters)
+        return torch.addcmul(product, unit_noise(product), power.sqrt().reshape(*x.shape[:-1], 1))
 
 
 @dataclass(frozen=True)
@@ -121,7 +127,7 @@ class Driven:
 
     Attributes:
         inputs: Inputs as the product sees them, `(..., d_in)`.
-        converter_power: Predicted variance of the converters' error per token, `(..., 1)`.
+        converter_power: Predicted variance of the error of one slice's converters per token, `(..., 1)`.
         noise_power: Variance of the noise of reads per token, `(..., 1)`.
     """
 
@@ -154,31 +160,30 @@ class ConverterModel:
         """Pass inputs `(..., d_in)` through the converters; gradients pass straight through."""
         with torch.no_grad():
             scale, cycles = _drive(x, self.chip.dac, self.converters.input_range)
-            seen, power, steps = torch.zeros_like(x), torch.zeros_like(scale), torch.zeros_like(scale)
+            seen, power = torch.zeros_like(x), torch.zeros_like(scale)
             for significance, driven in cycles:
-                gain, error_power, step_power = self._convert(driven)
+                gain, error_power = self._convert(driven)
                 seen += significance * gain * driven
                 power += significance**2 * error_power
-                steps += significance**2 * step_power
-            noise_power = (x.square() * self.read_power).sum(dim=-1, keepdim=True) + steps * scale.square()
+            noise_power = _read_variance(x, self.read_power, scale, cycles, self.chip, self.converters)
         return Driven(x + (seen * scale - x).detach(), power * scale.square(), noise_power)
 
     def read(self, product: Tensor, driven: Driven, unit: Tensor) -> Tensor:
         """The product `driven.inputs @ W.T` as it is read, with zero-mean unit-variance draws `unit` of its shape."""
-        power = driven.converter_power * self.error_factor.square() + driven.noise_power
+        factor = _slice_factor(self.chip) * self.error_factor.square()
+        power = driven.converter_power * factor + driven.noise_power
         return torch.addcmul(product * self.output_gain, unit, power.sqrt())
 
-    def _convert(self, driven: Tensor) -> tuple[Tensor | float, Tensor | float, Tensor | float]:
-        """Gain per input, variance of the quantisation error and of the ADC's own noise, per token."""
+    def _convert(self, driven: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        """Gain per input, and variance of the quantisation error per token, for one slice."""
         adc, rows = self.chip.adc, self.chip.tile.rows
         if adc.lossless:
-            return 1.0, 0.0, 0.0
+            return 1.0, 0.0
         step = self.converters.adc_range[:, 0, 0] / _top_code(adc.bits)
         spread = _in_tiles(driven.square() * self.weight_power, rows).sum(dim=-1).sqrt()  # (..., tiles)
         gain, error_power = _gaussian_response(spread / step, adc.bits)
         gain = gain.repeat_interleave(rows, dim=-1)[..., : driven.shape[-1]]
-        error_power = _slice_factor(self.chip) * (error_power * step.square()).sum(dim=-1, keepdim=True)
-        return gain, error_power, _adc_noise_power(self.chip, self.converters)
+        return gain, (error_power * step.square()).sum(dim=-1, keepdim=True)
 
 
 def fit_converters(x: Tensor, weight: Tensor, chip: Chip) -> ConverterModel:
@@ -200,7 +205,7 @@ def fit_converters(x: Tensor, weight: Tensor, chip: Chip) -> ConverterModel:
     predicted = F.linear(driven.inputs, weight) / size.sqrt()
     gain = (exact * predicted).sum(dim=0) / predicted.square().sum(dim=0).clamp_min(tiny)
     error = (exact - gain * predicted).square().mean(dim=0)
-    expected = (driven.converter_power / _slice_factor(chip) / size).mean().clamp_min(tiny)
+    expected = (driven.converter_power / size).mean().clamp_min(tiny)
     return replace(unfitted, output_gain=gain, error_factor=(error / expected).sqrt())
 
 
@@ -209,10 +214,16 @@ def _slice_factor(chip: Chip) -> float:
     return sum(chip.coding.slice_ratio ** (-2 * index) for index in range(chip.coding.slices))
 
 
-def _adc_noise_power(chip: Chip, converters: Converters) -> Tensor:
-    """Variance of the ADCs' own noise in one cycle, averaged over the reads; in units of weight times scaled input."""
+def _read_variance(
+    x: Tensor, read_power: Tensor, scale: Tensor, cycles: _Cycles, chip: Chip, converters: Converters
+) -> Tensor:
+    """Variance of a product of inputs x (..., d_in) from read to read, (..., 1): cells', and the ADCs' own noise."""
+    variance = (x.square() * read_power).sum(dim=-1, keepdim=True)
+    if chip.adc.lossless or not chip.adc.noise_steps:
+        return variance
     step = converters.adc_range[:, 0, 0] / _top_code(chip.adc.bits)
-    return _slice_factor(chip) * chip.adc.noise_steps**2 / chip.read.averaged * step.square().sum()
+    in_one_cycle = _slice_factor(chip) * chip.adc.noise_steps**2 / chip.read.averaged * step.square().sum()
+    return variance + sum(significance**2 for significance, _ in cycles) * in_one_cycle * scale.square()
 
 
 def reads_are_exact(chip: Chip) -> bool:
@@ -222,11 +233,10 @@ def reads_are_exact(chip: Chip) -> bool:
 
 def _noisy(chip: Chip) -> bool:
     """Whether a product differs from read to read."""
-    read = chip.read
-    return bool(read.white_us or read.flicker or read.thermal or (chip.adc.noise_steps and not chip.adc.lossless))
+    return chip.read.noisy or bool(chip.adc.noise_steps and not chip.adc.lossless)
 
 
-def _drive(x: Tensor, dac: Dac, input_range: Tensor | None) -> tuple[Tensor, list[tuple[float, Tensor]]]:
+def _drive(x: Tensor, dac: Dac, input_range: Tensor | None) -> tuple[Tensor, _Cycles]:
     """Scale (..., 1), and per read cycle its significance and the row inputs in [-1, 1]; least significant first."""
     tiny = torch.finfo(x.dtype).tiny
     scale = x.abs().amax(dim=-1, keepdim=True).clamp_min(tiny) if input_range is None else input_range
@@ -246,7 +256,7 @@ def _drive(x: Tensor, dac: Dac, input_range: Tensor | None) -> tuple[Tensor, lis
     return scale, cycles
 
 
-def _sum(cycles: list[tuple[float, Tensor]]) -> Tensor:
+def _sum(cycles: _Cycles) -> Tensor:
     """The inputs that the cycles add up to."""
     total = torch.zeros_like(cycles[0][1])
     for significance, driven in cycles:

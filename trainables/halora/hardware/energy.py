@@ -19,9 +19,9 @@ from enum import StrEnum
 from math import ceil
 from typing import Any
 
-from halora.errors import UserError, nearest
+from halora.errors import UserError, attempt, nearest
 from halora.hardware.chip import Boundary, Chip
-from halora.hardware.costs import AdcCost, adc_cost, energy_constants
+from halora.hardware.costs import adc_cost, energy_constants
 from halora.hardware.mapping import Place
 from halora.hardware.shapes import LinearShape, ModelShape
 
@@ -110,17 +110,12 @@ def energy_per_token(
     constants = {**energy_constants(), **chip.costs}
     layers = shape.linear_layers
     problems = _problems(shape, rank, targets, context_tokens)
-    adc, places = AdcCost(0.0, 0.0), dict[str, Place]()
-    try:
-        adc = adc_cost(chip.adc.costs, chip.adc.bits, constants)
-    except UserError as error:
-        problems += error.problems
-    try:
-        places = chip.mapping.places({name: layer.weights for name, layer in layers.items()})
-    except UserError as error:
-        problems += error.problems
+    adc = attempt(problems, lambda: adc_cost(chip.adc.costs, chip.adc.bits, constants))
+    places = attempt(problems, lambda: chip.mapping.places({name: layer.weights for name, layer in layers.items()}))
     if problems:
         raise UserError(problems)
+    assert adc is not None
+    assert places is not None
 
     head = [shape.lm_head] if chip.boundary.lm_head else []
     rram = [layer for name, layer in layers.items() if places[name] is Place.RRAM] + head

@@ -8,14 +8,13 @@ from itertools import islice
 from typing import Literal
 
 import torch
-from numpy.polynomial.hermite_e import hermegauss
 from torch import Tensor
 
 from halora.hardware.addressing import NoiseKey
 from halora.hardware.cells import clip_limit, clipped, weight_scale
 from halora.hardware.chip import Chip
 from halora.hardware.noise import ROWS, cell_arrays, programmed_weight, weight_error_factor, write_verify_ratio
-from halora.hardware.noise_models import largest_magnitude
+from halora.hardware.noise_models import largest_magnitude, quadrature
 
 Moment = Literal["start", "end"]
 """Of the refresh interval."""
@@ -39,12 +38,6 @@ class ErrorCurve:
     std: tuple[float, ...]
 
 
-def cells_err(chip: Chip) -> bool:
-    """Whether a model moves single cells: the programming error, or ageing."""
-    ageing = chip.retention.ageing
-    return (chip.noise.domain == "conductance" and chip.noise.level > 0) or (ageing is not None and ageing.level > 0)
-
-
 def moment_s(chip: Chip, moment: Moment) -> float:
     """Seconds after programming; the start is the earliest time the noise model knows, 0 where it knows no time."""
     end_s = chip.retention.refresh_interval_s
@@ -62,8 +55,7 @@ def stated_cell_error(chip: Chip, conductance: Tensor, moment: Moment) -> ErrorC
         moment: Start or end of the refresh interval.
     """
     target = conductance.double()
-    nodes, weights = hermegauss(32)
-    draws = list(zip(nodes.tolist(), (weights / weights.sum()).tolist(), strict=True))
+    draws = quadrature()
     ageing = chip.retention.ageing if moment == "end" else None
     time_s = moment_s(chip, moment)
     in_cells = chip.noise.domain == "conductance"

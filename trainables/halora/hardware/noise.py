@@ -6,10 +6,10 @@ is static until the cells are programmed again: drawn or computed once, the same
 for every product and given by its variance. The frozen weight is never written; the functions return a new tensor.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cache
-from math import exp, isinf, pi, sqrt
+from math import exp, inf, isinf, log10, pi, sqrt
 
 import torch
 from torch import Tensor
@@ -100,13 +100,13 @@ def _gain(before: Tensor, after: Tensor) -> Tensor:
 
 def cells_act(chip: Chip, noise: NoiseModel) -> bool:
     """Whether anything happens to single cells, so that conductances have to be computed."""
+    return cells_err(chip, noise) or chip.cells.levels is not None or chip.faults.occur
+
+
+def cells_err(chip: Chip, noise: NoiseModel) -> bool:
+    """Whether a model moves single cells: the programming error, or the chip's ageing."""
     ageing = chip.retention.ageing
-    return (
-        (noise.domain == "conductance" and noise.level > 0)
-        or chip.cells.levels is not None
-        or chip.faults.stuck_low_rate + chip.faults.stuck_high_rate > 0
-        or (ageing is not None and ageing.level > 0)
-    )
+    return (noise.domain == "conductance" and noise.level > 0) or (ageing is not None and ageing.level > 0)
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def _programmed(target: Tensor, chip: Chip, noise: NoiseModel, key: NoiseKey) ->
     """Conductances right after programming and at the end of the refresh interval, (d_out, d_in) in microsiemens."""
     faults, ageing, time_s = chip.faults, chip.retention.ageing, chip.retention.refresh_interval_s
     uniform = None
-    if faults.stuck_low_rate + faults.stuck_high_rate > 0:
+    if faults.occur:
         draws = key.part("faults").lasting().uniform(tuple(target.shape))
         uniform = torch.from_numpy(draws).to(target.device)
     fresh = later = target
@@ -252,7 +252,7 @@ def read_noise_power(weight: Tensor, chip: Chip) -> Tensor:
     """
     read = chip.read
     power = torch.zeros(weight.shape[1], device=weight.device)
-    if not (read.white_us or read.flicker or read.thermal):
+    if not read.noisy:
         return power
     limit = clip_limit(weight, chip.coding)
     scale = weight_scale(weight if limit is None else clipped(weight, limit), chip.coding)
@@ -293,3 +293,9 @@ def noise_to_signal_db(weight: Tensor, programmed: Tensor) -> float:
     """Power of the weight error over the power of the weight, 10 log10(|W* - W|^2 / |W|^2); -inf without error."""
     error = (programmed.float() - weight.float()).square().sum()
     return float(10 * torch.log10(error / weight.float().square().sum()))
+
+
+def mean_db(ratios_db: Collection[float]) -> float:
+    """Mean of noise-to-signal power ratios, in dB; -inf without error or without ratios."""
+    power = sum(10 ** (ratio / 10) for ratio in ratios_db) / max(len(ratios_db), 1)
+    return 10 * log10(power) if power > 0 else -inf

@@ -63,11 +63,10 @@ class NoiseModel(Frozen, ABC):
 
         Here by Gauss-Hermite quadrature of `apply`; the shipped models have closed forms.
         """
-        nodes, weights = hermegauss(32)
         mean, square = values.new_zeros(()), values.new_zeros(())
-        for node, weight in zip(nodes.tolist(), (weights / weights.sum()).tolist(), strict=True):
-            shift = self.apply(values, values.new_full(values.shape, node), time_s) - values
-            mean, square = mean + weight * shift, square + weight * shift.square()
+        for draw, share in quadrature():
+            shift = self.apply(values, values.new_full(values.shape, draw), time_s) - values
+            mean, square = mean + share * shift, square + share * shift.square()
         return (square - mean.square()).clamp_min(0).sqrt()
 
     @property
@@ -143,6 +142,12 @@ class GaussianNoise(WeightNoise):
                 return weight.to(dtype).std()
             case unknown:
                 assert_never(unknown)
+
+
+def quadrature() -> list[tuple[float, float]]:
+    """Draws that stand for all standard normal ones, each with its share (Gauss-Hermite)."""
+    nodes, weights = hermegauss(32)
+    return list(zip(nodes.tolist(), (weights / weights.sum()).tolist(), strict=True))
 
 
 def largest_magnitude(weight: Tensor, per_output: bool = False) -> Tensor:

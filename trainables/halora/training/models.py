@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -75,8 +76,9 @@ def find_model(model: str) -> str:
     )
 
 
+@cache
 def model_shape(model: str) -> ModelShape:
-    """Dimensions of a model, read from its configuration alone.
+    """Dimensions of a model, read from its configuration alone, once per process.
 
     Raises:
         UserError: The model cannot be had, or is not of the LLaMA or Qwen family.
