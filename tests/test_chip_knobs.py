@@ -13,7 +13,7 @@ from halora.hardware.chip import Chip, load_chip, merge
 from halora.hardware.energy import energy_per_token
 from halora.trainable import task_rows
 from halora.training.adapter import rounded
-from halora.training.batches import training_batch
+from halora.training.batches import Batch, lay_out, pack_answer
 from halora.training.config import LoraSettings
 from halora.training.models import BaseModel, load_base
 from halora.training.rram import ChipInstance, RramArray, install
@@ -59,16 +59,15 @@ class _Blocks:
 
     base: BaseModel
     array: RramArray
-    tokens: list[torch.Tensor]
+    batches: list[Batch]
 
     @torch.no_grad()
     def outputs(self) -> torch.Tensor:
         """Hidden states after the block, (tokens, hidden)."""
-        decoder = self.base.causal_lm.get_decoder()
         hidden = []
-        for i, ids in enumerate(self.tokens):
-            with self.array.reading([(f"row {i}", ids.shape[1])]):
-                hidden.append(decoder(input_ids=ids, use_cache=False).last_hidden_state[0])
+        for batch in self.batches:
+            with self.array.reading(batch.sequences):
+                hidden.append(batch.hidden(self.base.causal_lm)[0])
         return torch.cat(hidden)
 
     def error(self, chip: Chip) -> float:
@@ -89,7 +88,7 @@ def blocks() -> _Blocks:
     base = load_base("smollm2-135m-instruct", "fp32")
     del base.causal_lm.model.layers[1:]
     rows = task_rows("arc-easy", "validation", 2)
-    return _Blocks(base, install(base.causal_lm), [training_batch([row], base.tokenizer).input_ids for row in rows])
+    return _Blocks(base, install(base.causal_lm), [lay_out([pack_answer(row, base.tokenizer)]) for row in rows])
 
 
 def _energy(chip: Chip, base: BaseModel) -> float:

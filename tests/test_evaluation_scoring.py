@@ -6,9 +6,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from halora.evaluation.chips import calibrate
 from halora.evaluation.config import EvaluationSettings
-from halora.evaluation.scoring import margin, option_scores, pack
+from halora.evaluation.scoring import margin, option_scores
 from halora.hardware.addressing import NoiseKey, Role
 from halora.hardware.chip import load_chip
+from halora.training.batches import pack
 from halora.training.models import load_base
 from halora.training.rram import ChipInstance, install
 from halora.training.tasks import Row, load_rows

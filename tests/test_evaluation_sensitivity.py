@@ -9,11 +9,12 @@ import torch
 
 from halora.evaluation.chips import calibrate
 from halora.evaluation.config import EvaluationSettings
-from halora.evaluation.scoring import option_scores, pack
+from halora.evaluation.scoring import option_scores
 from halora.evaluation.sensitivity import layer_sensitivity, mean_change, with_mapping
 from halora.hardware.addressing import NoiseKey, Role
 from halora.hardware.chip import load_chip
 from halora.hardware.noise import noise_to_signal_db, programmed_weight
+from halora.training.batches import pack
 from halora.training.models import load_base
 from halora.training.rram import ChipInstance, install
 from halora.training.tasks import load_rows

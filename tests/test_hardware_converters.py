@@ -96,7 +96,7 @@ def test_driving_in_cycles_is_a_loop_over_bits(layer):
             for cycle in range(3):
                 digits = codes.sign() * (codes.abs() >> (3 * cycle)).remainder(8)
                 for tile, start in enumerate(range(0, 300, 128)):
-                    step = float(converters.adc_range[tile, 0, 0]) / 31
+                    step = float(converters.adc_range[tile]) / 31
                     partial = float((digits[start : start + 128] / 7) @ weight[output, start : start + 128])
                     total += 7 / 127 * 8**cycle * max(-31, min(31, round(partial / step))) * step
             assert product[token, output].item() == pytest.approx(total * float(scale), rel=1e-4, abs=1e-5)
@@ -143,7 +143,7 @@ def test_noise_of_the_adc_is_added_per_tile_and_averaged_over_reads(layer):
             update={"adc": chip.adc.model_copy(update={"noise_steps": 2.0})}
         )
         loud = fit_converters(layer["calibration"], layer["weight"], loud_chip).drive(layer["fresh"])
-        step = quiet.converters.adc_range[:, 0, 0] / 127
+        step = quiet.converters.adc_range / 127
         scale = layer["fresh"].abs().amax(dim=1, keepdim=True)
         torch.testing.assert_close(loud.noise_power, 4.0 / averaged * step.square().sum() * scale.square())
 
@@ -173,7 +173,7 @@ def test_exact_path_equals_a_loop_over_tiles(layer):
             for tile, start in enumerate(range(0, 300, 128)):
                 inputs = x[token, start : start + 128] / scale
                 partial = float(inputs @ weight[output, start : start + 128])
-                step = float(ranges.adc_range[tile, 0, 0]) / 15  # codes -15 .. 15
+                step = float(ranges.adc_range[tile]) / 15  # codes -15 .. 15
                 total += max(-15, min(15, round(partial / step))) * step
             assert product[token, output].item() == pytest.approx(total * scale, rel=1e-4, abs=1e-5)
 
@@ -193,7 +193,7 @@ def test_ten_bits_are_nearly_exact_and_each_bit_about_halves_the_error(layer):
 def test_one_tile_taller_than_the_layer(layer):
     chip = _chip(8, rows=1024)
     ranges = full_scale(layer["calibration"], layer["weight"], chip)
-    assert ranges.adc_range.shape == (1, 1, 1)
+    assert ranges.adc_range.shape == (1,)
     product = layer["fresh"] @ layer["weight"].T
     error = tilewise_product(layer["fresh"], layer["weight"], chip, ranges) - product
     read = _read(fit_converters(layer["calibration"], layer["weight"], chip), layer["fresh"], layer["weight"])

@@ -6,11 +6,11 @@ import torch
 
 from halora.evaluation.chips import ChipScores, calibrate
 from halora.evaluation.config import EvaluationSettings
-from halora.evaluation.scoring import margin, option_scores, pack
+from halora.evaluation.scoring import margin, option_scores
 from halora.hardware.chip import load_chip
 from halora.hardware.converters import tilewise_product
 from halora.trainable import Workbench, task_rows
-from halora.training.batches import training_batch
+from halora.training.batches import lay_out, pack, pack_answer
 from halora.training.models import load_base
 from halora.training.rram import RramLinear, install
 from halora.trial import TrialConfig
@@ -111,7 +111,7 @@ def test_the_converter_model_has_the_error_of_the_exact_converters_in_every_kind
 
     with torch.no_grad(), array.watching_inputs(compare):
         for row in task_rows("arc-easy", "validation", 8):
-            base.causal_lm.get_decoder()(input_ids=training_batch([row], base.tokenizer).input_ids, use_cache=False)
+            lay_out([pack_answer(row, base.tokenizer)]).hidden(base.causal_lm)
     by_layer = np.array([np.sqrt(np.mean(pairs, axis=0)) for pairs in ratios.values()])
     ratio = by_layer[:, 0] / by_layer[:, 1]
     print(

@@ -4,7 +4,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from halora.errors import UserError
-from halora.training.batches import IGNORED, encode, rows_at_step, training_batch
+from halora.training.batches import encode, lay_out, pack, pack_answer, rows_at_step
 from halora.training.tasks import Row
 
 ROWS = [
@@ -34,15 +34,39 @@ def test_the_rows_of_a_step_depend_on_seed_and_step_alone():
     assert rows_at_step(50, 8, seed=2, step=3) != rows_at_step(50, 8, seed=1, step=3)
 
 
-def test_labels_cover_the_right_option_and_nothing_else(tokenizer):
-    batch = training_batch(ROWS, tokenizer)
-    for i, row in enumerate(ROWS):
-        prompt = tokenizer(row.prompt).input_ids
-        option = tokenizer(row.options[row.answer]).input_ids
-        assert batch.input_ids[i, : len(prompt) + len(option)].tolist() == prompt + option
-        expected = [IGNORED] * len(prompt) + option
-        expected += [IGNORED] * (batch.labels.shape[1] - len(expected))
-        assert batch.labels[i].tolist() == expected
+def test_training_packs_the_right_option_and_nothing_else(tokenizer):
+    for row in ROWS:
+        prompt, option = tokenizer(row.prompt).input_ids, tokenizer(row.options[row.answer]).input_ids
+        packed = pack_answer(row, tokenizer)
+        assert packed.tokens == prompt + option
+        assert packed.positions == list(range(len(prompt + option)))
+        assert packed.sources == list(range(len(prompt) - 1, len(prompt + option) - 1))
+
+
+@pytest.mark.parametrize("copies", [1, 3, 40])
+def test_a_batch_holds_every_token_once_and_little_padding(tokenizer, copies):
+    rows = [pack(row, tokenizer) for row in ROWS * copies]
+    batch = lay_out(rows)
+    assert sorted(batch.input_ids[batch.is_real].tolist()) == sorted(token for row in rows for token in row.tokens)
+    assert batch.targets.tolist() == [token for row in rows for token in row.tokens[row.prompt_length :]]
+    longest = max(len(row.tokens) for row in rows)
+    assert batch.input_ids.shape[1] - batch.is_real.sum(dim=1).min() <= longest
+    expected = [row.tokens[source] for row in rows for source in row.sources]
+    assert batch.input_ids[batch.sources[0], batch.sources[1]].tolist() == expected
+
+
+def test_a_token_sees_its_own_row_and_option_only(tokenizer):
+    rows = [pack(row, tokenizer) for row in ROWS]
+    batch = lay_out(rows)
+    (laid_out,) = batch.sequences
+    segments = {row.row_id: row.segments for row in rows}
+    owners = [(row_id, segment) for row_id, _ in laid_out for segment in segments[row_id]]
+    for seer, (row, option) in enumerate(owners):
+        expected = [
+            seen <= seer and other_row == row and other_option in (0, option)
+            for seen, (other_row, other_option) in enumerate(owners)
+        ]
+        assert batch.attention_mask[0, 0, seer, : len(owners)].tolist() == expected
 
 
 def test_prompt_and_option_tokens_spell_the_row(tokenizer):

@@ -154,13 +154,18 @@ def test_reads_of_a_row_do_not_depend_on_its_batch(layer):
     linear = model["q_proj"]
     x = torch.randn(3, 11, 48, generator=torch.Generator().manual_seed(6))
     array.program(INSTANCE, _converters(linear))
-    with array.reading([("a", 11), ("b", 8), ("c", 5)]):
+    with array.reading([[("a", 11)], [("b", 8)], [("c", 5)]]):
         together = linear(x)
     for i, (row, tokens) in enumerate([("a", 11), ("b", 8), ("c", 5)]):
-        with array.reading([(row, tokens)]):
+        with array.reading([[(row, tokens)]]):
             alone = linear(x[i : i + 1, :tokens])
         torch.testing.assert_close(alone[0], together[i, :tokens], rtol=1e-5, atol=1e-5)
-    with array.reading([("b", 11), ("a", 8), ("c", 5)]):
+    with array.reading([[("c", 5), ("b", 3), ("a", 3)], [("b", 8)], [("c", 5)]]):  # end to end in one sequence
+        assert torch.equal(linear(x)[1], together[1])
+        shifted = linear(torch.cat([x[0, :8], x[0, :3]])[None].expand(3, -1, -1))
+    with array.reading([[("a", 3)], [], []]):
+        torch.testing.assert_close(linear(x)[0, :3], shifted[0, 8:], rtol=1e-5, atol=1e-5)
+    with array.reading([[("b", 11)], [("a", 8)], [("c", 5)]]):
         assert (linear(x)[0] - together[0]).abs().max() > 1e-3  # another row reads other noise
 
 
@@ -172,7 +177,7 @@ def test_reads_have_the_error_of_the_converter_model_and_a_digital_bias(layer):
     converters = _converters(linear, chip)
     array.program(ChipInstance(chip, INSTANCE.key, 0.0), converters)
     x = torch.randn(1, 3000, 48, generator=torch.Generator().manual_seed(7))
-    with array.reading([("a", 3000)]):
+    with array.reading([[("a", 3000)]]):
         read = linear(x)
     model = converters["q_proj"]
     driven = model.drive(x)
@@ -195,7 +200,7 @@ def test_exact_reads_are_the_tilewise_product_plus_read_noise(layer):
         converters = full_scale(calibration, linear.weight, chip)
         reads = ExactReads(chip, converters, read_noise_power(linear.weight, chip))
         array.program(replace(INSTANCE, chip=chip), {"q_proj": reads})
-        with array.reading([("a", 3000), ("b", 3000)]):
+        with array.reading([[("a", 3000)], [("b", 3000)]]):
             read = linear(x)
         product = tilewise_product(x.flatten(0, 1), linear.programmed(), chip, converters).reshape(2, 3000, 40)
         noise = read - linear.bias - product

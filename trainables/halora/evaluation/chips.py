@@ -11,13 +11,13 @@ from torch import Tensor
 
 from halora.evaluation.config import EvaluationSettings
 from halora.evaluation.intervals import crossed_bootstrap
-from halora.evaluation.scoring import margin, option_scores, pack
+from halora.evaluation.scoring import margin, option_scores
 from halora.hardware.addressing import NoiseKey, Role
 from halora.hardware.chip import Chip
 from halora.hardware.converters import ExactReads, fit_converters, full_scale, reads_are_exact
 from halora.hardware.mapping import Place
 from halora.hardware.noise import mean_db, read_noise_power
-from halora.training.batches import training_batch
+from halora.training.batches import PackedRow, lay_out, pack, pack_answer
 from halora.training.models import BaseModel
 from halora.training.rram import ChipInstance, Reads, RramArray, RramLinear
 from halora.training.tasks import Row
@@ -120,27 +120,23 @@ def calibrate(
         return {}
     places, num_tokens = array.places(chip), settings.calibration_tokens
     reads: dict[str, Reads] = {}
-    taken: list[Row] = []
-    lengths: list[int] = []
+    taken: list[PackedRow] = []
     for row in rows:
-        taken.append(row)
-        lengths.append(training_batch([row], base.tokenizer).input_ids.shape[1])
-        if sum(lengths) >= num_tokens:
+        taken.append(pack_answer(row, base.tokenizer))
+        if sum(len(row.tokens) for row in taken) >= num_tokens:
             break
-    batch = training_batch(taken, base.tokenizer)
-    real = torch.arange(batch.input_ids.shape[1])[None, :] < torch.tensor(lengths)[:, None]
+    batch = lay_out(taken)
 
     def fit(layer: RramLinear, x: Tensor) -> None:
         if places[layer.name] is not Place.RRAM:
             return
-        tokens = x[real.to(x.device)][:num_tokens].float()
+        tokens = x[batch.is_real.to(x.device)][:num_tokens].float()
         weight = layer.weight.float()
         if settings.converters == "exact":
             reads[layer.name] = ExactReads(chip, full_scale(tokens, weight, chip), read_noise_power(weight, chip))
         else:
             reads[layer.name] = fit_converters(tokens, weight, chip)
 
-    device = next(base.causal_lm.parameters()).device
     with array.watching_inputs(fit):
-        base.causal_lm.get_decoder()(input_ids=batch.input_ids.to(device), use_cache=False)
+        batch.hidden(base.causal_lm)
     return reads

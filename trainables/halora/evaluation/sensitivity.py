@@ -6,10 +6,11 @@ from statistics import fmean
 
 from halora.evaluation.chips import calibrate
 from halora.evaluation.config import EvaluationSettings
-from halora.evaluation.scoring import option_scores, pack
+from halora.evaluation.scoring import option_scores
 from halora.hardware.addressing import NoiseKey, Role
 from halora.hardware.chip import Chip
 from halora.hardware.mapping import Place
+from halora.training.batches import pack
 from halora.training.models import BaseModel
 from halora.training.rram import ChipInstance, RramArray
 from halora.training.tasks import Row

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from halora.hardware.chip import Chip, Dac
 from halora.hardware.noise import read_noise_power
+from halora.hardware.noise_models import largest_magnitude
 
 _TABLE_LOG2 = (-8.0, 10.0)
 _RANGE_FRACTIONS = (1.0, 0.7, 0.5, 0.35, 0.25, 0.18, 0.12)
@@ -42,7 +43,7 @@ class Converters:
 
     Attributes:
         input_range: Full scale of the DAC in input units, a scalar; none where each token has its own scale.
-        adc_range: Full scale of the ADC of every tile, `(tiles, 1, 1)`, in units of weight times scaled input.
+        adc_range: Full scale of the ADC of every tile, `(tiles,)`, in units of weight times scaled input.
     """
 
     input_range: Tensor | None
@@ -63,11 +64,17 @@ def full_scale(x: Tensor, weight: Tensor, chip: Chip) -> Converters:
         errors = [(_quantise(x, chip.dac.input_bits, r) - x).square().mean() for r in ranges]
         input_range = ranges[torch.stack(errors).argmin()]
     _, cycles = _drive(x, chip.dac, input_range)
-    partial = torch.stack([_partial_sums(driven, weight, chip.tile.rows) for _, driven in cycles], dim=1)
-    largest = partial.abs().amax(dim=(1, 2, 3)).clamp_min(torch.finfo(x.dtype).tiny)[:, None, None, None]
-    steps = [_quantise(partial, chip.adc.bits, largest * fraction) for fraction in _RANGE_FRACTIONS]
-    best = torch.stack([(q - partial).square().mean(dim=(1, 2, 3)) for q in steps]).argmin(dim=0)
-    return Converters(input_range, largest[:, 0] * x.new_tensor(_RANGE_FRACTIONS)[best, None, None])
+    inputs = torch.cat([driven for _, driven in cycles])
+    tiles = zip(torch.split(inputs, chip.tile.rows, 1), torch.split(weight, chip.tile.rows, 1), strict=True)
+    return Converters(input_range, torch.stack([_tile_range(F.linear(i, w), chip.adc.bits) for i, w in tiles]))
+
+
+def _tile_range(sums: Tensor, bits: int) -> Tensor:
+    """Full scale of the ADC for a tile's sums on calibration tokens, a scalar."""
+    largest = largest_magnitude(sums).clamp_min(torch.finfo(sums.dtype).tiny)
+    ranges = largest * largest.new_tensor(_RANGE_FRACTIONS)
+    errors = torch.stack([_quantise(sums, bits, limit).sub_(sums).norm() for limit in ranges])
+    return ranges[errors.argmin()]
 
 
 def tilewise_product(x: Tensor, weight: Tensor, chip: Chip, converters: Converters) -> Tensor:
@@ -81,12 +88,13 @@ def _converted(cycles: _Cycles, weight: Tensor, chip: Chip, converters: Converte
     if chip.adc.lossless:
         return F.linear(_sum(cycles), weight)
     rows, top = chip.tile.rows, _top_code(chip.adc.bits)
-    steps = (converters.adc_range[:, 0, 0] / top).unbind()
-    tiles, total = torch.split(weight, rows, 1), weight.new_zeros(cycles[0][1].shape[0], weight.shape[0])
+    steps = (converters.adc_range / top).unbind()
+    tiles = [tile.T.contiguous() for tile in torch.split(weight, rows, 1)]
+    total = weight.new_zeros(cycles[0][1].shape[0], weight.shape[0])
     for significance, driven in cycles:
         for tokens, sums in zip(torch.split(driven, _TOKENS), torch.split(total, _TOKENS), strict=True):
             for inputs, weights, step in zip(torch.split(tokens, rows, 1), tiles, steps, strict=True):
-                codes = F.linear(inputs / step, weights).round_().clamp_(-top, top)
+                codes = torch.mm(inputs / step, weights).round_().clamp_(-top, top)
                 sums.addcmul_(codes, significance * step)
     return total
 
@@ -179,7 +187,7 @@ class ConverterModel:
         adc, rows = self.chip.adc, self.chip.tile.rows
         if adc.lossless:
             return 1.0, 0.0
-        step = self.converters.adc_range[:, 0, 0] / _top_code(adc.bits)
+        step = self.converters.adc_range / _top_code(adc.bits)
         spread = _in_tiles(driven.square() * self.weight_power, rows).sum(dim=-1).sqrt()  # (..., tiles)
         gain, error_power = _gaussian_response(spread / step, adc.bits)
         gain = gain.repeat_interleave(rows, dim=-1)[..., : driven.shape[-1]]
@@ -221,7 +229,7 @@ def _read_variance(
     variance = (x.square() * read_power).sum(dim=-1, keepdim=True)
     if chip.adc.lossless or not chip.adc.noise_steps:
         return variance
-    step = converters.adc_range[:, 0, 0] / _top_code(chip.adc.bits)
+    step = converters.adc_range / _top_code(chip.adc.bits)
     in_one_cycle = _slice_factor(chip) * chip.adc.noise_steps**2 / chip.read.averaged * step.square().sum()
     return variance + sum(significance**2 for significance, _ in cycles) * in_one_cycle * scale.square()
 
@@ -270,13 +278,6 @@ def _in_tiles(values: Tensor, rows: int) -> Tensor:
     return padded.reshape(*values.shape[:-1], -1, rows)
 
 
-def _partial_sums(x: Tensor, weight: Tensor, rows: int) -> Tensor:
-    """Partial sums per tile; x (N, d_in), weight (d_out, d_in) -> (tiles, N, d_out)."""
-    x_tiles = _in_tiles(x, rows).permute(1, 0, 2)  # (tiles, N, rows)
-    w_tiles = _in_tiles(weight, rows).permute(1, 2, 0)  # (tiles, rows, d_out)
-    return torch.bmm(x_tiles, w_tiles)
-
-
 def _top_code(bits: int) -> int:
     """Largest code of a signed mid-tread converter with 2^bits - 1 codes; one bit tells the sign alone."""
     return max((1 << (bits - 1)) - 1, 1)
@@ -286,7 +287,7 @@ def _quantise(values: Tensor, bits: int, scale: Tensor) -> Tensor:
     """Mid-tread converter with symmetric codes over +-scale."""
     top = _top_code(bits)
     step: Tensor = scale / top
-    return (values / step).round().clamp(-top, top).mul(step)
+    return (values / step).round_().clamp_(-top, top).mul_(step)
 
 
 def _gaussian_response(spread: Tensor, bits: int) -> tuple[Tensor, Tensor]:

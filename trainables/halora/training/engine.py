@@ -14,12 +14,11 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from halora.errors import UserError
 from halora.hardware.addressing import NoiseKey, Role, derive_seed
 from halora.training.adapter import attach, detach, lora_pairs, regulariser
-from halora.training.batches import IGNORED, rows_at_step, training_batch
+from halora.training.batches import Batch, lay_out, pack_answer, rows_at_step
 from halora.training.config import TrainingSettings
 from halora.training.models import BaseModel, extensions_dir
 from halora.training.rram import ChipInstance, RramArray
@@ -54,13 +53,9 @@ class HaloraLoss(nn.Module):
         self.peft_model = peft_model
         self._reg_weight, self._reg_norm = training.reg_weight, training.reg_norm
 
-    def forward(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Ids and labels (rows, tokens) -> loss, task loss, L_reg; logits are made only where a label is."""
-        causal_lm = self.peft_model.get_base_model()
-        hidden = causal_lm.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
-        labelled = labels[:, 1:] != IGNORED
-        logits = causal_lm.get_output_embeddings()(hidden[:, :-1][labelled])
-        task_loss = F.cross_entropy(logits.float(), labels[:, 1:][labelled])
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss of a batch, its task loss and L_reg."""
+        task_loss = -batch.log_likelihoods(self.peft_model.get_base_model()).mean()
         reg_loss = regulariser(lora_pairs(self.peft_model), self._reg_norm)
         return task_loss + self._reg_weight * reg_loss, task_loss.detach(), reg_loss.detach()
 
@@ -99,9 +94,8 @@ class Finetuner:
         sigma = self._program()
         torch.manual_seed(derive_seed("step", self._config.seed, self.step))
         indices = rows_at_step(len(self._rows), training.batch_size, self._config.seed, self.step)
-        batch = training_batch([self._rows[i] for i in indices], self._base.tokenizer)
-        device = self._engine.device
-        loss, task_loss, reg_loss = self._engine(batch.input_ids.to(device), batch.labels.to(device))
+        batch = lay_out([pack_answer(self._rows[i], self._base.tokenizer) for i in indices])
+        loss, task_loss, reg_loss = self._engine(batch)
         report = StepReport(loss.item(), task_loss.item(), reg_loss.item(), sigma)
         if not torch.isfinite(loss):
             raise FloatingPointError(f"loss {report.loss} at step {self.step}")
@@ -184,8 +178,7 @@ class Finetuner:
     def _take_empty_step(self) -> None:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = 0.0
-        tokens = torch.zeros((1, 2), dtype=torch.long, device=self._engine.device)
-        loss, *_ = self._engine(tokens, tokens)
+        loss, *_ = self._engine(lay_out([pack_answer(self._rows[0], self._base.tokenizer)]))
         self._engine.backward(loss * 0.0)
         self._engine.step()
 

@@ -40,6 +40,10 @@ Reads = ExactReads | ConverterModel
 """How a layer is read: every conversion carried out, or their statistical model."""
 
 
+Sequences = Sequence[Sequence[tuple[str, int]]]
+"""The rows (id, number of tokens) of each sequence of a batch, in order."""
+
+
 @dataclass
 class _Wiring:
     """What every layer of one model shares: the chip instance under it and the rows in the current batch."""
@@ -48,7 +52,7 @@ class _Wiring:
     regenerate: bool = False
     places: Mapping[str, Place] = field(default_factory=dict)
     reads: Mapping[str, Reads] = field(default_factory=dict)
-    examples: Sequence[tuple[str, int]] = ()  # (row id, number of tokens) of each sequence in the batch
+    sequences: Sequences = ()  # the rows being read
 
 
 class RramLinear(nn.Linear):
@@ -116,13 +120,16 @@ class RramLinear(nn.Linear):
 
         Uniform over 256 levels, as quantisation errors are; the same for a row whatever batch it is in.
         """
-        instance, examples = self._wiring.instance, self._wiring.examples
+        instance, sequences = self._wiring.instance, self._wiring.sequences
         assert instance is not None
-        assert len(examples) == like.shape[0], "set the rows of the batch with RramArray.reading"
+        assert len(sequences) == like.shape[0], "set the rows of the batch with RramArray.reading"
         levels = np.full(like.shape, 128, dtype=np.uint8)
-        for i, (row_id, tokens) in enumerate(examples):
-            key = instance.key.at(module=self.name, purpose="adc", example=row_id)
-            levels[i, :tokens] = key.uniform_bytes((tokens, self.out_features))
+        for i, rows in enumerate(sequences):
+            start = 0
+            for row_id, tokens in rows:
+                key = instance.key.at(module=self.name, purpose="adc", example=row_id)
+                levels[i, start : start + tokens] = key.uniform_bytes((tokens, self.out_features))
+                start += tokens
         return (torch.from_numpy(levels).to(like) - 127.5).div_(sqrt((256**2 - 1) / 12))
 
 
@@ -181,13 +188,13 @@ class RramArray:
             layer.forget()
 
     @contextmanager
-    def reading(self, examples: Sequence[tuple[str, int]]) -> Iterator[None]:
-        """Name the rows (id, number of tokens) of the batch about to be read."""
-        self._wiring.examples = examples
+    def reading(self, sequences: Sequences) -> Iterator[None]:
+        """Name the rows of the batch about to be read."""
+        self._wiring.sequences = sequences
         try:
             yield
         finally:
-            self._wiring.examples = ()
+            self._wiring.sequences = ()
 
     @contextmanager
     def watching_inputs(self, seen: Callable[[RramLinear, Tensor], None]) -> Iterator[None]:
