@@ -11,12 +11,13 @@ from halora.evaluation.config import EvaluationSettings
 from halora.hardware.addressing import NoiseKey, Role
 from halora.hardware.chip import Chip, load_chip, merge
 from halora.hardware.energy import energy_per_token
+from halora.hardware.instance import ChipInstance
 from halora.trainable import task_rows
 from halora.training.adapter import rounded
 from halora.training.batches import Batch, lay_out, pack_answer
 from halora.training.config import LoraSettings
 from halora.training.models import BaseModel, load_base
-from halora.training.rram import ChipInstance, RramArray, install
+from halora.training.rram import RramArray, install
 
 CHIP = {
     "preset": "halora-2026",

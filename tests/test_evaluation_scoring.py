@@ -9,9 +9,10 @@ from halora.evaluation.config import EvaluationSettings
 from halora.evaluation.scoring import margin, option_scores
 from halora.hardware.addressing import NoiseKey, Role
 from halora.hardware.chip import load_chip
+from halora.hardware.instance import ChipInstance
 from halora.training.batches import pack
 from halora.training.models import load_base
-from halora.training.rram import ChipInstance, install
+from halora.training.rram import install
 from halora.training.tasks import Row, load_rows
 
 

@@ -13,10 +13,11 @@ from halora.evaluation.scoring import option_scores
 from halora.evaluation.sensitivity import layer_sensitivity, mean_change, with_mapping
 from halora.hardware.addressing import NoiseKey, Role
 from halora.hardware.chip import load_chip
+from halora.hardware.instance import ChipInstance
 from halora.hardware.noise import noise_to_signal_db, programmed_weight
 from halora.training.batches import pack
 from halora.training.models import load_base
-from halora.training.rram import ChipInstance, install
+from halora.training.rram import install
 from halora.training.tasks import load_rows
 
 SETTINGS = EvaluationSettings(batch_size=4)

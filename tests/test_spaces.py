@@ -80,7 +80,7 @@ def test_every_mistake_of_a_file_is_told_at_once_and_nothing_else(tmp_path):
         ({"trial.evaluation": 5}, "trial.evaluation: input should be a valid dictionary"),
         ({"trial.evaluation.rows": None}, "comparison: needs trial.evaluation.rows"),
         ({"trial.chip.adc.bit": 8}, "trial.chip.adc.bit: unknown key; did you mean 'bits'?"),
-        ({"trial.training.schedule.sigma_end": 0.1}, "sigma_end is required for shape 'linear' and not allowed"),
+        ({"trial.training.schedule.sigma_end": 0.1}, "sigma_end is not allowed for shape 'constant'"),
         ({"space": {"training.weight_decay": {"low": 0, "high": 1, "log": True}}}, "a log range needs low > 0, got 0"),
         ({"space": {"chip.adc.bits": {"low": 4.5, "high": 6, "kind": "int"}}}, "an int range needs whole limits"),
         ({"space.lora.rank.choices": []}, "space.lora.rank.choices: tuple should have at least 1 item"),

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from halora.errors import UserError
-from halora.hardware.addressing import NoiseKey, Role
+from halora.hardware.addressing import NoiseKey, Role, derive_seed
 from halora.hardware.noise import programmed_weight
 from halora.trainable import Workbench, adapter_folder
 from halora.training.adapter import attach_saved, detach
@@ -67,7 +67,8 @@ def _plain_task_loss(model: torch.nn.Module, config: TrialConfig, step: int) -> 
 def _perturb(model: torch.nn.Module, config: TrialConfig, draw: int, sigma: float) -> None:
     for name, module in model.named_modules():
         if name.rpartition(".")[2] in LINEAR_NAMES:
-            key = NoiseKey(role=Role.TRAIN, chip_seed=config.seed, module=name, purpose="programming", draw=draw)
+            seed = derive_seed(config.seed, draw)
+            key = NoiseKey(role=Role.TRAIN, chip_seed=seed, module=name, purpose="programming")
             module.weight.data = programmed_weight(module.weight.data, config.chip, key, sigma)
 
 

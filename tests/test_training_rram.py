@@ -14,10 +14,11 @@ from halora.errors import UserError
 from halora.hardware.addressing import NoiseKey, Role
 from halora.hardware.chip import load_chip
 from halora.hardware.converters import ExactReads, fit_converters, full_scale, tilewise_product
+from halora.hardware.instance import ChipInstance
 from halora.hardware.noise import noise_to_signal_db, programmed_weight, read_noise_power
 from halora.training.config import LINEAR_NAMES
 from halora.training.models import load_base
-from halora.training.rram import ChipInstance, RramLinear, install
+from halora.training.rram import RramLinear, install
 
 CHIP = load_chip({"preset": "halora-2026", "noise": {"sigma": 0.05}, "tile": {"rows": 16}})
 INSTANCE = ChipInstance(CHIP, NoiseKey(role=Role.SEARCH, chip_seed=1), CHIP.noise.level)

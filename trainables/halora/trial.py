@@ -1,7 +1,8 @@
 """The full, resolved description of one trial: what is logged, hashed and needed to repeat it."""
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from halora.errors import UserError
 from halora.evaluation.config import EvaluationSettings
 from halora.hardware.chip import ChipSetting
 from halora.hardware.description import Frozen
@@ -23,6 +24,12 @@ class TrialConfig(Frozen):
     evaluation: EvaluationSettings = EvaluationSettings()
     seed: int = Field(default=0, ge=0)
     """Seeds adapter initialisation, data order and training noise; chip instances do not depend on it."""
+
+    @model_validator(mode="after")
+    def _schedule_suits_the_chip(self) -> "TrialConfig":
+        if problems := self.training.schedule.problems(self.chip):
+            raise UserError([f"training.schedule.{problem}" for problem in problems])
+        return self
 
 
 def trial_energy(config: TrialConfig) -> EnergyBreakdown:

@@ -166,7 +166,7 @@ def _loaded(model: str) -> "tuple[BaseModel, RramArray]":
 
 def _realised_db(array: "RramArray", chip: "Chip") -> dict[str, float]:
     from halora.hardware.addressing import NoiseKey, Role
-    from halora.training.rram import ChipInstance
+    from halora.hardware.instance import ChipInstance
 
     instance = ChipInstance(chip, NoiseKey(role=Role.SEARCH, chip_seed=0), chip.noise.level)
     array.program(instance, regenerate=True)

@@ -247,7 +247,8 @@ def describe(error: ValidationError, model: type[BaseModel], prefix: str = "") -
         elif item["type"] == "missing":
             sentences.append(f"{path}: required, but missing")
         elif isinstance(cause := item.get("ctx", {}).get("error"), UserError):
-            sentences += [f"{path}: {problem}" for problem in cause.problems]
+            at = f"{path}: " if parts else path  # a check of the whole says itself where
+            sentences += [f"{at}{problem}" for problem in cause.problems]
         else:
             message = re.sub(r"^(Value error|Input), ?", "", item["msg"])
             given = item["input"]

@@ -15,11 +15,12 @@ from halora.evaluation.scoring import margin, option_scores
 from halora.hardware.addressing import NoiseKey, Role
 from halora.hardware.chip import Chip
 from halora.hardware.converters import ExactReads, fit_converters, full_scale, reads_are_exact
+from halora.hardware.instance import ChipInstance
 from halora.hardware.mapping import Place
 from halora.hardware.noise import mean_db, read_noise_power
 from halora.training.batches import PackedRow, lay_out, pack, pack_answer
 from halora.training.models import BaseModel
-from halora.training.rram import ChipInstance, Reads, RramArray, RramLinear
+from halora.training.rram import Reads, RramArray, RramLinear
 from halora.training.tasks import Row
 
 _NO_NOISE_DB = -300.0  # stands for none, as JSON has no infinity

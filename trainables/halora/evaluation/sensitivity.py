@@ -9,10 +9,11 @@ from halora.evaluation.config import EvaluationSettings
 from halora.evaluation.scoring import option_scores
 from halora.hardware.addressing import NoiseKey, Role
 from halora.hardware.chip import Chip
+from halora.hardware.instance import ChipInstance
 from halora.hardware.mapping import Place
 from halora.training.batches import pack
 from halora.training.models import BaseModel
-from halora.training.rram import ChipInstance, RramArray
+from halora.training.rram import RramArray
 from halora.training.tasks import Row
 
 

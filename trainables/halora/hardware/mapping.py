@@ -1,5 +1,6 @@
 """Which linear layer of the decoder blocks sits where: RRAM (noisy), SRAM or plain digital logic (both exact)."""
 
+from collections.abc import Iterable
 from collections.abc import Mapping as MappingOf
 from enum import StrEnum
 from fnmatch import fnmatchcase
@@ -56,7 +57,7 @@ class Mapping(Frozen):
             raise UserError(problems)
         places = dict.fromkeys(sizes, Place.RRAM)
         room = self.sram_fraction * sum(sizes.values())
-        for name in self._ranked(sizes):
+        for name in self.ranked(sizes):
             if room <= 0:
                 break
             if sizes[name] <= room:
@@ -66,7 +67,9 @@ class Mapping(Frozen):
             places |= {name: place for name in sizes if any(fnmatchcase(name, pattern) for pattern in group)}
         return places
 
-    def _ranked(self, sizes: MappingOf[str, int]) -> list[str]:
+    def ranked(self, layers: Iterable[str]) -> list[str]:
+        """Names of the ranked layers, most sensitive first; `layers` come in the order of the forward pass."""
+        layers = list(layers)
         if self.ranking == "depth":
-            return list(sizes)
-        return [name for pattern in self.ranking for name in sizes if fnmatchcase(name, pattern)]
+            return layers
+        return [name for pattern in self.ranking for name in layers if fnmatchcase(name, pattern)]

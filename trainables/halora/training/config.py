@@ -2,9 +2,10 @@
 
 from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
 from halora.hardware.description import Frozen
+from halora.training.schedule import NoiseSchedule
 
 Method = Literal["lora", "noise_lora", "halora"]
 """`lora`: no noise, no regulariser. `noise_lora`: noise only. `halora`: noise and L_reg."""
@@ -27,30 +28,6 @@ class LoraSettings(Frozen):
         if unknown or not targets:
             raise ValueError(f"targets must be some of {', '.join(LINEAR_NAMES)}; got {', '.join(unknown) or 'none'}")
         return targets
-
-
-class NoiseSchedule(Frozen):
-    """Standard deviation of the training noise over the steps, in units of the chip's noise reference."""
-
-    shape: Literal["constant", "linear"] = "constant"
-    sigma_start: float = Field(default=0.01, ge=0, le=100)
-    sigma_end: float | None = Field(default=None, ge=0, le=100)
-    """Value at the last step; required by `linear`, not allowed for `constant`."""
-    redraw_steps: int = Field(default=400, ge=1)
-    """Optimiser steps between two draws; the paper redraws every 400."""
-
-    @model_validator(mode="after")
-    def _end_belongs_to_linear(self) -> "NoiseSchedule":
-        if (self.shape == "linear") != (self.sigma_end is not None):
-            raise ValueError("sigma_end is required for shape 'linear' and not allowed for 'constant'")
-        return self
-
-    def sigma(self, step: int, num_steps: int) -> float:
-        """Sigma in force at `step` of `num_steps`; it changes only when the noise is redrawn."""
-        drawn_at = step - step % self.redraw_steps
-        if self.sigma_end is None:
-            return self.sigma_start
-        return self.sigma_start + (self.sigma_end - self.sigma_start) * drawn_at / max(num_steps - 1, 1)
 
 
 class TrainingSettings(Frozen):

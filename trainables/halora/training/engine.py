@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from halora.errors import UserError
-from halora.hardware.addressing import NoiseKey, Role, derive_seed
+from halora.hardware.addressing import derive_seed
 from halora.training.adapter import attach, detach, lora_pairs, regulariser
 from halora.training.batches import Batch, lay_out, pack_answer, rows_at_step
 from halora.training.config import TrainingSettings
 from halora.training.models import BaseModel, extensions_dir
-from halora.training.rram import ChipInstance, RramArray
+from halora.training.rram import RramArray
+from halora.training.schedule import TrainingNoise
 from halora.training.tasks import Row
 from halora.trial import TrialConfig
 
@@ -73,7 +74,16 @@ class Finetuner:
     def __init__(self, base: BaseModel, array: RramArray, rows: list[Row], config: TrialConfig) -> None:
         self.step = 0
         self._base, self._array, self._rows, self._config = base, array, rows, config
-        self._programmed_at = -1
+        self._draw_index = -1
+        training = config.training
+        self._noise = TrainingNoise(
+            training.schedule,
+            config.chip,
+            seed=config.seed,
+            steps=training.steps,
+            epoch_steps=len(rows) / training.batch_size,
+            layers=[layer.name for layer in array.layers],
+        )
         self._regenerate = _regenerates(array, config.training)
         self._peft_model = attach(base, config.lora, config.seed)
         self._trainable = {n: p for n, p in self._peft_model.named_parameters() if p.requires_grad}
@@ -107,17 +117,17 @@ class Finetuner:
         return report
 
     def _program(self) -> float:
-        """Put this step's noise under the model; it is redrawn every `redraw_steps`."""
-        training, chip = self._config.training, self._config.chip
-        if not training.noisy:
+        """Put this step's noise under the model, where it is not the last step's."""
+        if not self._config.training.noisy:
             return 0.0
-        draw = self.step // training.schedule.redraw_steps
-        sigma = training.schedule.sigma(self.step, training.steps)
-        if draw != self._programmed_at:
-            key = NoiseKey(role=Role.TRAIN, chip_seed=self._config.seed, draw=draw)
-            self._array.program(ChipInstance(chip, key, sigma), regenerate=self._regenerate)
-            self._programmed_at = draw
-        return sigma
+        draw = self._noise.at(self.step)
+        if draw.index != self._draw_index:
+            if draw.instance is None:
+                self._array.clear()
+            else:
+                self._array.program(draw.instance, regenerate=self._regenerate)
+            self._draw_index = draw.index
+        return draw.sigma
 
     def save(self, folder: Path) -> None:
         """Write adapter (a standard PEFT folder), optimiser moments and progress; appears under its name whole."""

@@ -19,22 +19,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from halora.errors import UserError
-from halora.hardware.addressing import NoiseKey, canonical_name
+from halora.hardware.addressing import canonical_name
 from halora.hardware.chip import Chip
 from halora.hardware.converters import ConverterModel, ExactReads
+from halora.hardware.instance import ChipInstance
 from halora.hardware.mapping import Place
 from halora.hardware.noise import noise_to_signal_db, programmed_weight
 from halora.training.config import LINEAR_NAMES
-
-
-@dataclass(frozen=True)
-class ChipInstance:
-    """One programmed chip: its description, its address and the level its noise model was programmed with."""
-
-    chip: Chip
-    key: NoiseKey
-    level: float
-
 
 Reads = ExactReads | ConverterModel
 """How a layer is read: every conversion carried out, or their statistical model."""
@@ -91,7 +82,7 @@ class RramLinear(nn.Linear):
                 self.weight.detach(),
                 instance.chip,
                 instance.key.at(module=self.name, purpose="programming"),
-                instance.level,
+                instance.level_at(self.name),
             )
         if not self._wiring.regenerate:
             self._kept = weight
