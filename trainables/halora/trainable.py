@@ -1,8 +1,8 @@
 """The Ray Tune trainable: trains one trial, evaluates it, and keeps the base model for the next.
 
 An actor lives across trials (`reuse_actors`), so imports, the base model and the rows are loaded once. Durable state is
-the trial's own folder, not Ray's: `step-NNNNNN/` checkpoints and `reports.json` while training, `result.json` at the
-end.
+the trial's own folder, not Ray's: `trial.json`, `step-NNNNNN/` checkpoints and `reports.json` while training,
+`result.json` at the end.
 """
 
 import json
@@ -23,7 +23,7 @@ from halora.training.engine import Finetuner, latest_checkpoint, save_latest
 from halora.training.models import BaseModel, load_base
 from halora.training.rram import RramArray, install
 from halora.training.tasks import Row, Split, load_rows
-from halora.trial import TrialConfig
+from halora.trial import TRIAL_FILE, TrialConfig
 
 RESULT_FILE = "result.json"
 """Scores of a finished trial, in its folder."""
@@ -86,6 +86,7 @@ class Training:
         base, array = workbench.base(config)
         rows = task_rows(config.task, "train", config.training.train_rows)
         folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / TRIAL_FILE, config.model_dump(mode="json"))
         self._finetuner = Finetuner(base, array, list(rows), config)
         try:
             if checkpoint := latest_checkpoint(folder):

@@ -10,6 +10,9 @@ from halora.hardware.energy import EnergyBreakdown, energy_per_token
 from halora.training.config import LoraSettings, TrainingSettings
 from halora.training.models import model_shape
 
+TRIAL_FILE = "trial.json"
+"""The configuration of a trial, in its folder."""
+
 
 class TrialConfig(Frozen):
     """One configuration trained and evaluated."""

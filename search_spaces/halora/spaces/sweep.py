@@ -112,14 +112,53 @@ def load_sweep(name_or_path: str, overrides: Mapping[str, Any] | None = None) ->
     return sweep
 
 
-def _read(name_or_path: str) -> dict[str, Any]:
+def load_trial(name_or_path: str, overrides: Mapping[str, Any] | None = None) -> TrialConfig:
+    """Read and check a single trial.
+
+    Args:
+        name_or_path: The path of a trial's YAML file; or a sweep, whose fixed values are taken.
+        overrides: Values by dotted path that replace those of the file.
+
+    Raises:
+        UserError: With every mistake found.
+    """
+    data = _read(name_or_path, "trial")
+    if isinstance(data.get("trial"), dict):
+        data = {"seed": data.get("seed", 0), **data["trial"]}
+    return trial_from(data, name_or_path, overrides)
+
+
+def trial_from(data: dict[str, Any], where: str, overrides: Mapping[str, Any] | None = None) -> TrialConfig:
+    """Check the description of a single trial; `where` it comes from is told with its mistakes.
+
+    Raises:
+        UserError: With every mistake found.
+    """
+    data = with_values(data, overrides or {})
+    problems: list[str] = []
+    try:
+        config = TrialConfig.model_validate(data)
+    except ValidationError as error:
+        problems += describe(error, TrialConfig)
+    problems += [problem.removeprefix("trial.") for problem in _model_and_task_problems(data, {})]
+    if not problems:
+        try:
+            trial_energy(config)
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError([f"{where}: {problem}" for problem in problems], "mend it and run again")
+    return config
+
+
+def _read(name_or_path: str, what: str = "sweep") -> dict[str, Any]:
     if name_or_path in shipped_sweeps():
         text = (SHIPPED / f"{name_or_path}.yaml").read_text()
     elif Path(name_or_path).is_file():
         text = Path(name_or_path).read_text()
     else:
         raise UserError(
-            f"no sweep '{name_or_path}': neither shipped ({', '.join(shipped_sweeps())}) nor a file"
+            f"no {what} '{name_or_path}': neither a shipped sweep ({', '.join(shipped_sweeps())}) nor a file"
             + nearest(name_or_path, shipped_sweeps())
         )
     try:
@@ -127,7 +166,7 @@ def _read(name_or_path: str) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise UserError(f"{name_or_path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
-        raise UserError(f"{name_or_path}: a sweep is a mapping of keys to values, got {type(data).__name__}")
+        raise UserError(f"{name_or_path}: a {what} is a mapping of keys to values, got {type(data).__name__}")
     return data
 
 

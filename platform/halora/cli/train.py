@@ -1,0 +1,158 @@
+"""`halora train` and `halora evaluate`: one configuration outside a sweep, by the code that a sweep runs."""
+
+import json
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from halora.cli.arguments import overrides_from
+from halora.cli.output import Format, FormatOption, show_rows, talk
+from halora.errors import UserError
+
+if TYPE_CHECKING:
+    from halora.trial import TrialConfig
+
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="PATH=VALUE", help="Override a value of the trial, e.g. training.steps=40."),
+]
+
+
+def train(
+    file: Annotated[
+        str, typer.Argument(metavar="FILE", help="A trial's YAML file, or a sweep, whose fixed values are taken.")
+    ],
+    output: Annotated[Path, typer.Option(help="Folder for checkpoints, reports, scores and the adapter.")],
+    set_: SetOption = None,
+    scores: Annotated[bool, typer.Option(help="Score the adapter on chip instances once it is trained.")] = True,
+    form: FormatOption = Format.TABLE,
+) -> None:
+    """Train one configuration, going on from its last checkpoint in the output folder, and score its adapter."""
+    from halora.spaces.sweep import load_trial
+
+    config = load_trial(file, overrides_from(set_, example="training.steps=40"))
+    _check_output(output, config)
+
+    from halora.trainable import RESULT_FILE, Workbench, adapter_folder, write_json
+    from halora.trial import trial_energy
+
+    workbench = Workbench()
+    try:
+        with redirect_stdout(sys.stderr):  # DeepSpeed talks on stdout
+            training = workbench.train(config, output)
+            try:
+                while not training.done:
+                    report = training.advance()
+                    losses = f"loss {report['train_loss']:.4f}, sigma {report['train_sigma']:.3g}"
+                    _say(f"step {report['step']}/{config.training.steps}, {losses}")
+            finally:
+                training.close()
+    except FloatingPointError as error:
+        _say(f"failed: {error}; lower training.learning_rate or the noise and train again in another folder")
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        _say("interrupted; the same command goes on from the last report")
+        raise
+    adapter = adapter_folder(output)
+    _say(f"adapter: {adapter}")
+    if not scores:
+        return
+    _say(f"scoring on {config.evaluation.chip_instances} chip instances")
+    found = workbench.evaluate(config, adapter)
+    write_json(output / RESULT_FILE, found.to_json())
+    energy = {"energy_uj_per_token": trial_energy(config).total_uj_per_token}
+    show_rows(_by_name(found.summary() | energy, form), form, str(output))
+
+
+def evaluate(
+    adapter: Annotated[
+        Path,
+        typer.Argument(metavar="ADAPTER", help="A trial's folder, or a PEFT folder in safetensors."),
+    ],
+    chip: Annotated[
+        str | None, typer.Option(help="A preset's name or a YAML file; default: the trial's.", show_default=False)
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="Default: the trial's.", show_default=False)] = None,
+    instances: Annotated[int | None, typer.Option(min=1, help="Number of chip instances.", show_default=False)] = None,
+    rows: Annotated[int | None, typer.Option(min=2, help="Number of validation rows.", show_default=False)] = None,
+    first_chip: Annotated[int, typer.Option(min=0, help="Number of the first chip instance of the search pool.")] = 0,
+    first_row: Annotated[int, typer.Option(min=0, help="Validation rows to leave out.")] = 0,
+    base: Annotated[bool, typer.Option("--base", help="Score the base without the adapter.")] = False,
+    set_: SetOption = None,
+    form: FormatOption = Format.TABLE,
+) -> None:
+    """Score an adapter on chip instances of the search pool, by the trial that made it or as told here."""
+    from halora.spaces.sweep import trial_from
+
+    folder, described = _adapter_and_trial(adapter)
+    overrides: dict[str, Any] = {"chip": chip, "task": task}
+    overrides |= {"evaluation.chip_instances": instances, "evaluation.rows": rows}
+    overrides = {path: value for path, value in overrides.items() if value is not None}
+    overrides |= overrides_from(set_, example="chip.adc.bits=6")
+    config = trial_from(described, str(adapter), overrides)
+
+    from halora.trainable import Workbench
+    from halora.trial import trial_energy
+
+    energy = trial_energy(config).total_uj_per_token  # refused before anything is loaded
+    found = Workbench().evaluate(config, None if base else folder, first_row=first_row, first_chip=first_chip)
+    answer = {
+        "adapter": None if base else str(folder),
+        "chip": config.chip.name,
+        "chip_hash": config.chip.content_hash,
+        "rows": len(found.row_ids),
+        "chip_instances": len(found.chip_seeds),
+        **found.summary(),
+        "energy_uj_per_token": energy,
+    }
+    show_rows(_by_name(answer, form), form)
+
+
+def _by_name(values: dict[str, Any], form: Format) -> list[dict[str, Any]]:
+    """One row of many keys for programs, a row per key for people."""
+    if form is not Format.TABLE:
+        return [values]
+    return [{"name": name, "value": value} for name, value in values.items()]
+
+
+def _check_output(output: Path, config: "TrialConfig") -> None:
+    from halora.trial import TRIAL_FILE
+
+    described = output / TRIAL_FILE
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output '{output}' is a file", "name a folder")
+    if described.is_file():
+        if json.loads(described.read_text()) != config.model_dump(mode="json"):
+            raise UserError(f"'{output}' holds another trial", "name another folder, or repeat that trial's settings")
+    elif output.is_dir() and any(output.iterdir()):
+        raise UserError(f"--output '{output}' is not empty and holds no trial", "name an empty or new folder")
+
+
+def _adapter_and_trial(adapter: Path) -> tuple[Path, dict[str, Any]]:
+    """The folder of the weights, and what is known of the trial that made them.
+
+    Raises:
+        UserError: There is no adapter.
+    """
+    from halora.trainable import adapter_folder
+    from halora.trial import TRIAL_FILE
+
+    folder = adapter_folder(adapter) or adapter
+    weights, described = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    if not weights.is_file() or not described.is_file():
+        raise UserError(
+            f"no adapter in '{adapter}': neither a trial's folder nor adapter_config.json and adapter_model.safetensors"
+        )
+    trials = [parent / TRIAL_FILE for parent in (folder, *folder.parents[:2]) if (parent / TRIAL_FILE).is_file()]
+    if trials:
+        return folder, json.loads(trials[0].read_text())
+    peft = json.loads(described.read_text())
+    lora = {"rank": peft["r"], "targets": peft["target_modules"], "alpha_over_rank": peft["lora_alpha"] / peft["r"]}
+    return folder, {"model": peft["base_model_name_or_path"], "lora": lora, "training": {"steps": 0}}
+
+
+def _say(text: str) -> None:
+    talk.print(text, markup=False, highlight=False, soft_wrap=True)
