@@ -6,8 +6,6 @@ from typing import Any
 import pytest
 import torch
 
-from halora.evaluation.chips import calibrate
-from halora.evaluation.config import EvaluationSettings
 from halora.hardware.addressing import NoiseKey, Role
 from halora.hardware.chip import Chip, load_chip, merge
 from halora.hardware.energy import energy_per_token
@@ -17,6 +15,7 @@ from halora.training.adapter import rounded
 from halora.training.batches import Batch, lay_out, pack_answer
 from halora.training.config import LoraSettings
 from halora.training.models import BaseModel, load_base
+from halora.training.reads import calibrate
 from halora.training.rram import RramArray, install
 
 CHIP = {
@@ -38,7 +37,7 @@ def _at(path: str, value: Any) -> dict[str, Any]:
     return value
 
 
-SETTINGS = EvaluationSettings(calibration_tokens=64)
+TOKENS = 64
 
 KNOBS = [  # path, cheap, dear
     ("adc.bits", 5, 8),
@@ -75,7 +74,14 @@ class _Blocks:
         """Relative error of the outputs on one chip instance."""
         self.array.clear()
         clean = self.outputs()
-        converters = calibrate(self.base, self.array, chip, task_rows("arc-easy", "train", 64), SETTINGS)
+        converters = calibrate(
+            self.base,
+            self.array,
+            chip,
+            task_rows("arc-easy", "train", 64),
+            TOKENS,
+            "exact",
+        )
         key = NoiseKey(role=Role.SEARCH, chip_seed=0)
         self.array.program(ChipInstance(chip, key, chip.noise.level), converters)
         error = self.outputs() - clean

@@ -4,14 +4,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from halora.evaluation.chips import calibrate
-from halora.evaluation.config import EvaluationSettings
 from halora.evaluation.scoring import margin, option_scores
 from halora.hardware.addressing import NoiseKey, Role
 from halora.hardware.chip import load_chip
 from halora.hardware.instance import ChipInstance
 from halora.training.batches import pack
 from halora.training.models import load_base
+from halora.training.reads import calibrate
 from halora.training.rram import install
 from halora.training.tasks import Row, load_rows
 
@@ -53,8 +52,7 @@ def test_scores_on_a_chip_do_not_depend_on_the_batch(tiny_models, tiny_task, arc
     array = install(base.causal_lm)
     packed = [pack(row, base.tokenizer) for row in _uneven_rows(tiny_task)]
     clean = option_scores(base.causal_lm, array, packed, batch_size=4)
-    settings = EvaluationSettings(converters=converters)
-    reads = calibrate(base, array, chip, load_rows(tiny_task, "train"), settings)
+    reads = calibrate(base, array, chip, load_rows(tiny_task, "train"), 128, converters)
     array.program(ChipInstance(chip, NoiseKey(role=Role.SEARCH, chip_seed=0), 0.05), reads)
     alone = option_scores(base.causal_lm, array, packed, batch_size=1)
     assert max(abs(a - c) for row in zip(alone, clean, strict=True) for a, c in zip(*row, strict=True)) > 0.1

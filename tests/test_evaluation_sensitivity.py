@@ -7,7 +7,6 @@ from statistics import fmean
 import pytest
 import torch
 
-from halora.evaluation.chips import calibrate
 from halora.evaluation.config import EvaluationSettings
 from halora.evaluation.scoring import option_scores
 from halora.evaluation.sensitivity import layer_sensitivity, mean_change, with_mapping
@@ -17,6 +16,7 @@ from halora.hardware.instance import ChipInstance
 from halora.hardware.noise import noise_to_signal_db, programmed_weight
 from halora.training.batches import pack
 from halora.training.models import load_base
+from halora.training.reads import calibrate
 from halora.training.rram import install
 from halora.training.tasks import load_rows
 
@@ -113,7 +113,7 @@ def test_protecting_what_the_ranking_puts_first_saves_more_than_what_it_puts_las
     chip, settings = load_chip("halora-2026"), EvaluationSettings(batch_size=8)
     training_rows, rows = load_rows("arc-easy", "train", 128), load_rows("arc-easy", "validation", 14)
     names = tuple(layer.name for layer in layer_sensitivity(base, array, chip, rows[:2], training_rows, settings))
-    converters = calibrate(base, array, chip, training_rows, settings)
+    converters = calibrate(base, array, chip, training_rows, settings.calibration_tokens, settings.converters)
     packed = [pack(row, base.tokenizer) for row in rows[2:]]
     array.clear()
     clean = option_scores(base.causal_lm, array, packed, 8)

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from halora.evaluation.chips import ChipScores, calibrate
-from halora.evaluation.config import EvaluationSettings
+from halora.evaluation.chips import ChipScores
 from halora.evaluation.scoring import margin, option_scores
 from halora.hardware.chip import load_chip
 from halora.hardware.converters import tilewise_product
 from halora.trainable import Workbench, task_rows
 from halora.training.batches import lay_out, pack, pack_answer
 from halora.training.models import load_base
+from halora.training.reads import calibrate
 from halora.training.rram import RramLinear, install
 from halora.trial import TrialConfig
 
@@ -94,8 +94,7 @@ def test_the_converter_model_has_the_error_of_the_exact_converters_in_every_kind
     chip = load_chip({"preset": "halora-2026", "adc": {"bits": bits}})
     base = load_base(MODEL, "fp32")
     array = install(base.causal_lm)
-    settings = EvaluationSettings(converters="statistical")
-    models = calibrate(base, array, chip, task_rows("arc-easy", "train", 128), settings)
+    models = calibrate(base, array, chip, task_rows("arc-easy", "train", 128), 128, "statistical")
     ratios = {}
 
     def compare(layer: RramLinear, x: torch.Tensor) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -348,6 +349,31 @@ def test_a_checkpoint_of_another_adapter_is_refused(workbench, trained, tmp_path
     other = config.model_copy(update={"lora": config.lora.model_copy(update={"rank": 2})})
     with pytest.raises(UserError, match="belongs to another adapter"):
         workbench.train(other, tmp_path / "trial")
+
+
+def test_training_under_converters_is_the_plain_training_where_they_are_perfect(workbench, tiny_trial, tmp_path):
+    chips = {"perfect": "ideal", "coarse": {"preset": "ideal", "adc": {"bits": 4, "lossless": False}}}
+    losses = {}
+    for name, chip in chips.items():
+        for converters in ("none", "statistical"):
+            config = tiny_trial(chip=chip, converters=converters, schedule={"sigma_start": 0.02, "redraw_steps": 2})
+            losses[name, converters] = _losses(workbench, config, tmp_path / f"{name} {converters}")
+    assert losses["perfect", "statistical"] == losses["perfect", "none"] == losses["coarse", "none"]
+    gaps = [a - b for a, b in zip(losses["coarse", "statistical"], losses["coarse", "none"], strict=True)]
+    assert all(abs(gap) > 1e-3 for gap in gaps)
+
+
+def test_training_under_converters_goes_on_as_if_never_interrupted(workbench, tiny_trial, tmp_path):
+    chip = {"preset": "halora-2026", "adc": {"bits": 6}, "read": {"white_us": 0.4}}
+    config = tiny_trial(chip=chip, converters="statistical", schedule={"sigma_start": 0.02, "redraw_steps": 2})
+    whole = _losses(workbench, config, tmp_path / "whole")
+    first = _losses(workbench, config, tmp_path / "cut", stop_at=3)
+    assert first + _losses(Workbench(), config, tmp_path / "cut") == pytest.approx(whole, abs=1e-6)
+
+
+def test_converters_and_sharded_weights_are_refused(tiny_trial):
+    with pytest.raises(ValidationError, match="calibrated on whole weights"):
+        tiny_trial(converters="statistical", zero_stage=3)
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1])

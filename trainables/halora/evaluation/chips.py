@@ -6,21 +6,18 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from halora.evaluation.config import EvaluationSettings
 from halora.evaluation.intervals import crossed_bootstrap
 from halora.evaluation.scoring import margin, option_scores
 from halora.hardware.addressing import NoiseKey, Role
 from halora.hardware.chip import Chip
-from halora.hardware.converters import ExactReads, fit_converters, full_scale, reads_are_exact
 from halora.hardware.instance import ChipInstance
-from halora.hardware.mapping import Place
-from halora.hardware.noise import mean_db, read_noise_power
-from halora.training.batches import PackedRow, lay_out, pack, pack_answer
+from halora.hardware.noise import mean_db
+from halora.training.batches import pack
 from halora.training.models import BaseModel
-from halora.training.rram import Reads, RramArray, RramLinear
+from halora.training.reads import calibrate
+from halora.training.rram import RramArray
 from halora.training.tasks import Row
 
 _NO_NOISE_DB = -300.0  # stands for none, as JSON has no infinity
@@ -100,7 +97,7 @@ def evaluate(
         return tuple(margin(s, row.answer) for s, row in zip(scores, packed, strict=True))
 
     array.clear()
-    reads = calibrate(base, array, chip, calibration_rows, settings)
+    reads = calibrate(base, array, chip, calibration_rows, settings.calibration_tokens, settings.converters)
     clean = margins()
     seeds = tuple(range(first_chip, first_chip + settings.chip_instances))
     noisy, noise_db = [], []
@@ -110,34 +107,3 @@ def evaluate(
         noise_db.append(max(mean_db(array.noise_db().values()), _NO_NOISE_DB))
     array.clear()
     return ChipScores(tuple(row.row_id for row in rows), seeds, clean, tuple(noisy), tuple(noise_db))
-
-
-@torch.no_grad()
-def calibrate(
-    base: BaseModel, array: RramArray, chip: Chip, rows: Sequence[Row], settings: EvaluationSettings
-) -> dict[str, Reads]:
-    """How every layer in RRAM is read, its converters set on the first tokens of `rows`; empty for perfect reads."""
-    if reads_are_exact(chip):
-        return {}
-    places, num_tokens = array.places(chip), settings.calibration_tokens
-    reads: dict[str, Reads] = {}
-    taken: list[PackedRow] = []
-    for row in rows:
-        taken.append(pack_answer(row, base.tokenizer))
-        if sum(len(row.tokens) for row in taken) >= num_tokens:
-            break
-    batch = lay_out(taken)
-
-    def fit(layer: RramLinear, x: Tensor) -> None:
-        if places[layer.name] is not Place.RRAM:
-            return
-        tokens = x[batch.is_real.to(x.device)][:num_tokens].float()
-        weight = layer.weight.float()
-        if settings.converters == "exact":
-            reads[layer.name] = ExactReads(chip, full_scale(tokens, weight, chip), read_noise_power(weight, chip))
-        else:
-            reads[layer.name] = fit_converters(tokens, weight, chip)
-
-    with array.watching_inputs(fit):
-        batch.hidden(base.causal_lm)
-    return reads

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from halora.evaluation.chips import calibrate
 from halora.evaluation.config import EvaluationSettings
 from halora.evaluation.scoring import option_scores
 from halora.hardware.addressing import NoiseKey, Role
@@ -13,6 +12,7 @@ from halora.hardware.instance import ChipInstance
 from halora.hardware.mapping import Place
 from halora.training.batches import pack
 from halora.training.models import BaseModel
+from halora.training.reads import calibrate
 from halora.training.rram import RramArray
 from halora.training.tasks import Row
 
@@ -75,7 +75,7 @@ def layer_sensitivity(
 
     array.clear()
     chip = with_mapping(chip, sram_fraction=0.0)
-    reads = calibrate(base, array, chip, calibration_rows, settings)
+    reads = calibrate(base, array, chip, calibration_rows, settings.calibration_tokens, settings.converters)
     clean = scores()
     places = array.places(chip)
     candidates = [layer for layer in array.layers if places[layer.name] is Place.RRAM]

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from halora.hardware.description import Frozen
 from halora.training.schedule import NoiseSchedule
@@ -48,12 +48,22 @@ class TrainingSettings(Frozen):
     gradient_clip: float = Field(default=1.0, gt=0)
     dtype: Literal["fp32", "bf16"] = "fp32"
     zero_stage: Literal[0, 1, 2, 3] = 0
+    converters: Literal["none", "statistical"] = "none"
+    """Train under the converters' errors and the noise of reads too, by their statistical model; the paper does not."""
     noisy_weights: Literal["auto", "materialise", "regenerate"] = "auto"
     """Keep one noisy copy of the mapped weights, or make it again in every pass; `auto` keeps it where it fits."""
     report_every: int = Field(default=5, ge=1)
     """Optimiser steps between two reports, each with a checkpoint."""
     train_rows: int | None = Field(default=None, ge=1)
     """Use only the first rows of the training split, in a fixed shuffled order; all of them when left out."""
+
+    @model_validator(mode="after")
+    def _converters_need_whole_weights(self) -> "TrainingSettings":
+        if self.converters != "none" and self.zero_stage == 3:
+            raise ValueError(
+                "converters are calibrated on whole weights, which zero_stage 3 shards; use stage 0, 1 or 2"
+            )
+        return self
 
     @property
     def noisy(self) -> bool:

@@ -17,11 +17,13 @@ from torch import Tensor, nn
 
 from halora.errors import UserError
 from halora.hardware.addressing import derive_seed
+from halora.hardware.chip import Chip, Retention
 from halora.training.adapter import attach, detach, lora_pairs, regulariser
 from halora.training.batches import Batch, lay_out, pack_answer, rows_at_step
 from halora.training.config import TrainingSettings
 from halora.training.models import BaseModel, extensions_dir
-from halora.training.rram import RramArray
+from halora.training.reads import calibrate
+from halora.training.rram import Reads, RramArray
 from halora.training.schedule import TrainingNoise
 from halora.training.tasks import Row
 from halora.trial import TrialConfig
@@ -75,6 +77,7 @@ class Finetuner:
         self.step = 0
         self._base, self._array, self._rows, self._config = base, array, rows, config
         self._draw_index = -1
+        self._calibrated: dict[str, dict[str, Reads]] = {}
         training = config.training
         self._noise = TrainingNoise(
             training.schedule,
@@ -105,7 +108,8 @@ class Finetuner:
         torch.manual_seed(derive_seed("step", self._config.seed, self.step))
         indices = rows_at_step(len(self._rows), training.batch_size, self._config.seed, self.step)
         batch = lay_out([pack_answer(self._rows[i], self._base.tokenizer) for i in indices])
-        loss, task_loss, reg_loss = self._engine(batch)
+        with self._array.reading(batch.sequences):
+            loss, task_loss, reg_loss = self._engine(batch)
         report = StepReport(loss.item(), task_loss.item(), reg_loss.item(), sigma)
         if not torch.isfinite(loss):
             raise FloatingPointError(f"loss {report.loss} at step {self.step}")
@@ -125,9 +129,23 @@ class Finetuner:
             if draw.instance is None:
                 self._array.clear()
             else:
-                self._array.program(draw.instance, regenerate=self._regenerate)
+                self._array.program(draw.instance, self._reads(draw.instance.chip), regenerate=self._regenerate)
             self._draw_index = draw.index
         return draw.sigma
+
+    def _reads(self, chip: Chip) -> dict[str, Reads]:
+        """How a chip is read while training, calibrated when it is met first."""
+        if self._config.training.converters == "none":
+            return {}
+        converters = chip.model_copy(update={"retention": Retention()}).content_hash  # ageing does not touch them
+        found = self._calibrated.get(converters)
+        if found is None:
+            tokens = self._config.evaluation.calibration_tokens
+            self._array.clear()
+            with self._peft_model.disable_adapter():
+                found = calibrate(self._base, self._array, chip, self._rows, tokens, "statistical")
+            self._calibrated[converters] = found
+        return found
 
     def save(self, folder: Path) -> None:
         """Write adapter (a standard PEFT folder), optimiser moments and progress; appears under its name whole."""

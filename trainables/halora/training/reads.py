@@ -1,0 +1,50 @@
+"""Calibration: how every layer's converters are set, on the inputs that the clean model gives them."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from halora.hardware.chip import Chip
+from halora.hardware.converters import ExactReads, fit_converters, full_scale, reads_are_exact
+from halora.hardware.mapping import Place
+from halora.hardware.noise import read_noise_power
+from halora.training.batches import PackedRow, lay_out, pack_answer
+from halora.training.models import BaseModel
+from halora.training.rram import Reads, RramArray, RramLinear
+from halora.training.tasks import Row
+
+ConverterMode = Literal["exact", "statistical"]
+"""Carry out every conversion, or draw their errors from the model."""
+
+
+@torch.no_grad()
+def calibrate(
+    base: BaseModel, array: RramArray, chip: Chip, rows: Sequence[Row], num_tokens: int, converters: ConverterMode
+) -> dict[str, Reads]:
+    """How every layer in RRAM is read, its converters set on the first tokens of `rows`; empty for perfect reads."""
+    if reads_are_exact(chip):
+        return {}
+    places = array.places(chip)
+    reads: dict[str, Reads] = {}
+    taken: list[PackedRow] = []
+    for row in rows:
+        taken.append(pack_answer(row, base.tokenizer))
+        if sum(len(row.tokens) for row in taken) >= num_tokens:
+            break
+    batch = lay_out(taken)
+
+    def fit(layer: RramLinear, x: Tensor) -> None:
+        if places[layer.name] is not Place.RRAM:
+            return
+        tokens = x[batch.is_real.to(x.device)][:num_tokens].float()
+        weight = layer.weight.float()
+        if converters == "exact":
+            reads[layer.name] = ExactReads(chip, full_scale(tokens, weight, chip), read_noise_power(weight, chip))
+        else:
+            reads[layer.name] = fit_converters(tokens, weight, chip)
+
+    with array.watching_inputs(fit):
+        batch.hidden(base.causal_lm)
+    return reads
