@@ -9,7 +9,7 @@ from torch import nn
 
 from halora.hardware.chip import load_chip
 from halora.hardware.noise_settings import noise_kinds
-from halora.spaces.sweep import describe
+from halora.spaces.mistakes import describe
 from halora.trainable import Workbench
 from halora.training.config import LoraSettings, TrainingSettings
 from halora.training.rram import install

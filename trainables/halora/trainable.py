@@ -8,7 +8,7 @@ the trial's own folder, not Ray's: `trial.json`, `step-NNNNNN/` checkpoints and 
 import json
 import os
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -139,8 +139,13 @@ class ScoringJob:
     first_chip: int = 0
 
     def run(self) -> ChipScores:
-        """Load the base and score."""
-        return Workbench().evaluate(self.config, self.adapter, first_row=self.first_row, first_chip=self.first_chip)
+        """Score on this process's workbench."""
+        return _workbench().evaluate(self.config, self.adapter, first_row=self.first_row, first_chip=self.first_chip)
+
+
+@cache
+def _workbench() -> Workbench:
+    return Workbench()
 
 
 @lru_cache(maxsize=8)

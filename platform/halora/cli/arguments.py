@@ -46,7 +46,7 @@ def chip_from(name: str, settings: list[str] | None) -> "Chip":
 
     from halora.hardware.chip import Chip, expand_chip
     from halora.spaces.language import with_values
-    from halora.spaces.sweep import describe
+    from halora.spaces.mistakes import describe
 
     overrides = overrides_from(settings, example="adc.bits=6")
     try:

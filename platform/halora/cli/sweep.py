@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from halora.cli.arguments import overrides_from
+from halora.cli.comparison import print_comparison
 from halora.cli.output import Format, FormatOption, StoreOption, SweepProgress, open_store, show_rows, talk
 from halora.records.store import Store
 
@@ -135,28 +136,8 @@ def _close(name: str, store: Store, outcome: "Outcome") -> None:
 
     talk.print()
     print_front(name, store, Format.TABLE)
-    if comparison := outcome.comparison:
-        gain, accuracy = comparison.margin_gain, comparison.accuracy_gain
-        adapter, base = comparison.adapter, comparison.base
-        verdict = (
-            "the adapter is better: a 95 % interval of a gain excludes 0"
-            if gain.low > 0 or accuracy.low > 0
-            else "not significant: both intervals include 0; raise trial.training.steps and comparison.rows to decide"
-        )
-        talk.print(
-            f"\nbest adapter (trial {comparison.number}) beside the untrained base, "
-            f"on the same {comparison.chip_instances} fresh chips and {comparison.rows} fresh rows:\n"
-            f"  clean     {base['clean_accuracy']:.3f} -> {adapter['clean_accuracy']:.3f} accuracy, "
-            f"{base['clean_margin']:+.2f} -> {adapter['clean_margin']:+.2f} nats margin\n"
-            f"  accuracy  {base['accuracy']:.3f} -> {adapter['accuracy']:.3f}   "
-            f"gain {accuracy.mean:+.3f}  95 % interval [{accuracy.low:+.3f}, {accuracy.high:+.3f}]\n"
-            f"  margin    {base['margin']:+.2f} -> {adapter['margin']:+.2f} nats   "
-            f"gain {gain.mean:+.2f}  95 % interval [{gain.low:+.2f}, {gain.high:+.2f}]\n"
-            f"  {verdict}",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
+    if outcome.comparison:
+        print_comparison(outcome.comparison)
     if not outcome.complete:
         talk.print(f"\ninterrupted; all reports are kept. Go on with: halora sweep resume {name}", markup=False)
     talk.print(

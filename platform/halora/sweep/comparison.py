@@ -1,40 +1,65 @@
-"""The closing comparison: the best adapter beside the untrained base, on rows and chips the search did not use."""
+"""The closing comparison: chosen adapters and the untrained base, on rows and chips the search did not use."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
+from halora.analysis.front import TrialPoint, best
 from halora.errors import UserError
+from halora.evaluation.chips import ChipScores
 from halora.evaluation.intervals import Interval, crossed_bootstrap
 from halora.records.store import SweepFolder
 from halora.spaces.language import Categorical
-from halora.spaces.sweep import SweepConfig
-from halora.sweep.core import Suggestion
-from halora.training.tasks import load_rows
+from halora.spaces.sweep import Comparison, SweepConfig
+from halora.sweep.core import DecisionCore
+
+UNTRAINED = "untrained"
+"""The bare base among the contestants."""
 
 
 @dataclass(frozen=True)
-class PairedComparison:
-    """Adapter less base on the same chips and rows.
+class Cell:
+    """One contestant on one description of chips.
 
     Attributes:
-        number: Trial of the adapter.
-        rows: Number of validation rows.
-        chip_instances: Number of chip instances.
-        adapter: Summary of the adapter's scores.
-        base: Summary of the base's scores.
-        accuracy_gain: Difference of accuracies, 95 % interval over rows and chips.
+        contestant: `untrained`, or what the trial was chosen for.
+        number: The trial; none for the untrained base.
+        chip: Name of the description.
+        summary: Its scores, see `ChipScores.summary`.
+        accuracy_gain: Accuracy less the reference's on the same chips and rows, 95 % interval; none for the reference.
         margin_gain: Difference of mean margins in nats, likewise.
     """
 
-    number: int
+    contestant: str
+    number: int | None
+    chip: str
+    summary: dict[str, float]
+    accuracy_gain: Interval | None
+    margin_gain: Interval | None
+
+    @property
+    def better(self) -> bool:
+        """Whether a gain's interval lies above 0."""
+        return any(gain is not None and gain.low > 0 for gain in (self.accuracy_gain, self.margin_gain))
+
+
+@dataclass(frozen=True)
+class ClosingComparison:
+    """Contestants by chips, all on the same rows and chip instances.
+
+    Attributes:
+        reference: The contestant that gains are measured from.
+        rows: Number of validation rows.
+        chip_instances: Number of chip instances of every description.
+        cells: Every contestant on every chip.
+    """
+
+    reference: str
     rows: int
     chip_instances: int
-    adapter: dict[str, float]
-    base: dict[str, float]
-    accuracy_gain: Interval
-    margin_gain: Interval
+    cells: tuple[Cell, ...]
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -47,6 +72,8 @@ def check_rows_left(sweep: SweepConfig) -> None:
     Raises:
         UserError: A task has not enough validation rows beyond those the search scores on.
     """
+    from halora.training.tasks import load_rows
+
     if sweep.comparison is None:
         return
     searched = sweep.space.get("task")
@@ -61,33 +88,52 @@ def check_rows_left(sweep: SweepConfig) -> None:
             )
 
 
-def compare_with_base(sweep: SweepConfig, folder: SweepFolder, suggestion: Suggestion) -> PairedComparison:
-    """Score the trial's adapter and the bare base on fresh validation rows and fresh chips of the search pool.
+def contestants(comparison: Comparison, points: Sequence[TrialPoint]) -> dict[str, TrialPoint]:
+    """The best trial, or the best of every value of the field that the comparison goes by."""
+    if comparison.by is None:
+        groups = {"best": list(points)}
+    else:
+        groups = {}
+        for point in points:
+            groups.setdefault(str(point.params.get(comparison.by)), []).append(point)
+    return {name: chosen for name, group in groups.items() if (chosen := best(group))}
+
+
+def compare(
+    sweep: SweepConfig, folder: SweepFolder, core: DecisionCore, chosen: dict[str, TrialPoint]
+) -> ClosingComparison:
+    """Score the chosen trials' adapters and the bare base on fresh validation rows and fresh chip instances.
 
     Ray has to run, see `halora.sweep.executor.ray_session`.
     """
     from halora.sweep.executor import score_on_workers
     from halora.trainable import ScoringJob, adapter_folder
 
-    assert sweep.comparison is not None
-    used = suggestion.config.evaluation
-    fresh = used.model_copy(update={"rows": sweep.comparison.rows, "chip_instances": sweep.comparison.chip_instances})
-    config = suggestion.config.model_copy(update={"evaluation": fresh})
-    adapter, base = score_on_workers(
-        sweep,
-        [
-            ScoringJob(config, weights, first_row=used.rows or 0, first_chip=used.chip_instances)
-            for weights in (adapter_folder(folder.trial(suggestion.number)), None)
-        ],
+    comparison = sweep.comparison
+    assert comparison is not None
+    numbers: dict[str, int | None] = {UNTRAINED: None, **{name: point.number for name, point in chosen.items()}}
+    places, jobs = [], []
+    for name, number in numbers.items():
+        config = core.suggestion(number if number is not None else next(iter(chosen.values())).number).config
+        used = config.evaluation
+        fresh = used.model_copy(update={"rows": comparison.rows, "chip_instances": comparison.chip_instances})
+        weights = None if number is None else adapter_folder(folder.trial(number))
+        for chip in [sweep.chip(named) for named in comparison.chips] or [config.chip]:
+            on_chip = config.model_copy(update={"evaluation": fresh, "chip": chip})
+            places.append((name, chip.name))
+            jobs.append(ScoringJob(on_chip, weights, first_row=used.rows or 0, first_chip=used.chip_instances))
+    scores = dict(zip(places, score_on_workers(sweep, jobs), strict=True))
+    reference = comparison.against or UNTRAINED
+    cells = tuple(
+        _cell(name, numbers[name], chip, found, None if name == reference else scores.get((reference, chip)))
+        for (name, chip), found in scores.items()
     )
-    difference = np.array(adapter.noisy) - np.array(base.noisy)
-    rightness = (np.array(adapter.noisy) > 0).astype(float) - (np.array(base.noisy) > 0)
-    return PairedComparison(
-        number=suggestion.number,
-        rows=len(adapter.row_ids),
-        chip_instances=len(adapter.noisy),
-        adapter=adapter.summary(),
-        base=base.summary(),
-        accuracy_gain=crossed_bootstrap(rightness),
-        margin_gain=crossed_bootstrap(difference),
-    )
+    return ClosingComparison(reference, comparison.rows, comparison.chip_instances, cells)
+
+
+def _cell(name: str, number: int | None, chip: str, scores: ChipScores, reference: ChipScores | None) -> Cell:
+    accuracy = margin = None
+    if reference is not None:
+        ours, theirs = np.array(scores.noisy), np.array(reference.noisy)
+        accuracy, margin = crossed_bootstrap((ours > 0).astype(float) - (theirs > 0)), crossed_bootstrap(ours - theirs)
+    return Cell(name, number, chip, scores.summary(), accuracy, margin)

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import yaml
 
-from halora.analysis.front import TrialPoint, best
+from halora.analysis.front import TrialPoint
 from halora.records.names import ENERGY
 from halora.records.store import Store, SweepFolder
 from halora.spaces.sweep import SweepConfig, load_sweep
-from halora.sweep.comparison import PairedComparison, check_rows_left, compare_with_base
+from halora.sweep.comparison import ClosingComparison, check_rows_left, compare, contestants
 from halora.sweep.core import DecisionCore, Suggestion, check_not_launched, open_study
 from halora.sweep.state import only_driver
 
@@ -43,7 +43,7 @@ class Outcome:
 
     complete: bool
     failed: int
-    comparison: PairedComparison | None
+    comparison: ClosingComparison | None
 
 
 def launch(sweep: SweepConfig, store: Store, watcher: Watcher) -> Outcome:
@@ -98,9 +98,11 @@ def _run(sweep: SweepConfig, store: Store, watcher: Watcher) -> Outcome:
             with ray_session(sweep):
                 run_trials(sweep, folder, core, events)
                 interrupted = core.stopping or bool(core.unfinished) or core.num_started < sweep.trials
-                if not interrupted and sweep.comparison and (chosen := best(events.points())):
-                    watcher.say(f"comparing trial {chosen.number} with the untrained base on fresh chips and rows")
-                    comparison = compare_with_base(sweep, folder, core.suggestion(chosen.number))
+                chosen = contestants(sweep.comparison, events.points()) if sweep.comparison else {}
+                if chosen and not interrupted:
+                    numbers = ", ".join(str(point.number) for point in chosen.values())
+                    watcher.say(f"comparing trial {numbers} with the untrained base on fresh chips and rows")
+                    comparison = compare(sweep, folder, core, chosen)
                     recorder.record_comparison(comparison.to_json())
         except KeyboardInterrupt:
             interrupted = True

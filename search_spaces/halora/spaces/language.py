@@ -105,17 +105,3 @@ def with_values(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str,
             node[key] = {"preset": child} if isinstance(child, str) else dict(child)
             node = node[key]
     return result
-
-
-def value_at(base: Mapping[str, Any], path: str) -> Any:
-    """The value at a dotted path of a nested mapping.
-
-    Raises:
-        KeyError: There is no such path.
-    """
-    node: Any = base
-    for part in path.split("."):
-        if not isinstance(node, Mapping) or part not in node:
-            raise KeyError(path)
-        node = node[part]
-    return node

@@ -1,38 +1,41 @@
 """A sweep file: read, checked whole, and refused with every mistake at once."""
 
-import re
 from collections.abc import Mapping
 from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, Field, StringConstraints, TypeAdapter, ValidationError
+from pydantic import Field, StringConstraints, TypeAdapter, ValidationError
 
 from halora.errors import UserError, nearest
+from halora.hardware.chip import Chip, expand_chip, load_chip, merge
 from halora.hardware.description import Frozen
-from halora.hardware.noise_models import NoiseModel
-from halora.hardware.noise_settings import noise_fields
-from halora.spaces.language import Categorical, Distribution, Range, value_at, with_values
+from halora.spaces.language import Categorical, Distribution, Range, with_values
+from halora.spaces.mistakes import describe, field_paths
 from halora.trial import TrialConfig, trial_energy
 
 SHIPPED = files("halora.spaces") / "sweeps"
 
 _Space = Mapping[str, Categorical | Range]
-_DISTRIBUTIONS: dict[str, type[BaseModel]] = {"Categorical": Categorical, "Range": Range}
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,79}$")]
 
 
 class Comparison(Frozen):
-    """The closing comparison of the best adapter with the untrained base, on rows and chips the search did not use."""
+    """The closing comparison of trained adapters and the untrained base, on rows and chips the search did not use."""
 
     rows: int = Field(ge=2)
     """Validation rows after those the search scores on."""
     chip_instances: int = Field(ge=1)
     """Chip instances of the search pool after those the search scores on."""
+    by: str | None = None
+    """A searched field; the best trial of each of its values takes part. The best of all trials when left out."""
+    against: str | None = None
+    """The value of `by` whose trial gains are measured from; the untrained base when left out."""
+    chips: tuple[str, ...] = ()
+    """Chips to compare on, each a name of `chips`, a preset or a path; the trials' own when left out."""
 
 
 class ReferencePoint(Frozen):
@@ -53,6 +56,8 @@ class SweepConfig(Frozen):
     trials: int = Field(ge=1)
     concurrent: int = Field(default=1, ge=1)
     """Trials that run at the same time, each on its share of the cores."""
+    chips: dict[str, Any] = Field(default_factory=dict)
+    """Chips of this sweep by name, each written as a trial's `chip`, to be named there, in choices and comparisons."""
     trial: dict[str, Any]
     """A trial's fixed fields, and the defaults of the searched ones."""
     space: dict[str, Distribution]
@@ -64,7 +69,11 @@ class SweepConfig(Frozen):
 
     def resolve(self, values: Mapping[str, Any]) -> TrialConfig:
         """The trial that the given values of searched fields describe."""
-        return _resolve({"seed": self.seed, **self.trial}, values)
+        return _resolve({"seed": self.seed, **self.trial}, values, self.chips)
+
+    def chip(self, name: str) -> Chip:
+        """A chip by its name in this sweep, a preset's name, or a path."""
+        return load_chip(_named_chip(name, self.chips))
 
 
 def shipped_sweeps() -> list[str]:
@@ -93,16 +102,19 @@ def load_sweep(name_or_path: str, overrides: Mapping[str, Any] | None = None) ->
         problems += describe(error, SweepConfig)
     trial, space = data.get("trial"), data.get("space")
     if isinstance(trial, dict) and isinstance(space, dict):  # whatever else is wrong
-        problems += _trial_problems(trial)
+        chips = data.get("chips")
+        chips = chips if isinstance(chips, dict) else {}
+        problems += _chip_problems(chips)
+        problems += _trial_problems(trial, chips)
         readable = _readable(space)
-        problems += _space_problems(trial, space, readable)
+        problems += _space_problems(trial, space, readable, chips)
         problems += _first_problems(space, readable, data.get("first"))
         problems += _model_and_task_problems(trial, readable)
         evaluation = trial.get("evaluation", {})
         if data.get("comparison") and isinstance(evaluation, dict) and evaluation.get("rows") is None:
             problems.append("comparison: needs trial.evaluation.rows, so that some validation rows are left for it")
     if sweep is not None and not problems:
-        problems = _energy_problems(sweep)
+        problems = _comparison_problems(sweep) or _energy_problems(sweep)
     if problems:
         raise UserError(
             [f"{name_or_path}: {problem}" for problem in dict.fromkeys(problems)],
@@ -123,8 +135,8 @@ def load_trial(name_or_path: str, overrides: Mapping[str, Any] | None = None) ->
         UserError: With every mistake found.
     """
     data = _read(name_or_path, "trial")
-    if isinstance(data.get("trial"), dict):
-        data = {"seed": data.get("seed", 0), **data["trial"]}
+    if isinstance(trial := data.get("trial"), dict):
+        data = {"seed": data.get("seed", 0), **trial, "chip": _named_chip(trial.get("chip"), data.get("chips", {}))}
     return trial_from(data, name_or_path, overrides)
 
 
@@ -170,16 +182,28 @@ def _read(name_or_path: str, what: str = "sweep") -> dict[str, Any]:
     return data
 
 
-def _trial_problems(trial: dict[str, Any]) -> list[str]:
+def _trial_problems(trial: dict[str, Any], chips: Mapping[str, Any]) -> list[str]:
     try:
-        TrialConfig.model_validate(trial)
+        _resolve(trial, {}, chips)
     except ValidationError as error:
         return describe(error, TrialConfig, "trial.")
     return []
 
 
-def _resolve(trial: Mapping[str, Any], values: Mapping[str, Any]) -> TrialConfig:
-    return TrialConfig.model_validate(with_values(trial, values))
+def _resolve(trial: Mapping[str, Any], values: Mapping[str, Any], chips: Mapping[str, Any]) -> TrialConfig:
+    described = with_values(trial, values)
+    if "chip" in described:
+        described["chip"] = _named_chip(described["chip"], chips)
+    return TrialConfig.model_validate(described)
+
+
+def _named_chip(chip: Any, chips: Mapping[str, Any]) -> Any:
+    """A chip's setting, where it names one of the sweep's chips that one with its overrides."""
+    overrides = dict(chip) if isinstance(chip, Mapping) else {"preset": chip}
+    name = overrides.pop("preset", None)
+    if not isinstance(name, str) or name not in chips:
+        return chip
+    return merge({**expand_chip(chips[name]), "name": name}, overrides)
 
 
 def _readable(space: Mapping[str, Any]) -> _Space:
@@ -192,10 +216,24 @@ def _readable(space: Mapping[str, Any]) -> _Space:
     return found
 
 
-def _space_problems(trial: dict[str, Any], space: dict[str, Any], readable: _Space) -> list[str]:
+def _chip_problems(chips: Mapping[str, Any]) -> list[str]:
     problems = []
-    known_paths = _field_paths(TrialConfig)
-    wrong_anyway = {problem.partition(": ")[0] for problem in _trial_problems(trial)}
+    for name, setting in chips.items():
+        try:
+            load_chip(setting)
+        except ValidationError as error:
+            problems += describe(error, Chip, f"chips.{name}.")
+        except UserError as error:
+            problems += [f"chips.{name}: {problem}" for problem in error.problems]
+    return problems
+
+
+def _space_problems(
+    trial: dict[str, Any], space: dict[str, Any], readable: _Space, chips: Mapping[str, Any]
+) -> list[str]:
+    problems = []
+    known_paths = field_paths(TrialConfig)
+    wrong_anyway = {problem.partition(": ")[0] for problem in _trial_problems(trial, chips)}
     searched_before: list[str] = []
     for path in space:
         conditions = readable[path].when if path in readable else {}
@@ -209,11 +247,13 @@ def _space_problems(trial: dict[str, Any], space: dict[str, Any], readable: _Spa
                 for name in strange
             ]
         elif path in readable:
-            problems += _probe_problems(trial, readable, path, wrong_anyway)
+            problems += _probe_problems(trial, readable, path, wrong_anyway, chips)
     return problems
 
 
-def _probe_problems(trial: dict[str, Any], space: _Space, path: str, wrong_anyway: set[str]) -> list[str]:
+def _probe_problems(
+    trial: dict[str, Any], space: _Space, path: str, wrong_anyway: set[str], chips: Mapping[str, Any]
+) -> list[str]:
     """What a trial would refuse of the searched values, beyond the fields that are wrong already."""
     problems = []
     for value in space[path].probes:
@@ -222,7 +262,7 @@ def _probe_problems(trial: dict[str, Any], space: _Space, path: str, wrong_anywa
             if other.when and name not in point and other.applies(point):
                 point[name] = other.probes[0]
         try:
-            _resolve(trial, point)
+            _resolve(trial, point, chips)
         except ValidationError as error:
             found = [
                 text for text in describe(error, TrialConfig) if f"trial.{text}".partition(": ")[0] not in wrong_anyway
@@ -260,6 +300,31 @@ def _model_and_task_problems(trial: dict[str, Any], readable: _Space) -> list[st
     return problems
 
 
+def _comparison_problems(sweep: SweepConfig) -> list[str]:
+    comparison = sweep.comparison
+    if comparison is None:
+        return []
+    problems = []
+    searched = sweep.space.get(comparison.by) if comparison.by else None
+    values = [str(value) for value in searched.choices] if isinstance(searched, Categorical) else []
+    if comparison.by and not values:
+        listed = [path for path, distribution in sweep.space.items() if isinstance(distribution, Categorical)]
+        problems.append(
+            f"comparison.by: '{comparison.by}' is not searched over choices{nearest(comparison.by, listed)}"
+        )
+    elif comparison.against is not None and comparison.against not in values:
+        known = f"choices: {', '.join(values)}" if values else "there is no comparison.by"
+        problems.append(f"comparison.against: '{comparison.against}' is no value of comparison.by ({known})")
+    for i, name in enumerate(comparison.chips):
+        try:
+            sweep.chip(name)
+        except UserError as error:
+            problems.append(f"comparison.chips[{i}]: {error}{nearest(name, sweep.chips)}")
+    if comparison.by and not comparison.chips and any(path.partition(".")[0] == "chip" for path in sweep.space):
+        problems.append("comparison.chips: required with comparison.by, as the trials' own chips differ")
+    return problems
+
+
 def _energy_problems(sweep: SweepConfig) -> list[str]:
     """What cannot be priced: layers that a chip maps and the model has not, converters that no table covers."""
     problems: dict[str, str] = {}  # by what is wrong, told where it is met first
@@ -272,68 +337,3 @@ def _energy_problems(sweep: SweepConfig) -> list[str]:
             for problem in error.problems:
                 problems.setdefault(problem, f"trial.{problem}" + (f" (with {at})" if at else ""))
     return list(problems.values())
-
-
-def describe(error: ValidationError, model: type[BaseModel], prefix: str = "") -> list[str]:
-    """One sentence per mistake: path, what is wrong, the value given, the nearest known key."""
-    sentences = []
-    for item in error.errors(include_url=False):
-        parts = [str(part) for part in item["loc"]]
-        path = prefix + ".".join(part for part in parts if part not in _DISTRIBUTIONS)
-        if item["type"] == "extra_forbidden":
-            known = _keys(model, parts[:-1])
-            sentences.append(f"{path}: unknown key{nearest(parts[-1], known)} (known: {', '.join(sorted(known))})")
-        elif item["type"] == "missing":
-            sentences.append(f"{path}: required, but missing")
-        elif isinstance(cause := item.get("ctx", {}).get("error"), UserError):
-            at = f"{path}: " if parts else path  # a check of the whole says itself where
-            sentences += [f"{at}{problem}" for problem in cause.problems]
-        else:
-            message = re.sub(r"^(Value error|Input), ?", "", item["msg"])
-            given = item["input"]
-            plain = item["type"] != "value_error" and isinstance(given, str | int | float | bool | None)
-            shown = f", got {given!r}" if plain else ""
-            sentences.append(f"{path}: {message[0].lower()}{message[1:]}{shown}")
-    return list(dict.fromkeys(sentences))
-
-
-def _submodel(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    if isinstance(annotation, UnionType):
-        return next(filter(None, map(_submodel, get_args(annotation))), None)
-    return None
-
-
-def _keys(model: type[BaseModel], parents: list[str]) -> list[str]:
-    """Keys allowed below `parents`; a distribution's error names its class on the way."""
-    for parent in parents:
-        if parent in _DISTRIBUTIONS:
-            return list(_DISTRIBUTIONS[parent].model_fields)
-        field = model.model_fields.get(parent)
-        model = (_submodel(field.annotation) if field else None) or model
-    return _fields(model)
-
-
-def _fields(model: type[BaseModel]) -> list[str]:
-    """Keys of a section; a noise model has those of every shipped kind."""
-    return noise_fields() if model is NoiseModel else list(model.model_fields)
-
-
-def _field_paths(model: type[BaseModel], prefix: str = "") -> list[str]:
-    paths = []
-    for name, field in model.model_fields.items():
-        below = _submodel(field.annotation)
-        if below is NoiseModel:
-            paths += [f"{prefix}{name}.{key}" for key in noise_fields()]
-        else:
-            paths += _field_paths(below, f"{prefix}{name}.") if below else [f"{prefix}{name}"]
-        if name == "chip":
-            paths.append(f"{prefix}{name}")
-    return paths
-
-
-def searched_values(sweep: SweepConfig, config: TrialConfig) -> dict[str, Any]:
-    """The value of every searched field in a resolved trial."""
-    dumped = config.model_dump(mode="json")
-    return {path: value_at(dumped, path) for path in sweep.space}

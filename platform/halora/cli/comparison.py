@@ -1,0 +1,59 @@
+"""How a sweep's closing comparison is shown: two contestants in words, more as a table of contestants by chips."""
+
+from typing import TYPE_CHECKING
+
+from halora.cli.output import Format, show_rows, talk
+
+if TYPE_CHECKING:
+    from halora.evaluation.intervals import Interval
+    from halora.sweep.comparison import Cell, ClosingComparison
+
+
+def print_comparison(comparison: "ClosingComparison") -> None:
+    """Show the comparison on stderr, or its tables on stdout."""
+    by_name: dict[str, list[Cell]] = {}
+    for cell in comparison.cells:
+        by_name.setdefault(cell.contestant, []).append(cell)
+    if len(comparison.cells) == 2 and len(by_name) == 2:
+        _print_pair(comparison, by_name.pop(comparison.reference)[0], *by_name.popitem()[1])
+        return
+    where = f"on {comparison.chip_instances} fresh instances of each chip and {comparison.rows} fresh rows"
+    for what, shown in (("accuracy", ".3f"), ("margin in nats", "+.2f")):
+        rows = []
+        for name, cells in by_name.items():
+            number = cells[0].number
+            row = {"contestant": name, "trial": "-" if number is None else str(number)}
+            rows.append(row | {cell.chip: _entry(cell, what.partition(" ")[0], shown) for cell in cells})
+        show_rows(rows, Format.TABLE, f"{what} {where}; [gain over '{comparison.reference}', 95 % interval]")
+
+
+def _entry(cell: "Cell", what: str, shown: str) -> str:
+    gain: Interval | None = getattr(cell, f"{what}_gain")
+    interval = "" if gain is None else f"  [{gain.low:{shown.replace('.3', '+.3')}} .. {gain.high:+{shown.strip('+')}}]"
+    return f"{cell.summary[what]:{shown}}{interval}"
+
+
+def _print_pair(comparison: "ClosingComparison", base: "Cell", adapter: "Cell") -> None:
+    gain, accuracy = adapter.margin_gain, adapter.accuracy_gain
+    assert gain is not None
+    assert accuracy is not None
+    verdict = (
+        "the adapter is better: a 95 % interval of a gain excludes 0"
+        if adapter.better
+        else "not significant: both intervals include 0; raise trial.training.steps and comparison.rows to decide"
+    )
+    before, after = base.summary, adapter.summary
+    talk.print(
+        f"\nbest adapter (trial {adapter.number}) beside the {base.contestant} base, "
+        f"on the same {comparison.chip_instances} fresh chips and {comparison.rows} fresh rows:\n"
+        f"  clean     {before['clean_accuracy']:.3f} -> {after['clean_accuracy']:.3f} accuracy, "
+        f"{before['clean_margin']:+.2f} -> {after['clean_margin']:+.2f} nats margin\n"
+        f"  accuracy  {before['accuracy']:.3f} -> {after['accuracy']:.3f}   "
+        f"gain {accuracy.mean:+.3f}  95 % interval [{accuracy.low:+.3f}, {accuracy.high:+.3f}]\n"
+        f"  margin    {before['margin']:+.2f} -> {after['margin']:+.2f} nats   "
+        f"gain {gain.mean:+.2f}  95 % interval [{gain.low:+.2f}, {gain.high:+.2f}]\n"
+        f"  {verdict}",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
