@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 PYTHON ?= $(shell for python in python3.12 python3 python3.13 python3.14 $$HOME/.pyenv/versions/3.1[2-9]*/bin/python; do \
 	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && { command -v "$$python"; break; }; done)
 
-.PHONY: help setup demo test test-all lint types lock clean
+.PHONY: help setup demo gpu-check test test-all lint types lock clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -29,6 +29,10 @@ $(READY): requirements.lock pyproject.toml
 
 demo: $(READY) ## the main job on the embedded default: a sweep of SmolLM2-135M on ARC-Easy, ending in a front
 	$(BIN)/halora sweep launch quickstart --name "demo-$$(date +%Y%m%d-%H%M%S)"
+
+gpu-check: $(READY) ## a short real trial on this machine's GPU
+	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("no GPU: torch sees no CUDA device; check nvidia-smi and the driver")'
+	$(BIN)/halora train quickstart --output "$$(mktemp -d)/gpu-check" --set training.dtype=bf16 --set training.steps=20
 
 lint: $(READY) ## ruff
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

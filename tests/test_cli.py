@@ -22,6 +22,8 @@ import psutil
 import pytest
 import yaml
 
+from halora.hardware.chip import load_chip
+
 HALORA = Path(sys.executable).parent / "halora"
 TRIALS = 5
 STEPS = 120
@@ -253,6 +255,64 @@ def test_mlflow_holds_the_whole_sweep(zoo, store, tiny_models):
         ".png",
         ".safetensors",
     }
+
+
+def test_the_closing_comparison_scores_every_contestant_on_every_chip(store, tiny_models, tiny_task, tmp_path):
+    """Oracle: `halora evaluate` of the same adapters on the same fresh rows and chips."""
+    content = _content("matrix", tiny_models, tiny_task, steps=4, report_every=2, schedule={"redraw_steps": 1})
+    chips = {
+        "noisy": {"preset": "halora-2026", "noise": {"sigma": 0.05}},
+        "stuck": {"preset": "ideal", "faults": {"stuck_high_rate": 0.05}},
+    }
+    content |= {
+        "trials": 2,
+        "concurrent": 2,
+        "chips": chips,
+        "space": {"chip": {"choices": list(chips)}},
+        "first": [{"chip": name} for name in chips],
+        "comparison": {"rows": 8, "chip_instances": 3, "by": "chip", "against": "noisy", "chips": [*chips, "ideal"]},
+    }
+    path = tmp_path / "matrix.yaml"
+    path.write_text(yaml.safe_dump(content))
+    launched = halora(store, "sweep", "launch", path)
+    assert launched.returncode == 0, launched.stderr
+    assert (
+        "accuracy on 3 fresh instances of each chip and 8 fresh rows; [gain over 'noisy', 95 % interval]"
+        in launched.stdout
+    )
+    (parent,) = runs(store, "matrix", kind="sweep")
+    text = _client(store).download_artifacts(parent.info.run_id, "comparison.json", str(tmp_path))
+    comparison = json.loads(Path(text).read_text())
+    cells = {(cell["contestant"], cell["chip"]): cell for cell in comparison["cells"]}
+    assert set(cells) == {(name, chip) for name in ("untrained", *chips) for chip in (*chips, "ideal")}
+    for (name, chip), cell in cells.items():
+        assert (cell["margin_gain"] is None) == (name == "noisy")
+        if name != "noisy":
+            gain = cell["summary"]["margin"] - cells["noisy", chip]["summary"]["margin"]
+            assert cell["margin_gain"]["mean"] == pytest.approx(gain)
+            assert cell["margin_gain"]["low"] <= gain <= cell["margin_gain"]["high"]
+    chip_file = tmp_path / "stuck.yaml"
+    chip_file.write_text(yaml.safe_dump(load_chip(chips["stuck"]).model_dump(mode="json")))
+    folder = store / "sweeps" / "matrix" / "trials" / f"{cells['noisy', 'stuck']['number']:05d}"
+    asked = [
+        "--chip",
+        chip_file,
+        "--instances",
+        3,
+        "--rows",
+        8,
+        "--first-row",
+        8,
+        "--first-chip",
+        2,
+        "--format",
+        "json",
+    ]
+    evaluated = halora(store, "evaluate", folder, *asked)
+    assert evaluated.returncode == 0, evaluated.stderr
+    (again,) = json.loads(evaluated.stdout)
+    summary = cells["noisy", "stuck"]["summary"]
+    assert {name: again[name] for name in summary} == pytest.approx(summary, abs=1e-4)
 
 
 def test_status_and_trial_tell_what_is_recorded(zoo, store):

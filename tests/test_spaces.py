@@ -194,3 +194,52 @@ def test_what_cannot_be_priced_is_refused_before_anything_runs():
     assert len(caught.value.problems) == 1
     with pytest.raises(UserError, match=r"adc.bits.*12.*\(with chip.adc.bits 12\)"):
         load_sweep("quickstart", {"space.chip.adc.bits": {"low": 6, "high": 12, "kind": "int"}})
+
+
+_CHIPS = {"quiet": {"preset": "halora-2026", "noise": {"sigma": 0.001}}}
+
+
+def test_a_sweep_names_its_own_chips():
+    sweep = load_sweep("quickstart", {"chips": _CHIPS, "trial.chip": "quiet", "comparison.chips": ["quiet", "ideal"]})
+    chip = sweep.resolve({"chip.adc.bits": 6}).chip
+    assert (chip.name, chip.noise.sigma, chip.adc.bits) == ("quiet", 0.001, 6)
+    assert sweep.chip("quiet").noise.sigma == 0.001
+    assert sweep.chip("ideal").name == "ideal"
+    assert load_sweep("quickstart", {"chips": _CHIPS, "trial.chip.preset": "quiet"}).resolve({}).chip.name == "quiet"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "mistake"),
+    [
+        (
+            {"comparison.by": "training.methd"},
+            "comparison.by: 'training.methd' is not searched over choices; did you mean",
+        ),
+        ({"comparison.by": "training.mu"}, "comparison.by: 'training.mu' is not searched over choices"),
+        ({"comparison.against": "lora"}, "comparison.against: 'lora' is no value of comparison.by (there is no"),
+        (
+            {
+                "comparison": {
+                    "rows": 4,
+                    "chip_instances": 2,
+                    "by": "training.method",
+                    "against": "lor",
+                    "chips": ["ideal"],
+                }
+            },
+            "comparison.against: 'lor' is no value of comparison.by (choices: lora, noise_lora, halora)",
+        ),
+        ({"comparison.by": "training.method"}, "comparison.chips: required with comparison.by"),
+        ({"comparison.chips": ["quite"], "chips": _CHIPS}, "comparison.chips[0]: no chip 'quite'"),
+        (
+            {"chips": {"odd": {"preset": "halora-2026", "adc": {"bits": 0}}}},
+            "chips.odd.adc.bits: input should be greater",
+        ),
+        ({"chips": {"odd": "halora-2025"}}, "chips.odd: no chip 'halora-2025'"),
+        ({"chips": {"odd": {"preset": "ideal"}}, "trial.chip": "od"}, "trial.chip: no chip 'od'"),
+    ],
+)
+def test_a_wrong_comparison_or_chip_is_named(overrides, mistake):
+    with pytest.raises(UserError) as caught:
+        load_sweep("quickstart", overrides)
+    assert any(mistake in problem for problem in caught.value.problems), caught.value.problems

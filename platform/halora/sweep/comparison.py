@@ -11,7 +11,6 @@ from halora.errors import UserError
 from halora.evaluation.chips import ChipScores
 from halora.evaluation.intervals import Interval, crossed_bootstrap
 from halora.records.store import SweepFolder
-from halora.spaces.language import Categorical
 from halora.spaces.sweep import Comparison, SweepConfig
 from halora.sweep.core import DecisionCore
 
@@ -76,9 +75,8 @@ def check_rows_left(sweep: SweepConfig) -> None:
 
     if sweep.comparison is None:
         return
-    searched = sweep.space.get("task")
     used = sweep.trial["evaluation"]["rows"]
-    for task in searched.choices if isinstance(searched, Categorical) else (sweep.trial["task"],):
+    for task in sweep.values_of("task"):
         left = len(load_rows(str(task), "validation")) - used
         if left < sweep.comparison.rows:
             raise UserError(

@@ -16,6 +16,7 @@ from halora.spaces.sweep import SweepConfig, load_sweep
 from halora.sweep.comparison import ClosingComparison, check_rows_left, compare, contestants
 from halora.sweep.core import DecisionCore, Suggestion, check_not_launched, open_study
 from halora.sweep.state import only_driver
+from halora.training.models import check_available
 
 if TYPE_CHECKING:
     from halora.records.tracking import SweepRecorder
@@ -50,12 +51,15 @@ def launch(sweep: SweepConfig, store: Store, watcher: Watcher) -> Outcome:
     """Run a new sweep to its end.
 
     Raises:
-        UserError: The name is taken, the store cannot be written, or the comparison would have no rows.
+        UserError: The name is taken, the store cannot be written, a model cannot be loaded, or the comparison would
+            have no rows.
         UnreachableError: The store's database cannot be opened.
     """
     folder = store.sweep(sweep.name)
     store.check_writable()
     check_not_launched(folder)
+    for model in sweep.values_of("model"):
+        check_available(str(model))
     check_rows_left(sweep)
 
     from halora.records.tracking import open_client

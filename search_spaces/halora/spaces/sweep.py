@@ -71,6 +71,11 @@ class SweepConfig(Frozen):
         """The trial that the given values of searched fields describe."""
         return _resolve({"seed": self.seed, **self.trial}, values, self.chips)
 
+    def values_of(self, path: str) -> tuple[Any, ...]:
+        """What a top-level field of a trial can be: its choices, or its fixed value."""
+        searched = self.space.get(path)
+        return searched.choices if isinstance(searched, Categorical) else (self.trial[path],)
+
     def chip(self, name: str) -> Chip:
         """A chip by its name in this sweep, a preset's name, or a path."""
         return load_chip(_named_chip(name, self.chips))

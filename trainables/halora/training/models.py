@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from halora.errors import UserError, nearest
-from halora.hardware.shapes import ModelShape
+from halora.hardware.shapes import ModelShape, known_shape
 
 EMBEDDED = {
     "smollm2-135m-instruct": "SmolLM2-135M-Instruct (LLaMA architecture), de-quantised from 4 bits",
@@ -78,7 +78,7 @@ def find_model(model: str) -> str:
 
 @cache
 def model_shape(model: str) -> ModelShape:
-    """Dimensions of a model, read from its configuration alone, once per process.
+    """Dimensions of a model, known by its hub id or read from its configuration, once per process.
 
     Raises:
         UserError: The model cannot be had, or is not of the LLaMA or Qwen family.
@@ -86,10 +86,10 @@ def model_shape(model: str) -> ModelShape:
     source = find_model(model)
     if Path(source).is_dir():
         config = _load(model, lambda: json.loads((Path(source) / "config.json").read_text()))
+    elif shape := known_shape(source):
+        return shape
     else:
-        from transformers import AutoConfig
-
-        config = _load(model, lambda: AutoConfig.from_pretrained(source).to_dict())
+        config = _hub_config(model, source)
     try:
         return ModelShape.from_config(config)
     except KeyError as error:
@@ -97,6 +97,23 @@ def model_shape(model: str) -> ModelShape:
         raise UserError(
             f"model '{model}' (type '{kind}') has no {error} in its config.json; LLaMA and Qwen have"
         ) from None
+
+
+def check_available(model: str) -> None:
+    """Refuse a model that cannot be loaded, before anything is begun; asks the hub for its configuration.
+
+    Raises:
+        UserError: See `find_model`.
+    """
+    source = find_model(model)
+    if not Path(source).is_dir():
+        _hub_config(model, source)
+
+
+def _hub_config(model: str, source: str) -> dict[str, Any]:
+    from transformers import AutoConfig
+
+    return dict(_load(model, lambda: AutoConfig.from_pretrained(source).to_dict()))
 
 
 def load_base(model: str, dtype: str) -> BaseModel:
