@@ -17,14 +17,20 @@ def print_comparison(comparison: "ClosingComparison") -> None:
     if len(comparison.cells) == 2 and len(by_name) == 2:
         _print_pair(comparison, by_name.pop(comparison.reference)[0], *by_name.popitem()[1])
         return
-    where = f"on {comparison.chip_instances} fresh instances of each chip and {comparison.rows} fresh rows"
+    talk.print(
+        f"\ncomparison on {comparison.chip_instances} fresh instances of each chip and {comparison.rows} fresh rows; "
+        f"in brackets the 95 % interval of the gain over '{comparison.reference}'",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
     for what, shown in (("accuracy", ".3f"), ("margin in nats", "+.2f")):
         rows = []
         for name, cells in by_name.items():
             number = cells[0].number
             row = {"contestant": name, "trial": "-" if number is None else str(number)}
             rows.append(row | {cell.chip: _entry(cell, what.partition(" ")[0], shown) for cell in cells})
-        show_rows(rows, Format.TABLE, f"{what} {where}; [gain over '{comparison.reference}', 95 % interval]")
+        show_rows(rows, Format.TABLE, what)
 
 
 def _entry(cell: "Cell", what: str, shown: str) -> str:
