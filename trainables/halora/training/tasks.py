@@ -121,7 +121,11 @@ def as_sum(task: Any) -> Any:
         return task
     if not task:
         raise UserError("a mixture names at least one task")
-    return "+".join(f"{_weight(weight, str(name)):g}*{name}" for name, weight in task.items())
+    return "+".join(f"{_plain(_weight(weight, str(name)))}*{name}" for name, weight in task.items())
+
+
+def _plain(number: float) -> str:
+    return repr(number).removesuffix(".0").replace("e+", "e")  # a plus would part the sum
 
 
 TaskSetting = Annotated[str, BeforeValidator(as_sum)]
@@ -278,14 +282,16 @@ def _rows(task: str, records: Iterator[tuple[str, Any]], published: str | None =
         except ValueError as error:
             problems.append(f"{where}: {error}")
             continue
-        given = record.get("id", "" if published is None else f"{published}-{place}")
-        row_id = str(given or derive_seed(question.prompt, *question.options))
+        given = record.get("id", None if published is None else f"{published}-{place}")
+        row_id = str(derive_seed(question.prompt, *question.options) if given in (None, "") else given)
         rows.append(Row(row_id, question.prompt, question.options, question.answer, task, question.reference))
     refuse_rows(problems)
     return rows
 
 
-def refuse_rows(problems: list[str], next_step: str = "mend these rows and run again; docs/tasks.md shows the forms") -> None:
+def refuse_rows(
+    problems: list[str], next_step: str = "mend these rows and run again; docs/tasks.md shows the forms"
+) -> None:
     """Tell of all bad rows at once, the first few in full.
 
     Raises:
