@@ -243,15 +243,15 @@ def rows_at_step(rows: int | Mixture, batch_size: int, seed: int, step: int) -> 
     return [int(order(rows, seed, p // num_rows)[p % num_rows]) for p in positions]
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=4)
 def _epoch_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng(derive_seed("epoch", seed, epoch)).permutation(num_rows)
 
 
 @lru_cache(maxsize=4)
 def _mixed_epoch(mixture: Mixture, seed: int, epoch: int) -> np.ndarray:
-    counts = [_counts(mixture, seed, e) for e in range(epoch + 1)]
-    starts = np.sum(counts[:epoch], axis=0, dtype=int) if epoch else np.zeros(len(mixture.groups), dtype=int)
+    counts = [_counts(mixture.num_rows, mixture.shares, seed, e) for e in range(epoch + 1)]
+    starts = np.sum(counts, axis=0) - counts[epoch]
     drawn = []
     for task, (group, start, count) in enumerate(zip(mixture.groups, starts, counts[epoch], strict=True)):
         passes = range(start // len(group), (start + count) // len(group) + 1)
@@ -261,8 +261,9 @@ def _mixed_epoch(mixture: Mixture, seed: int, epoch: int) -> np.ndarray:
     return np.concatenate(drawn)[_epoch_order(mixture.num_rows, seed, epoch)]
 
 
-def _counts(mixture: Mixture, seed: int, epoch: int) -> np.ndarray:
+@lru_cache(maxsize=2**14)
+def _counts(num_rows: int, shares: tuple[float, ...], seed: int, epoch: int) -> np.ndarray:
     """How many rows an epoch draws of each task: systematic sampling, so whole numbers with the right mean and sum."""
-    bounds = np.round(np.cumsum((0.0, *mixture.shares)) * mixture.num_rows, 6)
+    bounds = np.round(np.cumsum((0.0, *shares)) * num_rows, 6)
     shift = np.random.default_rng(derive_seed("shares", seed, epoch)).random()
     return np.diff(np.floor(bounds + shift)).astype(int)
