@@ -1,6 +1,7 @@
 """Oracles: the clean model for an ideal chip, chance for a huge sigma, determinism, and plain averages of margins."""
 
 import json
+import shutil
 from itertools import pairwise
 from pathlib import Path
 
@@ -99,9 +100,12 @@ def test_a_huge_sigma_leaves_chance(workbench, tiny_trial, architecture):
 def test_summary_averages_rows_and_chips():
     scores = ChipScores(
         row_ids=("a", "b", "c", "d"),
+        tasks=("colours",) * 4,
         chip_seeds=(0, 1),
         clean=(1.0, 2.0, -1.0, 4.0),
+        clean_correct=(True, True, False, True),
         noisy=((1.0, -2.0, -1.0, 4.0), (0.0, 2.0, 1.0, 3.0)),
+        noisy_correct=((True, False, False, True), (False, True, True, True)),
         noise_db=(-30.0, -20.0),
     )
     summary = scores.summary()
@@ -111,7 +115,7 @@ def test_summary_averages_rows_and_chips():
         {
             "clean_accuracy": 0.75,
             "clean_margin": 1.5,
-            "accuracy": 0.625,  # a tie is not a right answer
+            "accuracy": 0.625,
             "accuracy_std_chips": np.std([0.5, 0.75], ddof=1),
             "accuracy_worst": 0.5,
             "margin": 1.0,
@@ -124,5 +128,38 @@ def test_summary_averages_rows_and_chips():
 
 
 def test_a_single_chip_has_no_spread():
-    scores = ChipScores(("a", "b"), (0,), (1.0, 2.0), ((1.0, -2.0),), (-30.0,))
+    correct = (True, False)
+    scores = ChipScores(("a", "b"), ("t", "t"), (0,), (1.0, -2.0), correct, ((1.0, -2.0),), (correct,), (-30.0,))
     assert scores.summary()["accuracy_std_chips"] == 0.0
+
+
+def test_a_mixture_tells_the_accuracy_of_each_task():
+    clean, noisy = (True, True, False), ((True, False, False), (True, True, True))
+    margins = (1.0, 1.0, -1.0)
+    scores = ChipScores(("a", "b", "c"), ("x", "y", "x"), (0, 1), margins, clean, (margins,) * 2, noisy, (-30.0,) * 2)
+    told = {key: value for key, value in scores.summary().items() if "." in key}
+    assert told == pytest.approx(
+        {"accuracy.x": 3 / 4, "clean_accuracy.x": 1 / 2, "accuracy.y": 1 / 2, "clean_accuracy.y": 1}
+    )
+
+
+def test_right_answers_of_a_cloze_task_are_its_positive_margins(workbench, tiny_trial):
+    scores = workbench.evaluate(tiny_trial(evaluation=EVALUATION), None)
+    assert scores.clean_correct == tuple(value > 0 for value in scores.clean)
+    assert scores.noisy_correct == tuple(tuple(value > 0 for value in margins) for margins in scores.noisy)
+
+
+def test_a_mixture_is_trained_and_scored_by_task(workbench, tiny_trial, tiny_task, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(tiny_task, other)
+    trial = tiny_trial(steps=2, report_every=2, evaluation={**EVALUATION, "rows": 10})
+    config = trial.model_copy(update={"task": f"{tiny_task}+3*{other}"})
+    training = workbench.train(config, tmp_path / "trial")
+    training.advance()
+    training.close()
+    scores = workbench.evaluate(config, adapter_folder(tmp_path / "trial"))
+    assert scores.tasks == (tiny_task, str(other)) * 5
+    assert scores.clean[::2] == pytest.approx(scores.clean[1::2], abs=1e-4)  # the same rows
+    summary = scores.summary()
+    per_task = [summary[f"accuracy.{task}"] for task in (tiny_task, other)]
+    assert summary["accuracy"] == pytest.approx(np.mean(per_task))

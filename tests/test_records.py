@@ -68,7 +68,10 @@ def _begin(recorder, sweep, number, rank=4):
 
 def _finish(recorder, sweep, tmp_path, number, accuracy, rank=4):
     config, energy = _begin(recorder, sweep, number, rank)
-    scores = _SCORES | {"accuracy": accuracy, "accuracy_low": accuracy - 0.1, "accuracy_high": accuracy + 0.1}
+    per_task = {"accuracy.arc-easy": 0.25, "clean_accuracy./rows/my (own)": 0.75, "not.of.these": 1.0}
+    scores = (
+        _SCORES | per_task | {"accuracy": accuracy, "accuracy_low": accuracy - 0.1, "accuracy_high": accuracy + 0.1}
+    )
     point = TrialPoint(
         number=number,
         energy_uj_per_token=energy.total_uj_per_token,
@@ -113,6 +116,7 @@ def test_the_recorded_names_are_frozen():
             "margin_high",
             "noise_db",
         ),
+        "TASK_METRICS": ("accuracy.", "clean_accuracy."),
         "ENERGY": "energy_uj_per_token",
         "ENERGY_COMPONENT": "energy_uj_per_token.{component}",
         "HYPERVOLUME": "hypervolume",
@@ -144,6 +148,9 @@ def test_a_finished_trial_is_read_back_whole(client, store, sweep, sweep_file, t
     assert components == {f"energy_uj_per_token.{k}": pytest.approx(v) for k, v in energy.components_uj.items()}
     limits = {"accuracy": 0.5, "accuracy_low": 0.4, "accuracy_high": 0.6}
     assert {name: record.metrics[name] for name in names.SCORE_METRICS} == _SCORES | limits
+    per_task = {name: value for name, value in record.metrics.items() if name.startswith(names.TASK_METRICS)}
+    assert per_task == {"accuracy.arc-easy": 0.25, "clean_accuracy./rows/my _own_": 0.75}
+    assert "not.of.these" not in record.metrics
     history = client.get_metric_history(record.run_id, "train_loss")
     assert [(m.step, m.value) for m in sorted(history, key=lambda m: m.step)] == [(2, 1.5), (4, 0.75)]
     assert "other" not in record.metrics

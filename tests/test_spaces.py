@@ -89,6 +89,11 @@ def test_every_mistake_of_a_file_is_told_at_once_and_nothing_else(tmp_path):
         ({"space.lora.rank.choices": []}, "space.lora.rank.choices: tuple should have at least 1 item"),
         ({"space.lora.rank.choice": [4]}, "space.lora.rank.choice: unknown key; did you mean 'choices'?"),
         ({"first": [{"chip.adc.bits": 7.5}]}, "first[0].chip.adc.bits: 7.5 is outside the space"),
+        ({"trial.task": {"arc-easy": 1, "piqua": 2}}, "trial.task: no task 'piqua'"),
+        ({"trial.task": {"arc-easy": -1}}, "trial.task: task 'arc-easy': the weight of a task is a positive number"),
+        ({"trial.task": "arc-easy+2*openbokqa"}, "did you mean 'openbookqa'?"),
+        ({"trial.evaluation.answer_pattern": "("}, "answer_pattern is no regular expression"),
+        ({"trial.prompt_format": "chatty"}, "trial.prompt_format: input should be 'plain' or 'chat', got 'chatty'"),
         ({"reference_point.energy_uj_per_token": 0}, "energy_uj_per_token: input should be greater than 0, got 0"),
     ],
 )
@@ -96,6 +101,15 @@ def test_a_wrong_override_is_named(overrides, mistake):
     with pytest.raises(UserError) as caught:
         load_sweep("quickstart", overrides)
     assert any(mistake in problem for problem in caught.value.problems), caught.value.problems
+
+
+def test_a_mixture_is_a_mapping_or_a_sum_and_may_be_searched():
+    overrides = {"trial.task": {"arc-easy": 1, "piqa": 2.5}, "space.task": {"choices": ["arc-easy", "arc-easy+siqa"]}}
+    sweep = load_sweep("quickstart", overrides | {"comparison": None})
+    first = {name: distribution.probes[0] for name, distribution in sweep.space.items() if not distribution.when}
+    assert sweep.resolve({**first, "task": "arc-easy+siqa"}).task == "arc-easy+siqa"
+    del first["task"]
+    assert sweep.resolve(first).task == "1*arc-easy+2.5*piqa"
 
 
 def test_what_is_no_sweep_file_is_refused(tmp_path):

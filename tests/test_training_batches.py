@@ -4,7 +4,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from halora.errors import UserError
-from halora.training.batches import encode, lay_out, pack, pack_answer, rows_at_step
+from halora.training.batches import encode, lay_out, mixture_of, pack, pack_answer, rows_at_step
 from halora.training.tasks import Row
 
 ROWS = [
@@ -32,6 +32,61 @@ def test_the_rows_of_a_step_depend_on_seed_and_step_alone():
     late_first = [rows_at_step(50, 8, seed=1, step=step) for step in (40, 3, 17)]
     assert [rows_at_step(50, 8, seed=1, step=step) for step in (3, 17, 40)] == [late_first[i] for i in (1, 2, 0)]
     assert rows_at_step(50, 8, seed=2, step=3) != rows_at_step(50, 8, seed=1, step=3)
+
+
+def _mixed(sizes: dict[str, int]) -> list[Row]:
+    rows = [Row(f"{task}-{i}", "?", (" a", " b"), 0, task) for task, size in sizes.items() for i in range(size)]
+    return rows[::2] + rows[1::2]
+
+
+def test_a_single_task_s_mixture_is_drawn_as_the_task():
+    rows = _mixed({"x": 20})
+    mixture = mixture_of(rows, {"x": 3.0})
+    for step in (0, 7, 31):
+        assert rows_at_step(mixture, 8, 5, step) == rows_at_step(len(rows), 8, 5, step)
+
+
+@pytest.mark.parametrize("weights", [{"x": 1, "y": 1, "z": 1}, {"x": 5, "y": 0.02, "z": 2}])
+def test_a_mixture_is_drawn_by_its_weights(weights):
+    rows = _mixed({"x": 10, "y": 40, "z": 6})
+    mixture = mixture_of(rows, weights)
+    steps, batch_size = 1400, 8
+    drawn = [rows[i] for step in range(steps) for i in rows_at_step(mixture, batch_size, 1, step)]
+    epochs = steps * batch_size / len(rows)
+    for task, weight in weights.items():
+        share = sum(row.task == task for row in drawn) / len(drawn)
+        assert share == pytest.approx(weight / sum(weights.values()), abs=1 / len(rows) / epochs**0.5)
+    first = [sum(row.task == task for row in drawn[: len(rows)]) for task in weights]
+    exact = [len(rows) * weight / sum(weights.values()) for weight in weights.values()]
+    assert all(abs(count - wanted) < 1 for count, wanted in zip(first, exact, strict=True))
+
+
+def test_every_row_of_a_task_comes_before_any_comes_again():
+    rows = _mixed({"x": 10, "y": 40, "z": 6})
+    mixture = mixture_of(rows, {"x": 1, "y": 1, "z": 1})
+    drawn = [rows[i] for step in range(200) for i in rows_at_step(mixture, 7, 1, step)]
+    for epoch in range(200 * 7 // len(rows)):  # the rows of an epoch are shuffled
+        until = drawn[: (epoch + 1) * len(rows)]
+        for task, size in {"x": 10, "y": 40, "z": 6}.items():
+            ids = [row.row_id for row in until if row.task == task]
+            counts = [ids.count(f"{task}-{i}") for i in range(size)]
+            assert max(counts) - min(counts) <= 1
+
+
+def test_weights_of_the_sizes_make_every_epoch_a_permutation():
+    sizes = {"x": 10, "y": 41, "z": 6}
+    mixture = mixture_of(_mixed(sizes), {task: size / 57 for task, size in sizes.items()})
+    drawn = [i for step in range(30) for i in rows_at_step(mixture, 19, 3, step)]
+    for start in range(0, 570, 57):
+        assert sorted(drawn[start : start + 57]) == list(range(57))
+
+
+def test_the_mixed_rows_of_a_step_depend_on_seed_and_step_alone():
+    rows = _mixed({"x": 10, "y": 40})
+    ahead, anew = mixture_of(rows, {"x": 2, "y": 1}), mixture_of(rows, {"x": 2, "y": 1})
+    late_first = [rows_at_step(ahead, 8, 1, step) for step in (40, 3, 17)]
+    assert [rows_at_step(anew, 8, 1, step) for step in (3, 17, 40)] == [late_first[i] for i in (1, 2, 0)]
+    assert rows_at_step(anew, 8, 2, 3) != rows_at_step(anew, 8, 1, 3)
 
 
 def test_training_packs_the_right_option_and_nothing_else(tokenizer):

@@ -18,9 +18,11 @@ from ray import tune
 
 from halora.errors import UserError
 from halora.evaluation.chips import ChipScores, evaluate
+from halora.evaluation.generation import check_scorable
 from halora.training.adapter import attach_saved, detach
 from halora.training.engine import Finetuner, latest_checkpoint, save_latest
 from halora.training.models import BaseModel, load_base
+from halora.training.prompts import prepared_rows
 from halora.training.rram import RramArray, install
 from halora.training.tasks import Row, Split, load_rows
 from halora.trial import TRIAL_FILE, TrialConfig
@@ -65,9 +67,8 @@ class Workbench:
             first_chip: Number of the first chip instance.
         """
         settings = config.evaluation
-        until = None if settings.rows is None else first_row + settings.rows
-        rows = task_rows(config.task, "validation", until)[first_row:]
-        calibration_rows = task_rows(config.task, "train", settings.calibration_tokens)
+        rows = self.scored_rows(config, first_row)
+        calibration_rows = self.training_rows(config, settings.calibration_tokens)
         base, array = self.base(config)
         peft_model = attach_saved(base, adapter, config.chip.lora.weight_bits) if adapter else None
         try:
@@ -77,6 +78,23 @@ class Workbench:
             if peft_model is not None:
                 detach(peft_model)
 
+    def training_rows(self, config: TrialConfig, limit: int | None) -> list[Row]:
+        """Training rows, ready for the trial's model."""
+        return prepared_rows(task_rows(config.task, "train", limit), self.base(config)[0], config.prompt_format)
+
+    def scored_rows(self, config: TrialConfig, first_row: int = 0) -> list[Row]:
+        """Validation rows that the trial is scored on, ready for its model.
+
+        Raises:
+            UserError: They do not fit the model or cannot be scored the asked way.
+        """
+        settings = config.evaluation
+        until = None if settings.rows is None else first_row + settings.rows
+        rows = task_rows(config.task, "validation", until)[first_row:]
+        check_scorable(rows, settings.scoring, settings.answer_pattern)
+        new_tokens = settings.max_new_tokens if settings.scoring == "generation" else 0
+        return prepared_rows(rows, self.base(config)[0], config.prompt_format, new_tokens)
+
 
 class Training:
     """A trial's training: segments of steps, each ending in a report and a checkpoint."""
@@ -84,10 +102,11 @@ class Training:
     def __init__(self, workbench: Workbench, config: TrialConfig, folder: Path) -> None:
         self._workbench, self._config, self._folder = workbench, config, folder
         base, array = workbench.base(config)
-        rows = task_rows(config.task, "train", config.training.train_rows)
+        rows = workbench.training_rows(config, config.training.train_rows)
+        workbench.scored_rows(config)  # what could not be scored in the end is told before anything is trained
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / TRIAL_FILE, config.model_dump(mode="json"))
-        self._finetuner = Finetuner(base, array, list(rows), config)
+        self._finetuner = Finetuner(base, array, rows, config)
         try:
             if checkpoint := latest_checkpoint(folder):
                 self._finetuner.restore(checkpoint)

@@ -1,5 +1,7 @@
 """The full, resolved description of one trial: what is logged, hashed and needed to repeat it."""
 
+from typing import Literal
+
 from pydantic import Field, model_validator
 
 from halora.errors import UserError
@@ -9,6 +11,7 @@ from halora.hardware.description import Frozen
 from halora.hardware.energy import EnergyBreakdown, energy_per_token
 from halora.training.config import LoraSettings, TrainingSettings
 from halora.training.models import model_shape
+from halora.training.tasks import TaskSetting
 
 TRIAL_FILE = "trial.json"
 """The configuration of a trial, in its folder."""
@@ -19,8 +22,11 @@ class TrialConfig(Frozen):
 
     model: str
     """A known model's name, a hub id, or a local folder."""
-    task: str
-    """A known task's name, a hub data set id, or a folder of JSONL files."""
+    task: TaskSetting
+    """A known task's name, a hub data set id, or a folder of JSONL files; or a mixture: the name of one, a sum, or a
+    mapping of tasks to their weights in training."""
+    prompt_format: Literal["plain", "chat"] = "plain"
+    """The prompt as it is, or as the user's message in the tokenizer's chat template."""
     chip: ChipSetting
     lora: LoraSettings = LoraSettings()
     training: TrainingSettings

@@ -1,5 +1,7 @@
 """Every name that MLflow sees, in one place; a test freezes them."""
 
+import re
+
 # Tags of parent and child runs.
 SWEEP = "halora.sweep"
 KIND = "halora.kind"  # sweep | trial
@@ -25,6 +27,7 @@ SCORE_METRICS = (
     "margin_high",
     "noise_db",
 )
+TASK_METRICS = ("accuracy.", "clean_accuracy.")  # followed by the name of a mixture's task
 ENERGY = "energy_uj_per_token"
 ENERGY_COMPONENT = "energy_uj_per_token.{component}"
 
@@ -42,3 +45,8 @@ FRONT_JSON = "front.json"
 FRONT_CSV = "front.csv"
 FRONT_PNG = "front.png"
 COMPARISON_FILE = "comparison.json"
+
+
+def metric(name: str) -> str:
+    """A metric's name with `_` for the characters that MLflow refuses, as a folder's path may hold."""
+    return re.sub(r"[^\w./: -]", "_", name)

@@ -123,7 +123,8 @@ class SweepRecorder:
     ) -> None:
         """Record an evaluated trial with its adapter, and the sweep's front with it."""
         run_id = self._trial_run(point.number)
-        self._log(run_id, {name: scores[name] for name in names.SCORE_METRICS}, step=step)
+        per_task = {names.metric(name): scores[name] for name in scores if name.startswith(names.TASK_METRICS)}
+        self._log(run_id, {name: scores[name] for name in names.SCORE_METRICS} | per_task, step=step)
         self._client.log_text(run_id, scores_file.read_text(), names.SCORES_FILE)
         if adapter:
             self._client.log_artifacts(run_id, str(adapter), names.ADAPTER_FOLDER)

@@ -71,13 +71,13 @@ def check_rows_left(sweep: SweepConfig) -> None:
     Raises:
         UserError: A task has not enough validation rows beyond those the search scores on.
     """
-    from halora.training.tasks import load_rows
+    from halora.training.tasks import as_sum, load_rows
 
     if sweep.comparison is None:
         return
     used = sweep.trial["evaluation"]["rows"]
     for task in sweep.values_of("task"):
-        left = len(load_rows(str(task), "validation")) - used
+        left = len(load_rows(as_sum(task), "validation")) - used
         if left < sweep.comparison.rows:
             raise UserError(
                 f"comparison.rows: {sweep.comparison.rows}, but '{task}' has {max(left, 0)} validation rows beyond "
@@ -133,5 +133,6 @@ def _cell(name: str, number: int | None, chip: str, scores: ChipScores, referenc
     accuracy = margin = None
     if reference is not None:
         ours, theirs = np.array(scores.noisy), np.array(reference.noisy)
-        accuracy, margin = crossed_bootstrap((ours > 0).astype(float) - (theirs > 0)), crossed_bootstrap(ours - theirs)
+        right = np.array(scores.noisy_correct, dtype=float) - np.array(reference.noisy_correct, dtype=float)
+        accuracy, margin = crossed_bootstrap(right), crossed_bootstrap(ours - theirs)
     return Cell(name, number, chip, scores.summary(), accuracy, margin)

@@ -56,8 +56,8 @@ def recompute(config: TrialConfig, adapter: Path | None, logged: Mapping[str, An
         raise UserError(f"task '{config.task}' no longer gives the rows of this trial", "use the data of the sweep")
     now, then = np.array(scores.noisy), np.array(logged["noisy"])
     return Recomputed(
-        logged_accuracy=float((then > 0).mean()),
-        accuracy=float((now > 0).mean()),
+        logged_accuracy=float(np.mean(logged["noisy_correct"])),
+        accuracy=float(np.mean(scores.noisy_correct)),
         margin_difference=float(np.abs(now - then).mean()),
         tolerance=TOLERANCE_NATS[config.training.dtype],
     )

@@ -298,7 +298,7 @@ def _model_and_task_problems(trial: dict[str, Any], readable: _Space) -> list[st
         searched = readable.get(what)
         for name in searched.choices if isinstance(searched, Categorical) else (trial.get(what),):
             try:
-                if isinstance(name, str):
+                if isinstance(name, str) or (what == "task" and isinstance(name, Mapping)):
                     check(name)
             except UserError as error:
                 problems.append(f"trial.{what}: {error}")

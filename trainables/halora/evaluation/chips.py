@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from halora.evaluation.config import EvaluationSettings
+from halora.evaluation.generation import generate, parsed_answer, reference_answers, reference_scores, same_answer
 from halora.evaluation.intervals import crossed_bootstrap
 from halora.evaluation.scoring import margin, option_scores
 from halora.hardware.addressing import NoiseKey, Role
@@ -25,32 +26,43 @@ _NO_NOISE_DB = -300.0  # stands for none, as JSON has no infinity
 
 @dataclass(frozen=True)
 class ChipScores:
-    """Margins of an adapter on clean weights and on every chip instance, over the same rows.
+    """Margins and right answers of an adapter on clean weights and on every chip instance, over the same rows.
+
+    The margin of a row scored by generation is the mean log-likelihood per token of its reference completion.
 
     Attributes:
         row_ids: Id of each row.
+        tasks: Task of each row.
         chip_seeds: Number of each chip instance in its pool.
         clean: Margin per row in nats, on clean weights and exact converters.
+        clean_correct: Whether each row is answered rightly there.
         noisy: Margin per chip and row in nats, `[chip][row]`.
+        noisy_correct: Whether each row is answered rightly on each chip, `[chip][row]`.
         noise_db: Mean realised noise-to-signal ratio of the mapped weights in dB, per chip.
     """
 
     row_ids: tuple[str, ...]
+    tasks: tuple[str, ...]
     chip_seeds: tuple[int, ...]
     clean: tuple[float, ...]
+    clean_correct: tuple[bool, ...]
     noisy: tuple[tuple[float, ...], ...]
+    noisy_correct: tuple[tuple[bool, ...], ...]
     noise_db: tuple[float, ...]
 
     def summary(self) -> dict[str, float]:
-        """Accuracy and mean margin, clean and over chips, with 95 % intervals over rows and chips."""
+        """Accuracy and mean margin, clean and over chips, with 95 % intervals over rows and chips.
+
+        With more than one task also the accuracy of each, as `accuracy.TASK` and `clean_accuracy.TASK`.
+        """
         margins = np.array(self.noisy)  # (chips, rows)
-        correct = (margins > 0).astype(float)
+        correct = np.array(self.noisy_correct, dtype=float)
+        clean_correct = np.array(self.clean_correct, dtype=float)
         by_chip = correct.mean(axis=1)
         accuracy, mean_margin = crossed_bootstrap(correct), crossed_bootstrap(margins)
-        clean = np.array(self.clean)
-        return {
-            "clean_accuracy": float((clean > 0).mean()),
-            "clean_margin": float(clean.mean()),
+        summary = {
+            "clean_accuracy": float(clean_correct.mean()),
+            "clean_margin": fmean(self.clean),
             "accuracy": accuracy.mean,
             "accuracy_low": accuracy.low,
             "accuracy_high": accuracy.high,
@@ -61,6 +73,12 @@ class ChipScores:
             "margin_high": mean_margin.high,
             "noise_db": fmean(self.noise_db),
         }
+        if len(names := dict.fromkeys(self.tasks)) > 1:
+            for name in names:
+                own = np.array([task == name for task in self.tasks])
+                summary[f"accuracy.{name}"] = float(correct[:, own].mean())
+                summary[f"clean_accuracy.{name}"] = float(clean_correct[own].mean())
+        return summary
 
     def to_json(self) -> dict[str, Any]:
         """Plain lists, for a JSON file."""
@@ -86,24 +104,48 @@ def evaluate(
         chip: Description of the chips; their programming noise is at the chip's own level.
         rows: Rows to score.
         calibration_rows: Training rows that set the ADC ranges.
-        settings: Number of chip instances, batch size, converters.
+        settings: Number of chip instances, way of scoring, batch size, converters.
         role: Pool of the chip instances.
         first_chip: Number of the first chip instance.
     """
-    packed = [pack(row, base.tokenizer) for row in rows]
-
-    def margins() -> tuple[float, ...]:
-        scores = option_scores(base.causal_lm, array, packed, settings.batch_size)
-        return tuple(margin(s, row.answer) for s, row in zip(scores, packed, strict=True))
-
+    scored = _by_generation if settings.scoring == "generation" else _by_options
     array.clear()
     reads = calibrate(base, array, chip, calibration_rows, settings.calibration_tokens, settings.converters)
-    clean = margins()
+    clean, clean_correct = scored(base, array, rows, settings)
     seeds = tuple(range(first_chip, first_chip + settings.chip_instances))
-    noisy, noise_db = [], []
+    noisy, noisy_correct, noise_db = [], [], []
     for seed in seeds:
         array.program(ChipInstance(chip, NoiseKey(role=role, chip_seed=seed), chip.noise.level), reads)
-        noisy.append(margins())
+        margins, correct = scored(base, array, rows, settings)
+        noisy.append(margins)
+        noisy_correct.append(correct)
         noise_db.append(max(mean_db(array.noise_db().values()), _NO_NOISE_DB))
     array.clear()
-    return ChipScores(tuple(row.row_id for row in rows), seeds, clean, tuple(noisy), tuple(noise_db))
+    return ChipScores(
+        row_ids=tuple(row.row_id for row in rows),
+        tasks=tuple(row.task for row in rows),
+        chip_seeds=seeds,
+        clean=clean,
+        clean_correct=clean_correct,
+        noisy=tuple(noisy),
+        noisy_correct=tuple(noisy_correct),
+        noise_db=tuple(noise_db),
+    )
+
+
+_Scored = tuple[tuple[float, ...], tuple[bool, ...]]  # margin of each row, and whether it is answered rightly
+
+
+def _by_options(base: BaseModel, array: RramArray, rows: Sequence[Row], settings: EvaluationSettings) -> _Scored:
+    packed = [pack(row, base.tokenizer) for row in rows]
+    scores = option_scores(base.causal_lm, array, packed, settings.batch_size)
+    margins = tuple(margin(s, row.answer) for s, row in zip(scores, packed, strict=True))
+    return margins, tuple(value > 0 for value in margins)
+
+
+def _by_generation(base: BaseModel, array: RramArray, rows: Sequence[Row], settings: EvaluationSettings) -> _Scored:
+    references = reference_answers(rows, settings.answer_pattern)
+    texts = generate(base, array, rows, settings.batch_size, settings.max_new_tokens)
+    answers = (parsed_answer(text, settings.answer_pattern) for text in texts)
+    correct = tuple(same_answer(answer, reference) for answer, reference in zip(answers, references, strict=True))
+    return tuple(reference_scores(base, array, rows, settings.batch_size)), correct

@@ -1,8 +1,9 @@
 """How an adapter is scored."""
 
+import re
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from halora.hardware.description import Frozen
 
@@ -15,9 +16,26 @@ class EvaluationSettings(Frozen):
     rows: int | None = Field(default=None, ge=2)
     """Use only the first validation rows, in a fixed shuffled order; all of them when left out."""
     batch_size: int = Field(default=16, ge=1)
+    scoring: Literal["cloze", "generation"] = "cloze"
+    """Choose the option of the largest log-likelihood, or generate greedily and compare the answer in the text."""
+    max_new_tokens: int = Field(default=64, ge=1)
+    """Tokens generated at most; read by `generation` only."""
+    answer_pattern: str = r"-?\d[\d,]*(?:\.\d+)?"
+    """Regular expression whose last match, or its group, is the answer, by default a number; for `generation` only."""
     converters: Literal["exact", "statistical"] = "exact"
     """Carry out every conversion, or draw their errors from the model: cheaper for inputs driven bit by bit."""
     calibration_tokens: int = Field(default=128, ge=8)
     """Training tokens that set the converters' ranges."""
     context_tokens: int = Field(default=512, ge=1)
     """Tokens each token attends to, for its energy."""
+
+    @field_validator("answer_pattern")
+    @classmethod
+    def _one_group_at_most(cls, pattern: str) -> str:
+        try:
+            groups = re.compile(pattern).groups
+        except re.error as error:
+            raise ValueError(f"answer_pattern is no regular expression: {error}") from None
+        if groups > 1:
+            raise ValueError(f"answer_pattern has {groups} groups; one at most, write others as (?:...)")
+        return pattern

@@ -6,8 +6,8 @@ option. Training packs the right option, scoring all of them. The pieces of a ba
 sequences of about equal length, none seeing another, so that hardly a token is padding.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from math import ceil
 from typing import Any
@@ -50,24 +50,46 @@ class PackedRow:
         return len(self.tokens) - len(self.sources)
 
 
-def encode(row: Row, tokenizer: Any) -> tuple[list[int], list[list[int]]]:
+def encode(row: Row, tokenizer: Any, only: int | None = None) -> tuple[list[int], list[list[int]]]:
     """Token ids of the prompt and of each option; tokenised apart, so all options share the prompt's ids.
 
+    An empty prompt is the token that texts begin with. A row's single option is a completion: it ends with the token
+    that texts end with, so that a model trained on it learns to stop.
+
+    Args:
+        row: The row.
+        tokenizer: The model's tokenizer.
+        only: Encode this option alone.
+
     Raises:
-        UserError: The prompt or an option has no tokens.
+        UserError: An option has no tokens, or the prompt has none and the tokenizer no token to begin with.
     """
+    begin = tokenizer.bos_token_id
     prompt = tokenizer(row.prompt, add_special_tokens=False).input_ids
-    if tokenizer.bos_token_id is not None and getattr(tokenizer, "add_bos_token", False):
-        prompt = [tokenizer.bos_token_id, *prompt]
-    options = [tokenizer(option, add_special_tokens=False).input_ids for option in row.options]
+    begins = begin is not None and getattr(tokenizer, "add_bos_token", False) and prompt[:1] != [begin]
+    if begins or not prompt:
+        first = tokenizer.eos_token_id if begin is None else begin
+        prompt = [*([] if first is None else [first]), *prompt]
+    texts = row.options if only is None else row.options[only : only + 1]
+    options = [tokenizer(option, add_special_tokens=False).input_ids for option in texts]
     if not prompt or not all(options):
         raise UserError(f"row '{row.row_id}' has an empty prompt or option")
+    if len(row.options) == 1 and tokenizer.eos_token_id is not None:
+        options = [[*options[0], tokenizer.eos_token_id]]
     return prompt, options
 
 
 def pack(row: Row, tokenizer: Any) -> PackedRow:
     """Lay a row out with all of its options."""
-    prompt, options = encode(row, tokenizer)
+    return _pack(row.row_id, *encode(row, tokenizer), row.answer)
+
+
+def pack_answer(row: Row, tokenizer: Any) -> PackedRow:
+    """Lay a row out with its right option only."""
+    return _pack(row.row_id, *encode(row, tokenizer, only=row.answer), 0)
+
+
+def _pack(row_id: str, prompt: list[int], options: list[list[int]], answer: int) -> PackedRow:
     tokens, segments, positions = list(prompt), [0] * len(prompt), list(range(len(prompt)))
     sources: list[int] = []
     for index, option in enumerate(options):
@@ -76,12 +98,7 @@ def pack(row: Row, tokenizer: Any) -> PackedRow:
         tokens += option
         segments += [index + 1] * len(option)
         positions += range(len(prompt), len(prompt) + len(option))
-    return PackedRow(row.row_id, tokens, segments, positions, sources, row.answer)
-
-
-def pack_answer(row: Row, tokenizer: Any) -> PackedRow:
-    """Lay a row out with its right option only."""
-    return pack(replace(row, options=(row.options[row.answer],), answer=0), tokenizer)
+    return PackedRow(row_id, tokens, segments, positions, sources, answer)
 
 
 @dataclass(frozen=True)
@@ -121,10 +138,15 @@ class Batch:
         ).last_hidden_state
         return hidden
 
-    def log_likelihoods(self, causal_lm: Any) -> Tensor:
-        """Log-likelihood of every target in nats, `(targets,)`; logits are made only where a target is predicted."""
+    def logits(self, causal_lm: Any) -> Tensor:
+        """Logits where a target is predicted, and nowhere else, `(targets, vocabulary)`."""
         hidden = self.hidden(causal_lm)[self.sources[0], self.sources[1]]
-        logits = causal_lm.get_output_embeddings()(hidden).float()
+        logits: Tensor = causal_lm.get_output_embeddings()(hidden).float()
+        return logits
+
+    def log_likelihoods(self, causal_lm: Any) -> Tensor:
+        """Log-likelihood of every target in nats, `(targets,)`."""
+        logits = self.logits(causal_lm)
         return -torch.nn.functional.cross_entropy(logits, self.targets.to(logits.device), reduction="none")
 
 
@@ -176,12 +198,72 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
 
 
-def rows_at_step(num_rows: int, batch_size: int, seed: int, step: int) -> list[int]:
-    """Indices of the rows of one step: epoch after epoch, each in an order of its own; a function of the step alone."""
+@dataclass(frozen=True, eq=False)
+class Mixture:
+    """Which training rows are whose, and how often each task's turn comes.
+
+    Attributes:
+        groups: Indices of each task's rows.
+        shares: Share of each task in the rows drawn; they sum to 1.
+    """
+
+    groups: tuple[np.ndarray, ...]
+    shares: tuple[float, ...]
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows of all tasks: an epoch draws as many."""
+        return sum(len(group) for group in self.groups)
+
+
+def mixture_of(rows: Sequence[Row], weights: Mapping[str, float]) -> Mixture:
+    """The mixture of rows by their task's weight; tasks without rows have no share."""
+    indices: dict[str, list[int]] = {}
+    for i, row in enumerate(rows):
+        indices.setdefault(row.task, []).append(i)
+    total = sum(weights[task] for task in indices)
+    return Mixture(tuple(map(np.array, indices.values())), tuple(weights[task] / total for task in indices))
+
+
+def rows_at_step(rows: int | Mixture, batch_size: int, seed: int, step: int) -> list[int]:
+    """Indices of the rows of one step: epoch after epoch, each in an order of its own; a function of the step alone.
+
+    An epoch of a mixture draws from each task its share of all rows, rounded up or down such that the mean is exact. A
+    task's rows come again only after all of them have come.
+
+    Args:
+        rows: Number of rows, or their mixture.
+        batch_size: Rows of a step.
+        seed: Seeds the order.
+        step: Number of the step.
+    """
+    num_rows = rows if isinstance(rows, int) else rows.num_rows
     positions = range(step * batch_size, (step + 1) * batch_size)
-    return [int(_epoch_order(num_rows, seed, p // num_rows)[p % num_rows]) for p in positions]
+    order = _epoch_order if isinstance(rows, int) else _mixed_epoch
+    return [int(order(rows, seed, p // num_rows)[p % num_rows]) for p in positions]
 
 
 @lru_cache(maxsize=4)
 def _epoch_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng(derive_seed("epoch", seed, epoch)).permutation(num_rows)
+
+
+@lru_cache(maxsize=4)
+def _mixed_epoch(mixture: Mixture, seed: int, epoch: int) -> np.ndarray:
+    counts = [_counts(mixture.num_rows, mixture.shares, seed, e) for e in range(epoch + 1)]
+    starts = np.sum(counts, axis=0) - counts[epoch]
+    drawn = []
+    for task, (group, start, count) in enumerate(zip(mixture.groups, starts, counts[epoch], strict=True)):
+        passes = range(start // len(group), (start + count) // len(group) + 1)
+        stream = np.concatenate([_epoch_order(len(group), derive_seed("task", seed, task), p) for p in passes])
+        offset = start - passes[0] * len(group)
+        drawn.append(group[np.sort(stream[offset : offset + count])])
+    return np.concatenate(drawn)[_epoch_order(mixture.num_rows, seed, epoch)]
+
+
+@lru_cache(maxsize=2**14)
+def _counts(num_rows: int, shares: tuple[float, ...], seed: int, epoch: int) -> np.ndarray:
+    """How many rows an epoch draws of each task: systematic sampling, so whole numbers with the right mean and sum."""
+    bounds = np.round(np.cumsum((0.0, *shares)) * num_rows, 6)
+    shift = np.random.default_rng(derive_seed("shares", seed, epoch)).random()
+    return np.diff(np.floor(bounds + shift)).astype(int)

