@@ -19,7 +19,8 @@ from ray import tune
 from halora.errors import UserError
 from halora.evaluation.chips import ChipScores, evaluate
 from halora.training.adapter import attach_saved, detach
-from halora.training.engine import Finetuner, latest_checkpoint, save_latest
+from halora.training.checkpoint import latest_checkpoint
+from halora.training.engine import Finetuner, save_latest
 from halora.training.models import BaseModel, load_base
 from halora.training.rram import RramArray, install
 from halora.training.tasks import Row, Split, load_rows

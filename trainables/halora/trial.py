@@ -1,6 +1,6 @@
 """The full, resolved description of one trial: what is logged, hashed and needed to repeat it."""
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from halora.evaluation.config import EvaluationSettings
 from halora.hardware.chip import ChipSetting
@@ -23,6 +23,15 @@ class TrialConfig(Frozen):
     evaluation: EvaluationSettings = EvaluationSettings()
     seed: int = Field(default=0, ge=0)
     """Seeds adapter initialisation, data order and training noise; chip instances do not depend on it."""
+
+    @model_validator(mode="after")
+    def _dora_reads_whole_weights(self) -> "TrialConfig":
+        if self.lora.variant == "dora" and self.training.zero_stage == 3:
+            raise ValueError(
+                "lora.variant 'dora' reads frozen weights whole, which training.zero_stage 3 does not keep; "
+                "use zero_stage 0 to 2"
+            )
+        return self
 
 
 def trial_energy(config: TrialConfig) -> EnergyBreakdown:
