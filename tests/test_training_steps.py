@@ -162,8 +162,8 @@ def test_recomputation_keeps_less_and_gives_the_base_back(workbench, tiny_trial,
     kept = {}
     for recompute in (False, True):
         config = tiny_trial(activation_checkpointing=recompute, steps=1)
-        saved = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        saved: list[torch.Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
             _run(workbench, config, tmp_path / str(recompute))
         kept[recompute] = sum(t.nbytes for t in saved if VOCABULARY not in t.shape)
         assert not workbench.base(config)[0].causal_lm.training

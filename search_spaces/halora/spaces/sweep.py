@@ -20,6 +20,8 @@ from halora.trial import TrialConfig, trial_energy
 
 SHIPPED = files("halora.spaces") / "sweeps"
 
+_FIXED = ("training.workers", "training.worker_timeout_s")  # a trial's share of the cluster, not its configuration
+
 _Space = Mapping[str, Categorical | Range]
 _DISTRIBUTIONS: dict[str, type[BaseModel]] = {"Categorical": Categorical, "Range": Range}
 
@@ -61,6 +63,11 @@ class SweepConfig(Frozen):
     """Points to try before the sampler chooses."""
     reference_point: ReferencePoint
     comparison: Comparison | None = None
+
+    @property
+    def workers(self) -> int:
+        """Workers of every trial."""
+        return self.resolve({}).training.workers
 
     def resolve(self, values: Mapping[str, Any]) -> TrialConfig:
         """The trial that the given values of searched fields describe."""
@@ -164,6 +171,8 @@ def _space_problems(trial: dict[str, Any], space: dict[str, Any], readable: _Spa
         searched_before.append(path)
         if path not in known_paths:
             problems.append(f"space.{path}: a trial has no such field{nearest(path, known_paths)}")
+        elif path in _FIXED:
+            problems.append(f"space.{path}: cannot be searched, every trial has the same; set trial.{path}")
         elif strange:
             problems += [
                 f"space.{path}.when: '{name}' is not searched before it{nearest(name, searched_before)}"
@@ -240,7 +249,7 @@ def describe(error: ValidationError, model: type[BaseModel], prefix: str = "") -
     sentences = []
     for item in error.errors(include_url=False):
         parts = [str(part) for part in item["loc"]]
-        path = prefix + ".".join(part for part in parts if part not in _DISTRIBUTIONS)
+        path = (prefix + ".".join(part for part in parts if part not in _DISTRIBUTIONS)).removesuffix(".")
         if item["type"] == "extra_forbidden":
             known = _keys(model, parts[:-1])
             sentences.append(f"{path}: unknown key{nearest(parts[-1], known)} (known: {', '.join(sorted(known))})")

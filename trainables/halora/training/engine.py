@@ -97,6 +97,11 @@ class Finetuner:
         self._state = TrainedState(self._engine, trainable)
 
     @property
+    def spends_base(self) -> bool:
+        """Whether the base is of no use afterwards: ZeRO-3 leaves it in shards."""
+        return self._config.training.zero_stage == 3
+
+    @property
     def writes(self) -> bool:
         """Whether this worker writes the checkpoints."""
         return self._place.rank == 0
@@ -187,7 +192,7 @@ class Finetuner:
         self.step = checkpoint.step
 
     def close(self) -> None:
-        """Tear engine and group down and give the base model back. At ZeRO-3 the base is spent: load it anew."""
+        """Tear engine and group down and give the base model back, unless it is spent."""
         self._array.clear()
         self._engine.destroy()
         if self._place.workers > 1:
