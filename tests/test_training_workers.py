@@ -15,13 +15,13 @@ from halora.peers import WorkerLostError
 from halora.trainable import HaloraTrainable, Training, Workbench, adapter_folder
 from halora.trial import TrialConfig
 
-SETTINGS = {"steps": 6, "schedule": {"sigma_start": 0.05, "redraw_steps": 2}, "mu": 0.3, "worker_timeout_s": 60}
+SETTINGS = {"steps": 6, "schedule": {"sigma_start": 0.05, "redraw_steps": 2}, "mu": 0.3, "worker_timeout_s": 120}
 
 
 @pytest.fixture(scope="module")
 def workbench():
     """Rank 0's workbench on a Ray with room for two peers, which outlive a trial."""
-    os.environ["RAY_AUTH_MODE"] = "disabled"
+    os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_worker_niceness": "0"}
     ray.init(
         num_cpus=2,
         include_dashboard=False,
@@ -92,10 +92,12 @@ def test_a_checkpoint_is_read_with_another_number_of_workers(
     workbench, alone, tiny_trial, tmp_path, zero_stage, before
 ):
     settings = SETTINGS | {"zero_stage": zero_stage}
-    whole = alone.setdefault("four rows", _run(Workbench(), tiny_trial(**SETTINGS), tmp_path / "whole"))
-    parts = _run(workbench, tiny_trial(**settings, workers=before), tmp_path / "parts", stop_at=3)
-    parts += _run(workbench, tiny_trial(**settings, workers=3 - before), tmp_path / "parts")
-    assert parts == pytest.approx(whole, abs=1e-4)
+    if "four rows" not in alone:
+        alone["four rows"] = _run(Workbench(), tiny_trial(**SETTINGS), tmp_path / "whole")
+    benches = {1: Workbench(), 2: workbench}
+    parts = _run(benches[before], tiny_trial(**settings, workers=before), tmp_path / "parts", stop_at=3)
+    parts += _run(benches[3 - before], tiny_trial(**settings, workers=3 - before), tmp_path / "parts")
+    assert parts == pytest.approx(alone["four rows"], abs=1e-4)
 
 
 def test_a_loss_that_is_not_finite_fails_on_all_workers_and_keeps_them(workbench, tiny_trial, tmp_path):

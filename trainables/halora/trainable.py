@@ -32,6 +32,8 @@ from halora.trial import TrialConfig
 RESULT_FILE = "result.json"
 """Scores of a finished trial, in its folder."""
 _REPORTS_FILE = "reports.json"
+_LOADING_S = 1800.0
+"""Longest wait for another worker to start and to load the base model."""
 
 
 class Workbench:
@@ -135,7 +137,7 @@ class Training:
         self._patience = {"timeout_s": config.training.worker_timeout_s}
         self._peers = workbench.peers(config)
         folder.mkdir(parents=True, exist_ok=True)
-        with self._peers.in_step("load", config, **self._patience):
+        with self._peers.in_step("load", config, timeout_s=_LOADING_S):
             workbench.base(config)
         checkpoint = latest_checkpoint(folder)
         place = Place(0, config.training.workers, self._peers.host, free_port(), config.training.worker_timeout_s)
