@@ -191,3 +191,26 @@ def test_what_cannot_be_priced_is_refused_before_anything_runs():
     assert len(caught.value.problems) == 1
     with pytest.raises(UserError, match=r"adc.bits.*12.*\(with chip.adc.bits 12\)"):
         load_sweep("quickstart", {"space.chip.adc.bits": {"low": 6, "high": 12, "kind": "int"}})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "mistake"),
+    [
+        (
+            {"space.training.workers": {"choices": [1, 2]}},
+            "space.training.workers: cannot be searched, every trial has the same; set trial.training.workers",
+        ),
+        (
+            {"trial.training.workers": 4, "trial.training.gradient_accumulation": 8},
+            "is less than a row for each of workers 4 x gradient_accumulation 8",
+        ),
+        (
+            {"trial.lora.variant": "dora", "trial.training.zero_stage": 3},
+            "trial: lora.variant 'dora' reads frozen weights whole",
+        ),
+    ],
+)
+def test_an_engine_that_cannot_work_is_refused(overrides, mistake):
+    with pytest.raises(UserError) as caught:
+        load_sweep("quickstart", overrides)
+    assert any(mistake in problem for problem in caught.value.problems), caught.value.problems

@@ -26,7 +26,7 @@ from halora.training.engine import Finetuner, save_latest
 from halora.training.models import BaseModel, load_base
 from halora.training.rram import RramArray, install
 from halora.training.tasks import Row, Split, load_rows
-from halora.training.workers import Place, free_port
+from halora.training.workers import Place, free_port, leaving_on_failure
 from halora.trial import TrialConfig
 
 RESULT_FILE = "result.json"
@@ -186,14 +186,16 @@ class Peer:
     def begin(self, config: TrialConfig, place: Place, checkpoint: Path | None) -> None:
         """Join the training; `place` is that of rank 0."""
         self.close()  # what rank 0 may have given up
-        self._finetuner = self._workbench.finetuner(config, replace(place, rank=self._rank), checkpoint)
+        with leaving_on_failure():
+            self._finetuner = self._workbench.finetuner(config, replace(place, rank=self._rank), checkpoint)
 
     def advance(self, count: int, folder: Path) -> None:
         """Take this worker's part in `count` steps and in the checkpoint."""
         assert self._finetuner is not None
-        for _ in range(count):
-            self._finetuner.train_step()
-        save_latest(self._finetuner, folder)
+        with leaving_on_failure():
+            for _ in range(count):
+                self._finetuner.train_step()
+            save_latest(self._finetuner, folder)
 
     def close(self) -> None:
         """Leave the training."""

@@ -237,7 +237,9 @@ def _checkpoint_activations(causal_lm: Any) -> None:
 
 def _deepspeed_engine(loss: HaloraLoss, parameters: list[nn.Parameter], training: TrainingSettings) -> Any:
     import deepspeed
+    from deepspeed.runtime.zero.partition_parameters import Init
 
+    Init.param_id = 0  # ZeRO-3 compares the ids of all workers, which have had other trials before
     optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=training.weight_decay)
     parts = training.workers * training.gradient_accumulation
     engine, *_ = deepspeed.initialize(

@@ -6,12 +6,15 @@ leaves it and joins the next at another address.
 
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 from torch import Tensor
 
+from halora.errors import UserError
 from halora.training.models import extensions_dir
 
 
@@ -73,6 +76,21 @@ def leave_process_group() -> None:
 
     if torch.distributed.is_initialized():
         deepspeed.comm.destroy_process_group()
+
+
+@contextmanager
+def leaving_on_failure() -> Iterator[None]:
+    """Leave the group on a failure of this worker alone, so that the others do not wait for it.
+
+    What a user can mend, and a loss that is not finite, all workers meet together.
+    """
+    try:
+        yield
+    except (UserError, FloatingPointError):
+        raise
+    except Exception:
+        leave_process_group()
+        raise
 
 
 def mean_over_workers(values: Tensor) -> Tensor:
