@@ -6,10 +6,12 @@ leaves it and joins the next at another address.
 
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -48,6 +50,9 @@ def join_process_group(place: Place | None = None) -> None:
     """Make this process a worker of a DeepSpeed group: of one alone where no place is given."""
     place = place or Place()
     os.environ["TORCH_EXTENSIONS_DIR"] = str(extensions_dir())
+    # This environment's ninja before the system's: each builds DeepSpeed's op anew when it finds the other's log.
+    own = str(Path(sys.executable).parent)
+    os.environ["PATH"] = os.pathsep.join(dict.fromkeys([own, *os.environ["PATH"].split(os.pathsep)]))
     import deepspeed
 
     if torch.distributed.is_initialized():
