@@ -101,10 +101,10 @@ def test_a_checkpoint_is_read_with_another_number_of_workers(
 
 
 def test_a_loss_that_is_not_finite_fails_on_all_workers_and_keeps_them(workbench, tiny_trial, tmp_path):
-    config = tiny_trial(**(SETTINGS | {"mu": 1e30, "gradient_clip": 1e30}), workers=2, learning_rate=1.0)
+    config = tiny_trial(**(SETTINGS | {"mu": 1e39}), workers=2)
     training = workbench.train(config, tmp_path / "lost")
     before = training._peers._actors
-    with pytest.raises(FloatingPointError, match=r"loss (inf|nan) at step"):
+    with pytest.raises(FloatingPointError, match=r"loss inf at step 0"):
         _go_on(training)
     training.close()
     assert _run(workbench, tiny_trial(**SETTINGS, workers=2), tmp_path / "next")

@@ -235,11 +235,24 @@ def _checkpoint_activations(causal_lm: Any) -> None:
     causal_lm.train()
 
 
-def _deepspeed_engine(loss: HaloraLoss, parameters: list[nn.Parameter], training: TrainingSettings) -> Any:
-    import deepspeed
+def _number_from_zero() -> None:
+    """Have ZeRO-3 number the next model's parameters and modules from 0.
+
+    It goes on counting from engine to engine, and refuses workers whose numbers differ, as they do when one of them
+    had a ZeRO-3 trial more.
+    """
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
     from deepspeed.runtime.zero.partition_parameters import Init
 
-    Init.param_id = 0  # ZeRO-3 compares the ids of all workers, which have had other trials before
+    Init.param_id = 0
+    (counter,) = DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__
+    counter[0] = 0
+
+
+def _deepspeed_engine(loss: HaloraLoss, parameters: list[nn.Parameter], training: TrainingSettings) -> Any:
+    import deepspeed
+
+    _number_from_zero()
     optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=training.weight_decay)
     parts = training.workers * training.gradient_accumulation
     engine, *_ = deepspeed.initialize(
