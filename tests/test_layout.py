@@ -16,6 +16,7 @@ LAYERS = (
     {"errors"},
     {"hardware"},
     {"training", "evaluation", "trial"},
+    {"peers"},
     {"trainable"},
     {"spaces"},
     {"analysis"},
@@ -62,10 +63,10 @@ def test_imports_run_one_way():
 @pytest.mark.parametrize(
     ("library", "importers"),
     [
-        ("ray", {"trainable", "sweep.executor"}),
+        ("ray", {"peers", "trainable", "sweep.executor"}),
         ("mlflow", {"records.queries", "records.tracking", "cli.trial"}),  # the last for a type alone
         ("optuna", {"sweep.core", "analysis.front"}),
-        ("deepspeed", {"training.engine"}),
+        ("deepspeed", {"training.engine", "training.checkpoint", "training.workers"}),
         ("peft", {"training.adapter"}),
     ],
 )

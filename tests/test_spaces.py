@@ -257,3 +257,26 @@ def test_a_wrong_comparison_or_chip_is_named(overrides, mistake):
     with pytest.raises(UserError) as caught:
         load_sweep("quickstart", overrides)
     assert any(mistake in problem for problem in caught.value.problems), caught.value.problems
+
+
+@pytest.mark.parametrize(
+    ("overrides", "mistake"),
+    [
+        (
+            {"space": {"training.workers": {"choices": [1, 2]}}, "first": []},
+            "space.training.workers: cannot be searched, every trial has the same; set trial.training.workers",
+        ),
+        (
+            {"trial.training.workers": 4, "trial.training.gradient_accumulation": 8},
+            "is less than a row for each of workers 4 x gradient_accumulation 8",
+        ),
+        (
+            {"trial.lora.variant": "dora", "trial.training.zero_stage": 3},
+            "trial.lora.variant: 'dora' reads frozen weights whole",
+        ),
+    ],
+)
+def test_an_engine_that_cannot_work_is_refused(overrides, mistake):
+    with pytest.raises(UserError) as caught:
+        load_sweep("quickstart", overrides)
+    assert any(mistake in problem for problem in caught.value.problems), caught.value.problems

@@ -1,9 +1,20 @@
-"""Oracle: closed forms of both norms and of their gradients."""
+"""Oracles: closed forms of both norms and of their gradients; the variants' effective weights, written out."""
+
+import json
 
 import pytest
 import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
-from halora.training.adapter import regulariser
+from halora.errors import UserError
+from halora.hardware.addressing import NoiseKey, Role
+from halora.hardware.noise import programmed_weight
+from halora.trainable import Workbench, adapter_folder
+from halora.training.adapter import attach, attach_saved, detach, regulariser
+from halora.training.config import LINEAR_NAMES
+from halora.training.rram import ChipInstance
 
 GENERATOR = torch.Generator().manual_seed(4)
 
@@ -61,3 +72,91 @@ def test_bf16_weights_are_measured_in_float32():
     value = regulariser([pair], "frobenius")
     assert value.dtype == torch.float32
     assert value.item() == pytest.approx(regulariser([(pair[0].float(), pair[1].float())], "frobenius").item())
+
+
+@pytest.fixture(scope="module")
+def workbench() -> Workbench:
+    """One process's workbench."""
+    return Workbench()
+
+
+def _train(workbench, config, folder, stop_at=None):
+    training = workbench.train(config, folder)
+    losses = []
+    try:
+        while not training.done and (stop_at is None or training._finetuner.step < stop_at):
+            losses.append(training.advance()["train_loss"])
+    finally:
+        training.close()
+    return losses
+
+
+def test_rslora_scales_by_the_root_of_the_rank(workbench, tiny_trial, tmp_path):
+    rslora = tiny_trial(lora={"rank": 4, "alpha_over_rank": 1.0, "variant": "rslora"})
+    plain = tiny_trial(lora={"rank": 4, "alpha_over_rank": 2.0})
+    losses = _train(workbench, rslora, tmp_path / "rslora")
+    assert losses == _train(workbench, plain, tmp_path / "plain")
+    config = json.loads((adapter_folder(tmp_path / "rslora") / "adapter_config.json").read_text())
+    assert (config["use_rslora"], config["use_dora"]) == (True, False)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2])
+def test_dora_trains_its_magnitude_and_goes_on_from_a_checkpoint(workbench, tiny_trial, tmp_path, zero_stage):
+    config = tiny_trial(lora={"variant": "dora"}, zero_stage=zero_stage, schedule={"redraw_steps": 2})
+    whole = _train(workbench, config, tmp_path / "whole")
+    parts = [loss for stop in (3, None) for loss in _train(workbench, config, tmp_path / "parts", stop)]
+    assert parts == pytest.approx(whole, abs=1e-5)
+    _train(workbench, config, tmp_path / "begun", stop_at=1)
+    begun, done = (load_file(adapter_folder(tmp_path / n) / "adapter_model.safetensors") for n in ("begun", "whole"))
+    magnitudes = [name for name in begun if name.endswith("lora_magnitude_vector")]
+    assert len(magnitudes) == 5 * 2
+    assert all((begun[name] - done[name]).abs().max() > 1e-3 for name in magnitudes)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_dora_scales_the_noisy_product_by_a_norm_of_clean_weights(workbench, tiny_trial, tmp_path, architecture):
+    """Within 1e-4 of a plain model that holds m / ||W0 + s B A|| x (W* + s B A), its bias unscaled."""
+    config = tiny_trial(architecture, lora={"variant": "dora"}, steps=1)
+    _train(workbench, config, tmp_path)
+    folder = adapter_folder(tmp_path)
+    drawn = {  # far from where training starts
+        name: weight + 0.3 * torch.randn(weight.shape, generator=GENERATOR)
+        for name, weight in load_file(folder / "adapter_model.safetensors").items()
+    }
+    save_file(drawn, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    key = NoiseKey(role=Role.SEARCH, chip_seed=5)
+    plain = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32).eval()
+    for name, module in plain.named_modules():
+        if name.rpartition(".")[2] in LINEAR_NAMES:
+            at = key.at(module=name, purpose="programming")
+            noisy = programmed_weight(module.weight.data, config.chip, at, 0.05)
+            if name.rpartition(".")[2] in config.lora.targets:
+                a, b = (drawn[f"base_model.model.{name}.lora_{ab}.weight"] for ab in "AB")
+                branch = config.lora.alpha_over_rank * b @ a
+                magnitude = drawn[f"base_model.model.{name}.lora_magnitude_vector"]
+                scale = magnitude / (module.weight.data + branch).norm(dim=1)
+                noisy = scale[:, None] * (noisy + branch)
+            module.weight.data = noisy
+    tokens = torch.arange(100, 120)[None]
+    base, array = workbench.base(config)
+    ours = attach_saved(base, folder)
+    array.program(ChipInstance(config.chip, key, 0.05))
+    logits = ours(input_ids=tokens).logits
+    array.clear()
+    detach(ours)
+    torch.testing.assert_close(logits, plain(input_ids=tokens).logits, rtol=0, atol=1e-4)
+
+
+def test_dora_at_zero_3_is_refused(tiny_trial):
+    with pytest.raises(ValidationError, match=r"'dora' reads frozen weights whole.*use zero_stage 0 to 2"):
+        tiny_trial(lora={"variant": "dora"}, zero_stage=3)
+
+
+def test_targets_that_the_model_has_not_are_told_before_anything_changes(workbench, tiny_trial):
+    config = tiny_trial()
+    base, _ = workbench.base(config)
+    lora = config.lora.model_copy(update={"targets": ("q_proj", "w_pack", "qkv_proj")})
+    with pytest.raises(UserError, match=r"has no layers named w_pack, qkv_proj \(mend lora.targets\)"):
+        attach(base, lora, seed=0)
+    assert not any("lora" in name for name, _ in base.causal_lm.named_modules())

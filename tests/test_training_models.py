@@ -93,15 +93,15 @@ def test_a_folder_without_a_configuration(tiny_models, tmp_path):
 
 
 def test_a_configuration_of_another_family(tiny_models, tmp_path):
-    folder = _damaged(tiny_models, tmp_path, hidden_size=None, model_type="gpt2")
-    with pytest.raises(UserError, match=r"\(type 'gpt2'\) has no 'hidden_size'"):
+    folder = _damaged(tiny_models, tmp_path, model_type="phi3")  # all dimensions, but q, k and v in one layer
+    with pytest.raises(UserError, match="is of type 'phi3', not one of llama, qwen2, qwen3: adapters have no targets"):
         model_shape(str(folder))
 
 
-def test_an_unknown_model_type_is_told(tiny_models, tmp_path):
-    folder = _damaged(tiny_models, tmp_path, model_type="no-such-type")
-    with pytest.raises(UserError, match=r"cannot be loaded: .*no-such-type"):
-        load_base(str(folder), "fp32")
+def test_a_configuration_without_a_dimension(tiny_models, tmp_path):
+    folder = _damaged(tiny_models, tmp_path, hidden_size=None)
+    with pytest.raises(UserError, match=r"\(type 'llama'\) has no 'hidden_size' in its config\.json"):
+        model_shape(str(folder))
 
 
 def test_missing_or_damaged_weights_are_told(tiny_models, tmp_path):

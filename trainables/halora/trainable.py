@@ -7,7 +7,8 @@ the trial's own folder, not Ray's: `trial.json`, `step-NNNNNN/` checkpoints and 
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
 from statistics import fmean
@@ -19,24 +20,30 @@ from ray import tune
 from halora.errors import UserError
 from halora.evaluation.chips import ChipScores, evaluate
 from halora.evaluation.generation import check_scorable
+from halora.peers import Peers, WorkerLostError
 from halora.training.adapter import attach_saved, detach
-from halora.training.engine import Finetuner, latest_checkpoint, save_latest
+from halora.training.checkpoint import latest_checkpoint
+from halora.training.engine import Finetuner, save_latest
 from halora.training.models import BaseModel, load_base
 from halora.training.prompts import prepared_rows
 from halora.training.rram import RramArray, install
 from halora.training.tasks import Row, Split, load_rows
+from halora.training.workers import Place, free_port, leaving_on_failure
 from halora.trial import TRIAL_FILE, TrialConfig
 
 RESULT_FILE = "result.json"
 """Scores of a finished trial, in its folder."""
 _REPORTS_FILE = "reports.json"
+_LOADING_S = 1800.0
+"""Longest wait for another worker to start and to load the base model."""
 
 
 class Workbench:
-    """What one process keeps between trials: the base model with its RRAM layers, and the rows."""
+    """What one process keeps between trials: the base model with its RRAM layers, the rows, and its peers."""
 
     def __init__(self) -> None:
         self._loaded: tuple[tuple[str, str], BaseModel, RramArray] | None = None
+        self._peers = Peers(Peer, 0)
 
     def base(self, config: TrialConfig) -> tuple[BaseModel, RramArray]:
         """The trial's base model, loaded when the last trial had another."""
@@ -48,8 +55,49 @@ class Workbench:
         return self._loaded[1], self._loaded[2]
 
     def train(self, config: TrialConfig, folder: Path) -> "Training":
-        """Begin the trial's training, or go on from its latest checkpoint in `folder`."""
+        """Begin the trial's training, or go on from its latest checkpoint in `folder`.
+
+        Raises:
+            UserError: The checkpoint is damaged or another adapter's, or the model lacks the adapter's targets.
+            WorkerLostError: Another worker of the trial could not begin.
+        """
         return Training(self, config, folder)
+
+    def peers(self, config: TrialConfig) -> Peers:
+        """The trial's other workers, running; those of the last trial where it had as many."""
+        count = config.training.workers - 1
+        if self._peers.count != count:
+            self._peers.kill()
+            self._peers = Peers(Peer, count)
+        self._peers.start()
+        return self._peers
+
+    def finetuner(self, config: TrialConfig, place: Place, checkpoint: Path | None) -> Finetuner:
+        """One worker's part in the training, from the checkpoint where there is one."""
+        base, array = self.base(config)
+        rows = self.training_rows(config, config.training.train_rows)
+        try:
+            finetuner = Finetuner(base, array, rows, config, place)
+        except Exception:
+            self.forget_base()  # an adapter may be attached to it
+            raise
+        try:
+            if checkpoint:
+                finetuner.restore(checkpoint)
+        except Exception:
+            self.close(finetuner)
+            raise
+        return finetuner
+
+    def close(self, finetuner: Finetuner) -> None:
+        """Tear a finetuner down; the base is kept where it can be."""
+        finetuner.close()
+        if finetuner.spends_base:
+            self.forget_base()
+
+    def end_peers(self) -> None:
+        """End the other workers; the next trial that wants some starts new ones."""
+        self._peers.kill()
 
     def forget_base(self) -> None:
         """Drop the base model; ZeRO-3 leaves its shards unusable."""
@@ -97,23 +145,25 @@ class Workbench:
 
 
 class Training:
-    """A trial's training: segments of steps, each ending in a report and a checkpoint."""
+    """A trial's training: segments of steps, each ending in a report and a checkpoint.
+
+    Its process is rank 0 of the trial's workers, and speaks for all of them.
+    """
 
     def __init__(self, workbench: Workbench, config: TrialConfig, folder: Path) -> None:
         self._workbench, self._config, self._folder = workbench, config, folder
-        base, array = workbench.base(config)
-        rows = workbench.training_rows(config, config.training.train_rows)
-        workbench.scored_rows(config)  # what could not be scored in the end is told before anything is trained
+        self._patience = {"timeout_s": config.training.worker_timeout_s}
+        self._peers = workbench.peers(config)
+        with self._peers.in_step("load", config, timeout_s=_LOADING_S):
+            workbench.base(config)
+            workbench.scored_rows(config)  # what could not be scored in the end is told before anything is trained
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / TRIAL_FILE, config.model_dump(mode="json"))
-        self._finetuner = Finetuner(base, array, rows, config)
-        try:
-            if checkpoint := latest_checkpoint(folder):
-                self._finetuner.restore(checkpoint)
-            self._reports = past_reports(folder)
-        except Exception:
-            self.close()
-            raise
+        checkpoint = latest_checkpoint(folder)
+        place = Place(0, config.training.workers, self._peers.host, free_port(), config.training.worker_timeout_s)
+        with self._peers.in_step("begin", config, place, checkpoint, **self._patience):
+            self._finetuner = workbench.finetuner(config, place, checkpoint)
+        self._reports = past_reports(folder)
 
     @property
     def done(self) -> bool:
@@ -123,22 +173,55 @@ class Training:
     def advance(self) -> dict[str, float]:
         """Train up to the next report and checkpoint; means over the steps taken."""
         training = self._config.training
-        steps: list[dict[str, float]] = []
-        while not self.done and len(steps) < training.report_every:
-            steps.append(asdict(self._finetuner.train_step()))
-        report: dict[str, float] = {"step": self._finetuner.step}
-        if steps:
-            report |= {f"train_{name}": fmean(step[name] for step in steps) for name in steps[0]}
-            self._reports.append(report)
-        write_json(self._folder / _REPORTS_FILE, self._reports)  # first, so that no checkpoint goes without its report
-        save_latest(self._finetuner, self._folder)
+        count = min(training.report_every, training.steps - self._finetuner.step)
+        with self._peers.in_step("advance", count, self._folder, **self._patience):
+            steps = [asdict(self._finetuner.train_step()) for _ in range(count)]
+            report: dict[str, float] = {"step": self._finetuner.step}
+            if steps:
+                report |= {f"train_{name}": fmean(step[name] for step in steps) for name in steps[0]}
+                self._reports.append(report)
+            write_json(self._folder / _REPORTS_FILE, self._reports)  # first, so that no checkpoint lacks its report
+            save_latest(self._finetuner, self._folder)
         return report
 
     def close(self) -> None:
-        """Tear the engine down."""
-        self._finetuner.close()
-        if self._config.training.zero_stage == 3:
-            self._workbench.forget_base()
+        """Tear the engine down, here and on the peers."""
+        with suppress(WorkerLostError), self._peers.in_step("close", **self._patience):
+            self._workbench.close(self._finetuner)
+
+
+class Peer:
+    """A worker of rank 1 or above: does what rank 0 does, at its word, and reports nothing."""
+
+    def __init__(self, rank: int) -> None:
+        _use_own_threads()
+        self._rank = rank
+        self._workbench = Workbench()
+        self._finetuner: Finetuner | None = None
+
+    def load(self, config: TrialConfig) -> None:
+        """Load the base, before the group gathers."""
+        self._workbench.base(config)
+
+    def begin(self, config: TrialConfig, place: Place, checkpoint: Path | None) -> None:
+        """Join the training; `place` is that of rank 0."""
+        self.close()  # what rank 0 may have given up
+        with leaving_on_failure():
+            self._finetuner = self._workbench.finetuner(config, replace(place, rank=self._rank), checkpoint)
+
+    def advance(self, count: int, folder: Path) -> None:
+        """Take this worker's part in `count` steps and in the checkpoint."""
+        assert self._finetuner is not None
+        with leaving_on_failure():
+            for _ in range(count):
+                self._finetuner.train_step()
+            save_latest(self._finetuner, folder)
+
+    def close(self) -> None:
+        """Leave the training."""
+        if self._finetuner is not None:
+            self._workbench.close(self._finetuner)
+            self._finetuner = None
 
 
 @dataclass(frozen=True)
@@ -197,7 +280,7 @@ class HaloraTrainable(tune.Trainable):
 
     def setup(self, config: dict[str, Any]) -> None:
         """Begin the first trial of this actor."""
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+        _use_own_threads()
         self._workbench = Workbench()
         self._begin(config)
 
@@ -216,8 +299,9 @@ class HaloraTrainable(tune.Trainable):
             return {"number": self._number, "stage": "failed", "cause": str(error), "done": True}
 
     def cleanup(self) -> None:
-        """Release the engine when the actor ends."""
+        """Release the engine and the other workers when the actor ends."""
         self._end_training()
+        self._workbench.end_peers()
 
     def _begin(self, config: dict[str, Any]) -> None:
         self._number, self._folder = int(config["number"]), Path(config["folder"])
@@ -241,6 +325,10 @@ class HaloraTrainable(tune.Trainable):
         if self._training is not None:
             self._training.close()
             self._training = None
+
+
+def _use_own_threads() -> None:
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
 def write_json(path: Path, content: Any) -> None:

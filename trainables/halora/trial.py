@@ -35,9 +35,15 @@ class TrialConfig(Frozen):
     """Seeds adapter initialisation, data order and training noise; chip instances do not depend on it."""
 
     @model_validator(mode="after")
-    def _schedule_suits_the_chip(self) -> "TrialConfig":
-        if problems := self.training.schedule.problems(self.chip):
-            raise UserError([f"training.schedule.{problem}" for problem in problems])
+    def _parts_suit_each_other(self) -> "TrialConfig":
+        problems = [f"training.schedule.{problem}" for problem in self.training.schedule.problems(self.chip)]
+        if self.lora.variant == "dora" and self.training.zero_stage == 3:
+            problems.append(
+                "lora.variant: 'dora' reads frozen weights whole, which training.zero_stage 3 does not keep; "
+                "use zero_stage 0 to 2"
+            )
+        if problems:
+            raise UserError(problems)
         return self
 
 

@@ -119,7 +119,7 @@ def _deepspeed(build: bool) -> Finding:
         found = str(built[0].parent) if built else "not built yet"
         return Finding("DeepSpeed op", bool(built), found, "" if built else "run `halora doctor --build`")
     ok, line = _run_python(
-        "from halora.training.engine import join_process_group; join_process_group(); print('built')"
+        "from halora.training.workers import join_process_group; join_process_group(); print('built')"
     )
     return Finding("DeepSpeed op", ok, line, "" if ok else "install g++ and run `halora doctor --build` again")
 

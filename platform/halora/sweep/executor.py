@@ -130,11 +130,12 @@ class _CoreScheduler(FIFOScheduler):
 
 @contextmanager
 def ray_session(sweep: SweepConfig) -> Iterator[None]:
-    """Ray on this machine while the block runs, with as many one-CPU workers as the sweep has trials side by side."""
+    """Ray on this machine while the block runs, with a one-CPU process per worker of the trials side by side."""
     os.environ.update(_RAY_SETTINGS)
-    threads = max((os.cpu_count() or 1) // sweep.concurrent, 1)
+    processes = sweep.concurrent * sweep.workers
+    threads = max((os.cpu_count() or 1) // processes, 1)
     ray.init(
-        num_cpus=sweep.concurrent,
+        num_cpus=processes,
         include_dashboard=False,
         log_to_driver=False,
         logging_level="ERROR",
@@ -154,8 +155,9 @@ def run_trials(sweep: SweepConfig, folder: SweepFolder, core: DecisionCore, even
     Trials still unfinished at the end keep their checkpoint and stay unfinished in the study.
     """
     running = _Running(folder, core, events)
+    worker = {"CPU": 1, "GPU": _gpus_per_worker(sweep)}
     tune.Tuner(
-        tune.with_resources(HaloraTrainable, {"cpu": 1, "gpu": _gpus_per_worker(sweep)}),
+        tune.with_resources(HaloraTrainable, tune.PlacementGroupFactory([worker] * sweep.workers)),
         tune_config=tune.TuneConfig(
             search_alg=_CoreSearcher(running),
             scheduler=_CoreScheduler(running),
@@ -183,7 +185,7 @@ def score_on_workers(sweep: SweepConfig, jobs: Sequence[ScoringJob]) -> list[Chi
 
 
 def _gpus_per_worker(sweep: SweepConfig) -> float:
-    return min(torch.cuda.device_count() / sweep.concurrent, 1)
+    return min(torch.cuda.device_count() / (sweep.concurrent * sweep.workers), 1)
 
 
 def _trial_name(trial: Any) -> str:

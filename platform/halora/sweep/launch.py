@@ -98,7 +98,7 @@ def _run(sweep: SweepConfig, store: Store, watcher: Watcher) -> Outcome:
         try:
             from halora.sweep.executor import ray_session, run_trials  # imports Ray and torch
 
-            watcher.say(f"starting {sweep.concurrent} workers; the first loads the model once")
+            watcher.say(f"starting {sweep.concurrent * sweep.workers} workers; each loads the model once")
             with ray_session(sweep):
                 run_trials(sweep, folder, core, events)
                 interrupted = core.stopping or bool(core.unfinished) or core.num_started < sweep.trials

@@ -18,6 +18,8 @@ from halora.trial import TrialConfig, trial_energy
 
 SHIPPED = files("halora.spaces") / "sweeps"
 
+_FIXED = ("training.workers", "training.worker_timeout_s")  # a trial's share of the cluster, not its configuration
+
 _Space = Mapping[str, Categorical | Range]
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,79}$")]
@@ -66,6 +68,11 @@ class SweepConfig(Frozen):
     """Points to try before the sampler chooses."""
     reference_point: ReferencePoint
     comparison: Comparison | None = None
+
+    @property
+    def workers(self) -> int:
+        """Workers of every trial."""
+        return self.resolve({}).training.workers
 
     def resolve(self, values: Mapping[str, Any]) -> TrialConfig:
         """The trial that the given values of searched fields describe."""
@@ -246,6 +253,8 @@ def _space_problems(
         searched_before.append(path)
         if path not in known_paths:
             problems.append(f"space.{path}: a trial has no such field{nearest(path, known_paths)}")
+        elif path in _FIXED:
+            problems.append(f"space.{path}: cannot be searched, every trial has the same; set trial.{path}")
         elif strange:
             problems += [
                 f"space.{path}.when: '{name}' is not searched before it{nearest(name, searched_before)}"

@@ -13,9 +13,19 @@ from halora.training.models import BaseModel
 
 
 def attach(base: BaseModel, lora: LoraSettings, seed: int) -> Any:
-    """A trainable PEFT model around `base`, its A drawn from `seed`, its B zero."""
+    """A trainable PEFT model around `base`, its A drawn from `seed`, its B zero.
+
+    DoRA scales each output of the layer, noisy product included, by magnitude / ||W0 + B A||. That norm is taken from
+    the clean W0: the scale is computed once, off the chip, where the noise is not known.
+
+    Raises:
+        UserError: A target is no layer of the model.
+    """
     from peft import LoraConfig, get_peft_model
 
+    names = {name.rpartition(".")[2] for name, _ in base.causal_lm.named_modules()}
+    if strange := [target for target in lora.targets if target not in names]:
+        raise UserError(f"model '{base.name}' has no layers named {', '.join(strange)}", "mend lora.targets")
     torch.manual_seed(derive_seed("adapter", seed))
     config = LoraConfig(
         r=lora.rank,
@@ -23,6 +33,8 @@ def attach(base: BaseModel, lora: LoraSettings, seed: int) -> Any:
         target_modules=list(lora.targets),
         task_type="CAUSAL_LM",
         base_model_name_or_path=base.name,
+        use_rslora=lora.variant == "rslora",
+        use_dora=lora.variant == "dora",
     )
     return get_peft_model(base.causal_lm, config)
 

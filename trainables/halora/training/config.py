@@ -10,6 +10,9 @@ from halora.training.schedule import NoiseSchedule
 Method = Literal["lora", "noise_lora", "halora"]
 """`lora`: no noise, no regulariser. `noise_lora`: noise only. `halora`: noise and L_reg."""
 
+LoraVariant = Literal["plain", "rslora", "dora"]
+"""`rslora`: scale alpha / sqrt(r) (arXiv 2312.03732). `dora`: a trained magnitude per output (arXiv 2402.09353)."""
+
 LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -18,8 +21,9 @@ class LoraSettings(Frozen):
 
     rank: int = Field(default=4, ge=1, le=256)
     alpha_over_rank: float = Field(default=2.0, gt=0, le=64)
-    """LoRA's scale alpha / r."""
+    """LoRA's alpha over its rank. Its scale is alpha / r, and alpha / sqrt(r) for `rslora`."""
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
+    variant: LoraVariant = "plain"
 
     @field_validator("targets")
     @classmethod
@@ -42,6 +46,13 @@ class TrainingSettings(Frozen):
     """Read by `noise_lora` and `halora`."""
     steps: int = Field(ge=0)
     batch_size: int = Field(default=16, ge=1)
+    """Rows per optimiser step, whatever number of micro-batches and workers share them."""
+    gradient_accumulation: int = Field(default=1, ge=1)
+    """Micro-batches per worker and optimiser step."""
+    workers: int = Field(default=1, ge=1)
+    """Processes that share each step's rows, as one DeepSpeed group."""
+    worker_timeout_s: int = Field(default=300, ge=1)
+    """Longest wait of one worker for another before the trial fails."""
     learning_rate: float = Field(default=3e-4, gt=0, le=1)
     warmup_steps: int = Field(default=0, ge=0)
     weight_decay: float = Field(default=0.0, ge=0)
@@ -50,6 +61,8 @@ class TrainingSettings(Frozen):
     zero_stage: Literal[0, 1, 2, 3] = 0
     converters: Literal["none", "statistical"] = "none"
     """Train under the converters' errors and the noise of reads too, by their statistical model; the paper does not."""
+    activation_checkpointing: bool = False
+    """Keep the input of each decoder block only, and compute the block again in the backward: less memory, slower."""
     noisy_weights: Literal["auto", "materialise", "regenerate"] = "auto"
     """Keep one noisy copy of the mapped weights, or make it again in every pass; `auto` keeps it where it fits."""
     report_every: int = Field(default=5, ge=1)
@@ -62,6 +75,15 @@ class TrainingSettings(Frozen):
         if self.converters != "none" and self.zero_stage == 3:
             raise ValueError(
                 "converters are calibrated on whole weights, which zero_stage 3 shards; use stage 0, 1 or 2"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _every_micro_batch_has_a_row(self) -> "TrainingSettings":
+        if self.workers * self.gradient_accumulation > self.batch_size:
+            raise ValueError(
+                f"batch_size {self.batch_size} is less than a row for each of workers {self.workers} x "
+                f"gradient_accumulation {self.gradient_accumulation}"
             )
         return self
 

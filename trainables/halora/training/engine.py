@@ -1,13 +1,14 @@
 """HaLoRA finetuning through a DeepSpeed engine: L = L_task + mu L_reg under noise on the frozen weights.
 
-Everything random is a function of (seed, step), so a restored run goes on exactly as an uninterrupted one.
+Everything random is a function of (seed, step), so a restored run goes on exactly as an uninterrupted one. The rows of
+a step are shared by its workers and their micro-batches, each weighted by its share of the step's option tokens: the
+gradient is that of one batch, however it is shared.
 """
 
-import json
-import os
 import shutil
-import socket
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from math import ceil, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +16,19 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from halora.errors import UserError
 from halora.hardware.addressing import derive_seed
 from halora.hardware.chip import Chip, Retention
 from halora.training.adapter import attach, detach, lora_pairs, regulariser
 from halora.training.batches import Batch, lay_out, mixture_of, pack_answer, rows_at_step
+from halora.training.checkpoint import Checkpoint, TrainedState
 from halora.training.config import TrainingSettings
-from halora.training.models import BaseModel, extensions_dir
+from halora.training.models import BaseModel
 from halora.training.reads import calibrate
 from halora.training.rram import Reads, RramArray
 from halora.training.schedule import TrainingNoise
 from halora.training.tasks import Row, task_weights
+from halora.training.workers import Place, join_process_group, leave_process_group, mean_over_workers
 from halora.trial import TrialConfig
-
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -56,26 +56,38 @@ class HaloraLoss(nn.Module):
         self.peft_model = peft_model
         self._reg_weight, self._reg_norm = training.reg_weight, training.reg_norm
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss of a batch, its task loss and L_reg."""
-        task_loss = -batch.log_likelihoods(self.peft_model.get_base_model()).mean()
+    def forward(self, batch: Batch, target_weight: float) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss of a batch, its task loss and L_reg.
+
+        Args:
+            batch: The rows.
+            target_weight: What an option token's cross-entropy counts in the task loss; 1 / targets for their mean.
+        """
+        task_loss = -target_weight * batch.log_likelihoods(self.peft_model.get_base_model()).sum()
         reg_loss = regulariser(lora_pairs(self.peft_model), self._reg_norm)
         return task_loss + self._reg_weight * reg_loss, task_loss.detach(), reg_loss.detach()
 
 
 class Finetuner:
-    """One training run on a base model that outlives it.
+    """One training run on a base model that outlives it, or one worker's part in it.
 
     Args:
         base: The frozen base, its linear layers mapped to `array`.
         array: Its RRAM layers.
         rows: Training rows.
         config: The trial.
+        place: This worker's place among the workers of the trial; alone where none is given.
+
+    Raises:
+        UserError: The adapter's targets are not all in the model.
     """
 
-    def __init__(self, base: BaseModel, array: RramArray, rows: list[Row], config: TrialConfig) -> None:
+    def __init__(
+        self, base: BaseModel, array: RramArray, rows: list[Row], config: TrialConfig, place: Place | None = None
+    ) -> None:
         self.step = 0
         self._base, self._array, self._rows, self._config = base, array, rows, config
+        self._place = place or Place()
         self._mixture = mixture_of(rows, task_weights(config.task))
         self._draw_index = -1
         self._calibrated: dict[str, dict[str, Reads]] = {}
@@ -90,8 +102,23 @@ class Finetuner:
         )
         self._regenerate = _regenerates(array, config.training)
         self._peft_model = attach(base, config.lora, config.seed)
-        self._trainable = {n: p for n, p in self._peft_model.named_parameters() if p.requires_grad}
-        self._engine = _deepspeed_engine(HaloraLoss(self._peft_model, config.training), self._trainable, config)
+        if config.training.activation_checkpointing:
+            _checkpoint_activations(base.causal_lm)
+        trainable = {n: p for n, p in self._peft_model.named_parameters() if p.requires_grad}
+        join_process_group(self._place)
+        loss = HaloraLoss(self._peft_model, config.training)
+        self._engine = _deepspeed_engine(loss, list(trainable.values()), config.training)
+        self._state = TrainedState(self._engine, trainable)
+
+    @property
+    def spends_base(self) -> bool:
+        """Whether the base is of no use afterwards: ZeRO-3 leaves it in shards."""
+        return self._config.training.zero_stage == 3
+
+    @property
+    def writes(self) -> bool:
+        """Whether this worker writes the checkpoints."""
+        return self._place.rank == 0
 
     @property
     def done(self) -> bool:
@@ -102,24 +129,18 @@ class Finetuner:
         """One optimiser step.
 
         Raises:
-            FloatingPointError: The loss is not finite; the adapter is not changed by this step.
+            FloatingPointError: The loss is not finite; the adapter is not changed by this step. Every worker raises it.
         """
         training = self._config.training
         sigma = self._program()
         torch.manual_seed(derive_seed("step", self._config.seed, self.step))
         indices = rows_at_step(self._mixture, training.batch_size, self._config.seed, self.step)
-        batch = lay_out([pack_answer(self._rows[i], self._base.tokenizer) for i in indices])
-        with self._array.reading(batch.sequences):
-            loss, task_loss, reg_loss = self._engine(batch)
-        report = StepReport(loss.item(), task_loss.item(), reg_loss.item(), sigma)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"loss {report.loss} at step {self.step}")
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = training.learning_rate * min(1.0, (self.step + 1) / (training.warmup_steps + 1))
-        self._engine.backward(loss)
-        self._engine.step()
+        loss, task_loss, reg_loss = mean_over_workers(self._accumulate(self._micro_batches(indices))).tolist()
+        if not isfinite(loss):
+            raise FloatingPointError(f"loss {loss} at step {self.step}")
+        self._update(training.learning_rate * min(1.0, (self.step + 1) / (training.warmup_steps + 1)))
         self.step += 1
-        return report
+        return StepReport(loss, task_loss, reg_loss, sigma)
 
     def _program(self) -> float:
         """Put this step's noise under the model, where it is not the last step's."""
@@ -148,95 +169,77 @@ class Finetuner:
             self._calibrated[converters] = found
         return found
 
-    def save(self, folder: Path) -> None:
-        """Write adapter (a standard PEFT folder), optimiser moments and progress; appears under its name whole."""
-        from safetensors.torch import save_file
+    def _micro_batches(self, indices: list[int]) -> Iterator[tuple[Batch, float]]:
+        """This worker's share of a step's rows, with what an option token counts in it.
 
-        scratch = folder.with_name(f".{folder.name}.partial")
-        shutil.rmtree(scratch, ignore_errors=True)
-        weights = {name: _master(parameter) for name, parameter in self._trainable.items()}
-        (scratch / "adapter").mkdir(parents=True)
-        self._peft_model.peft_config["default"].save_pretrained(scratch / "adapter")
-        save_file(
-            {name.replace(".default.", "."): weight for name, weight in weights.items()},
-            scratch / "adapter" / "adapter_model.safetensors",
-            metadata={"format": "pt"},
-        )
-        if self.step:
-            save_file(self._moments(), scratch / "optimizer.safetensors")
-        (scratch / "progress.json").write_text(json.dumps({"step": self.step}))
-        shutil.rmtree(folder, ignore_errors=True)
-        scratch.rename(folder)
+        DeepSpeed takes the mean over micro-batches and workers, so a token counts micro-batches x workers / tokens.
+        """
+        rows = [pack_answer(self._rows[i], self._base.tokenizer) for i in indices]
+        num_own = self._config.training.gradient_accumulation
+        num_all = num_own * self._place.workers
+        target_weight = num_all / sum(len(row.sources) for row in rows)
+        for i in range(num_own):
+            yield lay_out(rows[self._place.rank * num_own + i :: num_all]), target_weight
+
+    def _accumulate(self, micro_batches: Iterable[tuple[Batch, float]], scale: float = 1.0) -> Tensor:
+        """Accumulate the gradient of `scale` x loss; the means of loss, task loss and L_reg, `(3,)`."""
+        losses: list[Tensor] = []
+        for batch, target_weight in micro_batches:
+            if losses:
+                self._engine.step()  # counts the micro-batch before; DeepSpeed updates after the last one only
+            with self._array.reading(batch.sequences):  # a checkpointed block reads again in the backward
+                loss, task_loss, reg_loss = self._engine(batch, target_weight)
+                self._engine.backward(scale * loss)
+            losses.append(torch.stack([loss.detach(), task_loss, reg_loss]))
+        return torch.stack(losses).mean(dim=0)
+
+    def _update(self, learning_rate: float) -> None:
+        """Update the adapter with the accumulated gradient."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._engine.step()
+
+    def save(self, folder: Path) -> None:
+        """Write a checkpoint, which appears under its name whole; rank 0 writes, but every worker must ask."""
+        checkpoint = self._state.read(self.step)
+        if self.writes:
+            checkpoint.write(folder, self._peft_model.peft_config["default"])
 
     def restore(self, folder: Path) -> None:
-        """Go on from `save`.
+        """Go on from `save`, whatever the number of workers and the ZeRO stage it was written with.
 
         Raises:
             UserError: The checkpoint belongs to an adapter of another shape or is damaged.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            step = int(json.loads((folder / "progress.json").read_text())["step"])
-            weights = load_file(folder / "adapter" / "adapter_model.safetensors")
-            moments = load_file(folder / "optimizer.safetensors") if step else {}
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise UserError(f"checkpoint '{folder}' is damaged: {error}", "delete it; the trial starts over") from None
-        expected = {name.replace(".default.", "."): parameter for name, parameter in self._trainable.items()}
-        same_adapter = {n: w.shape for n, w in weights.items()} == {n: _shape(p) for n, p in expected.items()}
-        expected_moments = {f"{name}.{moment}" for name in self._trainable for moment in _MOMENTS} if step else set()
-        if not same_adapter or moments.keys() != expected_moments:
-            raise UserError(f"checkpoint '{folder}' belongs to another adapter", "delete it; the trial starts over")
-        self._take_empty_step()  # DeepSpeed makes its optimiser state, and ZeRO-3 whole weights, at the first step
-        for name, parameter in expected.items():
-            _write_master(parameter, weights[name])
-        for name, parameter in self._trainable.items() if step else ():
-            for moment in _MOMENTS:
-                _write_moment(self._optimizer(), parameter, moment, moments[f"{name}.{moment}"])
-        for state in self._optimizer().state.values():
-            state["step"] = torch.full_like(torch.as_tensor(state["step"]), step)
-        self.step = step
+        checkpoint = Checkpoint.read(folder)
+        self._state.check_fits(checkpoint, folder)
+        # DeepSpeed makes its optimiser state, and ZeRO-3 whole weights, at the first step: an empty one.
+        batch = lay_out([pack_answer(self._rows[0], self._base.tokenizer)])
+        self._accumulate([(batch, 0.0)] * self._config.training.gradient_accumulation, scale=0.0)
+        self._update(learning_rate=0.0)
+        self._state.write(checkpoint)
+        self.step = checkpoint.step
 
     def close(self) -> None:
-        """Tear the engine down and give the base model back. At ZeRO-3 the base is spent: load it anew."""
+        """Tear engine and group down and give the base model back, unless it is spent."""
         self._array.clear()
         self._engine.destroy()
+        if self._place.workers > 1:
+            leave_process_group()
+        if self._config.training.activation_checkpointing:
+            self._base.causal_lm.activation_checkpointing_disable()
+            self._base.causal_lm.eval()
         detach(self._peft_model)
-
-    def _take_empty_step(self) -> None:
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = 0.0
-        loss, *_ = self._engine(lay_out([pack_answer(self._rows[0], self._base.tokenizer)]))
-        self._engine.backward(loss * 0.0)
-        self._engine.step()
-
-    def _optimizer(self) -> torch.optim.Optimizer:
-        """The torch optimiser, inside DeepSpeed's wrapper where there is one."""
-        return getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
-
-    def _moments(self) -> dict[str, Tensor]:
-        optimizer = self._optimizer()
-        return {
-            f"{name}.{moment}": _moment(optimizer, parameter, moment)
-            for name, parameter in self._trainable.items()
-            for moment in _MOMENTS
-        }
-
-
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint below a trial's folder."""
-    found = sorted(folder.glob("step-*/progress.json"))
-    return found[-1].parent if found else None
 
 
 def save_latest(finetuner: Finetuner, folder: Path) -> Path:
-    """Checkpoint as `step-NNNNNN` below `folder`; only then is the one before it deleted."""
+    """Checkpoint as `step-NNNNNN` below `folder`; only then is the one before it deleted. Every worker must ask."""
     newest = folder / f"step-{finetuner.step:06d}"
     finetuner.save(newest)
-    for old in folder.glob("step-*"):
-        if old != newest:
-            shutil.rmtree(old)
+    if finetuner.writes:
+        for old in folder.glob("step-*"):
+            if old != newest:
+                shutil.rmtree(old)
     return newest
 
 
@@ -252,20 +255,42 @@ def _regenerates(array: RramArray, training: TrainingSettings) -> bool:
     return bool(copy > free / 2)
 
 
-def _deepspeed_engine(loss: HaloraLoss, trainable: dict[str, nn.Parameter], config: TrialConfig) -> Any:
+def _checkpoint_activations(causal_lm: Any) -> None:
+    """Have `transformers` compute each decoder block again in the backward, which it does in training mode only.
+
+    The noise of a block is addressed, not drawn in turn, so the block computed again is the same.
+    """
+    causal_lm.activation_checkpointing_enable({"use_reentrant": False})
+    causal_lm.train()
+
+
+def _number_from_zero() -> None:
+    """Have ZeRO-3 number the next model's parameters and modules from 0.
+
+    It goes on counting from engine to engine, and refuses workers whose numbers differ, as they do when one of them
+    had a ZeRO-3 trial more.
+    """
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    Init.param_id = 0
+    (counter,) = DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__
+    counter[0] = 0
+
+
+def _deepspeed_engine(loss: HaloraLoss, parameters: list[nn.Parameter], training: TrainingSettings) -> Any:
     import deepspeed
 
-    join_process_group()
-    training = config.training
-    parameters = list(trainable.values())
+    _number_from_zero()
     optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=training.weight_decay)
+    parts = training.workers * training.gradient_accumulation
     engine, *_ = deepspeed.initialize(
         model=loss,
         optimizer=optimizer,
         model_parameters=parameters,
         config={
-            "train_micro_batch_size_per_gpu": training.batch_size,
-            "gradient_accumulation_steps": 1,
+            "train_micro_batch_size_per_gpu": ceil(training.batch_size / parts),
+            "gradient_accumulation_steps": training.gradient_accumulation,
             "gradient_clipping": training.gradient_clip,
             "bf16": {"enabled": training.dtype == "bf16"},
             "zero_allow_untested_optimizer": True,
@@ -278,68 +303,3 @@ def _deepspeed_engine(loss: HaloraLoss, trainable: dict[str, nn.Parameter], conf
         },
     )
     return engine
-
-
-def join_process_group() -> None:
-    """Make this process a DeepSpeed world of one, once."""
-    os.environ["TORCH_EXTENSIONS_DIR"] = str(extensions_dir())
-    import deepspeed
-
-    if torch.distributed.is_initialized():
-        return
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    os.environ.update(
-        {
-            "RANK": "0",
-            "LOCAL_RANK": "0",
-            "WORLD_SIZE": "1",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
-    )
-    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
-
-
-def _shape(parameter: Tensor) -> torch.Size:
-    return getattr(parameter, "ds_shape", parameter.shape)
-
-
-def _has_master(parameter: Tensor) -> bool:
-    return hasattr(parameter, "ds_id") or getattr(parameter, "_hp_mapping", None) is not None
-
-
-def _master(parameter: Tensor) -> Tensor:
-    """The float32 value of a trainable parameter, wherever DeepSpeed keeps it."""
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    value = safe_get_full_fp32_param(parameter) if _has_master(parameter) else None
-    return (parameter if value is None else value).detach().float().cpu().clone()
-
-
-def _write_master(parameter: Tensor, value: Tensor) -> None:
-    from deepspeed.utils import safe_set_full_fp32_param
-
-    if _has_master(parameter):
-        safe_set_full_fp32_param(parameter, value)
-    parameter.data.copy_(value)
-
-
-def _moment(optimizer: torch.optim.Optimizer, parameter: Tensor, moment: str) -> Tensor:
-    from deepspeed.utils import safe_get_full_optimizer_state
-
-    if _has_master(parameter):
-        value = safe_get_full_optimizer_state(parameter, moment)
-    else:
-        value = optimizer.state[parameter][moment]
-    return value.detach().float().cpu().clone().reshape(_shape(parameter))
-
-
-def _write_moment(optimizer: torch.optim.Optimizer, parameter: Tensor, moment: str, value: Tensor) -> None:
-    from deepspeed.utils import safe_set_full_optimizer_state
-
-    if _has_master(parameter):
-        safe_set_full_optimizer_state(parameter, value, moment)
-    else:
-        optimizer.state[parameter][moment].copy_(value)

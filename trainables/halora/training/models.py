@@ -23,6 +23,8 @@ EMBEDDED = {
     "smollm2-135m-instruct": "SmolLM2-135M-Instruct (LLaMA architecture), de-quantised from 4 bits",
     "smollm2-135m-instruct-qwen2": "the same weights in the Qwen2 architecture, with zero q/k/v biases",
 }
+FAMILIES = ("llama", "qwen2", "qwen3")
+"""Values of `model_type` whose decoder blocks have the seven linear layers that chips and adapters name."""
 _GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -90,13 +92,14 @@ def model_shape(model: str) -> ModelShape:
         return shape
     else:
         config = _hub_config(model, source)
+    if (kind := config.get("model_type", "unknown")) not in FAMILIES:
+        raise UserError(
+            f"model '{model}' is of type '{kind}', not one of {', '.join(FAMILIES)}: adapters have no targets in it"
+        )
     try:
         return ModelShape.from_config(config)
     except KeyError as error:
-        kind = config.get("model_type", "unknown")
-        raise UserError(
-            f"model '{model}' (type '{kind}') has no {error} in its config.json; LLaMA and Qwen have"
-        ) from None
+        raise UserError(f"model '{model}' (type '{kind}') has no {error} in its config.json") from None
 
 
 def check_available(model: str) -> None:

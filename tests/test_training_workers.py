@@ -1,0 +1,166 @@
+"""Oracles: the same training by one worker; the uninterrupted run; what becomes of a trial whose worker is killed."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+from safetensors.torch import load_file
+
+from halora.errors import UserError
+from halora.peers import WorkerLostError
+from halora.trainable import HaloraTrainable, Training, Workbench, adapter_folder
+from halora.trial import TrialConfig
+
+SETTINGS = {"steps": 6, "schedule": {"sigma_start": 0.05, "redraw_steps": 2}, "mu": 0.3, "worker_timeout_s": 60}
+
+
+@pytest.fixture(scope="module")
+def workbench():
+    """Rank 0's workbench on a Ray with room for two peers, which outlive a trial."""
+    os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_worker_niceness": "0"}
+    ray.init(
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=100 * 2**20,
+        _node_ip_address="127.0.0.1",
+        runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}},
+    )
+    workbench = Workbench()
+    yield workbench
+    workbench.end_peers()
+    ray.shutdown()
+
+
+def _run(workbench: Workbench, config: TrialConfig, folder: Path, stop_at: int | None = None) -> list[float]:
+    """Losses from the latest checkpoint to the end, or until `stop_at`."""
+    training = workbench.train(config, folder)
+    try:
+        return _go_on(training, stop_at)
+    finally:
+        training.close()
+
+
+def _go_on(training: Training, stop_at: int | None = None) -> list[float]:
+    losses = []
+    while not training.done and (stop_at is None or training._finetuner.step < stop_at):
+        losses.append(training.advance()["train_loss"])
+    return losses
+
+
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(adapter_folder(folder) / "adapter_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, list[float]]:
+    """Losses of one worker by dtype, set by the first test that needs them."""
+    return {}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "zero_stage", "engine"),
+    [
+        ("fp32", 0, {}),
+        ("fp32", 1, {}),
+        ("fp32", 2, {"gradient_accumulation": 2}),
+        ("fp32", 3, {}),
+        ("fp32", 3, {"activation_checkpointing": True, "gradient_accumulation": 2}),
+        ("bf16", 1, {}),
+        ("bf16", 3, {"activation_checkpointing": True}),
+    ],
+)
+def test_two_workers_train_like_one(workbench, alone, tiny_trial, tmp_path, dtype, zero_stage, engine):
+    """The loss of every step within 1e-4 (bf16: 3e-2) and weights within 1e-3; 7 rows are shared unevenly."""
+    settings = SETTINGS | {"dtype": dtype, "batch_size": 7}
+    if dtype not in alone:
+        alone[dtype] = _run(Workbench(), tiny_trial(**settings), tmp_path / "alone")
+    config = tiny_trial(**settings, zero_stage=zero_stage, workers=2, **engine)
+    losses = _run(workbench, config, tmp_path / "two")
+    assert losses == pytest.approx(alone[dtype], abs=1e-4 if dtype == "fp32" else 3e-2)
+    parts = [loss for stop in (2, None) for loss in _run(workbench, config, tmp_path / "parts", stop_at=stop)]
+    assert parts == pytest.approx(losses, abs=1e-4 if dtype == "fp32" else 3e-2)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2, 3])
+@pytest.mark.parametrize("before", [1, 2])
+def test_a_checkpoint_is_read_with_another_number_of_workers(
+    workbench, alone, tiny_trial, tmp_path, zero_stage, before
+):
+    settings = SETTINGS | {"zero_stage": zero_stage}
+    if "four rows" not in alone:
+        alone["four rows"] = _run(Workbench(), tiny_trial(**SETTINGS), tmp_path / "whole")
+    benches = {1: Workbench(), 2: workbench}
+    parts = _run(benches[before], tiny_trial(**settings, workers=before), tmp_path / "parts", stop_at=3)
+    parts += _run(benches[3 - before], tiny_trial(**settings, workers=3 - before), tmp_path / "parts")
+    assert parts == pytest.approx(alone["four rows"], abs=1e-4)
+
+
+def test_a_loss_that_is_not_finite_fails_on_all_workers_and_keeps_them(workbench, tiny_trial, tmp_path):
+    config = tiny_trial(**(SETTINGS | {"mu": 1e39}), workers=2)
+    training = workbench.train(config, tmp_path / "lost")
+    before = training._peers._actors
+    with pytest.raises(FloatingPointError, match=r"loss inf at step 0"):
+        _go_on(training)
+    training.close()
+    assert _run(workbench, tiny_trial(**SETTINGS, workers=2), tmp_path / "next")
+    assert workbench._peers._actors == before
+
+
+def test_a_damaged_checkpoint_is_told_and_the_workers_stay_usable(workbench, tiny_trial, tmp_path):
+    config = tiny_trial(**SETTINGS, workers=2)
+    whole = _run(workbench, config, tmp_path / "whole")
+    _run(workbench, config, tmp_path / "cut", stop_at=3)
+    weights = adapter_folder(tmp_path / "cut") / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(UserError, match="is damaged"):
+        workbench.train(config, tmp_path / "cut")
+    assert _run(workbench, config, tmp_path / "again") == pytest.approx(whole, abs=1e-5)
+
+
+def _peer_pid(training: Training) -> int:
+    (actor,) = training._peers._actors
+    return ray.get(actor.__ray_call__.remote(lambda peer: os.getpid()))
+
+
+@pytest.mark.parametrize(
+    ("how", "timeout_s", "cause", "within_s"),
+    [
+        (signal.SIGKILL, 60, "worker 1 of 2 ended: .*", 30),
+        (signal.SIGSTOP, 20, "worker 1 of 2 did not answer for 10 s", 60),
+    ],
+)
+def test_a_lost_worker_ends_the_step_soon_and_by_name(workbench, tiny_trial, tmp_path, how, timeout_s, cause, within_s):
+    config = tiny_trial(**(SETTINGS | {"worker_timeout_s": timeout_s, "steps": 1000}), workers=2)
+    training = workbench.train(config, tmp_path)
+    training.advance()
+    pid = _peer_pid(training)
+    os.kill(pid, how)
+    start = time.monotonic()
+    with pytest.raises(WorkerLostError, match=cause):
+        _go_on(training)
+    training.close()
+    assert time.monotonic() - start < within_s
+    assert adapter_folder(tmp_path) is not None
+    config = config.model_copy(update={"training": config.training.model_copy(update={"steps": 3})})
+    assert len(_run(workbench, config, tmp_path / "next")) == 3  # with a new peer
+
+
+def test_a_lost_worker_fails_the_trial_and_not_the_trainable(workbench, tiny_trial, tmp_path):
+    (tmp_path / "lost").mkdir()
+    (tmp_path / "next").mkdir()
+    config = tiny_trial(**SETTINGS, workers=2)
+    trainable = HaloraTrainable.__new__(HaloraTrainable)
+    trainable.setup({"number": 0, "folder": str(tmp_path / "lost"), "trial": config.model_dump(mode="json")})
+    assert trainable.step()["stage"] == "training"
+    os.kill(_peer_pid(trainable._training), signal.SIGKILL)
+    report = trainable.step()
+    assert (report["stage"], report["done"]) == ("failed", True)
+    assert report["cause"].startswith("worker 1 of 2 ended")
+    trainable.reset_config({"number": 1, "folder": str(tmp_path / "next"), "trial": config.model_dump(mode="json")})
+    assert trainable.step()["stage"] == "training"
+    trainable.cleanup()

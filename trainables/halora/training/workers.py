@@ -1,0 +1,106 @@
+"""The DeepSpeed process group a training runs in: of one worker, or of several that share each step's rows.
+
+A group lasts for one training. Those of one worker are kept, as they hold nothing; a process that was in a larger one
+leaves it and joins the next at another address.
+"""
+
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from halora.errors import UserError
+from halora.training.models import extensions_dir
+
+
+@dataclass(frozen=True)
+class Place:
+    """One worker's place in its process group.
+
+    Attributes:
+        rank: 0 for the worker that reports and writes checkpoints.
+        workers: Number of workers.
+        host: Address of rank 0.
+        port: Port on which rank 0 gathers the group.
+        timeout_s: Longest wait of one worker for another.
+    """
+
+    rank: int = 0
+    workers: int = 1
+    host: str = "127.0.0.1"
+    port: int = 0
+    timeout_s: int = 300
+
+
+def free_port() -> int:
+    """A port of this machine that nobody uses now."""
+    with socket.socket() as free:
+        free.bind(("", 0))
+        return int(free.getsockname()[1])
+
+
+def join_process_group(place: Place | None = None) -> None:
+    """Make this process a worker of a DeepSpeed group: of one alone where no place is given."""
+    place = place or Place()
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(extensions_dir())
+    # This environment's ninja before the system's: each builds DeepSpeed's op anew when it finds the other's log.
+    own = str(Path(sys.executable).parent)
+    os.environ["PATH"] = os.pathsep.join(dict.fromkeys([own, *os.environ["PATH"].split(os.pathsep)]))
+    import deepspeed
+
+    if torch.distributed.is_initialized():
+        if place.workers == torch.distributed.get_world_size() == 1:
+            return
+        leave_process_group()
+    os.environ.update(
+        {
+            "RANK": str(place.rank),
+            "LOCAL_RANK": "0",  # a worker sees its own GPU only
+            "WORLD_SIZE": str(place.workers),
+            "MASTER_ADDR": place.host,
+            "MASTER_PORT": str(place.port or free_port()),
+        }
+    )
+    deepspeed.init_distributed(
+        dist_backend="nccl" if torch.cuda.is_available() else "gloo",
+        timeout=timedelta(seconds=place.timeout_s),
+        verbose=False,
+    )
+
+
+def leave_process_group() -> None:
+    """Leave the group, whether the other workers are alive or not, and forget what DeepSpeed keeps of it."""
+    import deepspeed
+
+    if torch.distributed.is_initialized():
+        deepspeed.comm.destroy_process_group()
+
+
+@contextmanager
+def leaving_on_failure() -> Iterator[None]:
+    """Leave the group on a failure of this worker alone, so that the others do not wait for it.
+
+    What a user can mend, and a loss that is not finite, all workers meet together.
+    """
+    try:
+        yield
+    except (UserError, FloatingPointError):
+        raise
+    except Exception:
+        leave_process_group()
+        raise
+
+
+def mean_over_workers(values: Tensor) -> Tensor:
+    """The mean of each worker's values; every worker must ask."""
+    if torch.distributed.get_world_size() > 1:
+        torch.distributed.all_reduce(values)
+        values /= torch.distributed.get_world_size()
+    return values
