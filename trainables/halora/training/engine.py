@@ -24,7 +24,7 @@ from halora.training.config import TrainingSettings
 from halora.training.models import BaseModel
 from halora.training.rram import ChipInstance, RramArray
 from halora.training.tasks import Row
-from halora.training.workers import Place, join_process_group, leave_process_group, mean_over_workers
+from halora.training.workers import Place, bound_waits, join_process_group, leave_process_group, mean_over_workers
 from halora.trial import TrialConfig
 
 
@@ -94,6 +94,7 @@ class Finetuner:
         join_process_group(self._place)
         loss = HaloraLoss(self._peft_model, config.training)
         self._engine = _deepspeed_engine(loss, list(trainable.values()), config.training)
+        bound_waits(self._place)
         self._state = TrainedState(self._engine, trainable)
 
     @property
