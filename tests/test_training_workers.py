@@ -66,12 +66,12 @@ def alone() -> dict[str, list[float]]:
     ("dtype", "zero_stage", "engine"),
     [
         ("fp32", 0, {}),
-        ("fp32", 1, {}),
+        pytest.param("fp32", 1, {}, marks=pytest.mark.slow),
         ("fp32", 2, {"gradient_accumulation": 2}),
-        ("fp32", 3, {}),
-        ("fp32", 3, {"activation_checkpointing": True, "gradient_accumulation": 2}),
-        ("bf16", 1, {}),
-        ("bf16", 3, {"activation_checkpointing": True}),
+        pytest.param("fp32", 3, {}, marks=pytest.mark.slow),
+        pytest.param("fp32", 3, {"activation_checkpointing": True, "gradient_accumulation": 2}, marks=pytest.mark.slow),
+        pytest.param("bf16", 1, {}, marks=pytest.mark.slow),
+        pytest.param("bf16", 3, {"activation_checkpointing": True}, marks=pytest.mark.slow),
     ],
 )
 def test_two_workers_train_like_one(workbench, alone, tiny_trial, tmp_path, dtype, zero_stage, engine):
@@ -86,6 +86,7 @@ def test_two_workers_train_like_one(workbench, alone, tiny_trial, tmp_path, dtyp
     assert parts == pytest.approx(losses, abs=1e-4 if dtype == "fp32" else 3e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zero_stage", [0, 2, 3])
 @pytest.mark.parametrize("before", [1, 2])
 def test_a_checkpoint_is_read_with_another_number_of_workers(

@@ -27,7 +27,7 @@ from halora.training.reads import calibrate
 from halora.training.rram import Reads, RramArray
 from halora.training.schedule import TrainingNoise
 from halora.training.tasks import Row, task_weights
-from halora.training.workers import Place, join_process_group, leave_process_group, mean_over_workers
+from halora.training.workers import Place, bound_waits, join_process_group, leave_process_group, mean_over_workers
 from halora.trial import TrialConfig
 
 
@@ -108,6 +108,7 @@ class Finetuner:
         join_process_group(self._place)
         loss = HaloraLoss(self._peft_model, config.training)
         self._engine = _deepspeed_engine(loss, list(trainable.values()), config.training)
+        bound_waits(self._place)
         self._state = TrainedState(self._engine, trainable)
 
     @property

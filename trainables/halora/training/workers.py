@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.distributed import distributed_c10d as c10d
 
 from halora.errors import UserError
 from halora.training.models import extensions_dir
@@ -73,6 +74,12 @@ def join_process_group(place: Place | None = None) -> None:
         timeout=timedelta(seconds=place.timeout_s),
         verbose=False,
     )
+
+
+def bound_waits(place: Place) -> None:
+    """Put the timeout on every group, those too that DeepSpeed has made with torch's half an hour."""
+    for group in list(c10d._world.pg_map):
+        torch.distributed.set_timeout(timedelta(seconds=place.timeout_s), group)
 
 
 def leave_process_group() -> None:
