@@ -1,7 +1,11 @@
 """Oracles: the same configuration run by the workbench; an uninterrupted run; the logged summary."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -164,3 +168,23 @@ def test_train_writes_its_configuration_beside_its_results(halora_json, content,
     assert {"trial.json", "reports.json", "result.json", "step-000006"} == {
         p.name for p in (tmp_path / "run").iterdir()
     }
+
+
+def test_two_workers_train_as_one(content, file, tmp_path):
+    """In a process of its own, as Ray is started for the second worker."""
+    reports = {}
+    for workers in (1, 2):
+        run = tmp_path / str(workers)
+        settings = ["--no-scores", "--set", f"training.workers={workers}"]
+        done = subprocess.run(
+            [Path(sys.executable).parent / "halora", "train", file, "--output", run, *settings],
+            env=os.environ | {"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        reports[workers] = [report["train_loss"] for report in json.loads((run / "reports.json").read_text())]
+    assert len(reports[1]) == 3
+    assert reports[2] == pytest.approx(reports[1], abs=1e-4)

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -36,12 +36,13 @@ def train(
     config = load_trial(file, overrides_from(set_, example="training.steps=40"))
     _check_output(output, config)
 
+    from halora.sweep.executor import ray_session
     from halora.trainable import RESULT_FILE, Workbench, adapter_folder, write_json
     from halora.trial import trial_energy
 
-    workbench = Workbench()
+    workbench, num_peers = Workbench(), config.training.workers - 1
     try:
-        with redirect_stdout(sys.stderr):  # DeepSpeed talks on stdout
+        with redirect_stdout(sys.stderr), ray_session(num_peers) if num_peers else nullcontext():  # DeepSpeed talks
             training = workbench.train(config, output)
             try:
                 while not training.done:

@@ -129,10 +129,9 @@ class _CoreScheduler(FIFOScheduler):
 
 
 @contextmanager
-def ray_session(sweep: SweepConfig) -> Iterator[None]:
-    """Ray on this machine while the block runs, with a one-CPU process per worker of the trials side by side."""
+def ray_session(processes: int) -> Iterator[None]:
+    """Ray on this machine while the block runs, with room for as many processes, which share the cores."""
     os.environ.update(_RAY_SETTINGS)
-    processes = sweep.concurrent * sweep.workers
     threads = max((os.cpu_count() or 1) // processes, 1)
     ray.init(
         num_cpus=processes,

@@ -99,7 +99,7 @@ def _run(sweep: SweepConfig, store: Store, watcher: Watcher) -> Outcome:
             from halora.sweep.executor import ray_session, run_trials  # imports Ray and torch
 
             watcher.say(f"starting {sweep.concurrent * sweep.workers} workers; each loads the model once")
-            with ray_session(sweep):
+            with ray_session(sweep.concurrent * sweep.workers):
                 run_trials(sweep, folder, core, events)
                 interrupted = core.stopping or bool(core.unfinished) or core.num_started < sweep.trials
                 chosen = contestants(sweep.comparison, events.points()) if sweep.comparison else {}
