@@ -197,7 +197,7 @@ def test_what_cannot_be_priced_is_refused_before_anything_runs():
     ("overrides", "mistake"),
     [
         (
-            {"space.training.workers": {"choices": [1, 2]}},
+            {"space": {"training.workers": {"choices": [1, 2]}}},
             "space.training.workers: cannot be searched, every trial has the same; set trial.training.workers",
         ),
         (
