@@ -117,7 +117,8 @@ def test_dora_trains_its_magnitude_and_goes_on_from_a_checkpoint(workbench, tiny
 def test_dora_scales_the_noisy_product_by_a_norm_of_clean_weights(workbench, tiny_trial, tmp_path, architecture):
     """Within 1e-4 of a plain model that holds m / ||W0 + s B A|| x (W* + s B A), its bias unscaled."""
     config = tiny_trial(architecture, lora={"variant": "dora"}, steps=1)
-    _train(workbench, config, tmp_path)
+    with torch.enable_grad():
+        _train(workbench, config, tmp_path)
     folder = adapter_folder(tmp_path)
     drawn = {  # far from where training starts
         name: weight + 0.3 * torch.randn(weight.shape, generator=GENERATOR)

@@ -132,7 +132,7 @@ def _peer_pid(training: Training) -> int:
     ("how", "timeout_s", "cause", "within_s"),
     [
         (signal.SIGKILL, 60, "worker 1 of 2 ended: .*", 30),
-        (signal.SIGSTOP, 20, "worker 1 of 2 did not answer for 10 s", 60),
+        pytest.param(signal.SIGSTOP, 20, "worker 1 of 2 did not answer for 10 s", 60, marks=pytest.mark.slow),
     ],
 )
 def test_a_lost_worker_ends_the_step_soon_and_by_name(workbench, tiny_trial, tmp_path, how, timeout_s, cause, within_s):
