@@ -315,6 +315,25 @@ def test_the_closing_comparison_scores_every_contestant_on_every_chip(store, tin
     assert {name: again[name] for name in summary} == pytest.approx(summary, abs=1e-4)
 
 
+@pytest.mark.slow
+def test_trials_of_two_workers_give_the_losses_of_one(store, tiny_models, tiny_task, tmp_path):
+    """Two trials after each other in one placement group of two, beside the same sweep on one worker."""
+    losses = {}
+    for workers in (1, 2):
+        name = f"workers-{workers}"
+        content = _content(name, tiny_models, tiny_task, steps=4, report_every=2, workers=workers)
+        content |= {"trials": 2, "space": {"lora.rank": {"choices": [2, 4]}}}
+        content |= {"first": [{"lora.rank": 2}, {"lora.rank": 4}]}
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(content))
+        launched = halora(store, "sweep", "launch", path)
+        assert launched.returncode == 0, launched.stderr
+        losses[workers] = [loss_history(store, run) for run in runs(store, name)]
+    for one, two in zip(losses[1], losses[2], strict=True):
+        assert [step for step, _ in one] == [2, 4]
+        assert [loss for _, loss in two] == pytest.approx([loss for _, loss in one], abs=1e-4)
+
+
 def test_status_and_trial_tell_what_is_recorded(zoo, store):
     (row,) = json.loads(halora(store, "sweep", "status", "zoo", "--format", "json").stdout)
     assert row == {

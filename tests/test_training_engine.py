@@ -1,10 +1,12 @@
 """Oracles: plain `transformers` and `peft` with `F.cross_entropy`; the uninterrupted run; AdamW's first step."""
 
+import gc
 import json
 import shutil
 from itertools import chain
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from peft import PeftModel
@@ -402,3 +404,23 @@ def test_a_segment_reports_means_over_its_steps(workbench, tiny_trial, tmp_path)
     assert [report["step"] for report in means] == [3, 5]
     losses = [report["train_loss"] for report in single]
     assert [report["train_loss"] for report in means] == pytest.approx([sum(losses[:3]) / 3, sum(losses[3:]) / 2])
+
+
+@pytest.mark.slow
+def test_fifty_trials_do_not_grow_their_process(tiny_trial, tmp_path):
+    """The process's own memory after fifty trials, of all methods and several ranks and stages, beside ten."""
+    workbench, used = Workbench(), []
+    for number in range(50):
+        config = tiny_trial(
+            method=("lora", "noise_lora", "halora")[number % 3],
+            zero_stage=number % 3,
+            lora={"rank": 2 + number % 4},
+            steps=2,
+            seed=number,
+        )
+        folder = tmp_path / str(number)
+        _run(workbench, config, folder)
+        workbench.evaluate(config, adapter_folder(folder))
+        gc.collect()
+        used.append(psutil.Process().memory_full_info().uss / 2**20)
+    assert max(used[-5:]) < max(used[9:14]) + 20, [round(mib) for mib in used]
