@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from halora.hardware.addressing import NoiseKey, Role
+from halora.hardware.addressing import NoiseKey, Role, derive_seed
 from halora.hardware.noise import programmed_weight
 from halora.trainable import Workbench, adapter_folder
 from halora.training.batches import rows_at_step
@@ -73,7 +73,8 @@ def _step_by_hand(config: TrialConfig, folder: Path, step: int) -> tuple[float, 
     for name, module in model.named_modules():
         if name.rpartition(".")[2] not in LINEAR_NAMES:
             continue
-        key = NoiseKey(role=Role.TRAIN, chip_seed=config.seed, module=name, purpose="programming", draw=draw)
+        chip_seed = derive_seed(config.seed, draw)
+        key = NoiseKey(role=Role.TRAIN, chip_seed=chip_seed, module=name, purpose="programming")
         weight = programmed_weight(module.weight.data, config.chip, key, training.schedule.sigma_start)
         if name.rpartition(".")[2] in lora.targets:
             a, b = (adapter[f"base_model.model.{name}.lora_{ab}.weight"] for ab in "AB")
