@@ -77,6 +77,7 @@ def test_a_sweep_s_fixed_values_are_a_trial():
     sweep = load_sweep("quickstart")
     assert load_trial("quickstart") == sweep.resolve({})
     assert load_trial("quickstart", {"training.method": "lora"}).training.method == "lora"
+    assert load_trial("robustness", {"chip": "relaxed"}).chip == load_sweep("robustness").chip("relaxed")
 
 
 def test_evaluate_repeats_what_train_scored_and_takes_another_chip(halora_json, file, tmp_path):

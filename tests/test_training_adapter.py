@@ -6,6 +6,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
+from training_runs import run_losses
 from transformers import AutoModelForCausalLM
 
 from halora.errors import UserError
@@ -80,22 +81,11 @@ def workbench() -> Workbench:
     return Workbench()
 
 
-def _train(workbench, config, folder, stop_at=None):
-    training = workbench.train(config, folder)
-    losses = []
-    try:
-        while not training.done and (stop_at is None or training._finetuner.step < stop_at):
-            losses.append(training.advance()["train_loss"])
-    finally:
-        training.close()
-    return losses
-
-
 def test_rslora_scales_by_the_root_of_the_rank(workbench, tiny_trial, tmp_path):
     rslora = tiny_trial(lora={"rank": 4, "alpha_over_rank": 1.0, "variant": "rslora"})
     plain = tiny_trial(lora={"rank": 4, "alpha_over_rank": 2.0})
-    losses = _train(workbench, rslora, tmp_path / "rslora")
-    assert losses == _train(workbench, plain, tmp_path / "plain")
+    losses = run_losses(workbench, rslora, tmp_path / "rslora")
+    assert losses == run_losses(workbench, plain, tmp_path / "plain")
     config = json.loads((adapter_folder(tmp_path / "rslora") / "adapter_config.json").read_text())
     assert (config["use_rslora"], config["use_dora"]) == (True, False)
 
@@ -103,10 +93,10 @@ def test_rslora_scales_by_the_root_of_the_rank(workbench, tiny_trial, tmp_path):
 @pytest.mark.parametrize("zero_stage", [0, 2])
 def test_dora_trains_its_magnitude_and_goes_on_from_a_checkpoint(workbench, tiny_trial, tmp_path, zero_stage):
     config = tiny_trial(lora={"variant": "dora"}, zero_stage=zero_stage, schedule={"redraw_steps": 2})
-    whole = _train(workbench, config, tmp_path / "whole")
-    parts = [loss for stop in (3, None) for loss in _train(workbench, config, tmp_path / "parts", stop)]
+    whole = run_losses(workbench, config, tmp_path / "whole")
+    parts = [loss for stop in (3, None) for loss in run_losses(workbench, config, tmp_path / "parts", stop)]
     assert parts == pytest.approx(whole, abs=1e-5)
-    _train(workbench, config, tmp_path / "begun", stop_at=1)
+    run_losses(workbench, config, tmp_path / "begun", stop_at=1)
     begun, done = (load_file(adapter_folder(tmp_path / n) / "adapter_model.safetensors") for n in ("begun", "whole"))
     magnitudes = [name for name in begun if name.endswith("lora_magnitude_vector")]
     assert len(magnitudes) == 5 * 2
@@ -118,7 +108,7 @@ def test_dora_scales_the_noisy_product_by_a_norm_of_clean_weights(workbench, tin
     """Within 1e-4 of a plain model that holds m / ||W0 + s B A|| x (W* + s B A), its bias unscaled."""
     config = tiny_trial(architecture, lora={"variant": "dora"}, steps=1)
     with torch.enable_grad():
-        _train(workbench, config, tmp_path)
+        run_losses(workbench, config, tmp_path)
     folder = adapter_folder(tmp_path)
     drawn = {  # far from where training starts
         name: weight + 0.3 * torch.randn(weight.shape, generator=GENERATOR)

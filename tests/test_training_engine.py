@@ -13,6 +13,7 @@ from peft import PeftModel
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch.nn import functional as F
+from training_runs import run_losses, run_reports
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from halora.errors import UserError
@@ -30,23 +31,6 @@ from halora.trial import TrialConfig
 def workbench() -> Workbench:
     """One process's workbench, used by trial after trial as in an actor."""
     return Workbench()
-
-
-def _run(workbench: Workbench, config: TrialConfig, folder: Path, stop_at: int | None = None) -> list[dict]:
-    """Reports from the latest checkpoint to the end, or until `stop_at`, as if killed there."""
-    folder.mkdir(exist_ok=True)
-    training = workbench.train(config, folder)
-    reports = []
-    try:
-        while not training.done and (stop_at is None or training._finetuner.step < stop_at):
-            reports.append(training.advance())
-    finally:
-        training.close()
-    return reports
-
-
-def _losses(*args, **kwargs) -> list[float]:
-    return [report["train_loss"] for report in _run(*args, **kwargs)]
 
 
 def _plain(config: TrialConfig) -> torch.nn.Module:
@@ -78,19 +62,19 @@ def _perturb(model: torch.nn.Module, config: TrialConfig, draw: int, sigma: floa
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
 def test_losses_are_those_of_plain_transformers_and_peft(workbench, tiny_trial, tmp_path, architecture):
     config = tiny_trial(architecture, method="lora", steps=4)
-    first = _losses(workbench, config, tmp_path, stop_at=3)
+    first = run_losses(workbench, config, tmp_path, stop_at=3)
     assert first[0] == pytest.approx(_plain_task_loss(_plain(config), config, 0), abs=1e-4)
     trained = PeftModel.from_pretrained(_plain(config), adapter_folder(tmp_path))
     expected = _plain_task_loss(trained, config, 3)
     assert abs(expected - _plain_task_loss(_plain(config), config, 3)) > 0.01  # the adapter takes part
-    (last,) = _losses(workbench, config, tmp_path)
+    (last,) = run_losses(workbench, config, tmp_path)
     assert last == pytest.approx(expected, abs=1e-4)
 
 
 def test_noisy_losses_are_those_of_a_plain_model_with_perturbed_weights(workbench, tiny_trial, tmp_path):
     schedule = {"shape": "linear", "sigma_start": 0.02, "sigma_end": 0.1, "redraw_steps": 2}
     config = tiny_trial(method="noise_lora", steps=5, schedule=schedule, seed=3)
-    reports = _run(workbench, config, tmp_path, stop_at=3)
+    reports = run_reports(workbench, config, tmp_path, stop_at=3)
     sigmas = [0.02, 0.02, 0.02 + 0.08 * 2 / 4, 0.02 + 0.08 * 2 / 4, 0.1]
     assert [report["train_sigma"] for report in reports] == pytest.approx(sigmas[:3])
     model = _plain(config)
@@ -99,7 +83,7 @@ def test_noisy_losses_are_those_of_a_plain_model_with_perturbed_weights(workbenc
     model = _plain(config)
     _perturb(model, config, draw=1, sigma=sigmas[3])
     expected = _plain_task_loss(PeftModel.from_pretrained(model, adapter_folder(tmp_path)), config, 3)
-    whole = _run(workbench, config, tmp_path / "whole")
+    whole = run_reports(workbench, config, tmp_path / "whole")
     assert whole[3]["train_loss"] == pytest.approx(expected, abs=1e-4)
     assert [report["train_sigma"] for report in whole] == pytest.approx(sigmas)
 
@@ -107,12 +91,12 @@ def test_noisy_losses_are_those_of_a_plain_model_with_perturbed_weights(workbenc
 @pytest.mark.parametrize("norm", ["frobenius", "spectral"])
 def test_halora_adds_mu_times_the_norms_of_the_adapter(workbench, tiny_trial, tmp_path, norm):
     config = tiny_trial(method="halora", mu=0.5, reg_norm=norm, steps=4, lora={"targets": ["q_proj", "down_proj"]})
-    _run(workbench, config, tmp_path, stop_at=3)
+    run_reports(workbench, config, tmp_path, stop_at=3)
     weights = load_file(adapter_folder(tmp_path) / "adapter_model.safetensors")
     assert len(weights) == 2 * 2 * 2  # A and B of two targets in two blocks
     order = {"frobenius": 4, "spectral": torch.inf}[norm]  # norms of the singular values, squared
     expected = sum(torch.linalg.svdvals(w).norm(p=order).item() ** 2 for w in weights.values()) / 4
-    (report,) = _run(workbench, config, tmp_path)
+    (report,) = run_reports(workbench, config, tmp_path)
     assert report["train_reg_loss"] == pytest.approx(expected, rel=1e-5)
     assert report["train_loss"] == pytest.approx(report["train_task_loss"] + 0.5 * expected, rel=1e-5)
 
@@ -120,23 +104,23 @@ def test_halora_adds_mu_times_the_norms_of_the_adapter(workbench, tiny_trial, tm
 def test_the_regulariser_shrinks_the_adapter(workbench, tiny_trial, tmp_path):
     last = {}
     for mu in (0.0, 3.0):
-        reports = _run(workbench, tiny_trial(mu=mu, steps=12), tmp_path / str(mu))
+        reports = run_reports(workbench, tiny_trial(mu=mu, steps=12), tmp_path / str(mu))
         last[mu] = reports[-1]["train_reg_loss"]
     assert last[3.0] < 0.9 * last[0.0]
 
 
 def test_training_under_noise_lowers_the_loss(workbench, tiny_trial, tmp_path):
-    losses = _losses(workbench, tiny_trial(steps=24, batch_size=8, learning_rate=2e-2), tmp_path)
+    losses = run_losses(workbench, tiny_trial(steps=24, batch_size=8, learning_rate=2e-2), tmp_path)
     assert sum(losses[-4:]) / 4 < sum(losses[:4]) / 4 - 1.0
 
 
 def test_the_seed_decides_everything_and_a_used_workbench_changes_nothing(workbench, tiny_trial, tmp_path):
     config = tiny_trial(schedule={"redraw_steps": 2})
-    first = _losses(workbench, config, tmp_path / "first")
-    _run(workbench, tiny_trial(seed=9, lora={"rank": 2, "targets": ["o_proj"]}, steps=3), tmp_path / "other")
-    assert _losses(workbench, config, tmp_path / "again") == first
-    assert _losses(Workbench(), config, tmp_path / "fresh") == first
-    assert _losses(workbench, tiny_trial(schedule={"redraw_steps": 2}, seed=1), tmp_path / "seed") != first
+    first = run_losses(workbench, config, tmp_path / "first")
+    run_reports(workbench, tiny_trial(seed=9, lora={"rank": 2, "targets": ["o_proj"]}, steps=3), tmp_path / "other")
+    assert run_losses(workbench, config, tmp_path / "again") == first
+    assert run_losses(Workbench(), config, tmp_path / "fresh") == first
+    assert run_losses(workbench, tiny_trial(schedule={"redraw_steps": 2}, seed=1), tmp_path / "seed") != first
     weights = [load_file(adapter_folder(tmp_path / n) / "adapter_model.safetensors") for n in ("first", "fresh")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
@@ -144,7 +128,7 @@ def test_the_seed_decides_everything_and_a_used_workbench_changes_nothing(workbe
 @pytest.mark.parametrize("warmup_steps", [0, 4])
 def test_the_first_step_has_the_size_of_the_warmed_up_learning_rate(workbench, tiny_trial, tmp_path, warmup_steps):
     config = tiny_trial(method="lora", learning_rate=1e-3, warmup_steps=warmup_steps)
-    _run(workbench, config, tmp_path, stop_at=1)
+    run_reports(workbench, config, tmp_path, stop_at=1)
     weights = load_file(adapter_folder(tmp_path) / "adapter_model.safetensors")
     b = torch.cat([weight.flatten() for name, weight in weights.items() if "lora_B" in name])
     assert b.abs().median().item() == pytest.approx(1e-3 / (warmup_steps + 1), rel=0.01)  # AdamW: lr * sign(gradient)
@@ -166,8 +150,8 @@ def test_an_interrupted_run_goes_on_like_an_uninterrupted_one(
     # Warm-up, noise redrawn off the checkpoints and weight decay all depend on the step.
     settings = {"warmup_steps": 3, "weight_decay": 0.1, "schedule": {"redraw_steps": 3}, "report_every": 2}
     config = tiny_trial(dtype=dtype, zero_stage=zero_stage, steps=8, **settings)
-    whole = _losses(workbench, config, tmp_path / "whole")
-    parts = [_losses(workbench, config, tmp_path / "parts", stop_at=step) for step in (2, 6, None)]
+    whole = run_losses(workbench, config, tmp_path / "whole")
+    parts = [run_losses(workbench, config, tmp_path / "parts", stop_at=step) for step in (2, 6, None)]
     assert [len(part) for part in parts] == [1, 2, 1]
     assert list(chain(*parts)) == pytest.approx(whole, abs=1e-5 if dtype == "fp32" else 2e-3)
     reference = reference_losses.setdefault(dtype, whole)  # every stage computes the same thing
@@ -195,7 +179,7 @@ def test_zero_3_gives_its_base_up_and_lower_stages_keep_it(workbench, tiny_trial
     for zero_stage, kept in ((0, True), (2, True), (3, False)):
         config = tiny_trial(zero_stage=zero_stage, steps=1)
         before = workbench.base(config)[0]
-        _run(workbench, config, tmp_path / str(zero_stage))
+        run_reports(workbench, config, tmp_path / str(zero_stage))
         assert (workbench.base(config)[0] is before) == kept
 
 
@@ -207,7 +191,7 @@ def test_the_frozen_weights_survive_training_under_noise(workbench, tiny_trial, 
     tokens = torch.arange(100, 120)[None]
     with torch.no_grad():
         logits = base.causal_lm(input_ids=tokens).logits
-    _run(workbench, config, tmp_path)
+    run_reports(workbench, config, tmp_path)
     state = base.causal_lm.state_dict()
     assert set(state) == names
     assert all(torch.equal(state[name], frozen[name]) for name in names)
@@ -250,7 +234,7 @@ def test_both_ways_to_hold_noisy_weights_train_alike(tiny_trial, tmp_path):
     losses = {}
     for noisy_weights, zero_stage in (("materialise", 0), ("regenerate", 0), ("regenerate", 3)):
         config = tiny_trial(noisy_weights=noisy_weights, zero_stage=zero_stage, steps=6, schedule={"redraw_steps": 2})
-        losses[noisy_weights, zero_stage] = _losses(Workbench(), config, tmp_path / f"{noisy_weights}{zero_stage}")
+        losses[noisy_weights, zero_stage] = run_losses(Workbench(), config, tmp_path / f"{noisy_weights}{zero_stage}")
     first, *others = losses.values()
     for other in others:
         assert other == pytest.approx(first, abs=1e-5)
@@ -263,7 +247,7 @@ def trained(tiny_models, tiny_task, tmp_path_factory) -> tuple[TrialConfig, Path
     content = {"model": tiny_models["llama"], "task": tiny_task, "chip": "halora-2026", "training": training}
     config = TrialConfig.model_validate(content)
     folder = tmp_path_factory.mktemp("trained")
-    _run(Workbench(), config, folder, stop_at=4)
+    run_reports(Workbench(), config, folder, stop_at=4)
     return config, folder
 
 
@@ -334,15 +318,15 @@ def test_a_damaged_checkpoint_is_told_and_spoils_nothing(workbench, trained, tmp
 
 def test_checkpoints_that_were_never_finished_are_passed_over(workbench, trained, tmp_path):
     config, folder = trained
-    whole = _losses(workbench, config, tmp_path / "whole")
+    whole = run_losses(workbench, config, tmp_path / "whole")
     shutil.copytree(folder, tmp_path / "killed")
     partial = tmp_path / "killed" / ".step-000006.partial"
     shutil.copytree(folder / "step-000004", partial)  # killed while writing the last checkpoint
     (tmp_path / "killed" / "step-000005").mkdir()
-    assert _losses(workbench, config, tmp_path / "killed") == pytest.approx(whole[2:], abs=1e-5)
+    assert run_losses(workbench, config, tmp_path / "killed") == pytest.approx(whole[2:], abs=1e-5)
     shutil.copytree(folder, tmp_path / "emptied")
     (tmp_path / "emptied" / "step-000004" / "progress.json").unlink()
-    assert _losses(workbench, config, tmp_path / "emptied") == whole
+    assert run_losses(workbench, config, tmp_path / "emptied") == whole
 
 
 def test_a_checkpoint_of_another_adapter_is_refused(workbench, trained, tmp_path):
@@ -359,7 +343,7 @@ def test_training_under_converters_is_the_plain_training_where_they_are_perfect(
     for name, chip in chips.items():
         for converters in ("none", "statistical"):
             config = tiny_trial(chip=chip, converters=converters, schedule={"sigma_start": 0.02, "redraw_steps": 2})
-            losses[name, converters] = _losses(workbench, config, tmp_path / f"{name} {converters}")
+            losses[name, converters] = run_losses(workbench, config, tmp_path / f"{name} {converters}")
     assert losses["perfect", "statistical"] == losses["perfect", "none"] == losses["coarse", "none"]
     gaps = [a - b for a, b in zip(losses["coarse", "statistical"], losses["coarse", "none"], strict=True)]
     assert all(abs(gap) > 1e-3 for gap in gaps)
@@ -368,9 +352,9 @@ def test_training_under_converters_is_the_plain_training_where_they_are_perfect(
 def test_training_under_converters_goes_on_as_if_never_interrupted(workbench, tiny_trial, tmp_path):
     chip = {"preset": "halora-2026", "adc": {"bits": 6}, "read": {"white_us": 0.4}}
     config = tiny_trial(chip=chip, converters="statistical", schedule={"sigma_start": 0.02, "redraw_steps": 2})
-    whole = _losses(workbench, config, tmp_path / "whole")
-    first = _losses(workbench, config, tmp_path / "cut", stop_at=3)
-    assert first + _losses(Workbench(), config, tmp_path / "cut") == pytest.approx(whole, abs=1e-6)
+    whole = run_losses(workbench, config, tmp_path / "whole")
+    first = run_losses(workbench, config, tmp_path / "cut", stop_at=3)
+    assert first + run_losses(Workbench(), config, tmp_path / "cut") == pytest.approx(whole, abs=1e-6)
 
 
 def test_converters_and_sharded_weights_are_refused(tiny_trial):
@@ -394,13 +378,13 @@ def test_a_loss_that_is_not_finite_stops_the_trial_and_keeps_the_last_checkpoint
     after = load_file(adapter_folder(tmp_path) / "adapter_model.safetensors")
     assert all(torch.equal(after[name], before[name]) for name in before)
     norm.data.copy_(kept)
-    assert len(_run(workbench, config, tmp_path)) == 5
+    assert len(run_reports(workbench, config, tmp_path)) == 5
 
 
 def test_a_segment_reports_means_over_its_steps(workbench, tiny_trial, tmp_path):
     config = tiny_trial(steps=5)
-    single = _run(workbench, config, tmp_path / "single")
-    means = _run(workbench, tiny_trial(steps=5, report_every=3), tmp_path / "means")
+    single = run_reports(workbench, config, tmp_path / "single")
+    means = run_reports(workbench, tiny_trial(steps=5, report_every=3), tmp_path / "means")
     assert [report["step"] for report in means] == [3, 5]
     losses = [report["train_loss"] for report in single]
     assert [report["train_loss"] for report in means] == pytest.approx([sum(losses[:3]) / 3, sum(losses[3:]) / 2])
@@ -419,7 +403,7 @@ def test_fifty_trials_do_not_grow_their_process(tiny_trial, tmp_path):
             seed=number,
         )
         folder = tmp_path / str(number)
-        _run(workbench, config, folder)
+        run_reports(workbench, config, folder)
         workbench.evaluate(config, adapter_folder(folder))
         gc.collect()
         used.append(psutil.Process().memory_full_info().uss / 2**20)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
+from training_runs import run_losses
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from halora.hardware.addressing import NoiseKey, Role, derive_seed
@@ -29,25 +30,15 @@ def workbench() -> Workbench:
     return Workbench()
 
 
-def _run(workbench: Workbench, config: TrialConfig, folder: Path, stop_at: int | None = None) -> list[float]:
-    """Losses from the latest checkpoint to the end, or until `stop_at`."""
-    training = workbench.train(config, folder)
-    losses = []
-    try:
-        while not training.done and (stop_at is None or training._finetuner.step < stop_at):
-            losses.append(training.advance()["train_loss"])
-    finally:
-        training.close()
-    return losses
-
-
 def _weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(adapter_folder(folder) / "adapter_model.safetensors")
 
 
 def _checkpoint_in_mid_training(workbench: Workbench, config: TrialConfig, folder: Path, step: int) -> None:
     """A checkpoint whose weights and moments are drawn at random, so that every term of a step matters."""
-    _run(workbench, config.model_copy(update={"training": config.training.model_copy(update={"steps": 1})}), folder)
+    run_losses(
+        workbench, config.model_copy(update={"training": config.training.model_copy(update={"steps": 1})}), folder
+    )
     checkpoint = latest_checkpoint(folder)
     for file, scale in (("adapter/adapter_model.safetensors", 0.3), ("optimizer.safetensors", 0.02)):
         drawn = {
@@ -122,7 +113,7 @@ def test_a_step_is_the_one_written_out_in_plain_torch(tiny_trial, tmp_path, engi
     _checkpoint_in_mid_training(Workbench(), tiny_trial(**settings), tmp_path, step=3)
     config = tiny_trial(**settings, **engine)
     expected_loss, expected = _step_by_hand(config, tmp_path, step=3)
-    (loss,) = _run(Workbench(), config, tmp_path)
+    (loss,) = run_losses(Workbench(), config, tmp_path)
     assert loss == pytest.approx(expected_loss, abs=1e-4)
     for name, weight in _weights(tmp_path).items():
         torch.testing.assert_close(weight, expected[name], rtol=0, atol=2e-6)
@@ -137,7 +128,7 @@ GOLDEN = [
 def test_twenty_losses_are_those_of_the_day_this_was_written(workbench, tiny_trial, tmp_path):
     """Within 2e-3: another processor adds up in another order; another formula or draw differs by more."""
     config = tiny_trial(steps=20, mu=0.3, schedule={"sigma_start": 0.05, "redraw_steps": 5}, seed=2)
-    losses = _run(workbench, config, tmp_path)
+    losses = run_losses(workbench, config, tmp_path)
     assert losses == pytest.approx(GOLDEN, abs=2e-3)
 
 
@@ -153,7 +144,7 @@ def test_accumulation_and_recomputation_change_nothing(workbench, tiny_trial, tm
         "recomputed": {"activation_checkpointing": True},
         "both": {"activation_checkpointing": True, "gradient_accumulation": 2, "noisy_weights": "regenerate"},
     }.items():
-        losses[name] = _run(workbench, tiny_trial(**settings, **own), tmp_path / name)
+        losses[name] = run_losses(workbench, tiny_trial(**settings, **own), tmp_path / name)
     for name, found in losses.items():
         assert found == pytest.approx(losses["whole"], abs=1e-4 if dtype == "fp32" else 3e-2), name
 
@@ -165,7 +156,7 @@ def test_recomputation_keeps_less_and_gives_the_base_back(workbench, tiny_trial,
         config = tiny_trial(activation_checkpointing=recompute, steps=1)
         saved: list[torch.Tensor] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
-            _run(workbench, config, tmp_path / str(recompute))
+            run_losses(workbench, config, tmp_path / str(recompute))
         kept[recompute] = sum(t.nbytes for t in saved if VOCABULARY not in t.shape)
         assert not workbench.base(config)[0].causal_lm.training
     assert kept[True] < 0.2 * kept[False]
@@ -173,15 +164,15 @@ def test_recomputation_keeps_less_and_gives_the_base_back(workbench, tiny_trial,
 
 def test_an_accumulated_run_goes_on_like_an_uninterrupted_one(workbench, tiny_trial, tmp_path):
     config = tiny_trial(gradient_accumulation=2, steps=6, schedule={"redraw_steps": 2})
-    whole = _run(workbench, config, tmp_path / "whole")
-    parts = [loss for stop in (3, None) for loss in _run(workbench, config, tmp_path / "parts", stop_at=stop)]
+    whole = run_losses(workbench, config, tmp_path / "whole")
+    parts = [loss for stop in (3, None) for loss in run_losses(workbench, config, tmp_path / "parts", stop_at=stop)]
     assert parts == pytest.approx(whole, abs=1e-5)
 
 
 @pytest.mark.parametrize(("before", "after"), list(pairwise([0, 2, 3, 1, 0])))
 def test_a_checkpoint_is_read_at_another_zero_stage(tiny_trial, tmp_path, before, after):
     settings = {"steps": 5, "schedule": {"redraw_steps": 2}}
-    whole = _run(Workbench(), tiny_trial(zero_stage=before, **settings), tmp_path / "whole")
-    parts = _run(Workbench(), tiny_trial(zero_stage=before, **settings), tmp_path / "parts", stop_at=2)
-    parts += _run(Workbench(), tiny_trial(zero_stage=after, **settings), tmp_path / "parts")
+    whole = run_losses(Workbench(), tiny_trial(zero_stage=before, **settings), tmp_path / "whole")
+    parts = run_losses(Workbench(), tiny_trial(zero_stage=before, **settings), tmp_path / "parts", stop_at=2)
+    parts += run_losses(Workbench(), tiny_trial(zero_stage=after, **settings), tmp_path / "parts")
     assert parts == pytest.approx(whole, abs=1e-4)

@@ -24,18 +24,19 @@ def print_comparison(comparison: "ClosingComparison") -> None:
         highlight=False,
         soft_wrap=True,
     )
-    for what, shown in (("accuracy", ".3f"), ("margin in nats", "+.2f")):
+    for what, shown, title in (("accuracy", ".3f", "accuracy"), ("margin", "+.2f", "margin in nats")):
         rows = []
         for name, cells in by_name.items():
             number = cells[0].number
             row = {"contestant": name, "trial": "-" if number is None else str(number)}
-            rows.append(row | {cell.chip: _entry(cell, what.partition(" ")[0], shown) for cell in cells})
-        show_rows(rows, Format.TABLE, what)
+            rows.append(row | {cell.chip: _entry(cell, what, shown) for cell in cells})
+        show_rows(rows, Format.TABLE, title)
 
 
 def _entry(cell: "Cell", what: str, shown: str) -> str:
     gain: Interval | None = getattr(cell, f"{what}_gain")
-    interval = "" if gain is None else f"  [{gain.low:{shown.replace('.3', '+.3')}} .. {gain.high:+{shown.strip('+')}}]"
+    signed = f"+{shown.removeprefix('+')}"
+    interval = "" if gain is None else f"  [{gain.low:{signed}} .. {gain.high:{signed}}]"
     return f"{cell.summary[what]:{shown}}{interval}"
 
 

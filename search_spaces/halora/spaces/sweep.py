@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Field, StringConstraints, TypeAdapter, ValidationError
 
-from halora.errors import UserError, nearest
+from halora.errors import UserError, attempt, nearest
 from halora.hardware.chip import Chip, expand_chip, load_chip, merge
 from halora.hardware.description import Frozen
 from halora.spaces.language import Categorical, Distribution, Range, with_values
@@ -148,28 +148,30 @@ def load_trial(name_or_path: str, overrides: Mapping[str, Any] | None = None) ->
     """
     data = _read(name_or_path, "trial")
     if isinstance(trial := data.get("trial"), dict):
-        data = {"seed": data.get("seed", 0), **trial, "chip": _named_chip(trial.get("chip"), data.get("chips", {}))}
+        return trial_from({"seed": data.get("seed", 0), **trial}, name_or_path, overrides, data.get("chips"))
     return trial_from(data, name_or_path, overrides)
 
 
-def trial_from(data: dict[str, Any], where: str, overrides: Mapping[str, Any] | None = None) -> TrialConfig:
-    """Check the description of a single trial; `where` it comes from is told with its mistakes.
+def trial_from(
+    data: dict[str, Any],
+    where: str,
+    overrides: Mapping[str, Any] | None = None,
+    chips: Mapping[str, Any] | None = None,
+) -> TrialConfig:
+    """Check the description of a single trial, whose chip may be one of `chips`; `where` is told with its mistakes.
 
     Raises:
         UserError: With every mistake found.
     """
-    data = with_values(data, overrides or {})
     problems: list[str] = []
     try:
-        config = TrialConfig.model_validate(data)
+        config = _resolve(data, overrides or {}, chips or {})
     except ValidationError as error:
         problems += describe(error, TrialConfig)
-    problems += [problem.removeprefix("trial.") for problem in _model_and_task_problems(data, {})]
+    named = _model_and_task_problems(with_values(data, overrides or {}), {})
+    problems += [problem.removeprefix("trial.") for problem in named]
     if not problems:
-        try:
-            trial_energy(config)
-        except UserError as error:
-            problems += error.problems
+        attempt(problems, lambda: trial_energy(config))
     if problems:
         raise UserError([f"{where}: {problem}" for problem in problems], "mend it and run again")
     return config

@@ -1,6 +1,6 @@
 """Evaluation of an adapter on chip instances."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
@@ -108,15 +108,15 @@ def evaluate(
         role: Pool of the chip instances.
         first_chip: Number of the first chip instance.
     """
-    scored = _by_generation if settings.scoring == "generation" else _by_options
+    score = (_by_generation if settings.scoring == "generation" else _by_options)(base, array, rows, settings)
     array.clear()
     reads = calibrate(base, array, chip, calibration_rows, settings.calibration_tokens, settings.converters)
-    clean, clean_correct = scored(base, array, rows, settings)
+    clean, clean_correct = score()
     seeds = tuple(range(first_chip, first_chip + settings.chip_instances))
     noisy, noisy_correct, noise_db = [], [], []
     for seed in seeds:
         array.program(ChipInstance(chip, NoiseKey(role=role, chip_seed=seed), chip.noise.level), reads)
-        margins, correct = scored(base, array, rows, settings)
+        margins, correct = score()
         noisy.append(margins)
         noisy_correct.append(correct)
         noise_db.append(max(mean_db(array.noise_db().values()), _NO_NOISE_DB))
@@ -133,19 +133,28 @@ def evaluate(
     )
 
 
-_Scored = tuple[tuple[float, ...], tuple[bool, ...]]  # margin of each row, and whether it is answered rightly
+_Score = Callable[[], tuple[tuple[float, ...], tuple[bool, ...]]]
+"""Scores the rows on the chip under the model: the margin of each, and whether it is answered rightly."""
 
 
-def _by_options(base: BaseModel, array: RramArray, rows: Sequence[Row], settings: EvaluationSettings) -> _Scored:
+def _by_options(base: BaseModel, array: RramArray, rows: Sequence[Row], settings: EvaluationSettings) -> _Score:
     packed = [pack(row, base.tokenizer) for row in rows]
-    scores = option_scores(base.causal_lm, array, packed, settings.batch_size)
-    margins = tuple(margin(s, row.answer) for s, row in zip(scores, packed, strict=True))
-    return margins, tuple(value > 0 for value in margins)
+
+    def score() -> tuple[tuple[float, ...], tuple[bool, ...]]:
+        scores = option_scores(base.causal_lm, array, packed, settings.batch_size)
+        margins = tuple(margin(s, row.answer) for s, row in zip(scores, packed, strict=True))
+        return margins, tuple(value > 0 for value in margins)
+
+    return score
 
 
-def _by_generation(base: BaseModel, array: RramArray, rows: Sequence[Row], settings: EvaluationSettings) -> _Scored:
+def _by_generation(base: BaseModel, array: RramArray, rows: Sequence[Row], settings: EvaluationSettings) -> _Score:
     references = reference_answers(rows, settings.answer_pattern)
-    texts = generate(base, array, rows, settings.batch_size, settings.max_new_tokens)
-    answers = (parsed_answer(text, settings.answer_pattern) for text in texts)
-    correct = tuple(same_answer(answer, reference) for answer, reference in zip(answers, references, strict=True))
-    return tuple(reference_scores(base, array, rows, settings.batch_size)), correct
+
+    def score() -> tuple[tuple[float, ...], tuple[bool, ...]]:
+        texts = generate(base, array, rows, settings.batch_size, settings.max_new_tokens)
+        answers = (parsed_answer(text, settings.answer_pattern) for text in texts)
+        correct = tuple(same_answer(answer, reference) for answer, reference in zip(answers, references, strict=True))
+        return tuple(reference_scores(base, array, rows, settings.batch_size)), correct
+
+    return score

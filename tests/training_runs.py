@@ -1,0 +1,26 @@
+"""Trainings that tests run, as a trial's process does."""
+
+from pathlib import Path
+
+from halora.trainable import Workbench
+from halora.trial import TrialConfig
+
+
+def run_reports(
+    workbench: Workbench, config: TrialConfig, folder: Path, stop_at: int | None = None
+) -> list[dict[str, float]]:
+    """Reports from the latest checkpoint to the end, or until `stop_at`, as if killed there."""
+    folder.mkdir(exist_ok=True)
+    training = workbench.train(config, folder)
+    reports = []
+    try:
+        while not training.done and (stop_at is None or training._finetuner.step < stop_at):
+            reports.append(training.advance())
+    finally:
+        training.close()
+    return reports
+
+
+def run_losses(workbench: Workbench, config: TrialConfig, folder: Path, stop_at: int | None = None) -> list[float]:
+    """The loss of each of these reports."""
+    return [report["train_loss"] for report in run_reports(workbench, config, folder, stop_at)]
