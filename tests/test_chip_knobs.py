@@ -66,7 +66,7 @@ class _Blocks:
         """Hidden states after the block, (tokens, hidden)."""
         hidden = []
         for batch in self.batches:
-            with self.array.reading(batch.sequences):
+            with self.array.reading(batch.rows):
                 hidden.append(batch.hidden(self.base.causal_lm)[0])
         return torch.cat(hidden)
 

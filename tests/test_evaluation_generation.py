@@ -94,7 +94,7 @@ def test_on_a_noisy_chip_every_token_is_the_one_of_a_single_long_read(tiny_model
         whole = base.tokenizer(row.prompt).input_ids + tokens
         sources = list(range(len(whole) - len(tokens) - 1, len(whole) - 1))
         batch = lay_out([PackedRow(row.row_id, whole, [0] * len(whole), list(range(len(whole))), sources, 0)])
-        with array.reading(batch.sequences):
+        with array.reading(batch.rows):
             assert batch.logits(base.causal_lm).argmax(dim=-1).tolist() == tokens
 
 

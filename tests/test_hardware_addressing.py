@@ -5,11 +5,16 @@ independence over every shift, with a recycled pool of noise as the generator th
 import subprocess
 import sys
 from dataclasses import replace
-from math import erfc, sqrt
 
 import numpy as np
 import pytest
-import torch
+from normality import (
+    INDEPENDENT,
+    assert_moments_are_normal,
+    assert_normal_out_to_four_sigma,
+    kolmogorov_smirnov,
+    largest_correlation,
+)
 
 from halora.hardware.addressing import NoiseKey, Role, canonical_name, derive_seed
 
@@ -107,13 +112,6 @@ def test_canonical_name_drops_wrappers(wrapped):
     assert canonical_name(wrapped) == "model.layers.1.mlp.up_proj"
 
 
-@pytest.mark.parametrize("rows", [1, 7, 50, 64])
-def test_rows_drawn_some_at_a_time_are_the_same_draws(rows):
-    parts = list(KEY.normal_rows((50, 7), rows))
-    assert all(len(part) <= rows for part in parts)
-    np.testing.assert_array_equal(np.concatenate(parts), KEY.standard_normal((50, 7)))
-
-
 def test_uniform_draws_are_finer_than_bytes_and_even():
     draws = KEY.uniform((1000, 1000))
     assert draws.dtype == np.float32
@@ -140,34 +138,18 @@ def _draws(**change) -> np.ndarray:
     return replace(KEY, **change).standard_normal((_LENGTH,))
 
 
-def _largest_correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Largest correlation of `a` with `b` over every shift, on overlaps of at least an eighth of their length.
-
-    A shift's value is the sum of products over the root of the overlap: standard normal for independent draws.
-    """
-    size = 2 * len(a)
-    products = np.fft.irfft(np.fft.rfft(a, size) * np.conj(np.fft.rfft(b, size)), size)
-    shifts = np.arange(size)
-    overlap = len(a) - np.minimum(shifts, size - shifts)
-    wide = overlap >= len(a) // 8
-    return float(np.max(np.abs(products[wide]) / np.sqrt(overlap[wide])))
-
-
-_INDEPENDENT = 6.0  # the largest of 1.1e5 standard normals stays below with probability 1 - 2e-4
-
-
 @pytest.mark.parametrize(
     "change",
     [{"module": "layers.1.q_proj"}, {"draw": 3}, {"chip_seed": 4}, {"role": Role.CERTIFY}, {"example": "row-8"}],
     ids=lambda change: next(iter(change)),
 )
 def test_no_window_of_one_draw_overlaps_another(change):
-    assert _largest_correlation(_draws(), _draws(**change)) < _INDEPENDENT
+    assert largest_correlation(_draws(), _draws(**change)) < INDEPENDENT
 
 
 def test_a_draw_does_not_repeat_itself():
     draws = _draws()
-    assert _largest_correlation(draws[: _LENGTH // 2], draws[_LENGTH // 2 :]) < _INDEPENDENT
+    assert largest_correlation(draws[: _LENGTH // 2], draws[_LENGTH // 2 :]) < INDEPENDENT
 
 
 def test_a_recycled_pool_of_noise_fails_the_window_test():
@@ -175,8 +157,8 @@ def test_a_recycled_pool_of_noise_fails_the_window_test():
     pool = KEY.standard_normal((4 * _LENGTH,))
     offsets = [derive_seed(layer) % (3 * _LENGTH) for layer in range(4)]
     windows = [pool[start : start + _LENGTH] for start in offsets]
-    largest = max(_largest_correlation(windows[i], windows[j]) for i in range(4) for j in range(i))
-    assert largest > 10 * _INDEPENDENT
+    largest = max(largest_correlation(windows[i], windows[j]) for i in range(4) for j in range(i))
+    assert largest > 10 * INDEPENDENT
 
 
 def test_many_short_draws_are_uncorrelated():
@@ -187,38 +169,14 @@ def test_many_short_draws_are_uncorrelated():
 
 
 def test_four_moments_are_those_of_a_standard_normal():
-    draws = KEY.part("moments").standard_normal((4_000_000,)).astype(np.float64)
-    errors = [1, np.sqrt(2), np.sqrt(15), np.sqrt(96)]  # standard deviations of x, x^2, x^3, x^4
-    for power, (expected, error) in enumerate(zip((0, 1, 0, 3), errors, strict=True), start=1):
-        assert abs(np.mean(draws**power) - expected) < 4.5 * error / np.sqrt(len(draws))
+    assert_moments_are_normal(KEY.part("moments").standard_normal((4_000_000,)))
 
 
 def test_distribution_is_normal_out_to_four_sigma():
-    """Kolmogorov-Smirnov over all draws, then over the tails alone, rescaled to themselves; and their counts."""
-    draws = np.sort(np.concatenate([KEY.part(str(i)).standard_normal((1_000_000,)) for i in range(4)]))
-    critical = 1.95  # of sqrt(n) D, at a probability of 0.001
-    assert _kolmogorov_smirnov(draws, -np.inf) < critical
-    for edge in (2.0, 3.0, 4.0):
-        for tail in (draws[draws > edge], -draws[draws < -edge][::-1]):
-            expected = len(draws) * _upper_tail(edge)
-            assert abs(len(tail) - expected) < 4.5 * np.sqrt(expected)
-            assert _kolmogorov_smirnov(tail, edge) < critical
-
-
-def _upper_tail(x: float) -> float:
-    return 0.5 * erfc(x / sqrt(2))
-
-
-def _kolmogorov_smirnov(ordered: np.ndarray, edge: float) -> float:
-    """sqrt(n) times the largest distance from the normal distribution above `edge`."""
-    above = torch.special.erfc(torch.from_numpy(ordered.astype(np.float64)) / sqrt(2)).numpy() / 2
-    expected = 1 - above / _upper_tail(edge)
-    steps = np.arange(len(ordered) + 1) / len(ordered)
-    distance = max(np.max(expected - steps[:-1]), np.max(steps[1:] - expected))
-    return float(distance * np.sqrt(len(ordered)))
+    assert_normal_out_to_four_sigma(np.concatenate([KEY.part(str(i)).standard_normal((1_000_000,)) for i in range(4)]))
 
 
 def test_the_distribution_test_sees_a_wrong_tail():
     draws = np.sort(KEY.part("0").standard_normal((1_000_000,)).clip(-3.5, 3.5))
     tail = draws[draws > 3.0]
-    assert _kolmogorov_smirnov(tail, 3.0) > 1.95
+    assert kolmogorov_smirnov(tail, 3.0) > 1.95

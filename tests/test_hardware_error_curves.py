@@ -101,7 +101,7 @@ def test_drawn_weights_follow_what_is_stated(reference):
             "coding": {"slices": 2, "slice_ratio": 4.0, "replicas": 4},
         }
     )
-    weight = ramp() * torch.linspace(0.5, 1, 128)[:, None]
+    weight = ramp(1024) * torch.linspace(0.5, 1, 1024)[:, None]
     stated, drawn = stated_weight_error(weight, chip), drawn_weight_error(weight, chip, KEY)
     assert drawn.target == stated.target
     assert drawn.std == pytest.approx(stated.std, rel=0.03)

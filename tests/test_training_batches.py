@@ -99,29 +99,26 @@ def test_training_packs_the_right_option_and_nothing_else(tokenizer):
 
 
 @pytest.mark.parametrize("copies", [1, 3, 40])
-def test_a_batch_holds_every_token_once_and_little_padding(tokenizer, copies):
+def test_a_batch_holds_every_token_once_and_no_padding(tokenizer, copies):
     rows = [pack(row, tokenizer) for row in ROWS * copies]
     batch = lay_out(rows)
-    assert sorted(batch.input_ids[batch.is_real].tolist()) == sorted(token for row in rows for token in row.tokens)
+    assert batch.input_ids[0].tolist() == [token for row in rows for token in row.tokens]
+    assert batch.rows == [(row.row_id, len(row.tokens)) for row in rows]
     assert batch.targets.tolist() == [token for row in rows for token in row.tokens[row.prompt_length :]]
-    longest = max(len(row.tokens) for row in rows)
-    assert batch.input_ids.shape[1] - batch.is_real.sum(dim=1).min() <= longest
     expected = [row.tokens[source] for row in rows for source in row.sources]
-    assert batch.input_ids[batch.sources[0], batch.sources[1]].tolist() == expected
+    assert batch.input_ids[0, batch.sources].tolist() == expected
 
 
 def test_a_token_sees_its_own_row_and_option_only(tokenizer):
     rows = [pack(row, tokenizer) for row in ROWS]
-    batch = lay_out(rows)
-    (laid_out,) = batch.sequences
-    segments = {row.row_id: row.segments for row in rows}
-    owners = [(row_id, segment) for row_id, _ in laid_out for segment in segments[row_id]]
-    for seer, (row, option) in enumerate(owners):
-        expected = [
-            seen <= seer and other_row == row and other_option in (0, option)
-            for seen, (other_row, other_option) in enumerate(owners)
-        ]
-        assert batch.attention_mask[0, 0, seer, : len(owners)].tolist() == expected
+    layout = lay_out(rows).row_layout
+    longest = layout.visible.shape[-1]
+    places = iter(layout.places.tolist())
+    for i, row in enumerate(rows):
+        for seer, option in enumerate(row.segments):
+            assert next(places) == i * longest + seer
+            expected = [seen <= seer and other in (0, option) for seen, other in enumerate(row.segments)]
+            assert layout.visible[i, 0, seer].tolist() == expected + [False] * (longest - len(expected))
 
 
 def test_prompt_and_option_tokens_spell_the_row(tokenizer):

@@ -113,7 +113,7 @@ def test_weights_made_again_take_little_memory(dtype, preset):
     events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
     assert x.grad is not None
-    largest = model["down_proj"].weight.nbytes
+    largest = model["down_proj"].effective_weight().nbytes
     assert held.max() >= largest  # it was made at all
     assert held.max() + numpy_peak <= 3 * largest
 
@@ -124,7 +124,7 @@ def test_layers_outside_rram_compute_with_their_clean_weights(tiny_models):
     mapping = {"sram": ["*.v_proj"], "digital": ["model.layers.0.*"]}
     chip = load_chip({"preset": "halora-2026", "noise": {"sigma": 0.05}, "mapping": mapping})
     array.program(replace(INSTANCE, chip=chip))
-    clean = {layer.name for layer in array.layers if layer.programmed() is layer.weight}
+    clean = {layer.name for layer in array.layers if layer.effective_weight() is layer.weight}
     assert clean == {layer.name for layer in array.layers if "layers.0." in layer.name or "v_proj" in layer.name}
     assert array.noise_db().keys() == {layer.name for layer in array.layers} - clean
     with pytest.raises(UserError, match=r"'\*\.w_proj' matches no layer"):
@@ -153,21 +153,18 @@ def _converters(linear: RramLinear, chip=CHIP):
 def test_reads_of_a_row_do_not_depend_on_its_batch(layer):
     model, array = layer
     linear = model["q_proj"]
-    x = torch.randn(3, 11, 48, generator=torch.Generator().manual_seed(6))
+    x = torch.randn(1, 24, 48, generator=torch.Generator().manual_seed(6))
     array.program(INSTANCE, _converters(linear))
-    with array.reading([[("a", 11)], [("b", 8)], [("c", 5)]]):
+    rows = [("a", 11), ("b", 8), ("c", 5)]
+    with array.reading(rows):
         together = linear(x)
-    for i, (row, tokens) in enumerate([("a", 11), ("b", 8), ("c", 5)]):
-        with array.reading([[(row, tokens)]]):
-            alone = linear(x[i : i + 1, :tokens])
-        torch.testing.assert_close(alone[0], together[i, :tokens], rtol=1e-5, atol=1e-5)
-    with array.reading([[("c", 5), ("b", 3), ("a", 3)], [("b", 8)], [("c", 5)]]):  # end to end in one sequence
-        assert torch.equal(linear(x)[1], together[1])
-        shifted = linear(torch.cat([x[0, :8], x[0, :3]])[None].expand(3, -1, -1))
-    with array.reading([[("a", 3)], [], []]):
-        torch.testing.assert_close(linear(x)[0, :3], shifted[0, 8:], rtol=1e-5, atol=1e-5)
-    with array.reading([[("b", 11)], [("a", 8)], [("c", 5)]]):
-        assert (linear(x)[0] - together[0]).abs().max() > 1e-3  # another row reads other noise
+    for (row, tokens), inputs, outputs in zip(rows, x.split([11, 8, 5], 1), together.split([11, 8, 5], 1), strict=True):
+        with array.reading([(row, tokens)]):
+            torch.testing.assert_close(linear(inputs), outputs, rtol=1e-5, atol=1e-5)
+    with array.reading([("a", 3)]):  # a longer read continues a shorter one
+        torch.testing.assert_close(linear(x[:, :3]), together[:, :3], rtol=1e-5, atol=1e-5)
+    with array.reading([("b", 11), ("a", 8), ("c", 5)]):
+        assert (linear(x)[0, :11] - together[0, :11]).abs().max() > 1e-3  # another row reads other noise
 
 
 @torch.no_grad()
@@ -178,7 +175,7 @@ def test_reads_have_the_error_of_the_converter_model_and_a_digital_bias(layer):
     converters = _converters(linear, chip)
     array.program(ChipInstance(chip, INSTANCE.key, 0.0), converters)
     x = torch.randn(1, 3000, 48, generator=torch.Generator().manual_seed(7))
-    with array.reading([[("a", 3000)]]):
+    with array.reading([("a", 3000)]):
         read = linear(x)
     model = converters["q_proj"]
     driven = model.drive(x)
@@ -195,15 +192,15 @@ def test_reads_have_the_error_of_the_converter_model_and_a_digital_bias(layer):
 def test_exact_reads_are_the_tilewise_product_plus_read_noise(layer):
     model, array = layer
     linear = model["q_proj"]
-    calibration, x = torch.randn(64, 48), torch.randn(2, 3000, 48)
+    calibration, x = torch.randn(64, 48), torch.randn(1, 6000, 48)
     for white_us in (0.0, 0.5):
         chip = load_chip({"preset": "halora-2026", "tile": {"rows": 16}, "read": {"white_us": white_us}})
         converters = full_scale(calibration, linear.weight, chip)
         reads = ExactReads(chip, converters, read_noise_power(linear.weight, chip))
         array.program(replace(INSTANCE, chip=chip), {"q_proj": reads})
-        with array.reading([[("a", 3000)], [("b", 3000)]]):
+        with array.reading([("a", 3000), ("b", 3000)]):
             read = linear(x)
-        product = tilewise_product(x.flatten(0, 1), linear.programmed(), chip, converters).reshape(2, 3000, 40)
+        product = tilewise_product(x.flatten(0, 1), linear.effective_weight(), chip, converters)[None]
         noise = read - linear.bias - product
         if white_us == 0:
             torch.testing.assert_close(read, product + linear.bias)

@@ -116,6 +116,7 @@ def evaluate(
     noisy, noisy_correct, noise_db = [], [], []
     for seed in seeds:
         array.program(ChipInstance(chip, NoiseKey(role=role, chip_seed=seed), chip.noise.level), reads)
+        array.materialise()
         margins, correct = score()
         noisy.append(margins)
         noisy_correct.append(correct)

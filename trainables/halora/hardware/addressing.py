@@ -1,13 +1,12 @@
 """Every random draw of a chip has an address, so it never depends on the order of calls.
 
 A draw is named by (role, chip seed, canonical module name, purpose, draw index, example id). The name is hashed to the
-128-bit key of a Philox counter generator (Salmon et al., SC 2011) that runs on the CPU. A chip instance therefore shows
-the same noise to every adapter, in every process, at every batch size.
+seed of a generator of its own, SFC64 on the CPU (docs/decisions/004). A chip instance therefore shows the same noise to
+every adapter, in every process, on every device, at every batch size.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from math import prod
@@ -59,26 +58,21 @@ class NoiseKey:
 
     def standard_normal(self, shape: tuple[int, ...]) -> np.ndarray:
         """Standard normal draws, float32, of `shape`."""
-        return self._generator().standard_normal(shape, dtype=np.float32)
-
-    def normal_rows(self, shape: tuple[int, ...], rows: int) -> Iterator[np.ndarray]:
-        """The very draws of `standard_normal(shape)`, at most `rows` of the first axis at a time."""
-        generator = self._generator()
-        for start in range(0, shape[0], rows):
-            yield generator.standard_normal((min(rows, shape[0] - start), *shape[1:]), dtype=np.float32)
+        return self.generator().standard_normal(shape, dtype=np.float32)
 
     def uniform(self, shape: tuple[int, ...]) -> np.ndarray:
         """Uniform draws over [0, 1) in steps of 2^-24, float32, of `shape`."""
-        return self._generator().random(shape, dtype=np.float32)
+        return self.generator().random(shape, dtype=np.float32)
 
     def uniform_bytes(self, shape: tuple[int, ...]) -> np.ndarray:
         """Uniform draws over 0 .. 255, uint8, of `shape`; a longer first axis continues a shorter one."""
-        return np.frombuffer(self._generator().bytes(prod(shape)), dtype=np.uint8).reshape(shape)
+        return np.frombuffer(self.generator().bytes(prod(shape)), dtype=np.uint8).reshape(shape)
 
-    def _generator(self) -> np.random.Generator:
+    def generator(self) -> np.random.Generator:
+        """A generator that begins at this address."""
         address = json.dumps(asdict(self), sort_keys=True).encode()
-        key = int.from_bytes(hashlib.blake2b(address, digest_size=16).digest(), "little")
-        return np.random.Generator(np.random.Philox(key=key))
+        seed = int.from_bytes(hashlib.blake2b(address, digest_size=16).digest(), "little")
+        return np.random.Generator(np.random.SFC64(seed))
 
 
 def canonical_name(module_name: str) -> str:

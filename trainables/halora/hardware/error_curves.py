@@ -13,7 +13,7 @@ from torch import Tensor
 from halora.hardware.addressing import NoiseKey
 from halora.hardware.cells import clip_limit, clipped, weight_scale
 from halora.hardware.chip import Chip
-from halora.hardware.noise import ROWS, cell_arrays, programmed_weight, weight_error_factor, write_verify_ratio
+from halora.hardware.noise import block_rows, cell_arrays, programmed_weight, weight_error_factor, write_verify_ratio
 from halora.hardware.noise_models import largest_magnitude, quadrature
 
 Moment = Literal["start", "end"]
@@ -85,7 +85,7 @@ def drawn_cell_error(weight: Tensor, chip: Chip, key: NoiseKey, moment: Moment, 
     """
     limit = clip_limit(weight, chip.coding)
     coded = clipped(weight, limit)
-    stored = (coded / weight_scale(coded, chip.coding))[:ROWS]
+    stored = (coded / weight_scale(coded, chip.coding))[: block_rows(weight)]
     real = cell_arrays(stored, chip, chip.noise, key.part("rows 0"))
     wanted = cell_arrays(stored, chip, None, None)
     targets, errors = [], []
@@ -127,7 +127,7 @@ def drawn_weight_error(weight: Tensor, chip: Chip, key: NoiseKey, bins: int = 24
     return _binned((weight.float() / largest).flatten(), error.flatten(), -1.0, 1.0, bins)
 
 
-def ramp(outputs: int = ROWS, inputs: int = 2048) -> Tensor:
+def ramp(outputs: int = 128, inputs: int = 2048) -> Tensor:
     """A test weight that holds all values from -1 to 1 in every output, each at other inputs; `(outputs, inputs)`."""
     places = torch.arange(inputs) + 17 * torch.arange(outputs)[:, None]  # odd, so that it meets every row of a tile
     return torch.linspace(-1, 1, inputs)[places % inputs]

@@ -24,57 +24,115 @@ from halora.hardware.cells import (
     with_faults,
 )
 from halora.hardware.chip import Chip
+from halora.hardware.draws import normal_rows, standard_normal
 from halora.hardware.noise_models import NoiseModel, WeightNoise
 
-ROWS = 128
-"""Outputs worked on at a time, so that memory stays that of the result; part of the address of the cells' draws."""
+_BLOCK = 2**19  # weights worked on at a time, about, so that memory stays that of the result
 
 
 def programmed_weight(weight: Tensor, chip: Chip, key: NoiseKey, level: float) -> Tensor:
-    """The weight as one chip instance holds it at the end of its refresh interval and reads it.
+    """The weight as one chip instance holds it, see `Programming`; in `weight`'s dtype.
 
     Args:
         weight: Frozen weight `(d_out, d_in)`, left unchanged.
         chip: Everything that moves it.
         key: Address of the chip instance at this module.
         level: Strength of the chip's noise model, as the noise schedule sets it (`chip.noise.level`: the chip's own).
-
-    Returns:
-        A new tensor in `weight`'s dtype; exactly `weight` when nothing moves it.
     """
-    noise, compensation = chip.noise.with_level(level), chip.retention.compensation
-    limit = clip_limit(weight, chip.coding)
-    whole = weight if limit is None else clipped(weight, limit)
-    scale = weight_scale(whole, chip.coding) if cells_act(chip, noise) else None
-    spread = _added_spread(whole, chip, noise)
-    row_gain = ir_drop_gain(weight.shape[1], chip).to(weight.device) if chip.wires.resistance_ohm > 0 else None
-    if all(part is None for part in (limit, scale, spread, row_gain)):
-        return weight
-    del whole
-    units = _address(key, noise).normal_rows(tuple(weight.shape), ROWS)
-    held = torch.empty_like(weight, dtype=torch.float32 if compensation == "global" else weight.dtype)
-    before = after = torch.zeros((), device=weight.device)
-    for rows in _row_blocks(weight):
-        fresh = aged = _clipped_rows(weight, limit, rows)
-        if scale is not None:
-            fresh, aged = _through_cells(fresh, _at(scale, rows), chip, noise, key.part(f"rows {rows.start}"))
-        ages = aged is not fresh
-        if spread is not None:
-            unit, deviation = torch.from_numpy(next(units)).to(weight.device), _at(spread, rows)
-            aged = torch.addcmul(aged, unit, deviation)
-            fresh = torch.addcmul(fresh, unit, deviation) if ages else aged
-        if ages and compensation == "column":
-            aged = aged * _gain(fresh.abs().mean(dim=1, keepdim=True), aged.abs().mean(dim=1, keepdim=True))
-        if ages and compensation == "global":
-            before, after = before + fresh.abs().sum(), after + aged.abs().sum()
-        held[rows] = aged if row_gain is None else aged * row_gain
-    if after > 0:
-        held.mul_(_gain(before, after))
-    return held.to(weight.dtype)
+    return Programming.of(weight, chip, level).held(weight, key)
+
+
+@dataclass(frozen=True)
+class Programming:
+    """How one weight matrix is programmed, before anything is drawn: the same for all instances of a chip.
+
+    Attributes:
+        chip: Everything that moves the weight.
+        noise: The chip's noise model at the strength asked for.
+        limit: Where the weight is clipped, see `clip_limit`.
+        scale: See `weight_scale`; none where nothing happens to single cells.
+        spread: Standard deviation of what is added to weights, broadcasting over (d_out, d_in); none for nothing.
+        row_gain: See `ir_drop_gain`; none without wires.
+    """
+
+    chip: Chip
+    noise: NoiseModel
+    limit: Tensor | None
+    scale: Tensor | None
+    spread: Tensor | None
+    row_gain: Tensor | None
+
+    @classmethod
+    def of(cls, weight: Tensor, chip: Chip, level: float) -> "Programming":
+        """The programming of a weight (d_out, d_in) at a level of the chip's noise model."""
+        noise = chip.noise.with_level(level)
+        limit = clip_limit(weight, chip.coding)
+        whole = weight if limit is None else clipped(weight, limit)
+        return cls(
+            chip,
+            noise,
+            limit,
+            scale=weight_scale(whole, chip.coding) if cells_act(chip, noise) else None,
+            spread=_added_spread(whole, chip, noise),
+            row_gain=ir_drop_gain(weight.shape[1], chip).to(weight.device) if chip.wires.resistance_ohm > 0 else None,
+        )
+
+    @property
+    def is_small(self) -> bool:
+        """Whether it is worth keeping: the spread of `block_max` noise takes as much memory as the weight."""
+        return self.spread is None or self.spread.ndim < 2 or self.spread.shape[1] == 1
+
+    def held(self, weight: Tensor, key: NoiseKey, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight as one chip instance holds it at the end of its refresh interval and reads it.
+
+        Args:
+            weight: The weight this was made of.
+            key: Address of the chip instance at this module.
+            dtype: Of the result; the weight's when left out.
+
+        Returns:
+            A new tensor; `weight` itself, in `dtype`, when nothing moves it.
+        """
+        dtype, chip = dtype or weight.dtype, self.chip
+        if all(part is None for part in (self.limit, self.scale, self.spread, self.row_gain)):
+            return weight.to(dtype)
+        compensation = chip.retention.compensation
+        held = torch.empty_like(weight, dtype=torch.float32 if compensation == "global" else dtype)
+        units = normal_rows(_address(key, self.noise), weight, block_rows(weight))
+        before = after = torch.zeros((), device=weight.device)
+        for rows in _row_blocks(weight):
+            into = held[rows] if held.dtype == torch.float32 else None
+            fresh = aged = _clipped_rows(weight, self.limit, rows)
+            if self.scale is not None:
+                at_rows = key.part(f"rows {rows.start}")
+                fresh, aged = _through_cells(fresh, _at(self.scale, rows), chip, self.noise, at_rows)
+            ages = aged is not fresh
+            if self.spread is not None:
+                unit, signs = next(units)
+                deviation = _at(self.spread, rows) * signs
+                fresh = torch.addcmul(fresh, unit, deviation) if ages else aged
+                aged = torch.addcmul(aged, unit, deviation, out=into)
+            if ages and compensation == "column":
+                aged = aged * _gain(fresh.abs().mean(dim=1, keepdim=True), aged.abs().mean(dim=1, keepdim=True))
+            if ages and compensation == "global":
+                before, after = before + fresh.abs().sum(), after + aged.abs().sum()
+            if self.row_gain is not None:
+                aged = torch.mul(aged, self.row_gain, out=into)
+            if aged is not into:
+                held[rows] = aged
+        if after > 0:
+            held.mul_(_gain(before, after))
+        return held.to(dtype)
+
+
+def block_rows(weight: Tensor) -> int:
+    """Outputs of (d_out, d_in) worked on at a time; part of the address of the cells' draws."""
+    return max(_BLOCK // weight.shape[1], 1)
 
 
 def _row_blocks(weight: Tensor) -> Iterator[slice]:
-    return (slice(start, start + ROWS) for start in range(0, weight.shape[0], ROWS))
+    rows = block_rows(weight)
+    return (slice(start, start + rows) for start in range(0, weight.shape[0], rows))
 
 
 def _at(values: Tensor, rows: slice) -> Tensor:
@@ -179,7 +237,7 @@ def _address(key: NoiseKey, model: NoiseModel) -> NoiseKey:
 
 
 def _unit(key: NoiseKey, model: NoiseModel, like: Tensor) -> Tensor:
-    return torch.from_numpy(_address(key, model).standard_normal(tuple(like.shape))).to(like.device)
+    return standard_normal(_address(key, model), like)
 
 
 def _through_cells(coded: Tensor, scale: Tensor, chip: Chip, noise: NoiseModel, key: NoiseKey) -> tuple[Tensor, Tensor]:

@@ -2,14 +2,13 @@
 
 A row is packed with one or more of its options into one piece: the prompt, then option after option. Each option sees
 the prompt and itself only and starts at the position right after the prompt, so the piece stands for one sequence per
-option. Training packs the right option, scoring all of them. The pieces of a batch are laid end to end in few
-sequences of about equal length, none seeing another, so that hardly a token is padding.
+option. Training packs the right option, scoring all of them. The pieces of a batch are laid end to end, none seeing
+another, so that no token is padding.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from math import ceil
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -18,9 +17,9 @@ from torch import Tensor
 
 from halora.errors import UserError
 from halora.hardware.addressing import derive_seed
+from halora.training.attention import RowLayout
 from halora.training.tasks import Row
 
-_TOKENS = 256  # per sequence, about: enough for fast products, few enough that attention stays a small part
 _PADDING = -1
 
 
@@ -103,44 +102,38 @@ def _pack(row_id: str, prompt: list[int], options: list[list[int]], answer: int)
 
 @dataclass(frozen=True)
 class Batch:
-    """Packed rows in sequences.
+    """Packed rows, end to end.
 
     Attributes:
-        sequences: The rows (id, number of tokens) of each sequence, in order.
-        input_ids: Token ids, `(sequences, tokens)`.
-        position_ids: Position of every token in the sequence it stands for, `(sequences, tokens)`.
-        attention_mask: Whether a token (third axis) sees another (last), `(sequences, 1, tokens, tokens)`.
-        sources: Sequence and place of the tokens whose outputs predict option tokens, `(2, targets)`, row after row.
+        rows: Id and number of tokens of each row, in order.
+        input_ids: Token ids, `(1, tokens)`.
+        position_ids: Position of every token in the sequence it stands for, `(1, tokens)`.
+        row_layout: Which tokens attend to which.
+        sources: The tokens whose outputs predict option tokens, `(targets,)`, row after row.
         targets: Those option tokens, `(targets,)`.
     """
 
-    sequences: list[list[tuple[str, int]]]
+    rows: list[tuple[str, int]]
     input_ids: Tensor
     position_ids: Tensor
-    attention_mask: Tensor
+    row_layout: RowLayout
     sources: Tensor
     targets: Tensor
 
-    @cached_property
-    def is_real(self) -> Tensor:
-        """Whether a token is no padding, `(sequences, tokens)`."""
-        lengths = torch.tensor([sum(tokens for _, tokens in rows) for rows in self.sequences])
-        return torch.arange(self.input_ids.shape[1])[None] < lengths[:, None]
-
     def hidden(self, causal_lm: Any) -> Tensor:
-        """The decoder's last hidden state, `(sequences, tokens, width)`."""
-        parameter = next(causal_lm.parameters())
+        """The decoder's last hidden state, `(1, tokens, width)`."""
+        device = next(causal_lm.parameters()).device
         hidden: Tensor = causal_lm.get_decoder()(
-            input_ids=self.input_ids.to(parameter.device),
-            position_ids=self.position_ids.to(parameter.device),
-            attention_mask=_additive(self.attention_mask, parameter.dtype).to(parameter.device),
+            input_ids=self.input_ids.to(device),
+            position_ids=self.position_ids.to(device),
+            **self.row_layout.arguments(device),
             use_cache=False,
         ).last_hidden_state
         return hidden
 
     def logits(self, causal_lm: Any) -> Tensor:
         """Logits where a target is predicted, and nowhere else, `(targets, vocabulary)`."""
-        hidden = self.hidden(causal_lm)[self.sources[0], self.sources[1]]
+        hidden = self.hidden(causal_lm)[0, self.sources]
         logits: Tensor = causal_lm.get_output_embeddings()(hidden).float()
         return logits
 
@@ -151,51 +144,30 @@ class Batch:
 
 
 def lay_out(rows: Sequence[PackedRow]) -> Batch:
-    """Lay rows end to end in few sequences of about equal length."""
-    count = min(ceil(sum(len(row.tokens) for row in rows) / _TOKENS), len(rows))
-    held: list[list[int]] = [[] for _ in range(count)]
-    lengths = [0] * count
-    for i in sorted(range(len(rows)), key=lambda i: len(rows[i].tokens), reverse=True):
-        shortest = lengths.index(min(lengths))
-        held[shortest].append(i)
-        lengths[shortest] += len(rows[i].tokens)
-    input_ids = torch.zeros((count, max(lengths)), dtype=torch.long)
-    position_ids, segments = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
-    owners = torch.full_like(input_ids, _PADDING)
-    starts: dict[int, tuple[int, int]] = {}
-    for sequence, indices in enumerate(held):
-        start = 0
-        for i in indices:
-            place = slice(start, start + len(rows[i].tokens))
-            input_ids[sequence, place] = torch.tensor(rows[i].tokens)
-            position_ids[sequence, place] = torch.tensor(rows[i].positions)
-            segments[sequence, place] = torch.tensor(rows[i].segments)
-            owners[sequence, place] = i
-            starts[i] = sequence, start
-            start = place.stop
-    sources = [(starts[i][0], starts[i][1] + source) for i, row in enumerate(rows) for source in row.sources]
-    targets = [token for row in rows for token in row.tokens[row.prompt_length :]]
+    """Lay rows end to end."""
+    lengths = [len(row.tokens) for row in rows]
+    longest = max(lengths)
+    segments = torch.full((len(rows), longest), _PADDING)
+    for i, row in enumerate(rows):
+        segments[i, : lengths[i]] = torch.tensor(row.segments)
+    starts = [sum(lengths[:i]) for i in range(len(rows))]
     return Batch(
-        [[(rows[i].row_id, len(rows[i].tokens)) for i in indices] for indices in held],
-        input_ids,
-        position_ids,
-        _attention_mask(owners, segments),
-        torch.tensor(sources).T,
-        torch.tensor(targets),
+        rows=[(row.row_id, length) for row, length in zip(rows, lengths, strict=True)],
+        input_ids=torch.tensor([[token for row in rows for token in row.tokens]]),
+        position_ids=torch.tensor([[position for row in rows for position in row.positions]]),
+        row_layout=RowLayout((segments != _PADDING).flatten().nonzero()[:, 0], _visible(segments)),
+        sources=torch.tensor(
+            [start + source for row, start in zip(rows, starts, strict=True) for source in row.sources]
+        ),
+        targets=torch.tensor([token for row in rows for token in row.tokens[row.prompt_length :]]),
     )
 
 
-def _attention_mask(owners: Tensor, segments: Tensor) -> Tensor:
-    """Who sees whom, from the row and the segment of each token (sequences, tokens)."""
-    tokens = owners.shape[1]
-    causal = torch.ones((tokens, tokens), dtype=torch.bool).tril()
-    same_row = owners[:, :, None] == owners[:, None, :]
+def _visible(segments: Tensor) -> Tensor:
+    """Who sees whom within each row, from the segments of its tokens, `(rows, longest)`."""
+    causal = torch.ones((segments.shape[1],) * 2, dtype=torch.bool).tril()
     shared = (segments[:, None, :] == 0) | (segments[:, :, None] == segments[:, None, :])
-    return (causal & same_row & shared)[:, None]
-
-
-def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+    return (causal & shared)[:, None]
 
 
 @dataclass(frozen=True, eq=False)

@@ -188,7 +188,7 @@ class Finetuner:
         for batch, target_weight in micro_batches:
             if losses:
                 self._engine.step()  # counts the micro-batch before; DeepSpeed updates after the last one only
-            with self._array.reading(batch.sequences):  # a checkpointed block reads again in the backward
+            with self._array.reading(batch.rows):  # a checkpointed block reads again in the backward
                 loss, task_loss, reg_loss = self._engine(batch, target_weight)
                 self._engine.backward(scale * loss)
             losses.append(torch.stack([loss.detach(), task_loss, reg_loss]))

@@ -129,6 +129,9 @@ def load_base(model: str, dtype: str) -> BaseModel:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
+    from halora.training.attention import use_row_attention
+    from halora.training.frozen import FrozenLinear
+
     disable_progress_bar()
     shape = model_shape(model)
     source = find_model(model)
@@ -143,6 +146,8 @@ def load_base(model: str, dtype: str) -> BaseModel:
             f"model '{model}' lacks {len(missing)} weights, the first '{missing[0]}'", "save it again whole"
         )
     causal_lm.eval().requires_grad_(False)
+    use_row_attention(causal_lm)
+    causal_lm.set_output_embeddings(FrozenLinear(causal_lm.get_output_embeddings()))
     if torch.cuda.is_available():
         causal_lm.cuda()
     return BaseModel(model, causal_lm, tokenizer, shape)

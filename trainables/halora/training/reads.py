@@ -38,7 +38,7 @@ def calibrate(
     def fit(layer: RramLinear, x: Tensor) -> None:
         if places[layer.name] is not Place.RRAM:
             return
-        tokens = x[batch.is_real.to(x.device)][:num_tokens].float()
+        tokens = x[0, :num_tokens].float()
         weight = layer.weight.float()
         if converters == "exact":
             reads[layer.name] = ExactReads(chip, full_scale(tokens, weight, chip), read_noise_power(weight, chip))

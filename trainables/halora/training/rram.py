@@ -8,15 +8,15 @@ backward, without a copy, for draws that change every step and for ZeRO-3, whose
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import sqrt
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from halora.errors import UserError
 from halora.hardware.addressing import canonical_name
@@ -24,15 +24,12 @@ from halora.hardware.chip import Chip
 from halora.hardware.converters import ConverterModel, ExactReads
 from halora.hardware.instance import ChipInstance
 from halora.hardware.mapping import Place
-from halora.hardware.noise import noise_to_signal_db, programmed_weight
+from halora.hardware.noise import Programming, noise_to_signal_db
 from halora.training.config import LINEAR_NAMES
+from halora.training.frozen import FrozenLinear
 
 Reads = ExactReads | ConverterModel
 """How a layer is read: every conversion carried out, or their statistical model."""
-
-
-Sequences = Sequence[Sequence[tuple[str, int]]]
-"""The rows (id, number of tokens) of each sequence of a batch, in order."""
 
 
 @dataclass
@@ -43,22 +40,21 @@ class _Wiring:
     regenerate: bool = False
     places: Mapping[str, Place] = field(default_factory=dict)
     reads: Mapping[str, Reads] = field(default_factory=dict)
-    sequences: Sequences = ()  # the rows being read
+    rows: Sequence[tuple[str, int]] = ()  # being read: id, number of tokens
 
 
-class RramLinear(nn.Linear):
+class RramLinear(FrozenLinear):
     """y = x W*^T with W* as the chip instance holds it, as its converters read it; the bias is added digitally.
 
     A layer that the chip's mapping keeps in SRAM or digital logic computes with its clean weight.
     """
 
     def __init__(self, linear: nn.Linear, name: str, wiring: _Wiring) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight, self.bias = linear.weight, linear.bias
+        super().__init__(linear)
         self.name = name
         self._wiring = wiring
         self._kept: Tensor | None = None
+        self._programming: Programming | None = None
 
     def forget(self) -> None:
         """Drop the programmed copy; the next forward makes it anew."""
@@ -69,72 +65,61 @@ class RramLinear(nn.Linear):
         """Whether a chip instance lies under the model and keeps this layer in RRAM."""
         return self._wiring.instance is not None and self._wiring.places[self.name] is Place.RRAM
 
-    def programmed(self) -> Tensor:
-        """The weight under the current chip instance; the frozen weight itself where it is not in RRAM."""
+    @property
+    def weight_stays(self) -> bool:
+        """See `FrozenLinear`."""
+        return not self._wiring.regenerate if self.noisy else super().weight_stays
+
+    def effective_weight(self) -> Tensor:
+        """The weight under the current chip instance; the frozen weight where it is not in RRAM."""
         if not self.noisy:
-            return self.weight
+            return super().effective_weight()
         if self._kept is not None:
             return self._kept
         instance = self._wiring.instance
         assert instance is not None
+        key = instance.key.at(module=self.name, purpose="programming")
         with torch.no_grad():
-            weight = programmed_weight(
-                self.weight.detach(),
-                instance.chip,
-                instance.key.at(module=self.name, purpose="programming"),
-                instance.level_at(self.name),
-            )
+            weight = self._programmed(instance).held(self.weight.detach(), key, self.product_dtype)
         if not self._wiring.regenerate:
             self._kept = weight
         return weight
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Input (batch, tokens, in_features) -> (batch, tokens, out_features)."""
+    def _programmed(self, instance: ChipInstance) -> Programming:
+        """The last one again, for another instance of the same chip."""
+        known, level = self._programming, instance.level_at(self.name)
+        if known is not None and known.chip == instance.chip and known.noise.level == level:
+            return known
+        programming = Programming.of(self.weight.detach(), instance.chip, level)
+        self._programming = programming if programming.is_small else None
+        return programming
+
+    def product(self, input: Tensor) -> Tensor:
+        """The product as it is read."""
         reads = self._wiring.reads.get(self.name) if self.noisy else None
         if reads is None:
-            return self._product(input, self.bias)
+            return super().product(input)
         if isinstance(reads, ExactReads):
-            product = reads.product(input, self.programmed(), self._read_noise)
-        else:
-            driven = reads.drive(input)
-            product = self._product(driven.inputs, None)
-            product = reads.read(product, driven, self._read_noise(product))
-        return product if self.bias is None else product + self.bias
-
-    def _product(self, input: Tensor, bias: Tensor | None) -> Tensor:
-        if self.noisy and self._wiring.regenerate:
-            return cast(Tensor, _RegeneratedProduct.apply(input, bias, self))
-        return F.linear(input, self.programmed(), bias)
+            return reads.product(input, self.effective_weight(), self._read_noise)
+        driven = reads.drive(input)
+        product = super().product(driven.inputs)
+        return reads.read(product, driven, self._read_noise(product))
 
     def _read_noise(self, like: Tensor) -> Tensor:
-        """Zero-mean unit-variance noise of one read, shaped (batch, tokens, out_features).
+        """Zero-mean unit-variance noise of one read, shaped (1, tokens, out_features).
 
         Uniform over 256 levels, as quantisation errors are; the same for a row whatever batch it is in.
         """
-        instance, sequences = self._wiring.instance, self._wiring.sequences
+        instance, rows = self._wiring.instance, self._wiring.rows
         assert instance is not None
-        assert len(sequences) == like.shape[0], "set the rows of the batch with RramArray.reading"
-        levels = np.full(like.shape, 128, dtype=np.uint8)
-        for i, rows in enumerate(sequences):
-            start = 0
-            for row_id, tokens in rows:
-                key = instance.key.at(module=self.name, purpose="adc", example=row_id)
-                levels[i, start : start + tokens] = key.uniform_bytes((tokens, self.out_features))
-                start += tokens
-        return (torch.from_numpy(levels).to(like) - 127.5).div_(sqrt((256**2 - 1) / 12))
-
-
-class _RegeneratedProduct(torch.autograd.Function):
-    """x W*^T, with W* made in the forward and made again in the backward instead of being kept."""
-
-    @staticmethod
-    def forward(ctx: Any, input: Tensor, bias: Tensor | None, layer: RramLinear) -> Tensor:
-        ctx.layer = layer
-        return F.linear(input, layer.programmed(), bias)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return gradient @ ctx.layer.programmed(), None, None
+        assert sum(tokens for _, tokens in rows) == like.shape[1], "name the rows read with RramArray.reading"
+        levels = np.concatenate(
+            [
+                instance.key.at(module=self.name, purpose="adc", example=row_id).uniform_bytes((tokens, like.shape[2]))
+                for row_id, tokens in rows
+            ]
+        )
+        return (torch.from_numpy(levels).to(like)[None] - 127.5).div_(sqrt((256**2 - 1) / 12))
 
 
 class RramArray:
@@ -178,14 +163,19 @@ class RramArray:
         for layer in self.layers:
             layer.forget()
 
+    def materialise(self) -> None:
+        """Make the copies of all programmed layers now, on all threads, instead of in the first forward."""
+        with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+            list(threads.map(RramLinear.effective_weight, self.layers))
+
     @contextmanager
-    def reading(self, sequences: Sequences) -> Iterator[None]:
-        """Name the rows of the batch about to be read."""
-        self._wiring.sequences = sequences
+    def reading(self, rows: Sequence[tuple[str, int]]) -> Iterator[None]:
+        """Name the rows of the batch about to be read, end to end: id and number of tokens of each."""
+        self._wiring.rows = rows
         try:
             yield
         finally:
-            self._wiring.sequences = ()
+            self._wiring.rows = ()
 
     @contextmanager
     def watching_inputs(self, seen: Callable[[RramLinear, Tensor], None]) -> Iterator[None]:
@@ -200,7 +190,9 @@ class RramArray:
     def noise_db(self) -> dict[str, float]:
         """Realised noise-to-signal ratio of the programmed weights in dB, by name of the layers in RRAM."""
         return {
-            layer.name: noise_to_signal_db(layer.weight, layer.programmed()) for layer in self.layers if layer.noisy
+            layer.name: noise_to_signal_db(layer.weight, layer.effective_weight())
+            for layer in self.layers
+            if layer.noisy
         }
 
 
@@ -220,8 +212,7 @@ def install(causal_lm: Any) -> RramArray:
         raise UserError(f"the model has no linear layers named {', '.join(LINEAR_NAMES)}")
     layers = []
     for name, linear in linears.items():
-        parent, _, child = name.rpartition(".")
         layer = RramLinear(linear, canonical_name(name), wiring)
-        setattr(causal_lm.get_submodule(parent), child, layer)
+        causal_lm.set_submodule(name, layer)
         layers.append(layer)
     return RramArray(layers, wiring)
