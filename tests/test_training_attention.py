@@ -1,0 +1,89 @@
+"""Oracles: each row alone through the stock attention of `transformers`; torch's own attention on the padded block; and
+plain products in float32 or float64 for linear layers in bfloat16.
+"""
+
+from math import prod
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from halora.training import attention, frozen
+from halora.training.attention import attend_on_cpu
+from halora.training.batches import PackedRow, lay_out
+from halora.training.frozen import FrozenLinear
+from halora.training.models import load_base
+
+
+def _row(name: str, tokens: int) -> PackedRow:
+    generator = torch.Generator().manual_seed(tokens)
+    ids = torch.randint(5, 40000, (tokens,), generator=generator).tolist()
+    return PackedRow(name, ids, [0] * (tokens - 1) + [1], list(range(tokens)), [tokens - 2], 0)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+def test_a_row_in_a_batch_gives_what_it_gives_alone(tiny_models, architecture):
+    base = load_base(tiny_models[architecture], "fp32")
+    stock = AutoModelForCausalLM.from_pretrained(tiny_models[architecture])
+    rows = [_row("a", 19), _row("b", 3), _row("c", 8)]
+    with torch.no_grad():
+        together = lay_out(rows).hidden(base.causal_lm)[0].split([19, 3, 8])
+        for row, hidden in zip(rows, together, strict=True):
+            alone = stock.get_decoder()(torch.tensor([row.tokens])).last_hidden_state[0]
+            torch.testing.assert_close(hidden, alone, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_called_without_rows_the_model_attends_as_any_other(tiny_models):
+    base = load_base(tiny_models["llama"], "fp32")
+    stock = AutoModelForCausalLM.from_pretrained(tiny_models["llama"])
+    ids = torch.tensor([_row("a", 9).tokens, [*_row("b", 5).tokens, 0, 0, 0, 0]])
+    mask = torch.tensor([[1] * 9, [1] * 5 + [0] * 4])
+    ours, theirs = (model(ids, attention_mask=mask).logits for model in (base.causal_lm, stock))
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours[1, :5], theirs[1, :5], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_plain_products_are_torchs_attention_and_gradient(dtype):
+    rows, longest, heads, groups, dim = 3, 11, 6, 2, 8
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(rows, longest, count, dim) for count in (heads, groups, groups)]
+    states = [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+    visible = torch.rand(rows, 1, longest, longest, generator=generator) < 0.5
+    visible |= torch.eye(longest, dtype=torch.bool)
+    upstream = torch.randn(shapes[0], generator=generator).to(dtype)
+    found = []
+    for attend in (attend_on_cpu, attention._attend):
+        block = attend(*states, visible, 0.3)
+        assert block.dtype == dtype
+        found.append([block, *torch.autograd.grad(block, states, upstream)])
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 4e-2}[dtype]
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("has_bf16", [False, True])
+def test_a_frozen_bf16_layer_computes_in_the_dtype_the_cpu_is_fast_at(monkeypatch, has_bf16):
+    monkeypatch.setattr(frozen, "_cpu_has_bf16", lambda: has_bf16)
+    linear = nn.Linear(64, 48).to(torch.bfloat16).requires_grad_(False)
+    layer = FrozenLinear(linear)
+    assert layer.product_dtype == (torch.bfloat16 if has_bf16 else torch.float32)
+    x = torch.randn(1, 7, 64, dtype=torch.bfloat16, requires_grad=True)
+    upstream = torch.randn(1, 7, 48, dtype=torch.bfloat16)
+    output = layer(x)
+    (gradient,) = torch.autograd.grad(output, x, upstream)
+    exact = x.double() @ linear.weight.double().T + linear.bias.double()
+    assert output.dtype == gradient.dtype == torch.bfloat16
+    torch.testing.assert_close(output.double(), exact, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(gradient.double(), upstream.double() @ linear.weight.double(), rtol=2e-2, atol=4e-2)
+
+
+def test_a_widened_weight_is_not_kept_for_the_backward(monkeypatch):
+    monkeypatch.setattr(frozen, "_cpu_has_bf16", lambda: False)
+    layer = FrozenLinear(nn.Linear(256, 512, bias=False).to(torch.bfloat16).requires_grad_(False))
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(prod(tensor.shape)), lambda none: none):
+        layer(torch.randn(1, 4, 256, dtype=torch.bfloat16, requires_grad=True))
+    assert all(size < 256 * 512 for size in kept)
