@@ -82,13 +82,16 @@ class Programming:
         """Whether it is worth keeping: the spread of `block_max` noise takes as much memory as the weight."""
         return self.spread is None or self.spread.ndim < 2 or self.spread.shape[1] == 1
 
-    def held(self, weight: Tensor, key: NoiseKey, dtype: torch.dtype | None = None) -> Tensor:
+    def held(
+        self, weight: Tensor, key: NoiseKey, dtype: torch.dtype | None = None, into: Tensor | None = None
+    ) -> Tensor:
         """The weight as one chip instance holds it at the end of its refresh interval and reads it.
 
         Args:
             weight: The weight this was made of.
             key: Address of the chip instance at this module.
             dtype: Of the result; the weight's when left out.
+            into: An earlier result whose memory is free.
 
         Returns:
             A new tensor; `weight` itself, in `dtype`, when nothing moves it.
@@ -97,11 +100,13 @@ class Programming:
         if all(part is None for part in (self.limit, self.scale, self.spread, self.row_gain)):
             return weight.to(dtype)
         compensation = chip.retention.compensation
-        held = torch.empty_like(weight, dtype=torch.float32 if compensation == "global" else dtype)
+        held = into
+        if held is None or compensation == "global":
+            held = torch.empty_like(weight, dtype=torch.float32 if compensation == "global" else dtype)
         units = normal_rows(_address(key, self.noise), weight, block_rows(weight))
         before = after = torch.zeros((), device=weight.device)
         for rows in _row_blocks(weight):
-            into = held[rows] if held.dtype == torch.float32 else None
+            block = held[rows] if held.dtype == torch.float32 else None
             fresh = aged = _clipped_rows(weight, self.limit, rows)
             if self.scale is not None:
                 at_rows = key.part(f"rows {rows.start}")
@@ -111,14 +116,14 @@ class Programming:
                 unit, signs = next(units)
                 deviation = _at(self.spread, rows) * signs
                 fresh = torch.addcmul(fresh, unit, deviation) if ages else aged
-                aged = torch.addcmul(aged, unit, deviation, out=into)
+                aged = torch.addcmul(aged, unit, deviation, out=block)
             if ages and compensation == "column":
                 aged = aged * _gain(fresh.abs().mean(dim=1, keepdim=True), aged.abs().mean(dim=1, keepdim=True))
             if ages and compensation == "global":
                 before, after = before + fresh.abs().sum(), after + aged.abs().sum()
             if self.row_gain is not None:
-                aged = torch.mul(aged, self.row_gain, out=into)
-            if aged is not into:
+                aged = torch.mul(aged, self.row_gain, out=block)
+            if aged is not block:
                 held[rows] = aged
         if after > 0:
             held.mul_(_gain(before, after))

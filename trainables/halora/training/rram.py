@@ -54,11 +54,18 @@ class RramLinear(FrozenLinear):
         self.name = name
         self._wiring = wiring
         self._kept: Tensor | None = None
+        self._spare: Tensor | None = None  # memory of the copy before
         self._programming: Programming | None = None
 
-    def forget(self) -> None:
-        """Drop the programmed copy; the next forward makes it anew."""
+    def reprogram(self) -> None:
+        """Have the next forward make the programmed copy anew, in the memory of this one."""
+        if self._kept is not None and self._kept.data_ptr() != self.weight.data_ptr():
+            self._spare = self._kept
         self._kept = None
+
+    def forget(self) -> None:
+        """Drop the programmed copy and its memory."""
+        self._kept = self._spare = None
 
     @property
     def noisy(self) -> bool:
@@ -80,9 +87,9 @@ class RramLinear(FrozenLinear):
         assert instance is not None
         key = instance.key.at(module=self.name, purpose="programming")
         with torch.no_grad():
-            weight = self._programmed(instance).held(self.weight.detach(), key, self.product_dtype)
+            weight = self._programmed(instance).held(self.weight.detach(), key, self.product_dtype, into=self._spare)
         if not self._wiring.regenerate:
-            self._kept = weight
+            self._kept, self._spare = weight, None
         return weight
 
     def _programmed(self, instance: ChipInstance) -> Programming:
@@ -146,8 +153,13 @@ class RramArray:
         Raises:
             UserError: The chip's mapping names layers that the model has not.
         """
-        self.clear()
+        self._wiring.instance = None
         self._wiring.places = self.places(instance.chip)
+        for layer in self.layers:
+            if regenerate:
+                layer.forget()
+            else:
+                layer.reprogram()
         self._wiring.instance = instance
         self._wiring.reads = reads or {}
         self._wiring.regenerate = regenerate
