@@ -156,14 +156,15 @@ def table(records: Sequence[Record]) -> str:
     return "\n".join([*lines, "", *(f"- {source}" for source in sources)]) + "\n"
 
 
-def parser(description: str, rounds: int = 7, threads: int = 2) -> argparse.ArgumentParser:
-    """Arguments that every benchmark has: `--rounds`, `--threads`, and `--results`, the folder to write to."""
+def parser(description: str, rounds: int = 7, threads: int | None = 2) -> argparse.ArgumentParser:
+    """Arguments that benchmarks share: `--rounds`, `--results` and, where it is theirs to choose, `--threads`."""
     made = argparse.ArgumentParser(
         description=description.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     made.add_argument("--rounds", type=int, default=rounds, help="rounds that count")
-    made.add_argument("--threads", type=int, default=threads, help="of torch, in each process")
     made.add_argument("--results", type=Path, default=FOLDER, help="folder of results.json and README.md")
+    if threads is not None:
+        made.add_argument("--threads", type=int, default=threads, help="of torch, in each process")
     return made
 
 

@@ -7,12 +7,14 @@ step makes the same noise a larger share: the cost in seconds is ours less the o
     python -m benchmarks.noise
 """
 
+from typing import Any
+
 from benchmarks.harness import interleave, parser, record, save, use_threads
 from benchmarks.ways import CLEAN, SIGMA, OurSteps, trial
 
 _EVERY_STEP = {"sigma_start": SIGMA, "redraw_steps": 1}
 _ONCE = {"sigma_start": SIGMA, "redraw_steps": 400}
-_CASES = {
+_CASES: dict[str, dict[str, Any]] = {
     "clean": CLEAN,
     "regenerate": {"training.schedule": _EVERY_STEP, "training.noisy_weights": "regenerate"},
     "materialise": {"training.schedule": _EVERY_STEP, "training.noisy_weights": "materialise"},

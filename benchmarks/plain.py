@@ -24,6 +24,11 @@ def load(folder: str, dtype: str, attention: str = "sdpa") -> tuple[Any, Any]:
     return model, AutoTokenizer.from_pretrained(folder)
 
 
+def dtype_name(model: Any) -> str:
+    """The name in `DTYPES` of a model's dtype."""
+    return next(name for name, dtype in DTYPES.items() if dtype == model.dtype)
+
+
 def with_adapter(model: Any, rank: int = 4, alpha: float = 8.0, seed: int = 0) -> PeftModel:
     """The model with a fresh LoRA adapter, everything else frozen."""
     torch.manual_seed(seed)
@@ -41,7 +46,7 @@ def example(prompt: str, option: str, tokenizer: Any) -> dict[str, list[int]]:
 
 def training_batches(rows: Sequence[Row], tokenizer: Any, order: Iterable[list[int]]) -> Iterator[dict[str, Tensor]]:
     """Batches of right answers, padded to the longest; `order` lists the rows of each step."""
-    examples = [example(row.prompt, row.options[row.answer], tokenizer) for row in rows]
+    examples: Any = [example(row.prompt, row.options[row.answer], tokenizer) for row in rows]
     collate = DataCollatorForSeq2Seq(tokenizer, padding="longest")
     return iter(DataLoader(examples, batch_sampler=order, collate_fn=collate))
 

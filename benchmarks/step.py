@@ -9,7 +9,7 @@ given to the other, where ours is not torch's.
 
 from math import isclose
 
-from benchmarks.harness import interleave, parser, record, save, use_threads
+from benchmarks.harness import Way, interleave, parser, record, save, use_threads
 from benchmarks.ways import CLEAN, OurSteps, PlainSteps, trial
 from halora.hardware.addressing import derive_seed
 from halora.trial import TrialConfig
@@ -29,7 +29,7 @@ def main() -> None:
             settings = {"training.dtype": dtype, "training.batch_size": batch_size, "training.mu": _MU}
             config = trial({**settings, "training.steps": arguments.rounds + 1})
             ours = OurSteps(config)
-            ways = {"ours": ours, "plain": PlainSteps(config)}
+            ways: dict[str, Way] = {"ours": ours, "plain": PlainSteps(config)}
             if ours.attention != "sdpa":
                 ways["plain, our attention"] = PlainSteps(config, attention=ours.attention)
             seconds = interleave(ways, arguments.rounds)

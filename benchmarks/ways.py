@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ class OurSteps:
         self.losses.append(self._finetuner.train_step().loss)
         indices = next(self._order)
         tokens = sum(self._option_tokens[i] for i in indices)
-        return Work(len(indices), _dtype(self._causal_lm), torch.get_num_threads(), tokens)
+        return Work(len(indices), plain.dtype_name(self._causal_lm), torch.get_num_threads(), tokens)
 
     def close(self) -> None:
         """End the training."""
@@ -107,8 +108,8 @@ class PlainSteps:
         loss, labels = self._training.step()
         self.losses.append(loss)
         tokens = int((labels != -100).sum())
-        return Work(len(labels), _dtype(self._training.model), torch.get_num_threads(), tokens)
+        return Work(len(labels), plain.dtype_name(self._training.model), torch.get_num_threads(), tokens)
 
-
-def _dtype(model: Any) -> str:
-    return next(name for name, dtype in plain.DTYPES.items() if dtype == model.dtype)
+    def save(self, folder: Path) -> None:
+        """Write the adapter as PEFT does."""
+        self._training.model.save_pretrained(folder)

@@ -7,13 +7,16 @@ import json
 from itertools import count, islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from benchmarks import harness, plain
+from benchmarks.eval import OurScores, PlainScores, check_equal_margins, make_adapter
 from benchmarks.harness import Work, interleave, record, save
 from benchmarks.step import check_equal_losses
 from benchmarks.ways import CHIP, CLEAN, OurSteps, PlainSteps
+from halora.hardware.chip import load_chip
 from halora.training.models import find_model
 
 WORK = Work(rows=8, dtype="fp32", threads=1, loss_tokens=40)
@@ -106,3 +109,14 @@ def test_a_noisy_step_of_either_way_does_the_same_work(tiny_trial):
         assert work == its_work
         assert work.rows == config.training.batch_size
     ours.close()
+
+
+def test_both_ways_have_the_same_scores_on_one_chip_instance(tiny_trial, tmp_path):
+    config = tiny_trial(chip=CHIP, evaluation={"rows": 16, "chip_instances": 1})
+    make_adapter(tmp_path, config)
+    assert 0 < check_equal_margins(config, tmp_path) < 1e-3
+    noisier = config.model_copy(update={"chip": load_chip({**CHIP, "noise": {**CHIP["noise"], "sigma": 0.2}})})
+    ours, other = OurScores(noisier, tmp_path), PlainScores(config, tmp_path, batch_size=16, by_length=False)
+    assert ours() == other()
+    assert ours.margins[0] == pytest.approx(other.margins[0], abs=1e-3)
+    assert max(map(abs, np.subtract(ours.margins[1], other.margins[1]))) > 0.1  # other noise, other scores
