@@ -95,7 +95,7 @@ class Record:
         unit: Of both.
         spread: Lowest and highest ratio of a round.
         machine: Processor, cores, memory and torch.
-        commit: Of this repository; with `+` where files differed from it.
+        commit: Of this repository, with `+` where files differed from it; empty outside of git.
         command: What repeats the measurement.
     """
 
@@ -127,18 +127,17 @@ def record(name: str, ours: Sequence[float], other: Sequence[float], unit: str =
 
 
 def save(records: Sequence[Record], folder: Path = FOLDER) -> None:
-    """Put a benchmark's records in the place of its former ones, in `results.json` and in the README's table."""
+    """Put a benchmark's records in the place of its former ones, in `results.json` and in a README's table."""
     (benchmark,) = {_benchmark(each.name) for each in records}
     path = folder / RESULTS_FILE
     known = [Record(**content) for content in json.loads(path.read_text())] if path.exists() else []
     kept = [each for each in known if _benchmark(each.name) != benchmark]
     merged = sorted([*kept, *records], key=lambda each: _benchmark(each.name))
     path.write_text(json.dumps([asdict(each) for each in merged], indent=1) + "\n")
-    readme = folder / README_FILE
-    before, begins, rest = readme.read_text().partition(_TABLE_BEGINS)
-    _, ends, after = rest.partition(_TABLE_ENDS)
-    assert ends, f"{readme} has no place for the table"
-    readme.write_text(f"{before}{begins}\n{table(merged)}{ends}{after}")
+    if (readme := folder / README_FILE).exists():
+        before, _, rest = readme.read_text().partition(_TABLE_BEGINS)
+        _, _, after = rest.partition(_TABLE_ENDS)
+        readme.write_text(f"{before}{_TABLE_BEGINS}\n{table(merged)}{_TABLE_ENDS}{after}")
     for each in records:
         medians = f"ours {each.ours:.4g}, other {each.other:.4g} {each.unit}"
         _say(f"{each.name}: ratio {each.ratio:.3g}, rounds {_span(each)}, {medians}")
@@ -203,7 +202,7 @@ def _cpu_info() -> list[str]:
 def _commit() -> str:
     def git(*arguments: str) -> str:
         asked = ["git", "-C", str(FOLDER), *arguments]
-        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(asked, capture_output=True, text=True).stdout.strip()
 
     changed = git("status", "--porcelain", "--untracked-files=no")
     return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
