@@ -20,7 +20,7 @@ from pathlib import Path
 from benchmarks.harness import interleave, parser, record, save, use_threads
 from benchmarks.ways import CLEAN, SIGMA, OurSteps, trial
 from halora.trainable import Workbench
-from halora.training.models import cache_dir
+from halora.training.models import cache_dir, extensions_dir
 from halora.training.rram import RramLinear
 from halora.trial import TrialConfig
 
@@ -33,6 +33,7 @@ def main() -> None:
     arguments = parser(__doc__).parse_args()
     if find_spec("aihwkit_lightning") is None:
         python = str(_environment() / "bin" / "python")
+        os.environ["TORCH_EXTENSIONS_DIR"] = str(extensions_dir())  # what DeepSpeed built serves there too
         os.execv(python, [python, "-m", "benchmarks.lightning", *sys.argv[1:]])
     use_threads(arguments.threads)
     check_equal_losses()
