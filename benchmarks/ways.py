@@ -57,11 +57,6 @@ class OurSteps:
         self._option_tokens = [len(pack_answer(row, tokenizer).sources) for row in rows]
         self._order = row_order(config, rows)
 
-    @property
-    def attention(self) -> str:
-        """Name that `transformers` has for the attention of our base model."""
-        return str(self._causal_lm.config._attn_implementation)
-
     def __call__(self) -> Work:
         """One step."""
         self.losses.append(self._finetuner.train_step().loss)

@@ -15,7 +15,7 @@ from benchmarks import harness, plain
 from benchmarks.eval import OurScores, PlainScores, check_equal_margins, make_adapter
 from benchmarks.harness import Work, interleave, record, save
 from benchmarks.memory import peak_gib
-from benchmarks.step import check_equal_losses
+from benchmarks.step import PADDED_ATTENTION, check_equal_losses, register_padded_attention
 from benchmarks.turnaround import OurSweep, PlainSweep, short_sweep
 from benchmarks.ways import CHIP, CLEAN, OurSteps, PlainSteps
 from halora.hardware.chip import load_chip
@@ -80,6 +80,16 @@ def test_a_benchmark_replaces_its_own_records_only(tmp_path):
 def test_both_ways_have_the_same_losses_on_clean_weights(tiny_trial):
     settings = {"method": "halora", "mu": 0.3, "schedule": CLEAN["training.schedule"]}
     check_equal_losses(tiny_trial(chip=CHIP, **settings), steps=4)
+
+
+def test_our_attention_in_a_padded_batch_has_torch_s_losses(tiny_trial):
+    register_padded_attention()
+    config = tiny_trial()
+    ours, torchs = PlainSteps(config, attention=PADDED_ATTENTION), PlainSteps(config)
+    for _ in range(3):
+        assert ours() == torchs()
+    assert ours.losses == pytest.approx(torchs.losses, rel=1e-4)
+    assert ours.losses != torchs.losses  # it is another one
 
 
 def test_unequal_losses_are_found(tiny_trial):

@@ -60,7 +60,7 @@ def _row_attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
     rows, _, longest, _ = attention_mask.shape
     query, key, value = (_padded(states, row_places, rows, longest) for states in (query, key, value))
-    attend = _attend_on_cpu if query.device.type == "cpu" else _attend
+    attend = attend_on_cpu if query.device.type == "cpu" else _attend
     found = attend(query, key, value, attention_mask, scaling)
     return found.flatten(0, 1).index_select(0, row_places)[None], None
 
@@ -79,8 +79,19 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scaling:
     return found.transpose(1, 2)
 
 
-def _attend_on_cpu(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scaling: float) -> Tensor:
-    """The same by plain products in float32: the backward of torch's own takes ten times as long in bfloat16."""
+def attend_on_cpu(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scaling: float) -> Tensor:
+    """The same by plain products in float32: the backward of torch's own takes ten times as long in bfloat16.
+
+    Args:
+        query: `(rows, longest, heads, dim)`.
+        key: `(rows, longest, groups, dim)`; the heads of a group share it.
+        value: As `key`.
+        visible: See `RowLayout`.
+        scaling: Of the scores.
+
+    Returns:
+        `(rows, longest, heads, dim)` in the query's dtype.
+    """
     (rows, longest, heads, dim), dtype = query.shape, query.dtype
     groups = key.shape[2]  # heads of one group share a key and a value
     query = query.view(rows, longest, groups, -1, dim).permute(0, 2, 3, 1, 4).reshape(rows * groups, -1, dim).float()
