@@ -47,7 +47,7 @@ test: lint types ## lint, types and the tests CI runs
 test-all: lint types ## the slow tests as well
 	$(BIN)/pytest
 
-bench: $(READY) ## time our ways against others, on an otherwise idle machine: about three hours on two cores
+bench: $(READY) ## time our ways against others, on an otherwise idle machine: hours
 	set -e; for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name; done
 
 lock: ## choose the pins anew (needs a .venv)

@@ -94,7 +94,7 @@ class Record:
         other: Median of the other way, in `unit`.
         unit: Of both.
         spread: Lowest and highest ratio of a round.
-        machine: Processor, cores, memory and torch.
+        machine: Processor, whether it has bfloat16 instructions, cores, memory and torch.
         commit: Of this repository, with `+` where files differed from it; empty outside of git.
         command: What repeats the measurement.
     """
@@ -188,15 +188,12 @@ def _rounded(value: float) -> float:
 
 
 def _machine() -> str:
-    models = [line.partition(":")[2].strip() for line in _cpu_info() if line.startswith("model name")]
-    memory_gib = psutil.virtual_memory().total / 2**30
-    name = models[0] if models else "unknown processor"
-    return f"{name}, {os.cpu_count()} cores, {memory_gib:.0f} GiB, torch {version('torch')}"
-
-
-def _cpu_info() -> list[str]:
     path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
+    facts = dict(line.split("\t", 1) for line in path.read_text().splitlines() if "\t" in line) if path.exists() else {}
+    name = facts.get("model name", "unknown processor").removeprefix(": ")
+    bf16 = "with" if "bf16" in facts.get("flags", "") else "without"
+    memory_gib = psutil.virtual_memory().total / 2**30
+    return f"{name} {bf16} bfloat16, {os.cpu_count()} cores, {memory_gib:.0f} GiB, torch {version('torch')}"
 
 
 def _commit() -> str:
