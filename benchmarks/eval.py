@@ -9,6 +9,7 @@ noisy weights.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -73,7 +74,7 @@ class OurScores:
         """Score on clean weights and on a chip instance."""
         scores = self._workbench.evaluate(self._config, self._adapter, first_chip=next(self._chips))
         self.margins = (scores.clean, *scores.noisy)
-        return self._work
+        return replace(self._work, rows=len(scores.row_ids))
 
 
 class PlainScores:

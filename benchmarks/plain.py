@@ -70,7 +70,7 @@ class NoisyWeights:
         """Put fresh noise on all layers."""
         for name, linear in self.linears.items():
             clean = self._clean[name]
-            linear.weight.data = clean + self._deviation[name] * torch.randn_like(clean)
+            linear.weight.data = torch.randn_like(clean).mul_(self._deviation[name]).add_(clean)
 
     def restore(self) -> None:
         """Take the noise away."""
