@@ -2,6 +2,7 @@
 SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
+BENCHMARKS := step noise lightning eval memory turnaround
 UV_VERSION := 0.13.9
 READY := $(VENV)/.ready
 
@@ -9,7 +10,7 @@ READY := $(VENV)/.ready
 PYTHON ?= $(shell for python in python3.12 python3 python3.13 python3.14 $$HOME/.pyenv/versions/3.1[2-9]*/bin/python; do \
 	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && { command -v "$$python"; break; }; done)
 
-.PHONY: help setup demo gpu-check test test-all lint types lock clean
+.PHONY: help setup demo gpu-check test test-all lint types bench lock clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -45,6 +46,9 @@ test: lint types ## lint, types and the tests CI runs
 
 test-all: lint types ## the slow tests as well
 	$(BIN)/pytest
+
+bench: $(READY) ## time our ways against others, on an otherwise idle machine: hours
+	set -e; for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name; done
 
 lock: ## choose the pins anew (needs a .venv)
 	$(BIN)/uv pip compile pyproject.toml --extra dev --python-version 3.12 --no-emit-index-url --no-annotate --no-header --output-file requirements.lock

@@ -1,0 +1,85 @@
+"""A HaLoRA step against a plain LoRA step.
+
+Ours redraws the noise on all mapped weights at every step and has L_reg in its loss. The other is LoRA without noise
+through transformers and PEFT: batches padded to their longest row, logits for every token. Once more with our attention
+given to it.
+
+    python -m benchmarks.step
+"""
+
+from math import isclose
+from typing import Any
+
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+from benchmarks.harness import Way, interleave, parser, record, save, use_threads
+from benchmarks.ways import CLEAN, OurSteps, PlainSteps, trial
+from halora.hardware.addressing import derive_seed
+from halora.training.attention import attend_on_cpu
+from halora.trial import TrialConfig
+
+PADDED_ATTENTION = "halora_padded"
+_MU = 0.1
+_TOLERANCE = 1e-3  # of a loss in fp32, relative; a sum in another order
+
+
+def main() -> None:
+    """Measure and save."""
+    arguments = parser(__doc__).parse_args()
+    use_threads(arguments.threads)
+    register_padded_attention()
+    check_equal_losses(trial({"training.dtype": "fp32", "training.mu": _MU, **CLEAN}), steps=3)
+    records = []
+    for dtype in ("bf16", "fp32"):
+        for batch_size in (8, 16):
+            settings = {"training.dtype": dtype, "training.batch_size": batch_size, "training.mu": _MU}
+            config = trial({**settings, "training.steps": arguments.rounds + 1})
+            ours = OurSteps(config)
+            ways: dict[str, Way] = {
+                "ours": ours,
+                "plain": PlainSteps(config),
+                "plain with our attention": PlainSteps(config, attention=PADDED_ATTENTION),
+            }
+            seconds = interleave(ways, arguments.rounds)
+            ours.close()
+            mine = seconds.pop("ours")
+            case = f"step/{dtype}, {batch_size} rows, against"
+            records += [record(f"{case} {other}", mine, its) for other, its in seconds.items()]
+    save(records, arguments.results)
+
+
+def check_equal_losses(config: TrialConfig, steps: int) -> None:
+    """Refuse to compare unless both ways, trained on clean weights with L_reg, have the same losses step by step.
+
+    Raises:
+        AssertionError: They have not.
+    """
+    ours = OurSteps(config)
+    other = PlainSteps(config, sigma=0.0, mu=config.training.mu, seed=derive_seed("adapter", config.seed))
+    for step in range(steps):
+        assert ours() == other(), f"not the same work at step {step}"
+        loss, its_loss = ours.losses[-1], other.losses[-1]
+        assert isclose(loss, its_loss, rel_tol=_TOLERANCE), f"losses at step {step}: ours {loss}, plain {its_loss}"
+    ours.close()
+
+
+def register_padded_attention() -> None:
+    """Offer our attention to any model of `transformers`, for batches padded to their longest row."""
+
+    def attend(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, scaling: float, **others: Any
+    ) -> tuple[Tensor, None]:
+        query, key, value = (states.transpose(1, 2) for states in (query, key, value))
+        return attend_on_cpu(query, key, value, mask, scaling), None
+
+    def whole_mask(*arguments: Any, **settings: Any) -> Tensor:
+        return sdpa_mask(*arguments, **settings | {"allow_is_causal_skip": False})
+
+    AttentionInterface.register(PADDED_ATTENTION, attend)
+    AttentionMaskInterface.register(PADDED_ATTENTION, whole_mask)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""A sweep of short trials from its command to its end, against plain Ray Tune with a fresh process per trial.
+
+16 HaLoRA trials of 10 steps of 8 rows, the noise redrawn at every step, each scored on 40 rows, clean and on one chip
+instance; two at a time with one thread each. Ours is `halora sweep launch` with all it records. The other
+(`plain_sweep.py`) loads the base from the same converted safetensors.
+
+    python -m benchmarks.turnaround
+"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from itertools import chain, islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import yaml
+
+from benchmarks.harness import FOLDER, Work, interleave, parser, record, save
+from benchmarks.plain_sweep import RESULTS_FILE
+from benchmarks.ways import CHIP, SIGMA, row_order
+from halora.records.store import Store
+from halora.spaces.sweep import SweepConfig, load_sweep
+from halora.trainable import RESULT_FILE, Workbench, past_reports
+from halora.training.batches import pack_answer
+from halora.training.models import find_model
+
+
+def main() -> None:
+    """Measure and save."""
+    command = parser(__doc__, rounds=5, threads=None)
+    command.add_argument("--trials", type=int, default=16, help="trials of a sweep")
+    arguments = command.parse_args()
+    sweep = short_sweep(arguments.trials)
+    seconds = interleave({"ours": OurSweep(sweep), "plain": PlainSweep(sweep)}, arguments.rounds, warm_up=0)
+    case = f"turnaround/{arguments.trials} trials, against plain Ray Tune"
+    save([record(case, seconds["ours"], seconds["plain"])], arguments.results)
+
+
+def short_sweep(trials: int, model: str = "smollm2-135m-instruct", task: str = "arc-easy") -> SweepConfig:
+    """Our sweep."""
+    content = {
+        "name": "turnaround",
+        "family": "benchmarks",
+        "trials": trials,
+        "concurrent": 2,
+        "trial": {
+            "model": model,
+            "task": task,
+            "chip": CHIP,
+            "training": {
+                "steps": 10,
+                "batch_size": 8,
+                "schedule": {"sigma_start": SIGMA, "redraw_steps": 1},
+                "report_every": 10,
+                "train_rows": 256,
+            },
+            "evaluation": {"rows": 40, "chip_instances": 1},
+        },
+        "space": {
+            "training.learning_rate": {"low": 5e-4, "high": 5e-3, "log": True},
+            "training.mu": {"low": 1e-3, "high": 1.0, "log": True},
+        },
+        "reference_point": {"accuracy": 0.0, "energy_uj_per_token": 10.0},
+    }
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "sweep.yaml"
+        path.write_text(yaml.safe_dump(content))
+        return load_sweep(str(path))
+
+
+class OurSweep:
+    """The sweep launched as a user launches it, each time in a store of its own."""
+
+    def __init__(self, sweep: SweepConfig) -> None:
+        self._sweep, self._config = sweep, sweep.resolve({})
+        workbench = Workbench()
+        tokenizer = workbench.base(self._config)[0].tokenizer
+        rows = workbench.training_rows(self._config, self._config.training.train_rows)
+        taken = chain.from_iterable(islice(row_order(self._config, rows), self._config.training.steps))
+        self._loss_tokens = sum(len(pack_answer(rows[i], tokenizer).sources) for i in taken)
+
+    def __call__(self) -> Work:
+        """Run it."""
+        with TemporaryDirectory() as folder:
+            path = Path(folder) / "sweep.yaml"
+            path.write_text(yaml.safe_dump(self._sweep.model_dump(mode="json"), sort_keys=False))
+            store = Store(Path(folder) / "store")
+            halora = Path(sys.executable).with_name("halora")
+            run([str(halora), "sweep", "launch", str(path), "--store", str(store.root)])
+            trials = [store.sweep(self._sweep.name).trial(number) for number in range(self._sweep.trials)]
+            steps = sum(int(past_reports(trial)[-1]["step"]) for trial in trials)
+            scored = sum(len(json.loads((trial / RESULT_FILE).read_text())["row_ids"]) for trial in trials)
+        training = self._config.training
+        threads = threads_per_trial(self._sweep)
+        return Work(steps * training.batch_size + scored, training.dtype, threads, len(trials) * self._loss_tokens)
+
+
+class PlainSweep:
+    """The user's sweep: told the same rows, and which of them each step takes."""
+
+    def __init__(self, sweep: SweepConfig) -> None:
+        config = sweep.resolve({})
+        workbench = Workbench()
+        rows = workbench.training_rows(config, config.training.train_rows)
+        self._job = {
+            "trials": sweep.trials,
+            "concurrent": sweep.concurrent,
+            "threads": threads_per_trial(sweep),
+            "seed": sweep.seed,
+            "model": find_model(config.model),
+            "dtype": config.training.dtype,
+            "sigma": SIGMA,
+            "rank": config.lora.rank,
+            "alpha": config.lora.rank * config.lora.alpha_over_rank,
+            "train_rows": [asdict(row) for row in rows],
+            "order": list(islice(row_order(config, rows), config.training.steps)),
+            "scored_rows": [asdict(row) for row in workbench.scored_rows(config)],
+        }
+
+    def __call__(self) -> Work:
+        """Run it."""
+        with TemporaryDirectory() as folder:
+            (Path(folder) / "job.json").write_text(json.dumps(self._job))
+            run([sys.executable, "-m", "benchmarks.plain_sweep", folder])
+            trials = json.loads((Path(folder) / RESULTS_FILE).read_text())
+        (threads,) = {trial["threads"] for trial in trials}
+        (dtype,) = {trial["dtype"] for trial in trials}
+        rows = sum(trial["trained_rows"] + trial["scored_rows"] for trial in trials)
+        return Work(rows, dtype, threads, sum(trial["loss_tokens"] for trial in trials))
+
+
+def threads_per_trial(sweep: SweepConfig) -> int:
+    """Of torch in each trial's process: its share of the cores."""
+    return max((os.cpu_count() or 1) // sweep.concurrent, 1)
+
+
+def run(command: list[str]) -> None:
+    """Carry out a command in this repository.
+
+    Raises:
+        RuntimeError: It failed; with what it said last.
+    """
+    # Ray's workers are nice to all others by default, which nobody wants of a sweep; ours are not either.
+    environment = {**os.environ, "RAY_worker_niceness": "0"}
+    ended = subprocess.run(
+        command, cwd=FOLDER.parent, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    if ended.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{ended.stdout[-4000:]}")
+
+
+if __name__ == "__main__":
+    main()
