@@ -99,7 +99,7 @@ class PlainScores:
     ) -> None:
         self._batch_size, self._by_length, self._put_noise = batch_size, by_length, put_noise
         self._rows = Workbench().scored_rows(config)
-        model, self._tokenizer = plain.load(find_model(config.model), config.training.dtype)
+        model, self._tokenizer = plain.load(find_model(config.model, config.training.dtype), config.training.dtype)
         self._noise = plain.NoisyWeights(model, SIGMA)
         self._model = PeftModel.from_pretrained(model, adapter)
         options = [plain.example(row.prompt, text, self._tokenizer) for row in self._rows for text in row.options]

@@ -1,9 +1,10 @@
 """Memory of noisy trials side by side, against independent processes that do the same.
 
 A model of Llama-3.2-1B's dimensions with random weights in bf16 is trained by HaLoRA, 8 rows a step, the noise redrawn
-at every step, one thread per process. Counted is the sum of the proportional set sizes (PSS: a page that n processes
-share counts 1/n in each), at its highest over two steps of every process. The other way keeps the clean weights beside
-the noisy ones, and has its base from `from_pretrained` in every process, which maps the file where the dtype is stored.
+at every step and made again in every pass, one thread per process. Counted is the sum of the proportional set sizes
+(PSS: a page that n processes share counts 1/n in each), at its highest over two steps of every process. The other way
+keeps the clean weights beside the noisy ones, and has its base from `from_pretrained` in every process, which maps the
+file where the dtype is stored.
 
     python -m benchmarks.memory
 """
@@ -91,7 +92,7 @@ def train(way: str, model: Path, report: Path) -> None:
     from benchmarks.ways import SIGMA, OurSteps, PlainSteps, trial
 
     settings = {"model": str(model), "training.dtype": "bf16", "training.batch_size": _BATCH_SIZE}
-    config = trial({**settings, "training.steps": 100})
+    config = trial({**settings, "training.noisy_weights": "regenerate", "training.steps": 100})
     steps = OurSteps(config) if way == "ours" else PlainSteps(config, sigma=SIGMA, mu=config.training.mu)
     while True:
         work = steps()

@@ -92,7 +92,7 @@ class PlainSteps:
         self.losses: list[float] = []
         training, lora = config.training, config.lora
         rows = Workbench().training_rows(config, training.train_rows)
-        model, tokenizer = plain.load(find_model(config.model), training.dtype, attention)
+        model, tokenizer = plain.load(find_model(config.model, training.dtype), training.dtype, attention)
         noise = None if sigma is None else plain.NoisyWeights(model, sigma)
         model = plain.with_adapter(model, lora.rank, lora.rank * lora.alpha_over_rank, seed)
         batches = plain.training_batches(rows, tokenizer, row_order(config, rows))
