@@ -25,6 +25,18 @@ README_FILE = "README.md"
 _TABLE_BEGINS, _TABLE_ENDS = "<!-- results: written by the benchmarks -->", "<!-- end of results -->"
 
 
+def _commit() -> str:
+    def git(*arguments: str) -> str:
+        asked = ["git", "-C", str(FOLDER), *arguments]
+        return subprocess.run(asked, capture_output=True, text=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+
+
+_COMMIT = _commit()  # as this process found it: files may change while it measures
+
+
 @dataclass(frozen=True)
 class Work:
     """What one run of a way did.
@@ -121,7 +133,7 @@ def record(name: str, ours: Sequence[float], other: Sequence[float], unit: str =
         unit=unit,
         spread=(_rounded(min(ratios)), _rounded(max(ratios))),
         machine=_machine(),
-        commit=_commit(),
+        commit=_COMMIT,
         command=shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
     )
 
@@ -194,15 +206,6 @@ def _machine() -> str:
     bf16 = "with" if "bf16" in facts.get("flags", "") else "without"
     memory_gib = psutil.virtual_memory().total / 2**30
     return f"{name} {bf16} bfloat16, {os.cpu_count()} cores, {memory_gib:.0f} GiB, torch {version('torch')}"
-
-
-def _commit() -> str:
-    def git(*arguments: str) -> str:
-        asked = ["git", "-C", str(FOLDER), *arguments]
-        return subprocess.run(asked, capture_output=True, text=True).stdout.strip()
-
-    changed = git("status", "--porcelain", "--untracked-files=no")
-    return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
 
 
 def _say(text: str) -> None:
