@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from halora.cli.arguments import overrides_from
+from halora.cli.arguments import SweepArgument, SweepSetOption, overrides_from
 from halora.cli.comparison import print_comparison
 from halora.cli.output import Format, FormatOption, StoreOption, SweepProgress, open_store, show_rows, talk
 from halora.records.store import Store
@@ -15,14 +15,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Launch sweeps and see how they stand.", no_args_is_help=True)
 
-SweepArgument = Annotated[
-    str, typer.Argument(metavar="SWEEP", help="A shipped sweep's name, or the path of a YAML file.")
-]
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Name of a launched sweep.")]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="PATH=VALUE", help="Override a value of the file, e.g. trial.training.steps=40."),
-]
 
 
 @app.command()
@@ -34,7 +27,7 @@ def launch(
     seed: Annotated[
         int | None, typer.Option(help="Seed of the sweep; default: the file's.", show_default=False)
     ] = None,
-    set_: SetOption = None,
+    set_: SweepSetOption = None,
     store: StoreOption = None,
 ) -> None:
     """Run a sweep on this machine to its end, and print its front."""
@@ -110,7 +103,7 @@ def status(
 
 
 @app.command()
-def validate(sweep: SweepArgument, set_: SetOption = None) -> None:
+def validate(sweep: SweepArgument, set_: SweepSetOption = None) -> None:
     """Check a sweep file; every mistake is told at once."""
     from halora.spaces.sweep import load_sweep
 
