@@ -1,5 +1,6 @@
 """`halora sweep`: launch, resume, stop, and see how sweeps stand."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -28,6 +29,10 @@ def launch(
         int | None, typer.Option(help="Seed of the sweep; default: the file's.", show_default=False)
     ] = None,
     set_: SweepSetOption = None,
+    simulate: Annotated[
+        Path | None,
+        typer.Option(metavar="TABLE", help="Take results from a CSV table of recorded curves instead of training."),
+    ] = None,
     store: StoreOption = None,
 ) -> None:
     """Run a sweep on this machine to its end, and print its front."""
@@ -42,7 +47,7 @@ def launch(
     from halora.sweep import launch as launching
 
     with SweepProgress(config.trials) as progress:
-        outcome = launching.launch(config, place, progress)
+        outcome = launching.launch(config, place, progress, simulate)
     _close(config.name, place, outcome)
 
 
@@ -113,7 +118,7 @@ def validate(sweep: SweepArgument, set_: SweepSetOption = None) -> None:
 
 
 def _tell_free_knobs(sweep: "SweepConfig") -> None:
-    from halora.sweep.core import free_knobs
+    from halora.sweep.problem import free_knobs
 
     for path in free_knobs(sweep):
         talk.print(

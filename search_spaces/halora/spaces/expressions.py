@@ -18,7 +18,6 @@ _OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
     ast.USub: operator.neg,
 }
 _FUNCTIONS: dict[str, Callable[..., Any]] = {"min": min, "max": max, "round": round, "sqrt": math.sqrt, "int": int}
-_Number = int | float
 
 
 class Expression:
@@ -39,16 +38,17 @@ class Expression:
             raise ValueError(f"'{text}' is no formula") from None
         self.names = frozenset(self._names(self._body))
 
-    def value(self, values: Mapping[str, Any]) -> _Number:
+    def value(self, values: Mapping[str, Any]) -> int | float:
         """The formula's value, given that of every name.
 
         Raises:
             ValueError: A named value is no number, or the formula has no value there.
         """
         try:
-            return self._value(self._body, values)
+            number: int | float = self._value(self._body, values)
         except (ArithmeticError, TypeError, ValueError) as error:
             raise ValueError(f"'{self.text}' has no value: {error}") from None
+        return number
 
     def _names(self, node: ast.AST) -> list[str]:
         match node:

@@ -45,7 +45,7 @@ class Categorical(_Distribution):
         """The choice nearest to `value`: itself, or among numbers the closest; none where there is no such thing."""
         if value in self.choices or not _numeric(value, *self.choices):
             return value if value in self.choices else None
-        return min(self.choices, key=lambda choice: abs(choice - value))  # type: ignore[operator]
+        return min(self.choices, key=lambda choice: abs(choice - value))
 
     @property
     def values(self) -> Sequence[Value] | None:
