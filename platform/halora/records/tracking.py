@@ -181,8 +181,12 @@ class SweepRecorder:
         self._client.log_text(self.parent.info.run_id, json.dumps(dict(comparison), indent=1), names.COMPARISON_FILE)
 
     def finish(self, *, interrupted: bool) -> None:
-        """Close the parent run."""
+        """Record the front and close the parent run."""
         self._record_front()
+        self.close(interrupted=interrupted)
+
+    def close(self, *, interrupted: bool) -> None:
+        """Close the parent run."""
         run_id = self.parent.info.run_id
         if interrupted:
             self._terminate(run_id, "KILLED", "interrupted")

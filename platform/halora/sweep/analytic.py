@@ -101,6 +101,7 @@ class AnalyticCurves:
         settings = {
             "levels": lambda values: [Level(self.steps, chip_instances)],
             "settings": SearchSettings(skip_unreachable=False),
+            "accuracy_floor": 1 - loss - self.gap,
             "constraints": [Constraint.model_validate(f"{metric} >= 0") for metric in self.function.constraints],
             **changes,
         }
@@ -111,7 +112,6 @@ class AnalyticCurves:
             space=space,
             energy=lambda values: self.function.objectives(_point(values))[0],
             reference=(1 - loss, energy),
-            accuracy_floor=1 - loss - self.gap,
             **settings,
         )
 

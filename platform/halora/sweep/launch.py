@@ -129,7 +129,7 @@ def _run(sweep: SweepConfig, store: Store, watcher: Watcher) -> Outcome:
             interrupted = not core.over
             if core.ended:
                 watcher.say(f"no further trials: {core.ended}")
-            reconcile(core.trials(), queries.trials(client, sweep.name), recorder, folder)
+            reconcile(core.trials(), queries.trials(client, sweep.name), recorder)
             recorder.record_front_probability(core.front_probability())
             recorder.finish(interrupted=interrupted)
         return Outcome(not interrupted, core.counts()["failed"], comparison)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from halora.records.store import SweepFolder
+from halora.records.store import Store
+from halora.sweep.state import is_running, load_core, only_driver
 from halora.sweep.study import State, Trial
 
 if TYPE_CHECKING:
@@ -42,33 +43,57 @@ class Difference:
     mended: str
 
 
+def reconcile_store(store: Store) -> list[tuple[str, Difference]]:
+    """Bring the records of every sweep that no process runs to what its study says; what was different, by sweep.
+
+    Raises:
+        UnreachableError: The store's database cannot be opened.
+    """
+    from halora.records import queries
+    from halora.records.tracking import SweepRecorder, open_client
+
+    found = []
+    for name in store.sweeps():
+        folder = store.sweep(name)
+        if is_running(folder):
+            continue
+        with only_driver(folder):
+            sweep, core = load_core(name, store)
+            client = open_client(store)
+            recorder = SweepRecorder(client, store, sweep, folder.sweep_file)
+            found += [(name, d) for d in reconcile(core.trials(), queries.trials(client, name), recorder)]
+            counts = core.counts()
+            recorder.close(interrupted=bool(counts["unfinished"] or counts["waiting"]))
+    return found
+
+
 def reconcile(
     trials: Sequence[Trial],
     records: Sequence["TrialRecord"],
     recorder: "SweepRecorder",
-    folder: SweepFolder,
 ) -> list[Difference]:
     """Bring the records to what the study says of every trial; what was different, by number.
 
     Only for a sweep that no other process runs.
     """
-    recorded = {record.number: record.state for record in records}
     found = []
+    recorded: dict[int, TrialRecord] = {}
+    for record in sorted(records, key=lambda record: len(record.metrics), reverse=True):  # of two, the fuller stays
+        if record.number < len(trials) and record.number not in recorded:
+            recorded[record.number] = record
+            continue
+        recorder.delete_run(record.run_id)
+        study = trials[record.number].state if record.number < len(trials) else ""
+        found.append(Difference(record.number, study, record.state, "its run is deleted"))
     for trial in trials:
-        state, expected = recorded.get(trial.number, ""), _RECORDED_AS[trial.state]
-        if state != expected and not (trial.state is State.RUNNING and not state):  # not begun there: a resume does
-            found.append(Difference(trial.number, trial.state, state, _mend(trial, expected, recorder, folder)))
-    seen: set[int] = set()
-    for record in records:
-        if record.number in seen or record.number >= len(trials):
-            study = trials[record.number].state if record.number < len(trials) else ""
-            recorder.delete_run(record.run_id)
-            found.append(Difference(record.number, study, record.state, "its run is deleted"))
-        seen.add(record.number)
+        state = recorded[trial.number].state if trial.number in recorded else ""
+        expected = _RECORDED_AS[trial.state]
+        if state != expected and not (trial.state is State.RUNNING and not state):  # a resume begins it there
+            found.append(Difference(trial.number, trial.state, state, _mend(trial, expected, recorder)))
     return sorted(found, key=lambda difference: difference.number)
 
 
-def _mend(trial: Trial, expected: str, recorder: "SweepRecorder", folder: SweepFolder) -> str:
+def _mend(trial: Trial, expected: str, recorder: "SweepRecorder") -> str:
     match trial.state:
         case State.FAILED:
             recorder.fail_trial(trial.number, "its worker or its driver ended")
