@@ -16,7 +16,7 @@ Protocol, fixed before the first run:
   (random) has at its end. Aim: at most a half of plain's 1,080 steps, at most a third of random's. On `saturating`
   curves rungs rank trials as their ends do; on `crossing` curves the better the end the slower the start, where rungs
   must lose.
-- C. Racing: 40 random points of ZDT1, noise of 0.4 over chips, 240 evaluations on one chip in all: 6 chips for every
+- C. Racing: 40 random points of ZDT1, noise of 1.5 over chips, 240 evaluations on one chip in all: 6 chips for every
   point, or 3 for every point and 120 handed out by the race. Counted: F1 of the front by estimated means against the
   true front of these points.
 - D. Long studies: seconds of an ask with 5,000 trials in the journal, memory of the process, and what the bound on the
@@ -253,7 +253,7 @@ def racing() -> None:
     print("\nC. front of 40 noisy points identified with 240 chip evaluations, F1\n")
     found: dict[str, list[float]] = {"6 chips each": [], "3 each, 120 raced": []}
     for seed in SEEDS:
-        curves = AnalyticCurves(FUNCTIONS["zdt1"], steps=1, chip_std=0.4, seed=seed)
+        curves = AnalyticCurves(FUNCTIONS["zdt1"], steps=1, chip_std=1.5, seed=seed)
         settings = SearchSettings(sampler="random", skip_unreachable=False)
         for name, chips, race in (("6 chips each", 6, None), ("3 each, 120 raced", 3, Racing(extra=120, most=40))):
             problem = curves.problem("c", trials=40, seed=seed, chip_instances=chips, settings=settings, racing=race)
