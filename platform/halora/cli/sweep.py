@@ -33,6 +33,7 @@ def launch(
         Path | None,
         typer.Option(metavar="TABLE", help="Take results from a CSV table of recorded curves instead of training."),
     ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what it would take, and launch nothing.")] = False,
     store: StoreOption = None,
 ) -> None:
     """Run a sweep on this machine to its end, and print its front."""
@@ -43,6 +44,9 @@ def launch(
     config = load_sweep(sweep, overrides)
     place = open_store(store)
     _tell_free_knobs(config)
+    if dry_run:
+        _print_plan(config)
+        return
 
     from halora.sweep import launch as launching
 
@@ -127,6 +131,36 @@ def _tell_free_knobs(sweep: "SweepConfig") -> None:
             highlight=False,
             soft_wrap=True,
         )
+
+
+def _print_plan(sweep: "SweepConfig") -> None:
+    import yaml
+
+    from halora.sweep.plan import plan
+
+    planned = plan(sweep)
+    print(yaml.safe_dump(sweep.model_dump(mode="json", exclude_defaults=True), sort_keys=False, allow_unicode=True))
+    rows = [
+        {
+            "level": f"rung {i}" if i + 1 < len(planned.levels) else "whole",
+            "steps": each.level.steps,
+            "rows": each.level.rows or "all",
+            "chips": each.level.chip_instances,
+            "trials": each.trials,
+            "minutes each": each.seconds / 60,
+        }
+        for i, each in enumerate(planned.levels)
+    ]
+    show_rows(rows, Format.TABLE)
+    gib = planned.memory_bytes / 2**30
+    processes = f" in each of {planned.workers} processes" if planned.workers > 1 else ""
+    for line in (
+        f"{len(planned.first)} of {sweep.trials} trials are points tried first",
+        f"memory of a trial: about {gib:.1f} GiB{processes}",
+        f"at once: {planned.concurrent} as the sweep asks; {planned.fit} would fit on this machine now",
+        f"the whole sweep: about {planned.hours:.2g} hours of training and scoring, good to a factor of two",
+    ):
+        talk.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _close(name: str, store: Store, outcome: "Outcome") -> None:

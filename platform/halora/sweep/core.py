@@ -197,6 +197,10 @@ class DecisionCore:
         """Optimiser steps over all trials, those of running jobs counted whole."""
         return self._steps(self.trials())
 
+    def steps_unstopped(self) -> int:
+        """Optimiser steps that the trials begun so far take where none is stopped at a rung."""
+        return sum(self._levels_of(trial)[-1].steps for trial in self.trials() if trial.state is not State.SKIPPED)
+
     def _unfinished(self, trials: Sequence[Trial]) -> Job | None:
         for trial in trials:
             if trial.state is State.RUNNING and trial.number not in self._in_flight:

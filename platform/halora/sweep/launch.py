@@ -129,6 +129,11 @@ def _run(sweep: SweepConfig, store: Store, watcher: Watcher) -> Outcome:
             interrupted = not core.over
             if core.ended:
                 watcher.say(f"no further trials: {core.ended}")
+            if sweep.early_stopping:
+                taken, whole = core.steps_taken(), core.steps_unstopped()
+                watcher.say(
+                    f"{taken} of {whole} optimiser steps taken; early stopping saved {1 - taken / max(whole, 1):.0%}"
+                )
             reconcile(core.trials(), queries.trials(client, sweep.name), recorder)
             recorder.record_front_probability(core.front_probability())
             recorder.finish(interrupted=interrupted)

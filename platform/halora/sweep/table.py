@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from math import log
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import yaml
@@ -21,14 +21,12 @@ from halora.hardware.addressing import derive_seed
 from halora.spaces.language import Categorical, Distribution
 from halora.spaces.sweep import SweepConfig
 
-Surrogate = Literal["nearest", "forest"]
-
 _REQUIRED = ("trial", "step", "accuracy", "clean_accuracy")
 _OPTIONAL = ("seconds", "chip_seconds", "accuracy_std_chips", "train_loss", "margin", "clean_margin")
 _TREES = 50
 
 
-def read_table(path: Path, sweep: SweepConfig, surrogate: Surrogate = "nearest") -> "Table":
+def read_table(path: Path, sweep: SweepConfig) -> "Table":
     """Read a table of curves over a sweep's space.
 
     Raises:
@@ -73,7 +71,7 @@ def read_table(path: Path, sweep: SweepConfig, surrogate: Surrogate = "nearest")
         points.append(values)
     if problems:
         raise UserError(problems, "mend the table")
-    return Table(sweep.space, numbers, points, surrogate)
+    return Table(sweep.space, numbers, points, forest=sweep.search.surrogate == "forest")
 
 
 class Table:
@@ -83,7 +81,7 @@ class Table:
         space: Searched fields.
         rows: Scores by name of every line.
         points: Values of the searched fields of every line.
-        surrogate: What answers for a configuration that is not in the table.
+        forest: Whether a forest over all lines answers instead of the nearest trial's.
     """
 
     def __init__(
@@ -91,7 +89,8 @@ class Table:
         space: Mapping[str, Distribution],
         rows: Sequence[Mapping[str, float]],
         points: Sequence[Mapping[str, Any]],
-        surrogate: Surrogate = "nearest",
+        *,
+        forest: bool = False,
     ) -> None:
         self._space = space
         by_trial: dict[float, list[int]] = {}
@@ -99,7 +98,7 @@ class Table:
             by_trial.setdefault(rows[i]["trial"], []).append(i)
         self._curves = [[rows[i] for i in lines] for lines in by_trial.values()]
         self._points = np.array([self._encoded(points[lines[0]]) for lines in by_trial.values()])
-        self._forest = _Forest(self._points, self._curves) if surrogate == "forest" else None
+        self._forest = _Forest(self._points, self._curves) if forest else None
         self._nearest = lru_cache(maxsize=1024)(self._nearest_curve)
 
     def step_s(self, values: Mapping[str, Any]) -> float:

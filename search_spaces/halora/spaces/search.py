@@ -78,6 +78,8 @@ class SearchSettings(Frozen):
     """Do not train a configuration whose energy leaves it dominated even at the best clean accuracy seen."""
     warm_start: tuple[str, ...] = ()
     """Sweeps of the store whose trials the sampler sees from the start, where they fit this space."""
+    surrogate: Literal["nearest", "forest"] = "nearest"
+    """What answers for a configuration that the table of a simulated sweep lacks: its nearest trial, or a forest."""
 
 
 class Rung(Frozen):
