@@ -84,6 +84,7 @@ class DecisionCore:
         self._levels: dict[int, Sequence[Level]] = {}
         self._clock_s, self._looked_s = clock_s, clock_s()
         self._over = False
+        self._out_of_race: set[int] = set()
 
     def suggest(self) -> Job | None:
         """The next job: trials an earlier run left unfinished, then promotions, new trials, and at the end the race.
@@ -146,7 +147,9 @@ class DecisionCore:
     def on_failure(self, number: int) -> None:
         """Take a trial's failure. A finished trial whose race failed stays as it was."""
         self._in_flight.pop(number, None)
-        if self.trial(number).state is not State.FINISHED:
+        if self.trial(number).state is State.FINISHED:
+            self._out_of_race.add(number)
+        else:
             self._study.failed(number)
 
     def trial(self, number: int) -> Trial:
@@ -320,7 +323,9 @@ class DecisionCore:
         undecided = [
             trial
             for trial in finished
-            if _chips(trial) < racing.most and _DECIDED < probability[trial.number] < 1 - _DECIDED
+            if trial.number not in self._out_of_race
+            and _chips(trial) < racing.most
+            and _DECIDED < probability[trial.number] < 1 - _DECIDED
         ]
         if not undecided or spent >= racing.extra:
             return None

@@ -216,5 +216,8 @@ class _Recording:
         )
 
     def failed(self, job: Job, cause: str) -> None:
+        if job.first_chip:
+            self._watcher.say(f"trial {job.number} stays on {job.first_chip} chips: {cause}")
+            return
         self._recorder.fail_trial(job.number, cause)
         self._watcher.trial(job.number, "failed", cause)

@@ -106,13 +106,15 @@ class History:
 
     def seen(self, trials: Sequence[Trial]) -> list[FrozenTrial]:
         """What the sampler sees of these trials."""
-        shown = [*self._earlier, *(trial for trial in trials if trial.state not in _NEVER_SEEN)]
-        bounded = sorted({*self._best(shown), *range(max(len(shown) - self._limit // 2, 0), len(shown))})
-        first_of_sweep = len(self._earlier)
-        entries = [self._entry(i, shown[i], earlier=i < first_of_sweep) for i in bounded]
-        places = set(bounded)
-        self._entries = {key: entry for key, entry in self._entries.items() if key[0] in places}
-        return entries
+        # The trial to suggest is number 0 of the view.
+        shown = [(1 + place, trial) for place, trial in enumerate(self._earlier)]
+        first = 1 + len(shown)
+        shown += [(first + trial.number, trial) for trial in trials if trial.state not in _NEVER_SEEN]
+        latest = range(max(len(shown) - self._limit // 2, 0), len(shown))
+        bounded = [shown[i] for i in sorted({*self._best([trial for _, trial in shown]), *latest})]
+        entries = {(number, len(t.scores), t.accuracy): self._entry(number, t) for number, t in bounded}
+        self._entries = entries
+        return list(entries.values())
 
     def _best(self, shown: Sequence[Trial]) -> list[int]:
         if len(shown) <= self._limit:
@@ -123,22 +125,21 @@ class History:
         ranks = front_ranks(accuracy, energy, most=self._limit // 2)
         return [valued[i] for i in np.argsort(ranks, kind="stable")[: self._limit // 2]]
 
-    def _entry(self, place: int, trial: Trial, *, earlier: bool) -> FrozenTrial:
-        key = (place, len(trial.scores), trial.accuracy)
-        if key not in self._entries:
-            accuracy = self._worst if trial.state is State.SKIPPED else trial.accuracy
-            entry = optuna.create_trial(
-                state=TrialState.RUNNING if accuracy is None else TrialState.COMPLETE,
-                values=None if accuracy is None else [accuracy, trial.energy_uj_per_token],
-                params=dict(trial.values),
-                distributions=trial.frozen.distributions,
-                system_attrs={k: v for k, v in trial.frozen.system_attrs.items() if not k.startswith("constraints")},
-                constraints=dict(trial.frozen.constraints) or None,
-            )
-            # The trial to suggest is number 0 of the view.
-            entry.number = entry._trial_id = place + 1
-            self._entries[key] = entry
-        return self._entries[key]
+    def _entry(self, number: int, trial: Trial) -> FrozenTrial:
+        key = (number, len(trial.scores), trial.accuracy)
+        if key in self._entries:
+            return self._entries[key]
+        accuracy = self._worst if trial.state is State.SKIPPED else trial.accuracy
+        entry = optuna.create_trial(
+            state=TrialState.RUNNING if accuracy is None else TrialState.COMPLETE,
+            values=None if accuracy is None else [accuracy, trial.energy_uj_per_token],
+            params=dict(trial.values),
+            distributions=trial.frozen.distributions,
+            system_attrs={k: v for k, v in trial.frozen.system_attrs.items() if not k.startswith("constraints")},
+            constraints=dict(trial.frozen.constraints) or None,
+        )
+        entry.number = entry._trial_id = number
+        return entry
 
 
 class _View(optuna.Study):
