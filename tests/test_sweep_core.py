@@ -221,6 +221,10 @@ def test_a_study_in_postgresql_is_the_same(sweep, tmp_path, postgresql, monkeypa
     with pytest.raises(UserError, match=r"the study's database \(\$HALORA_STUDY_URL\) cannot be opened") as told:
         open_core(sweep, place)
     assert "secret" not in str(told.value)
+    monkeypatch.delenv("HALORA_STUDY_URL")
+    with pytest.raises(UserError, match=r"the study of sweep 'core' is in a database \(set \$HALORA_STUDY_URL"):
+        open_core(sweep, place)
+    assert not place.sweep("core").study_file.exists()
 
 
 def test_a_searched_knob_whose_cost_lies_outside_the_boundary_is_told(tiny_models, tiny_task):

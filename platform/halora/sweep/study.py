@@ -18,7 +18,7 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
-from halora.errors import UnreachableError
+from halora.errors import UnreachableError, UserError
 from halora.records.store import SweepFolder
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -97,19 +97,24 @@ def point_key(values: Mapping[str, Any]) -> str:
 
 
 def storage_of(folder: SweepFolder) -> BaseStorage:
-    """Where the sweep's study lives: the database of `$HALORA_STUDY_URL`, or a journal file in the sweep's folder.
+    """Where the sweep's study lives: a journal file in its folder, or the database that `$HALORA_STUDY_URL` named.
 
     Raises:
+        UserError: The study is in a database, and the variable is not set.
         UnreachableError: The database cannot be opened.
     """
     url = os.environ.get(STUDY_URL)
-    if not url:
+    if folder.study_file.exists() or not (url or folder.database_mark.exists()):
         return JournalStorage(JournalFileBackend(str(folder.study_file)))
+    if not url:
+        raise UserError(f"the study of sweep '{folder.name}' is in a database", f"set ${STUDY_URL} to its address")
     try:
-        return RDBStorage(url)
+        storage = RDBStorage(url)
     except Exception as error:  # SQLAlchemy and its drivers raise many kinds; their texts may hold the password
         kind = type(error).__name__
         raise UnreachableError(f"the study's database (${STUDY_URL}) cannot be opened: {kind}") from None
+    folder.database_mark.touch()
+    return storage
 
 
 class SweepStudy:
