@@ -52,7 +52,8 @@ def test_promotion_goes_by_rank_then_by_hypervolume_and_junk_comes_last(seed):
     rng = np.random.default_rng(seed)
     accuracy, energy = rng.uniform(0, 1, 20), rng.uniform(1, 5, 20)
     reference = (0.3, 6.0)
-    order = promotion_order(accuracy, energy, reference)
+    order = promotion_order(accuracy, energy, reference, most=20)
+    assert all(promotion_order(accuracy, energy, reference, most=k) == order[:k] for k in range(20))
     assert sorted(order) == list(range(20))
     useful = [i for i in order if accuracy[i] > 0.3]
     assert order[: len(useful)] == useful
@@ -64,7 +65,7 @@ def test_promotion_goes_by_rank_then_by_hypervolume_and_junk_comes_last(seed):
         kept = [(accuracy[j], energy[j]) for j in front[:k]]
         gains = {j: _area([*kept, (accuracy[j], energy[j])], reference) for j in front[k:]}
         assert gains[i] == pytest.approx(max(gains.values()))
-    cheapest_junk = promotion_order(np.array([0.25, 0.6, 0.7]), np.array([0.1, 2.0, 3.0]), reference)
+    cheapest_junk = promotion_order(np.array([0.25, 0.6, 0.7]), np.array([0.1, 2.0, 3.0]), reference, most=3)
     assert cheapest_junk[-1] == 0
 
 

@@ -33,8 +33,8 @@ def front_ranks(accuracy: np.ndarray, energy: np.ndarray, most: int | None = Non
     return ranks
 
 
-def promotion_order(accuracy: np.ndarray, energy: np.ndarray, reference: tuple[float, float]) -> list[int]:
-    """Points from the one to keep first: by rank, and within a rank by the hypervolume each adds to those before it.
+def promotion_order(accuracy: np.ndarray, energy: np.ndarray, reference: tuple[float, float], most: int) -> list[int]:
+    """The points to keep, best first: by rank, and within a rank by the hypervolume each adds to those before it.
 
     Points no better than the reference in accuracy come last, by falling accuracy: the cheapest would never be
     dominated, however useless.
@@ -43,15 +43,18 @@ def promotion_order(accuracy: np.ndarray, energy: np.ndarray, reference: tuple[f
         accuracy: Larger is better, (points,).
         energy: Smaller is better, (points,).
         reference: Accuracy and energy that hypervolumes are measured from.
+        most: How many to keep.
     """
     worst_energy = max(reference[1], float(energy.max(initial=0.0)) * 1.01)
     useful = np.flatnonzero(accuracy > reference[0])
-    ranks = front_ranks(accuracy[useful], energy[useful])
+    ranks = front_ranks(accuracy[useful], energy[useful], most)
     order: list[int] = []
     for rank in range(ranks.max(initial=-1) + 1):
+        if len(order) >= most:
+            break
         order += _by_gain(useful[ranks == rank], accuracy, energy, (reference[0], worst_energy))
     useless = np.flatnonzero(accuracy <= reference[0])
-    return order + [int(i) for i in useless[np.argsort(-accuracy[useless], kind="stable")]]
+    return (order + [int(i) for i in useless[np.argsort(-accuracy[useless], kind="stable")]])[:most]
 
 
 def _by_gain(

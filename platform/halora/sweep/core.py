@@ -223,7 +223,7 @@ class DecisionCore:
             accuracy = np.array([trial.scores[rung]["accuracy"] for trial in reached], dtype=float)
             energy = np.array([trial.energy_uj_per_token for trial in reached])
             reference = (self._problem.accuracy_floor, self._problem.reference[1])
-            for i in promotion_order(accuracy, energy, reference)[:quota]:
+            for i in promotion_order(accuracy, energy, reference, quota):
                 trial = reached[i]
                 if trial.state is State.PAUSED and trial.level == rung:
                     self._study.head_for(trial, rung + 1)
