@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 PYTHON ?= $(shell for python in python3.12 python3 python3.13 python3.14 $$HOME/.pyenv/versions/3.1[2-9]*/bin/python; do \
 	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && { command -v "$$python"; break; }; done)
 
-.PHONY: help setup demo gpu-check test test-all lint types bench lock clean
+.PHONY: help setup demo gpu-check test test-all lint types bench bench-search lock clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -49,6 +49,10 @@ test-all: lint types ## the slow tests as well
 
 bench: $(READY) ## time our ways against others, on an otherwise idle machine: hours
 	set -e; for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name; done
+
+bench-search: $(READY) ## searchers, rungs and racing on analytic problems; about half an hour on one core
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore benchmarks/search.py > benchmarks/search-results.txt
+	cat benchmarks/search-results.txt
 
 lock: ## choose the pins anew (needs a .venv)
 	$(BIN)/uv pip compile pyproject.toml --extra dev --python-version 3.12 --no-emit-index-url --no-annotate --no-header --output-file requirements.lock

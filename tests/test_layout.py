@@ -65,7 +65,9 @@ def test_imports_run_one_way():
     [
         ("ray", {"peers", "trainable", "sweep.executor"}),
         ("mlflow", {"records.queries", "records.tracking", "cli.trial"}),  # the last for a type alone
-        ("optuna", {"sweep.core", "analysis.front"}),
+        ("optuna", {"sweep.study", "sweep.samplers", "analysis.front"}),
+        ("sklearn", {"sweep.table"}),
+        ("scipy", {"sweep.samplers"}),
         ("deepspeed", {"training.engine", "training.checkpoint", "training.workers"}),
         ("peft", {"training.adapter"}),
     ],

@@ -101,6 +101,10 @@ def test_the_recorded_names_are_frozen():
         "NUMBER": "halora.trial",
         "CHIP_HASH": "halora.chip_hash",
         "STATE": "halora.state",
+        "RUNG_METRIC": "rung_{score}",
+        "RUNG_SCORES": ("accuracy", "clean_accuracy", "margin"),
+        "VIOLATION": "constraint_violation",
+        "FRONT_PROBABILITY": "front_probability",
         "CAUSE": "halora.cause",
         "TRAINING_METRICS": ("train_loss", "train_task_loss", "train_reg_loss", "train_sigma"),
         "SCORE_METRICS": (

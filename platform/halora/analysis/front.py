@@ -18,6 +18,7 @@ class TrialPoint:
         clean_accuracy: Accuracy on clean weights.
         energy_uj_per_token: Energy per token in microjoule.
         params: Searched values by dotted path.
+        feasible: Whether it keeps the sweep's constraints; only then can it lie on the front.
     """
 
     number: int
@@ -28,15 +29,16 @@ class TrialPoint:
     clean_accuracy: float
     energy_uj_per_token: float
     params: dict[str, Any]
+    feasible: bool = True
 
 
 def front(points: Sequence[TrialPoint]) -> list[TrialPoint]:
-    """Points that no other point matches or beats in both objectives and beats in one, by rising energy.
+    """Feasible points that no other matches or beats in both objectives and beats in one, by rising energy.
 
     Of points equal in both objectives all are kept. O(n log n).
     """
     kept: list[TrialPoint] = []
-    for point in sorted(points, key=lambda p: (p.energy_uj_per_token, -p.accuracy)):
+    for point in sorted((p for p in points if p.feasible), key=lambda p: (p.energy_uj_per_token, -p.accuracy)):
         last = kept[-1] if kept else None
         if last is None or point.accuracy > last.accuracy or _objectives(point) == _objectives(last):
             kept.append(point)
@@ -50,7 +52,7 @@ def hypervolume(points: Sequence[TrialPoint], *, accuracy: float, energy_uj_per_
     """
     from optuna._hypervolume import compute_hypervolume  # the public API only plots it
 
-    losses = np.array([(p.energy_uj_per_token, -p.accuracy) for p in points]).reshape(-1, 2)
+    losses = np.array([(p.energy_uj_per_token, -p.accuracy) for p in points if p.feasible]).reshape(-1, 2)
     reference = np.array([energy_uj_per_token, -accuracy])
     inside = losses[(losses < reference).all(axis=1)]
     return float(compute_hypervolume(inside, reference)) if len(inside) else 0.0
@@ -58,7 +60,7 @@ def hypervolume(points: Sequence[TrialPoint], *, accuracy: float, energy_uj_per_
 
 def best(points: Sequence[TrialPoint]) -> TrialPoint | None:
     """The front's most accurate point; the larger mean margin decides a tie."""
-    return max(points, key=lambda p: (p.accuracy, p.margin), default=None)
+    return max((p for p in points if p.feasible), key=lambda p: (p.accuracy, p.margin), default=None)
 
 
 def _objectives(point: TrialPoint) -> tuple[float, float]:

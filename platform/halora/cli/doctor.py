@@ -34,11 +34,17 @@ def doctor(
     build: Annotated[
         bool, typer.Option("--build", help="Build DeepSpeed's op and convert the demo model first.")
     ] = False,
+    reconcile: Annotated[
+        bool, typer.Option("--reconcile", help="Instead: show and mend where MLflow and the sweeps' studies differ.")
+    ] = False,
     form: FormatOption = Format.TABLE,
     store: StoreOption = None,
 ) -> None:
     """Check Python, packages, compiler, Ray, DeepSpeed's op, the MLflow store, memory and disk."""
     place = open_store(store)
+    if reconcile:
+        _reconcile(place, form)
+        return
     if build:
         talk.print("building DeepSpeed's op and converting the demo model; a minute or two the first time")
     checks: list[Callable[[], Finding]] = [
@@ -58,6 +64,21 @@ def doctor(
     show_rows(rows, form)
     if not all(finding.ok for finding in findings):
         raise typer.Exit(1)
+
+
+def _reconcile(place: Store, form: Format) -> None:
+    from halora.sweep.reconcile import reconcile_store
+
+    if not place.sweeps():
+        raise UserError(f"no sweep in '{place.root}' yet", "name another store with --store")
+    rows = [
+        {"sweep": name, "trial": d.number, "study": d.study or "-", "recorded": d.recorded or "-", "mended": d.mended}
+        for name, d in reconcile_store(place)
+    ]
+    if rows or form is not Format.TABLE:
+        show_rows(rows, form)
+    else:
+        talk.print("the records say of every trial what its study says")
 
 
 def dashboard(

@@ -1,10 +1,11 @@
 """`halora sweep`: launch, resume, stop, and see how sweeps stand."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from halora.cli.arguments import overrides_from
+from halora.cli.arguments import SweepArgument, SweepSetOption, overrides_from
 from halora.cli.comparison import print_comparison
 from halora.cli.output import Format, FormatOption, StoreOption, SweepProgress, open_store, show_rows, talk
 from halora.records.store import Store
@@ -15,14 +16,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Launch sweeps and see how they stand.", no_args_is_help=True)
 
-SweepArgument = Annotated[
-    str, typer.Argument(metavar="SWEEP", help="A shipped sweep's name, or the path of a YAML file.")
-]
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Name of a launched sweep.")]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="PATH=VALUE", help="Override a value of the file, e.g. trial.training.steps=40."),
-]
 
 
 @app.command()
@@ -34,7 +28,12 @@ def launch(
     seed: Annotated[
         int | None, typer.Option(help="Seed of the sweep; default: the file's.", show_default=False)
     ] = None,
-    set_: SetOption = None,
+    set_: SweepSetOption = None,
+    simulate: Annotated[
+        Path | None,
+        typer.Option(metavar="TABLE", help="Take results from a CSV table of recorded curves instead of training."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what it would take, and launch nothing.")] = False,
     store: StoreOption = None,
 ) -> None:
     """Run a sweep on this machine to its end, and print its front."""
@@ -45,11 +44,14 @@ def launch(
     config = load_sweep(sweep, overrides)
     place = open_store(store)
     _tell_free_knobs(config)
+    if dry_run:
+        _print_plan(config)
+        return
 
     from halora.sweep import launch as launching
 
     with SweepProgress(config.trials) as progress:
-        outcome = launching.launch(config, place, progress)
+        outcome = launching.launch(config, place, progress, simulate)
     _close(config.name, place, outcome)
 
 
@@ -110,7 +112,7 @@ def status(
 
 
 @app.command()
-def validate(sweep: SweepArgument, set_: SetOption = None) -> None:
+def validate(sweep: SweepArgument, set_: SweepSetOption = None) -> None:
     """Check a sweep file; every mistake is told at once."""
     from halora.spaces.sweep import load_sweep
 
@@ -120,7 +122,7 @@ def validate(sweep: SweepArgument, set_: SetOption = None) -> None:
 
 
 def _tell_free_knobs(sweep: "SweepConfig") -> None:
-    from halora.sweep.core import free_knobs
+    from halora.sweep.problem import free_knobs
 
     for path in free_knobs(sweep):
         talk.print(
@@ -129,6 +131,36 @@ def _tell_free_knobs(sweep: "SweepConfig") -> None:
             highlight=False,
             soft_wrap=True,
         )
+
+
+def _print_plan(sweep: "SweepConfig") -> None:
+    import yaml
+
+    from halora.sweep.plan import plan
+
+    planned = plan(sweep)
+    print(yaml.safe_dump(sweep.model_dump(mode="json", exclude_defaults=True), sort_keys=False, allow_unicode=True))
+    rows = [
+        {
+            "level": f"rung {i}" if i + 1 < len(planned.levels) else "whole",
+            "steps": each.level.steps,
+            "rows": each.level.rows or "all",
+            "chips": each.level.chip_instances,
+            "trials": each.trials,
+            "minutes each": each.seconds / 60,
+        }
+        for i, each in enumerate(planned.levels)
+    ]
+    show_rows(rows, Format.TABLE)
+    gib = planned.memory_bytes / 2**30
+    processes = f" in each of {planned.workers} processes" if planned.workers > 1 else ""
+    for line in (
+        f"{len(planned.first)} of {sweep.trials} trials are points tried first",
+        f"memory of a trial: about {gib:.1f} GiB{processes}",
+        f"at once: {planned.concurrent} as the sweep asks; {planned.fit} would fit on this machine now",
+        f"the whole sweep: about {planned.hours:.2g} hours of training and scoring, good to a factor of two",
+    ):
+        talk.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _close(name: str, store: Store, outcome: "Outcome") -> None:

@@ -7,7 +7,7 @@ SWEEP = "halora.sweep"
 KIND = "halora.kind"  # sweep | trial
 NUMBER = "halora.trial"
 CHIP_HASH = "halora.chip_hash"
-STATE = "halora.state"  # running | finished | failed | interrupted
+STATE = "halora.state"  # running | finished | stopped | failed | interrupted
 CAUSE = "halora.cause"
 
 # Metrics of a child run while it trains; step = optimiser step.
@@ -28,6 +28,10 @@ SCORE_METRICS = (
     "noise_db",
 )
 TASK_METRICS = ("accuracy.", "clean_accuracy.")  # followed by the name of a mixture's task
+RUNG_METRIC = "rung_{score}"  # a score at a rung of early stopping; step = optimiser step
+RUNG_SCORES = ("accuracy", "clean_accuracy", "margin")
+VIOLATION = "constraint_violation"  # 0 where a trial keeps its sweep's constraints
+FRONT_PROBABILITY = "front_probability"
 ENERGY = "energy_uj_per_token"
 ENERGY_COMPONENT = "energy_uj_per_token.{component}"
 

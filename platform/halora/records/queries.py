@@ -24,7 +24,7 @@ class TrialRecord:
     Attributes:
         run_id: MLflow's id of its run.
         number: Number in the sweep.
-        state: running, finished, failed or interrupted.
+        state: running, finished, stopped, failed or interrupted.
         cause: Why it failed, else empty.
         params: Searched values, as text.
         metrics: Latest value by metric name.
@@ -52,7 +52,8 @@ class TrialRecord:
                 names.ENERGY,
             )
         }
-        return TrialPoint(number=self.number, params=dict(self.params), **scores)
+        feasible = self.metrics.get(names.VIOLATION, 0.0) <= 0
+        return TrialPoint(number=self.number, params=dict(self.params), feasible=feasible, **scores)
 
 
 def trials(client: MlflowClient, sweep: str) -> list[TrialRecord]:

@@ -98,6 +98,16 @@ class SweepFolder:
         return self.root / "study.journal"
 
     @property
+    def database_mark(self) -> Path:
+        """There for a sweep whose study is in a database instead."""
+        return self.root / "study.database"
+
+    @property
+    def curves_file(self) -> Path:
+        """Recorded curves that stand for training, in a simulated sweep."""
+        return self.root / "curves.csv"
+
+    @property
     def lock_file(self) -> Path:
         """Locked by the process that runs the sweep."""
         return self.root / "driver.lock"

@@ -105,6 +105,11 @@ class SweepRecorder:
             step=step,
         )
 
+    def report_rung(self, number: int, step: int, scores: Mapping[str, float]) -> None:
+        """Record the scores at a rung."""
+        rung = {names.RUNG_METRIC.format(score=name): scores[name] for name in names.RUNG_SCORES}
+        self._log(self._trial_run(number), rung, step=step)
+
     def report_missed(self, number: int, reports: Sequence[Mapping[str, float]]) -> None:
         """Record those of a trial's reports that are not recorded yet."""
         history = self._client.get_metric_history(self._trial_run(number), names.TRAINING_METRICS[0])
@@ -124,7 +129,8 @@ class SweepRecorder:
         """Record an evaluated trial with its adapter, and the sweep's front with it."""
         run_id = self._trial_run(point.number)
         per_task = {names.metric(name): scores[name] for name in scores if name.startswith(names.TASK_METRICS)}
-        self._log(run_id, {name: scores[name] for name in names.SCORE_METRICS} | per_task, step=step)
+        kept = {names.VIOLATION: scores[names.VIOLATION]} if names.VIOLATION in scores else {}
+        self._log(run_id, {name: scores[name] for name in names.SCORE_METRICS} | per_task | kept, step=step)
         self._client.log_text(run_id, scores_file.read_text(), names.SCORES_FILE)
         if adapter:
             self._client.log_artifacts(run_id, str(adapter), names.ADAPTER_FOLDER)
@@ -137,6 +143,24 @@ class SweepRecorder:
         run_id = self._trial_run(number)
         self._client.set_tag(run_id, names.CAUSE, cause[:5000])
         self._terminate(run_id, "FAILED", "failed")
+
+    def stop_trial(self, number: int) -> None:
+        """Mark a trial that early stopping left at a rung."""
+        self._terminate(self._trial_run(number), "FINISHED", "stopped")
+
+    def record_front_probability(self, probabilities: Mapping[int, float]) -> None:
+        """Record how likely each finished trial lies on the front."""
+        for number, probability in probabilities.items():
+            self._log(self._trial_run(number), {names.FRONT_PROBABILITY: probability}, step=0)
+            self.mark_finished(number)
+
+    def mark_finished(self, number: int) -> None:
+        """Mark a trial finished that was recorded before."""
+        self._terminate(self._trial_run(number), "FINISHED", "finished")
+
+    def delete_run(self, run_id: str) -> None:
+        """Delete a run that stands for no trial of the study, or for one that has a run already."""
+        self._client.delete_run(run_id)
 
     def interrupt_trial(self, number: int) -> None:
         """Mark a trial that a later resume goes on with."""
@@ -157,8 +181,12 @@ class SweepRecorder:
         self._client.log_text(self.parent.info.run_id, json.dumps(dict(comparison), indent=1), names.COMPARISON_FILE)
 
     def finish(self, *, interrupted: bool) -> None:
-        """Close the parent run."""
+        """Record the front and close the parent run."""
         self._record_front()
+        self.close(interrupted=interrupted)
+
+    def close(self, *, interrupted: bool) -> None:
+        """Close the parent run."""
         run_id = self.parent.info.run_id
         if interrupted:
             self._terminate(run_id, "KILLED", "interrupted")
