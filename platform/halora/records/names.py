@@ -9,6 +9,8 @@ NUMBER = "halora.trial"
 CHIP_HASH = "halora.chip_hash"
 STATE = "halora.state"  # running | finished | failed | interrupted
 CAUSE = "halora.cause"
+LABEL = "halora.{label}"  # what a trial is, to filter by
+LABELS = ("method", "model", "chip", "task", "noise", "noise_level")
 
 # Metrics of a child run while it trains; step = optimiser step.
 TRAINING_METRICS = ("train_loss", "train_task_loss", "train_reg_loss", "train_sigma")
@@ -30,6 +32,7 @@ SCORE_METRICS = (
 TASK_METRICS = ("accuracy.", "clean_accuracy.")  # followed by the name of a mixture's task
 ENERGY = "energy_uj_per_token"
 ENERGY_COMPONENT = "energy_uj_per_token.{component}"
+VIOLATION = "violation.{constraint}"  # by how much a constraint is broken; above 0 it is
 
 # Metrics of the parent run; step = trials finished so far.
 HYPERVOLUME = "hypervolume"
@@ -39,11 +42,12 @@ TRIALS_DONE = "trials_done"
 # Artifacts.
 CONFIG_FILE = "config.json"
 SCORES_FILE = "scores.json"
-ADAPTER_FOLDER = "adapter"
+ADAPTER = "adapter"  # the logged model that holds a trial's adapter
 SWEEP_FILE = "sweep.yaml"
 FRONT_JSON = "front.json"
 FRONT_CSV = "front.csv"
 FRONT_PNG = "front.png"
+REPORT_FILE = "report.html"
 COMPARISON_FILE = "comparison.json"
 
 

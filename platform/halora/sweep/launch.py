@@ -9,17 +9,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import yaml
 
-from halora.analysis.front import TrialPoint
-from halora.records.names import ENERGY
+from halora.analysis.trials import TrialPoint, grouped
 from halora.records.store import Store, SweepFolder
 from halora.spaces.sweep import SweepConfig, load_sweep
 from halora.sweep.comparison import ClosingComparison, check_rows_left, compare, contestants
 from halora.sweep.core import DecisionCore, Suggestion, check_not_launched, open_study
-from halora.sweep.state import only_driver
+from halora.sweep.state import load_core, only_driver
 from halora.training.models import check_available
 
 if TYPE_CHECKING:
-    from halora.records.tracking import SweepRecorder
+    from halora.records.recorder import SweepRecorder
 
 
 class Watcher(Protocol):
@@ -66,6 +65,8 @@ def launch(sweep: SweepConfig, store: Store, watcher: Watcher) -> Outcome:
 
     open_client(store)
     folder.root.mkdir(parents=True)
+    if store.server:
+        folder.server_file.write_text(store.server)
     folder.sweep_file.write_text(yaml.safe_dump(sweep.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
     return _run(sweep, store, watcher)
 
@@ -76,22 +77,33 @@ def resume(name: str, store: Store, watcher: Watcher) -> Outcome:
     Raises:
         UserError: There is no such sweep, or another process is running it.
     """
-    return _run(load_sweep(str(store.existing(name).sweep_file)), store, watcher)
+    folder = store.existing(name)
+    if store.server:
+        folder.server_file.write_text(store.server)
+    return _run(load_sweep(str(folder.sweep_file)), store.serving(name), watcher)
+
+
+def close_records(name: str, store: Store, watcher: Watcher) -> None:
+    """Record what a sweep that nobody runs any more left open as interrupted, and deliver what waits on disk.
+
+    Raises:
+        UserError: There is no such sweep, or a process is running it.
+    """
+    from halora.records.sender import recording
+
+    folder = store.existing(name)
+    sweep, core = load_core(name, store)
+    with only_driver(folder), recording(store.serving(name), sweep, watcher.say) as recorder:
+        recorder.finish(interrupted=bool(core.unfinished) or core.num_started < sweep.trials)
 
 
 def _run(sweep: SweepConfig, store: Store, watcher: Watcher) -> Outcome:
-    from halora.records import queries
-    from halora.records.tracking import SweepRecorder, open_client
+    from halora.records.sender import recording
 
     folder = store.sweep(sweep.name)
-    with only_driver(folder):
-        client = open_client(store)
+    with only_driver(folder), recording(store, sweep, watcher.say) as recorder:
         core = DecisionCore(sweep, open_study(sweep, folder))
         core.request_stop(False)
-        recorder = SweepRecorder(client, store, sweep, folder.sweep_file)
-        for record in queries.trials(client, sweep.name):
-            if point := record.point():
-                recorder.add_point(point, core.suggestion(record.number).config.training.method)
         events = _Recording(recorder, watcher, folder)
         comparison = None
         interrupted = True
@@ -111,8 +123,6 @@ def _run(sweep: SweepConfig, store: Store, watcher: Watcher) -> Outcome:
         except KeyboardInterrupt:
             interrupted = True
         finally:
-            for number in core.unfinished:
-                recorder.interrupt_trial(number)
             recorder.finish(interrupted=interrupted)
         return Outcome(not interrupted, core.counts()["failed"], comparison)
 
@@ -124,8 +134,8 @@ class _Recording:
         self._recorder, self._watcher, self._folder = recorder, watcher, folder
 
     def points(self) -> list[TrialPoint]:
-        """Finished trials of this sweep, earlier runs included."""
-        return self._recorder.points
+        """Finished trials of this sweep that break no constraint, earlier runs included."""
+        return grouped(self._recorder.points).feasible
 
     def began(self, suggestion: Suggestion) -> None:
         from halora.trainable import past_reports
@@ -145,14 +155,11 @@ class _Recording:
     def evaluated(self, suggestion: Suggestion, report: Mapping[str, Any]) -> None:
         from halora.trainable import RESULT_FILE, adapter_folder
 
-        scores = {name: float(report[name]) for name in ("accuracy", "accuracy_low", "accuracy_high")}
-        scores |= {name: float(report[name]) for name in ("margin", "clean_accuracy")}
-        energy = {ENERGY: suggestion.energy.total_uj_per_token}
-        point = TrialPoint(number=suggestion.number, params=suggestion.values, **scores, **energy)
-        folder = self._folder.trial(suggestion.number)
-        self._recorder.finish_trial(point, int(report["step"]), report, folder / RESULT_FILE, adapter_folder(folder))
+        number, folder = suggestion.number, self._folder.trial(suggestion.number)
+        adapter = adapter_folder(folder)
+        point = self._recorder.finish_trial(number, int(report["step"]), report, folder / RESULT_FILE, adapter)
         self._watcher.trial(
-            suggestion.number,
+            number,
             "finished",
             f"accuracy {point.accuracy:.3f}, {point.energy_uj_per_token:.2f} µJ/token",
         )

@@ -16,8 +16,13 @@ from halora.sweep.core import DecisionCore, open_study
 def load_core(name: str, store: Store) -> tuple[SweepConfig, DecisionCore]:
     """A launched sweep and its decision core, for looking and for asking it to stop."""
     folder = store.existing(name)
-    sweep = SweepConfig.model_validate(yaml.safe_load(folder.sweep_file.read_text()))
+    sweep = load_sweep_of(folder)
     return sweep, DecisionCore(sweep, open_study(sweep, folder))
+
+
+def load_sweep_of(folder: SweepFolder) -> SweepConfig:
+    """The sweep as it was launched."""
+    return SweepConfig.model_validate(yaml.safe_load(folder.sweep_file.read_text()))
 
 
 def is_running(folder: SweepFolder) -> bool:
