@@ -43,8 +43,8 @@ def front_chart(view: FrontView) -> Chart:
             }
         )
     for group, name, style in (
-        (sure, "dominated", _Style(opacity=0.35, size=6, bars=False)),
-        (maybe, "perhaps on the front", _Style(opacity=0.6, size=8)),
+        (sure, "dominated", _Style(opacity=0.5, size=7, bars=False)),
+        (maybe, "perhaps on the front", _Style(opacity=0.75, size=9)),
         (view.members, "on the front", _Style(opacity=1.0, size=11, filled=True)),
     ):
         data += [_trials(own, f"{method}, {name}", method, view, style) for method, own in by_method(group)]

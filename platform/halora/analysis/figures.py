@@ -40,7 +40,8 @@ def front_figure(view: FrontView, title: str) -> Figure:
     axes.set_title(title, parse_math=False)
     axes.set(xlabel="energy per token (µJ)", ylabel="accuracy under noise (95 % interval)")
     if points:
-        axes.legend(fontsize="small", loc="best")
+        for text in axes.legend(fontsize="small", loc="best").get_texts():
+            text.set_parse_math(False)
     else:
         axes.text(0.5, 0.5, "no finished trial yet", ha="center", transform=axes.transAxes)
     return figure

@@ -22,9 +22,11 @@ def render_report(summary: SweepSummary) -> str:
 
     view = summary.front
     scored = [*view.groups.feasible, *view.groups.violating]
+    levels = sorted({level for point in scored if (level := point.labels.get("noise_level")) is not None})
+    several = charts.noise_chart(scored, "noise_level", "noise level of the chip (unit of its model)")
     drawn = {
         "front": charts.front_chart(view) if scored else None,
-        "noise_level": charts.noise_chart(scored, "noise_level", "noise level of the chip (unit of its model)"),
+        "noise_level": several if len(levels) > 1 else None,
         "noise_db": charts.noise_chart(scored, "noise_db", "realised noise to signal of the weights (dB)"),
         "energy": charts.energy_chart(view),
         "importance": charts.importance_chart(summary),
@@ -33,11 +35,13 @@ def render_report(summary: SweepSummary) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"number": _number, "described": charts.described}
     template = environment.from_string((files("halora.analysis") / _TEMPLATE).read_text())
+    shown = {name: chart for name, chart in drawn.items() if chart and chart["data"]}
     return template.render(
         summary=summary,
         view=view,
-        charts={name: chart for name, chart in drawn.items() if chart and chart["data"]},
-        charts_json=_script_json({name: chart for name, chart in drawn.items() if chart and chart["data"]}),
+        charts=shown,
+        charts_json=_script_json(shown),
+        levels=levels,
         plotly=Markup(get_plotlyjs().replace("</script", "<\\/script")),
         most=_MOST_ROWS,
         ratios=_ratios(summary),
