@@ -11,7 +11,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from glob import glob
 from pathlib import Path
 
@@ -108,7 +108,8 @@ class MlflowServer:
     def kill(self) -> None:
         """End it and its workers at once, as a crash would."""
         if self._process is not None:
-            os.killpg(self._process.pid, signal.SIGKILL)  # its own session, started here
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)  # its own session, started here
             self._process.wait()
             self._process = None
 

@@ -232,6 +232,7 @@ def test_mlflow_holds_the_whole_sweep(zoo, store, tiny_models):
         "front.json",
         "front.csv",
         "front.png",
+        "report.html",
         "comparison.json",
     }
     for run in trials:
@@ -244,8 +245,9 @@ def test_mlflow_holds_the_whole_sweep(zoo, store, tiny_models):
         assert len(components) == 9
         assert sum(components) == pytest.approx(metrics["energy_uj_per_token"], rel=1e-9)
         assert metrics["accuracy_low"] <= metrics["accuracy"] <= metrics["accuracy_high"]
-        adapter = {item.path for item in client.list_artifacts(run.info.run_id, "adapter")}
-        assert adapter == {"adapter/adapter_model.safetensors", "adapter/adapter_config.json"}
+        (output,) = run.outputs.model_outputs
+        adapter = Path(client.get_logged_model(output.model_id).artifact_location.removeprefix("file://"))
+        assert {path.name for path in adapter.iterdir()} == {"adapter_model.safetensors", "adapter_config.json"}
     kept = [*(store / "artifacts").rglob("*"), *(store / "sweeps" / "zoo" / "trials").rglob("*")]
     assert {path.suffix for path in kept if path.is_file()} <= {
         ".json",
@@ -253,6 +255,7 @@ def test_mlflow_holds_the_whole_sweep(zoo, store, tiny_models):
         ".yaml",
         ".csv",
         ".png",
+        ".html",
         ".safetensors",
     }
 

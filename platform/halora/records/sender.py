@@ -95,13 +95,13 @@ class Sender(threading.Thread):
             if not moved:
                 self._wait(delay)
 
-    def finish(self, patience_s: float = _PATIENCE_S) -> int:
+    def finish(self) -> int:
         """Wait until all is delivered, or until MLflow has not answered for so long; the number of entries left."""
-        self._gives_up_at = time.monotonic() + patience_s
+        self._gives_up_at = time.monotonic() + _PATIENCE_S
         self._ending.set()
         while self.is_alive():
             if self._failing_since is None:
-                self._gives_up_at = time.monotonic() + patience_s
+                self._gives_up_at = time.monotonic() + _PATIENCE_S
             self.join(0.2)
         return self._position.left()
 

@@ -96,6 +96,8 @@ class MlflowSweep:
                 case "begin":
                     self._begin(run_id, entry)
                 case "scores":
+                    self._metrics(run_id, metrics)  # first: a file may be gone
+                    metrics = []
                     self._artifacts(run_id, number, entry)
                 case "comparison":
                     text = json.dumps(entry["content"], indent=1)
@@ -167,7 +169,7 @@ class MlflowSweep:
 
     def _begin(self, run_id: str, entry: Entry) -> None:
         tags = {names.LABEL.format(label=label): str(value) for label, value in entry["labels"].items()}
-        tags[names.CHIP_HASH] = entry["chip_hash"]
+        tags |= {names.CHIP_HASH: entry["chip_hash"], names.STATE: "running"}
         self._client.log_batch(
             run_id,
             params=[Param(name, str(value)) for name, value in entry["params"].items()],
