@@ -1,5 +1,6 @@
 """Sweeps over tiny models whose trials are made up and recorded, without training."""
 
+import base64
 import json
 from pathlib import Path
 from typing import Any
@@ -54,3 +55,28 @@ def finish(recorder: SweepRecorder, folder: Path, number: int, accuracy: float, 
     (trial / "result.json").write_text(json.dumps(result))
     limits = {"accuracy": accuracy, "accuracy_low": accuracy - 0.1, "accuracy_high": accuracy + 0.1}
     return recorder.finish_trial(number, 4, SCORES | limits | more, trial / "result.json", trial / "adapter")
+
+
+def generated_journal(path: Path, trials: int, reports: int = 4, seed: int = 0) -> list[dict[str, Any]]:
+    """A journal of many finished trials with random scores, written at once; their beginnings and scores."""
+    rng = np.random.default_rng(seed)
+    energies, accuracies = rng.uniform(1, 6, trials).round(2), rng.uniform(0.2, 0.9, trials).round(2)
+    kept, lines = [], [{"journal": "0" * 32, "version": 1}, {"kind": "state", "trial": None, "state": "running"}]
+    for number in range(trials):
+        method = ("lora", "noise_lora", "halora")[number % 3]
+        labels = {"method": method, "model": "m", "chip": "c", "task": "t", "noise": "gaussian", "noise_level": 0.01}
+        params = {"lora.rank": int(2 ** rng.integers(1, 5)), "training.learning_rate": float(10 ** rng.uniform(-4, -2))}
+        energy = {"energy_uj_per_token": float(energies[number]), "energy_uj_per_token.adc": 0.5}
+        lines.append({"kind": "begin", "trial": number, "params": params, "labels": labels, "metrics": energy})
+        lines[-1]["config"] = {"padding": "x" * 2500}  # about the size of a real one
+        losses = [{"train_loss": 3 / step, "train_sigma": 0.01} for step in range(1, reports + 1)]
+        lines += [{"kind": "report", "trial": number, "step": i, "metrics": loss} for i, loss in enumerate(losses)]
+        accuracy = float(accuracies[number])
+        scores = SCORES | {"accuracy": accuracy, "accuracy_low": accuracy - 0.1, "accuracy_high": accuracy + 0.1}
+        bits = base64.b64encode(np.packbits(rng.random(48) < accuracy).tobytes()).decode()
+        correct = {"group": "g", "chips": 3, "rows": 16, "bits": bits}
+        lines.append({"kind": "scores", "trial": number, "step": reports, "metrics": scores, "correct": correct})
+        lines.append({"kind": "state", "trial": number, "state": "finished"})
+        kept.append({"number": number, **labels, **params, **energy, **scores})
+    path.write_text("".join(json.dumps({"cause": "", "time_ms": i, **line}) + "\n" for i, line in enumerate(lines)))
+    return kept

@@ -11,7 +11,7 @@ import numpy as np
 import plotly.graph_objects
 import pytest
 
-from halora.analysis import charts
+from halora.analysis import charts, uncertainty
 from halora.analysis.figures import front_figure
 from halora.analysis.front import best, front, hypervolume, hypervolume_history, knee
 from halora.analysis.importance import importances
@@ -172,6 +172,23 @@ def test_resampled_accuracies_spread_as_their_interval_does():
     rival = TrialPoint(number=0, metrics={"accuracy": rival_accuracy, "energy_uj_per_token": 1.0})
     trial = _point(1, correct.mean(), 2.0, correct=_answers(correct))
     assert front_probability([rival, trial], draws=8000)[1] == pytest.approx(0.975, abs=0.01)
+
+
+@pytest.mark.parametrize("objectives", [DEFAULT_OBJECTIVES, (ACCURACY, DECIBEL, ENERGY)])
+def test_leaving_out_what_is_beaten_in_every_draw_changes_no_probability(objectives, monkeypatch):
+    rng = np.random.default_rng(3)
+    points = []
+    for i in range(120):
+        accuracy, correct = rng.uniform(0.1, 0.9), None
+        if i % 2:
+            correct = rng.random((3, 16)) < accuracy
+            accuracy, correct = correct.mean(), _answers(correct)
+        level = {"noise_db": float(rng.uniform(-30, -10))}
+        points.append(_point(i, accuracy, rng.integers(1, 20) / 4, width=0.1, metrics=level, correct=correct))
+    probability = front_probability(points, objectives, draws=100)
+    monkeypatch.setattr(uncertainty, "_within_reach", lambda tables, _: np.arange(tables.shape[1]))
+    assert (probability == front_probability(points, objectives, draws=100)).all()
+    assert 0 < (probability == 0).sum() < len(points)
 
 
 def test_a_probability_needs_no_trials():

@@ -6,6 +6,7 @@ from typing import Any
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
+from halora.analysis.summary import FrontView
 from halora.analysis.trials import Objective, TrialPoint
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -37,6 +38,12 @@ def importances(points: Sequence[TrialPoint], objective: Objective) -> dict[str,
         study.add_trial(optuna.trial.create_trial(params=chosen, distributions=own, value=outcome))
     evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=_BETTER)
     return optuna.importance.get_param_importances(study, evaluator=evaluator)
+
+
+def importance_of(view: FrontView) -> dict[str, dict[str, float]]:
+    """Shares of the searched fields for each objective, over all trials that have it."""
+    scored = [*view.groups.feasible, *view.groups.violating]
+    return {each.metric: importances(scored, each) for each in view.objectives}
 
 
 def _distribution(values: Sequence[Any]) -> BaseDistribution:

@@ -6,7 +6,6 @@ from math import isfinite
 from typing import Any
 
 from halora.analysis.front import front, hypervolume_history, knee
-from halora.analysis.importance import importances
 from halora.analysis.trials import DEFAULT_OBJECTIVES, Groups, Objective, TrialPoint, grouped
 from halora.analysis.uncertainty import front_probability
 
@@ -84,12 +83,6 @@ def view_front(points: Sequence[TrialPoint], objectives: Sequence[Objective] = D
     shares = front_probability(groups.feasible, objectives)
     probability = {point.number: float(share) for point, share in zip(groups.feasible, shares, strict=True)}
     return FrontView(tuple(objectives), groups, members, probability, knee(members, objectives))
-
-
-def importance_of(view: FrontView) -> dict[str, dict[str, float]]:
-    """Shares of the searched fields for each objective, over all trials that have it."""
-    scored = [*view.groups.feasible, *view.groups.violating]
-    return {each.metric: importances(scored, each) for each in view.objectives}
 
 
 def volumes(view: FrontView, reference: Sequence[float]) -> list[float]:

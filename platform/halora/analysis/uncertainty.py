@@ -29,9 +29,27 @@ def front_probability(
     for column, each in enumerate(objectives):
         tables[:, :, column] = _draw(points, each.metric, tables[:, :, column], rng)
     on_front = np.zeros(len(points))
-    for table in tables:
-        on_front += non_dominated(table, objectives)
+    reach = _within_reach(tables, objectives)
+    for table in tables[:, reach]:
+        on_front[reach] += non_dominated(table, objectives)
     return on_front / draws
+
+
+def _within_reach(tables: np.ndarray, objectives: Sequence[Objective]) -> np.ndarray:
+    """Places of the points that another's worst draws do not beat at their best, in the shape (points within reach,).
+
+    All others are dominated in every draw, so leaving them out changes nothing but the time.
+    """
+    if not tables.shape[1]:
+        return np.zeros(0, dtype=int)
+    signs = np.array([1 if each.maximise else -1 for each in objectives])
+    gains = tables * signs
+    worst, best = gains.min(axis=0), gains.max(axis=0)
+    rivals = worst[non_dominated(worst, [Objective(each.metric, maximise=True) for each in objectives])]
+    beaten = np.zeros(len(best), dtype=bool)
+    for rival in rivals:
+        beaten |= (rival >= best).all(axis=1) & (rival > best).any(axis=1)
+    return np.flatnonzero(~beaten)
 
 
 def _draw(points: Sequence[TrialPoint], metric: str, means: np.ndarray, rng: np.random.Generator) -> np.ndarray:

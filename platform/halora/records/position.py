@@ -1,6 +1,7 @@
 """How far a sweep's journal is delivered."""
 
 import json
+from contextlib import suppress
 
 from halora.records import journal
 from halora.records.store import Store, SweepFolder, write_whole
@@ -18,7 +19,7 @@ class Position:
         self._folder = folder
         self._what = {"journal": journal.identity(folder.journal_file), "tracking_uri": tracking_uri}
         self.offset = 0
-        if folder.sent_file.exists():
+        with suppress(OSError, ValueError):  # none yet, or one that a power cut emptied
             sent = json.loads(folder.sent_file.read_text())
             if self._what.items() <= sent.items():
                 self.offset = int(sent["offset"])

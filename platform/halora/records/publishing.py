@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from halora.analysis.figures import front_figure
+from halora.analysis.importance import importance_of
 from halora.analysis.report import render_report
-from halora.analysis.summary import SweepSummary, importance_of, view_front, volumes
+from halora.analysis.summary import SweepSummary, view_front, volumes
 from halora.errors import UserError
 from halora.hardware.baselines import baselines
 from halora.records import names

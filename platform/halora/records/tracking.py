@@ -8,6 +8,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +77,13 @@ class MlflowSweep:
     def __init__(self, store: Store, sweep: SweepConfig) -> None:
         self._store, self._sweep = store, sweep
         self._folder = store.sweep(sweep.name)
-        self._client = MlflowClient(store.tracking_uri)
         self._experiment = ""
         self._runs: dict[int | None, str] = {}
         self._unsure: set[int | None] = set()
+
+    @cached_property
+    def _client(self) -> MlflowClient:
+        return MlflowClient(self._store.tracking_uri)  # opens a database at once
 
     def deliver(self, number: int | None, entries: Sequence[Entry]) -> None:
         """Write entries of one trial, or of the sweep itself, in their order.
