@@ -88,7 +88,7 @@ def test_the_recorded_names_are_frozen():
         "TASK_METRICS": ("accuracy.", "clean_accuracy."),
         "ENERGY": "energy_uj_per_token",
         "ENERGY_COMPONENT": "energy_uj_per_token.{component}",
-        "VIOLATION": "violation.{constraint}",
+        "VIOLATION": "violation.",
         "HYPERVOLUME": "hypervolume",
         "FRONT_SIZE": "front_size",
         "TRIALS_DONE": "trials_done",

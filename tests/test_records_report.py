@@ -13,6 +13,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 from recorded_sweeps import begin, finish, generated_journal, made_up_sweep
+from records_audit import differences
 from services import browse
 
 from halora.records.index import read_ledger
@@ -217,6 +218,21 @@ def test_trial_show_and_logs_say_what_a_trial_left(store, sweep, command):
     for wrong, reason in (("made-up", "write SWEEP/NUMBER"), ("made-up/x", "write SWEEP/NUMBER"), ("made-up/99", "no")):
         code, _, err = command(f"trial logs {wrong}")
         assert (code, reason in err) == (2, True)
+
+
+def test_stop_closes_and_delivers_what_a_killed_driver_left(store, sweep, command):
+    recorder = SweepRecorder(store.sweep("made-up"), sweep)
+    begin(recorder, sweep, 0)
+    recorder.report_step(0, 2, {"train_loss": 1.0})
+    recorder.close()  # what was written before a kill
+    code, _, err = command("sweep stop made-up")
+    assert code == 0, err
+    assert "closing and delivering its records" in err
+    assert differences(store.tracking_uri, "made-up", store.sweep("made-up").journal_file) == []
+    (row,) = json.loads(command("sweep list --format json")[1])
+    assert (row["state"], row["undelivered"]) == ("interrupted", 0)
+    assert [point.state for point in read_ledger(store, "made-up").points()] == ["interrupted"]
+    assert "closing" not in command("sweep stop made-up")[2]
 
 
 def test_the_front_of_ten_thousand_trials_is_that_of_brute_force_within_a_gibibyte(tmp_path, tiny_models, tiny_task):

@@ -70,6 +70,9 @@ def dashboard(
     place = open_store(store)
     if not place.sweeps():
         raise UserError(f"no sweep in '{place.root}' yet", "launch one: halora sweep launch quickstart")
+    if place.tracking_uri.startswith("http"):
+        talk.print(f"MLflow's page is at {place.tracking_uri}", markup=False)
+        return
     talk.print(f"MLflow on http://127.0.0.1:{port} in half a minute; Ctrl-C ends it", markup=False)
     raise typer.Exit(serve(place, port))
 

@@ -2,6 +2,8 @@
 
 import re
 
+from halora.analysis.trials import VIOLATION as VIOLATION
+
 # Tags of parent and child runs.
 SWEEP = "halora.sweep"
 KIND = "halora.kind"  # sweep | trial
@@ -32,7 +34,7 @@ SCORE_METRICS = (
 TASK_METRICS = ("accuracy.", "clean_accuracy.")  # followed by the name of a mixture's task
 ENERGY = "energy_uj_per_token"
 ENERGY_COMPONENT = "energy_uj_per_token.{component}"
-VIOLATION = "violation.{constraint}"  # by how much a constraint is broken; above 0 it is
+# VIOLATION: followed by the name of a constraint; by how much it is broken, above 0 it is.
 
 # Metrics of the parent run; step = trials finished so far.
 HYPERVOLUME = "hypervolume"

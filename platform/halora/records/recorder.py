@@ -79,7 +79,8 @@ class SweepRecorder:
     ) -> TrialPoint:
         """Record an evaluated trial, with its adapter, and where the sweep's front stands with it."""
         if not self.ledger.scored(number):
-            chosen = [name for name in scores if name in names.SCORE_METRICS or name.startswith(names.TASK_METRICS)]
+            prefixes = (*names.TASK_METRICS, names.VIOLATION)
+            chosen = [name for name in scores if name in names.SCORE_METRICS or name.startswith(prefixes)]
             self._write(
                 "scores",
                 number,

@@ -56,7 +56,8 @@ def open_client(store: Store) -> MlflowClient:
 
 def first_line(error: Exception) -> str:
     """What an error of a library says, on one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    text = (str(error).strip().splitlines() or [""])[0][:300]
+    return text if isinstance(error, MlflowException) else f"{type(error).__name__}: {text}"
 
 
 def is_refusal(error: Exception) -> bool:
