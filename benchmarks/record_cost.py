@@ -1,8 +1,8 @@
 """What recording a training report costs the loop that runs the trials, and how fast a front of many trials is shown.
 
-Three ways record the same four metrics of one step, each in a SQLite store of its own: the sweep's recorder, with
-its sender at work; Ray's MLflowLoggerCallback; MLflow's `log_metric`, once for each metric. The time is that of the call, as
-the trial waits for it. docs/lab.md has the result.
+Three ways record the same four metrics of one step, each in a SQLite store of its own: the sweep's recorder, with its
+sender at work; Ray's MLflowLoggerCallback; MLflow's `log_metric`, once for each metric. The time is that of the call,
+as the trial waits for it. docs/lab.md has the result.
 
     python benchmarks/record_cost.py
 """

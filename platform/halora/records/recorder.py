@@ -37,6 +37,8 @@ class SweepRecorder:
         self._journal = Journal(folder.journal_file)
         self.ledger = Ledger()
         self.ledger.take(read(folder.journal_file)[0])
+        self._done = {point.number for point in self.points}
+        self._members = front(grouped(self.points).feasible)
         self._state(None, "running")
 
     @property
@@ -91,8 +93,12 @@ class SweepRecorder:
                 adapter=self._within(adapter) if adapter else None,
             )
         self._state(number, "finished")
+        point = self.ledger.point(number)
+        if number not in self._done:
+            self._done.add(number)
+            self._members = front([*self._members, *grouped([point]).feasible])
         self._record_front()
-        return self.ledger.point(number)
+        return point
 
     def fail_trial(self, number: int, cause: str) -> None:
         """Record why a trial failed."""
@@ -120,17 +126,15 @@ class SweepRecorder:
 
     def _record_front(self) -> None:
         """Record the front's size and volume, once for every number of finished trials."""
-        done = self.points
-        if self.ledger.front_step == len(done):
+        if self.ledger.front_step == len(self._done):
             return
-        feasible = grouped(done).feasible
         corner = self._sweep.reference_point
         metrics = {
-            names.FRONT_SIZE: float(len(front(feasible))),
-            names.TRIALS_DONE: float(len(done)),
-            names.HYPERVOLUME: hypervolume(feasible, (corner.accuracy, corner.energy_uj_per_token)),
+            names.FRONT_SIZE: float(len(self._members)),
+            names.TRIALS_DONE: float(len(self._done)),
+            names.HYPERVOLUME: hypervolume(self._members, (corner.accuracy, corner.energy_uj_per_token)),
         }
-        self._write("front", None, step=len(done), metrics=metrics)
+        self._write("front", None, step=len(self._done), metrics=metrics)
 
     def _state(self, number: int | None, state: str, cause: str = "") -> None:
         """Record a state on the disk itself: whoever hears of it next may rely on it."""
