@@ -8,7 +8,6 @@ as the trial waits for it. docs/lab.md has the result.
 """
 
 import argparse
-import os
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,13 @@ from recorded_sweeps import begin, generated_journal
 from halora.records.sender import recording
 from halora.records.store import Store
 from halora.spaces.sweep import load_sweep
+
+_SHOW = """
+import atexit
+atexit.register(lambda: print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))))
+from halora.cli.main import main
+main()
+"""
 
 _METRICS = {"train_loss": 2.0, "train_task_loss": 1.5, "train_reg_loss": 0.5, "train_sigma": 0.01}
 
@@ -100,13 +106,13 @@ def _reading(folder: Path, trials: int) -> None:
     place.root.mkdir(parents=True)
     place.sweep_file.write_text("name: quickstart\n")
     generated_journal(place.journal_file, trials)
-    command = [str(Path(sys.executable).parent / "halora"), "front", "show", sweep.name, "--store", str(store.root)]
+    arguments = ["front", "show", sweep.name, "--store", str(store.root)]
     print(f"\n{'front show':<22}{'seconds':>12}{'MiB':>12}   ({trials} trials)")
     for name in ("cold", "warm", "warm again"):
         began = time.perf_counter()
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        _, _, used = os.wait4(process.pid, 0)
-        print(f"{name:<22}{time.perf_counter() - began:>12.2f}{used.ru_maxrss / 1024:>12.0f}")
+        run = subprocess.run([sys.executable, "-c", _SHOW, *arguments], stdout=subprocess.PIPE, text=True, check=True)
+        peak_kib = int(run.stdout.split()[-2])
+        print(f"{name:<22}{time.perf_counter() - began:>12.2f}{peak_kib / 1024:>12.0f}")
 
 
 if __name__ == "__main__":

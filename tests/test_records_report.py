@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import os
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -13,7 +12,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 from recorded_sweeps import begin, finish, generated_journal, made_up_sweep
-from records_audit import differences
+from records_audit import differences, journal_entries
 from services import browse
 
 from halora.records.index import read_ledger
@@ -139,7 +138,7 @@ def test_the_report_opens_without_a_network_and_shows_every_state(store, sweep, 
     picture = tmp_path / "report.png"
     assert browse(page, picture) == []
     pixels = matplotlib.image.imread(picture)
-    assert np.ptp(pixels[..., :3]) > 0.9
+    assert np.ptp(pixels[..., :3]) > 0.8
 
 
 def test_the_console_would_have_said_what_goes_wrong(store, sweep, tmp_path):
@@ -193,7 +192,7 @@ def test_sweep_list_and_report_read_what_is_on_disk(store, sweep, command):
     assert code == 0
     counts = {name: row[name] for name in ("sweep", "state", "finished", "failed")}
     assert counts == {"sweep": "made-up", "state": "finished", "finished": 9, "failed": 2}
-    assert row["undelivered"] > 50
+    assert row["undelivered"] == len(journal_entries(store.sweep("made-up").journal_file))
     assert row["lowest_energy_uj_per_token"] > 0
     (store.sweep("made-up").published / "report.html").unlink()
     code, out, _ = command("sweep report made-up")
@@ -245,12 +244,9 @@ def test_the_front_of_ten_thousand_trials_is_that_of_brute_force_within_a_gibiby
     for i in range(len(trials)):
         no_worse = (accuracy >= accuracy[i]) & (energy <= energy[i])
         dominated[i] = (no_worse & ((accuracy > accuracy[i]) | (energy < energy[i]))).any()
-    command = [Path(sys.executable).parent / "halora", "front", "show", "large", "--format", "json"]
+    halora = f"{Path(sys.executable).parent / 'halora'} front show large --format json --store {store.root}"
     for _ in ("cold", "warm"):
-        with subprocess.Popen([*command, "--store", store.root], stdout=subprocess.PIPE, text=True) as process:
-            rows = json.loads(process.stdout.read())
-            _, status, used = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)
-        assert process.returncode == 0
-        assert {row["trial"] for row in rows} == set(np.flatnonzero(~dominated))
-        assert used.ru_maxrss < 2**20  # KiB
+        limited = ["bash", "-c", f"ulimit -d {2**20}; exec {halora}"]  # KiB of memory of its own
+        shown = subprocess.run(limited, capture_output=True, text=True, check=False)
+        assert shown.returncode == 0, shown.stderr
+        assert {row["trial"] for row in json.loads(shown.stdout)} == set(np.flatnonzero(~dominated))
