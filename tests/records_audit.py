@@ -14,7 +14,13 @@ left join tags n on n.run_uuid = r.run_uuid and n.key = 'halora.trial'
 where r.lifecycle_stage = 'active'
 """
 _METRICS = "select run_uuid, key, value, timestamp, step, is_nan from metrics"
-_STATUS = {"running": "RUNNING", "finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
+_STATUS = {
+    "running": "RUNNING",
+    "finished": "FINISHED",
+    "stopped": "FINISHED",
+    "failed": "FAILED",
+    "interrupted": "KILLED",
+}
 
 
 def journal_entries(path: Path) -> list[dict[str, Any]]:

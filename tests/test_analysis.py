@@ -201,24 +201,35 @@ def test_a_probability_needs_no_trials():
 def test_trials_are_kept_apart_by_how_they_stand():
     points = [
         _point(0, 0.5, 1.0),
-        _point(1, 0.9, 1.0, metrics={"violation.energy_uj_per_token": 0.5}),
+        _point(1, 0.9, 1.0, metrics={"constraint_violation.energy_uj_per_token": 0.5}),
         _point(2, float("nan"), 1.0),
-        _point(3, 0.5, 1.0, metrics={"violation.clean_accuracy": -0.1}),
+        _point(3, 0.5, 1.0, metrics={"constraint_violation.clean_accuracy": -0.1}),
         TrialPoint(number=4, state="failed", cause="loss nan"),
         TrialPoint(number=5, state="running"),
         TrialPoint(number=6, state="interrupted", metrics={"accuracy": 1.0, "energy_uj_per_token": 0.1}),
         TrialPoint(number=7),
+        TrialPoint(number=8, state="stopped", metrics={"accuracy": 1.0, "energy_uj_per_token": 0.1}),
+        _point(9, 0.9, 1.0, metrics={"constraint_violation": 0.25}),
     ]
     groups = grouped(points)
     found = {name: [p.number for p in getattr(groups, name)] for name in vars(groups)}
-    assert found == {"feasible": [0, 3], "violating": [1], "unscored": [2, 7], "failed": [4], "open": [5, 6]}
+    assert found == {
+        "feasible": [0, 3],
+        "violating": [1, 9],
+        "unscored": [2, 7],
+        "failed": [4],
+        "stopped": [8],
+        "open": [5, 6],
+    }
     assert points[1].violated == {"energy_uj_per_token": 0.5}
+    assert points[9].violated == {"constraints": 0.25}
     view = view_front(points)
     assert [p.number for p in view.members] == [0, 3]  # of equal points all
     assert [(row["number"], row["on_front"], list(row["violated"])) for row in view.rows()] == [
         (0, True, []),
         (1, False, ["energy_uj_per_token"]),
         (3, True, []),
+        (9, False, ["constraints"]),
     ]
 
 
@@ -376,7 +387,7 @@ def test_charts_are_valid_plotly_figures_and_hold_every_trial(count):
             labels={"method": rng.choice(["lora", "halora", "<b>own</b>"]), "noise_level": rng.choice([0.01, 0.02])},
             params={"lora.rank": 4, "model": "<img src=x onerror=alert(1)>"},
             metrics={"noise_db": rng.uniform(-40, -10), "energy_uj_per_token.adc": 0.5}
-            | ({"violation.energy": 0.5} if i % 5 == 4 else {}),
+            | ({"constraint_violation.energy": 0.5} if i % 5 == 4 else {}),
         )
         for i in range(count)
     ]

@@ -88,7 +88,7 @@ def test_the_recorded_names_are_frozen():
         "TASK_METRICS": ("accuracy.", "clean_accuracy."),
         "ENERGY": "energy_uj_per_token",
         "ENERGY_COMPONENT": "energy_uj_per_token.{component}",
-        "VIOLATION": "violation.",
+        "VIOLATION": "constraint_violation",
         "HYPERVOLUME": "hypervolume",
         "FRONT_SIZE": "front_size",
         "TRIALS_DONE": "trials_done",
@@ -172,18 +172,26 @@ def test_a_trial_has_its_adapter_as_a_logged_model_and_its_rows_as_data_sets(
 
 def test_trials_end_in_mlflow_s_terminal_states(client, store, sweep, folder, said):
     with recording(store, sweep, said.append) as recorder:
-        for number in range(4):
+        for number in range(5):
             begin(recorder, sweep, number)
         finish(recorder, folder.root, 0, accuracy=0.5)
         recorder.fail_trial(1, "loss nan at step 3")
         recorder.interrupt_trial(2)
+        recorder.stop_trial(4)
         recorder.finish(interrupted=True)  # trial 3 was never heard of again
     states = {point.number: (point.state, point.cause) for point in read_ledger(store, sweep.name).points()}
     interrupted = ("interrupted", "")
-    assert states == {0: ("finished", ""), 1: ("failed", "loss nan at step 3"), 2: interrupted, 3: interrupted}
+    assert states == {
+        0: ("finished", ""),
+        1: ("failed", "loss nan at step 3"),
+        2: interrupted,
+        3: interrupted,
+        4: ("stopped", ""),
+    }
     runs = _runs(client, sweep, "trial")
-    assert [run.info.status for run in runs] == ["FINISHED", "FAILED", "KILLED", "KILLED"]
-    assert [run.data.tags["halora.state"] for run in runs] == ["finished", "failed", "interrupted", "interrupted"]
+    assert [run.info.status for run in runs] == ["FINISHED", "FAILED", "KILLED", "KILLED", "FINISHED"]
+    told = ["finished", "failed", "interrupted", "interrupted", "stopped"]
+    assert [run.data.tags["halora.state"] for run in runs] == told
     assert runs[1].data.tags["halora.cause"] == "loss nan at step 3"
     parent = queries.parent_run(client, sweep.name)
     assert (parent.info.status, parent.data.tags["halora.state"]) == ("KILLED", "interrupted")
@@ -205,7 +213,7 @@ def test_a_second_recorder_goes_on_with_the_same_runs_and_repeats_nothing(client
         recorder.report_missed(1, [{"step": 2, "train_loss": 1.0}, {"step": 4, "train_loss": 0.5}])
         assert {point.number: point.state for point in recorder.ledger.points()} == {0: "finished", 1: "running"}
         finish(recorder, folder.root, 1, accuracy=0.6)
-        finish(recorder, folder.root, 0, accuracy=0.9)  # a crash came before the study heard of it: scored again
+        finish(recorder, folder.root, 0, accuracy=0.4)  # a crash came before the study heard of it: scored again
         recorder.finish(interrupted=False)
         assert [point.number for point in recorder.points] == [0, 1]
         assert recorder.points[0].accuracy == 0.4
@@ -223,6 +231,22 @@ def test_a_second_recorder_goes_on_with_the_same_runs_and_repeats_nothing(client
     assert [run.info.run_id for run in _runs(client, sweep, "trial")] == before
     (parent,) = _runs(client, sweep, "sweep")
     assert (parent.info.status, parent.data.metrics["trials_done"]) == ("FINISHED", 2)
+    assert differences(store.tracking_uri, sweep.name, folder.journal_file) == []
+
+
+def test_a_trial_scored_again_on_more_chips_has_both_scores_and_stands_where_the_last_put_it(
+    client, store, sweep, folder, said
+):
+    with recording(store, sweep, said.append) as recorder:
+        begin(recorder, sweep, 0)
+        for accuracy in (0.6, 0.4):
+            finish(recorder, folder.root, 0, accuracy)
+        assert recorder.points[0].accuracy == 0.4
+        recorder.finish(interrupted=False)
+    run = queries.trial_run(client, sweep.name, 0)
+    history = client.get_metric_history(run.info.run_id, "accuracy")
+    assert sorted(metric.value for metric in history) == [0.4, 0.6]
+    assert len(run.outputs.model_outputs) == 1
     assert differences(store.tracking_uri, sweep.name, folder.journal_file) == []
 
 

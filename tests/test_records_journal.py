@@ -174,7 +174,8 @@ def test_a_ledger_tells_where_every_trial_stands():
     assert (first.correct.shape, first.correct.packed) == ((1, 3), b"\xa0")
     assert (second.state, second.cause) == ("failed", "boom")
     assert ledger.steps(0) == {2, 4}
-    assert (ledger.scored(0), ledger.scored(1), ledger.begun(1), ledger.begun(2)) == (True, False, True, False)
+    assert (ledger.answers(0)["bits"], ledger.answers(1)) == ("oA==", None)
+    assert (ledger.begun(1), ledger.begun(2)) == (True, False)
     assert (ledger.front_step, ledger.comparison, ledger.sweep_state) == (1, {"rows": 3}, "finished")
 
 

@@ -77,7 +77,7 @@ def _one(recorder, folder, sweep):
 def _all_infeasible(recorder, folder, sweep):
     for number in range(3):
         begin(recorder, sweep, number)
-        finish(recorder, folder, number, 0.5, **{"violation.energy_uj_per_token": 1.5})
+        finish(recorder, folder, number, 0.5, **{"constraint_violation.energy_uj_per_token": 1.5})
 
 
 def _all_failed(recorder, folder, sweep):
@@ -101,7 +101,7 @@ def _many(recorder, folder, sweep):
         if number in (3, 7):
             recorder.fail_trial(number, HOSTILE)
         elif number < 11:
-            broken = {"violation.energy": 0.3} if number == 5 else {}
+            broken = {"constraint_violation.energy": 0.3} if number == 5 else {}
             finish(recorder, folder, number, float(rng.uniform(0.3, 0.8)), noise_db=-30.0 + number, **broken)
     gain = {"mean": 0.1, "low": 0.05, "high": 0.15}
     cell = {"chip": HOSTILE, "summary": {"clean_accuracy": 0.5, "accuracy": 0.4, "margin": 0.1}}

@@ -51,7 +51,7 @@ def render_report(summary: SweepSummary) -> str:
 
 def _ended(summary: SweepSummary) -> list[TrialPoint]:
     groups = summary.front.groups
-    return [*groups.feasible, *groups.violating, *groups.unscored, *groups.failed]
+    return [*groups.feasible, *groups.violating, *groups.unscored, *groups.stopped, *groups.failed]
 
 
 def _ratios(summary: SweepSummary) -> list[dict[str, Any]]:

@@ -9,8 +9,8 @@ from typing import Any
 
 from halora.errors import UserError, nearest
 
-VIOLATION = "violation."
-"""Prefix of the metrics that say by how much a trial breaks a named constraint: above 0 it does."""
+VIOLATION = "constraint_violation"
+"""The metric that says by how much a trial breaks its sweep's constraints, above 0 if it does; or `.NAME` after it."""
 
 _LESS_IS_BETTER = re.compile(r"energy|loss|_std|latency|area|bytes|seconds|violation")
 _MORE_IS_BETTER = re.compile(r"accuracy|margin")
@@ -22,7 +22,7 @@ class TrialPoint:
 
     Attributes:
         number: Number of the trial in its sweep.
-        state: running, finished, failed or interrupted.
+        state: running, finished, stopped (early), failed or interrupted.
         cause: Why it failed, else empty.
         params: Searched values by dotted path.
         labels: What it is, by `method`, `model`, `chip`, `task`, `noise` and `noise_level`.
@@ -61,7 +61,7 @@ class TrialPoint:
     def violated(self) -> dict[str, float]:
         """Constraints that the trial breaks, by name, and by how much."""
         broken = {name: value for name, value in self.metrics.items() if name.startswith(VIOLATION) and value > 0}
-        return {name.removeprefix(VIOLATION): value for name, value in broken.items()}
+        return {name.removeprefix(VIOLATION).removeprefix(".") or "constraints": by for name, by in broken.items()}
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,7 @@ class Groups:
         violating: They have every objective and break a constraint.
         unscored: Finished with an objective that is missing or not a number.
         failed: They ended in a failure.
+        stopped: Early stopping ended them before their scores.
         open: Not ended yet, or interrupted.
     """
 
@@ -139,15 +140,18 @@ class Groups:
     violating: list[TrialPoint]
     unscored: list[TrialPoint]
     failed: list[TrialPoint]
+    stopped: list[TrialPoint]
     open: list[TrialPoint]
 
 
 def grouped(points: Sequence[TrialPoint], objectives: Sequence[Objective] = DEFAULT_OBJECTIVES) -> Groups:
     """Trials apart by how they stand."""
-    groups = Groups([], [], [], [], [])
+    groups = Groups([], [], [], [], [], [])
     for point in points:
         if point.state == "failed":
             groups.failed.append(point)
+        elif point.state == "stopped":
+            groups.stopped.append(point)
         elif point.state != "finished":
             groups.open.append(point)
         elif not all(isfinite(point.metrics.get(each.metric, float("nan"))) for each in objectives):

@@ -24,6 +24,7 @@ class Ledger:
 
     def __init__(self, contents: dict[int, Content] | None = None) -> None:
         self.contents = contents or {}
+        self._points: dict[int, tuple[Content, TrialPoint]] = {}
         self.milestones = 0
         """Number of entries taken that change more than a curve."""
 
@@ -39,7 +40,7 @@ class Ledger:
 
     def points(self) -> list[TrialPoint]:
         """All trials, by number."""
-        return [_point(number, self.contents[number]) for number in sorted(self.contents.copy()) if number != _SWEEP]
+        return [self.point(number) for number in sorted(self.contents.copy()) if number != _SWEEP]
 
     @property
     def sweep_state(self) -> str:
@@ -58,7 +59,10 @@ class Ledger:
 
     def point(self, number: int) -> TrialPoint:
         """One trial."""
-        return _point(number, self.contents[number])
+        content = self.contents[number]  # replaced whenever it changes, see `_after`
+        if number not in self._points or self._points[number][0] is not content:
+            self._points[number] = (content, _point(number, content))
+        return self._points[number][1]
 
     def begun(self, number: int) -> bool:
         """Whether the trial's beginning is recorded."""
@@ -72,9 +76,9 @@ class Ledger:
         """Steps of the trial's recorded reports."""
         return set(self.contents.get(number, {}).get("steps", ()))
 
-    def scored(self, number: int) -> bool:
-        """Whether the trial's scores are recorded."""
-        return "scored_step" in self.contents.get(number, {})
+    def answers(self, number: int) -> dict[str, Any] | None:
+        """The answers behind the trial's recorded scores; none before it is scored."""
+        return self.contents.get(number, {}).get("correct")
 
 
 def _after(content: Content | None, entry: Entry) -> Content:
@@ -87,7 +91,7 @@ def _after(content: Content | None, entry: Entry) -> Content:
         case "report":
             now["steps"] = [*now["steps"], entry["step"]]
         case "scores":
-            now |= {"scored_step": entry["step"], "correct": entry["correct"]}
+            now["correct"] = entry["correct"]
         case "front":
             now["front_step"] = entry["step"]
         case "comparison":

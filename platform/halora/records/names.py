@@ -9,7 +9,7 @@ SWEEP = "halora.sweep"
 KIND = "halora.kind"  # sweep | trial
 NUMBER = "halora.trial"
 CHIP_HASH = "halora.chip_hash"
-STATE = "halora.state"  # running | finished | failed | interrupted
+STATE = "halora.state"  # running | finished | stopped | failed | interrupted
 CAUSE = "halora.cause"
 LABEL = "halora.{label}"  # what a trial is, to filter by
 LABELS = ("method", "model", "chip", "task", "noise", "noise_level")
@@ -34,7 +34,7 @@ SCORE_METRICS = (
 TASK_METRICS = ("accuracy.", "clean_accuracy.")  # followed by the name of a mixture's task
 ENERGY = "energy_uj_per_token"
 ENERGY_COMPONENT = "energy_uj_per_token.{component}"
-# VIOLATION: followed by the name of a constraint; by how much it is broken, above 0 it is.
+# VIOLATION: by how much the sweep's constraints are broken, above 0 they are; or `.NAME` after it for one of them.
 
 # Metrics of the parent run; step = trials finished so far.
 HYPERVOLUME = "hypervolume"

@@ -37,8 +37,6 @@ class SweepRecorder:
         self._journal = Journal(folder.journal_file)
         self.ledger = Ledger()
         self.ledger.take(read(folder.journal_file)[0])
-        self._done = {point.number for point in self.points}
-        self._members = front(grouped(self.points).feasible)
         self._state(None, "running")
 
     @property
@@ -79,8 +77,12 @@ class SweepRecorder:
     def finish_trial(
         self, number: int, step: int, scores: Mapping[str, float], scores_file: Path, adapter: Path | None
     ) -> TrialPoint:
-        """Record an evaluated trial, with its adapter, and where the sweep's front stands with it."""
-        if not self.ledger.scored(number):
+        """Record an evaluated trial, with its adapter, and where the sweep's front stands with it.
+
+        A trial can be scored again on more chips or rows; the same answers again are left as they are.
+        """
+        answers = _answers(json.loads(scores_file.read_text()))
+        if self.ledger.answers(number) != answers:
             prefixes = (*names.TASK_METRICS, names.VIOLATION)
             chosen = [name for name in scores if name in names.SCORE_METRICS or name.startswith(prefixes)]
             self._write(
@@ -88,21 +90,21 @@ class SweepRecorder:
                 number,
                 step=step,
                 metrics={names.metric(name): float(scores[name]) for name in chosen},
-                correct=_answers(json.loads(scores_file.read_text())),
+                correct=answers,
                 scores_file=self._within(scores_file),
                 adapter=self._within(adapter) if adapter else None,
             )
         self._state(number, "finished")
-        point = self.ledger.point(number)
-        if number not in self._done:
-            self._done.add(number)
-            self._members = front([*self._members, *grouped([point]).feasible])
         self._record_front()
-        return point
+        return self.ledger.point(number)
 
     def fail_trial(self, number: int, cause: str) -> None:
         """Record why a trial failed."""
         self._state(number, "failed", cause)
+
+    def stop_trial(self, number: int) -> None:
+        """Record that early stopping ended a trial."""
+        self._state(number, "stopped")
 
     def interrupt_trial(self, number: int) -> None:
         """Mark a trial that a later resume goes on with."""
@@ -126,15 +128,17 @@ class SweepRecorder:
 
     def _record_front(self) -> None:
         """Record the front's size and volume, once for every number of finished trials."""
-        if self.ledger.front_step == len(self._done):
+        done = self.points
+        if self.ledger.front_step == len(done):
             return
+        feasible = grouped(done).feasible
         corner = self._sweep.reference_point
         metrics = {
-            names.FRONT_SIZE: float(len(self._members)),
-            names.TRIALS_DONE: float(len(self._done)),
-            names.HYPERVOLUME: hypervolume(self._members, (corner.accuracy, corner.energy_uj_per_token)),
+            names.FRONT_SIZE: float(len(front(feasible))),
+            names.TRIALS_DONE: float(len(done)),
+            names.HYPERVOLUME: hypervolume(feasible, (corner.accuracy, corner.energy_uj_per_token)),
         }
-        self._write("front", None, step=len(self._done), metrics=metrics)
+        self._write("front", None, step=len(done), metrics=metrics)
 
     def _state(self, number: int | None, state: str, cause: str = "") -> None:
         """Record a state on the disk itself: whoever hears of it next may rely on it."""
