@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 PYTHON ?= $(shell for python in python3.12 python3 python3.13 python3.14 $$HOME/.pyenv/versions/3.1[2-9]*/bin/python; do \
 	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && { command -v "$$python"; break; }; done)
 
-.PHONY: help setup demo gpu-check test test-all lint types bench bench-search lock clean
+.PHONY: help setup services demo gpu-check test test-all lint types bench bench-search lock clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -27,6 +27,14 @@ $(READY): requirements.lock pyproject.toml
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
 	-$(BIN)/halora doctor --build
 	@touch $@
+
+services: ## Debian packages that some tests start their own servers and browser from; starts nothing itself
+	@if ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 && command -v chromium >/dev/null; then exit 0; fi; \
+	command -v apt-get >/dev/null || { echo "no apt-get here: install PostgreSQL and Chromium your system's way" >&2; exit 2; }; \
+	as_root=$$(test "$$(id -u)" = 0 || echo sudo); install="$$as_root env DEBIAN_FRONTEND=noninteractive apt-get install --yes --quiet --no-install-recommends"; \
+	set -e; $$as_root apt-get update --quiet; $$install postgresql-common; \
+	$$as_root sed -i 's/^#* *create_main_cluster.*/create_main_cluster = false/' /etc/postgresql-common/createcluster.conf; \
+	$$install postgresql chromium
 
 demo: $(READY) ## the main job on the embedded default: a sweep of SmolLM2-135M on ARC-Easy, ending in a front
 	$(BIN)/halora sweep launch quickstart --name "demo-$$(date +%Y%m%d-%H%M%S)"

@@ -37,7 +37,9 @@ from optuna.storages import InMemoryStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from ray.tune.search.optuna import OptunaSearch
 
-from halora.analysis.dominance import chip_estimates, front_ranks
+from halora.analysis.front import ranks
+from halora.analysis.front import volume as front_volume
+from halora.analysis.uncertainty import chip_estimates
 from halora.spaces.search import Racing, SearchSettings
 from halora.sweep.analytic import FUNCTIONS, AnalyticCurves
 from halora.sweep.core import DecisionCore
@@ -54,13 +56,7 @@ optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 def hypervolume(points: Iterable[tuple[float, float]], reference: tuple[float, float]) -> float:
     """Area between points of (accuracy, energy) and the reference."""
-    area, best = 0.0, reference[0]
-    kept = sorted((p for p in points if p[0] > reference[0] and p[1] < reference[1]), key=lambda p: (p[1], -p[0]))
-    for accuracy, energy in kept:
-        if accuracy > best:
-            area += (accuracy - best) * (reference[1] - energy)
-            best = accuracy
-    return area
+    return front_volume(np.array(list(points)), reference)
 
 
 def feasible(curves: AnalyticCurves, values: dict[str, Any]) -> bool:
@@ -146,7 +142,7 @@ def fewer_steps() -> None:
             noise = 0.02 * FUNCTIONS[function].reference[1]
             runs: dict[str, list[list[tuple[int, float]]]] = {"plain": [], "random": [], "whole": [], "rungs": []}
             for seed in SEEDS:
-                curves = AnalyticCurves(FUNCTIONS[function], curve=kind, chip_std=noise, seed=seed)  # type: ignore[arg-type]
+                curves = AnalyticCurves(FUNCTIONS[function], curve=kind, chip_std=noise, seed=seed)
                 runs["plain"].append(_ray_optuna_search(curves, seed))
                 for name in ("random", "whole", "rungs"):
                     runs[name].append(_history(curves, seed, name, budget))
@@ -263,7 +259,8 @@ def racing() -> None:
             by_chip = [trial.scores[-1]["accuracy_by_chip"] for trial in trials]
             assert sum(map(len, by_chip)) <= 240
             estimated = chip_estimates(by_chip)[0]
-            found[name].append(_f1(front_ranks(estimated, energy) == 0, front_ranks(true, energy) == 0))
+            on_front = [ranks(np.column_stack([accuracy, energy])) == 0 for accuracy in (estimated, true)]
+            found[name].append(_f1(*on_front))
     for name, scores in found.items():
         print(f"  {name:18} {spread(scores, '.3f')}  mean {np.mean(scores):.3f}")
     wins = np.sign(np.subtract(found["3 each, 120 raced"], found["6 chips each"]))

@@ -233,6 +233,7 @@ def test_mlflow_holds_the_whole_sweep(zoo, store, tiny_models):
         "front.json",
         "front.csv",
         "front.png",
+        "report.html",
         "comparison.json",
     }
     for run in trials:
@@ -245,8 +246,9 @@ def test_mlflow_holds_the_whole_sweep(zoo, store, tiny_models):
         assert len(components) == 9
         assert sum(components) == pytest.approx(metrics["energy_uj_per_token"], rel=1e-9)
         assert metrics["accuracy_low"] <= metrics["accuracy"] <= metrics["accuracy_high"]
-        adapter = {item.path for item in client.list_artifacts(run.info.run_id, "adapter")}
-        assert adapter == {"adapter/adapter_model.safetensors", "adapter/adapter_config.json"}
+        (output,) = run.outputs.model_outputs
+        adapter = Path(client.get_logged_model(output.model_id).artifact_location.removeprefix("file://"))
+        assert {path.name for path in adapter.iterdir()} == {"adapter_model.safetensors", "adapter_config.json"}
     kept = [*(store / "artifacts").rglob("*"), *(store / "sweeps" / "zoo" / "trials").rglob("*")]
     assert {path.suffix for path in kept if path.is_file()} <= {
         ".json",
@@ -254,6 +256,7 @@ def test_mlflow_holds_the_whole_sweep(zoo, store, tiny_models):
         ".yaml",
         ".csv",
         ".png",
+        ".html",
         ".safetensors",
     }
 
@@ -352,8 +355,7 @@ def test_status_and_trial_tell_what_is_recorded(zoo, store):
     values = {row["name"]: row["value"] for row in told}
     run = runs(store, "zoo")[0]
     assert values["state"] == "finished"
-    assert values["run"] == run.info.run_id
-    assert {name: values[name] for name in run.data.params} == run.data.params
+    assert {name: str(values[name]) for name in run.data.params} == run.data.params
     assert values["train_loss"] == pytest.approx(run.data.metrics["train_loss"], abs=1e-6)
 
 
@@ -367,7 +369,8 @@ def test_recompute_agrees_and_notices_other_weights(zoo, store, tmp_path):
     assert "accuracy: agrees" in again.stderr
 
     run = runs(store, "zoo")[0]
-    (weights,) = (store / "artifacts").rglob(f"{run.info.run_id}/artifacts/adapter/adapter_model.safetensors")
+    model = _client(store).get_logged_model(run.outputs.model_outputs[0].model_id)
+    weights = Path(model.artifact_location.removeprefix("file://")) / "adapter_model.safetensors"
     original = weights.read_bytes()
     try:
         generator = torch.Generator().manual_seed(0)

@@ -9,7 +9,7 @@ import optuna
 import pytest
 from optuna.storages import InMemoryStorage
 
-from halora.analysis.dominance import front_ranks
+from halora.analysis.front import ranks
 from halora.errors import UserError
 from halora.spaces.search import Budget, Constraint, Racing, SearchSettings
 from halora.spaces.sweep import load_sweep
@@ -87,11 +87,10 @@ def _after_a_full_rung(**changes):
 
 def test_the_best_ranks_of_a_rung_go_on():
     trials, promoted = _after_a_full_rung(trials=60, keep=0.3, accuracy_floor=-100.0)
-    accuracy = np.array([trial.scores[0]["accuracy"] for trial in trials])
-    ranks = front_ranks(accuracy, np.array([trial.energy_uj_per_token for trial in trials]))
+    found = ranks(np.array([(trial.scores[0]["accuracy"], trial.energy_uj_per_token) for trial in trials]))
     assert len(promoted) == 18
-    assert max(ranks[promoted]) <= min(rank for number, rank in enumerate(ranks) if number not in promoted)
-    assert list(ranks[promoted]) == sorted(ranks[promoted])
+    assert max(found[promoted]) <= min(rank for number, rank in enumerate(found) if number not in promoted)
+    assert list(found[promoted]) == sorted(found[promoted])
 
 
 def test_trials_below_the_accuracy_floor_go_on_last():
@@ -245,10 +244,8 @@ def test_the_sampler_sees_the_best_and_the_latest_of_many_trials():
     seen = history.seen(trials)
     assert len(seen) <= 60
     shown = {tuple(entry.params.items()) for entry in seen}
-    ranks = front_ranks(
-        np.array([trial.accuracy for trial in trials]), np.array([trial.energy_uj_per_token for trial in trials])
-    )
-    best = np.argsort(ranks, kind="stable")[:30]
+    found = ranks(np.array([(trial.accuracy, trial.energy_uj_per_token) for trial in trials]))
+    best = np.argsort(found, kind="stable")[:30]
     assert {tuple(trials[i].values.items()) for i in best} <= shown
     assert {tuple(trial.values.items()) for trial in trials[-30:]} <= shown
     assert len(History(400, worst_accuracy=0.0).seen(trials)) == 150

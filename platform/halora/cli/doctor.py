@@ -35,7 +35,7 @@ def doctor(
         bool, typer.Option("--build", help="Build DeepSpeed's op and convert the demo model first.")
     ] = False,
     reconcile: Annotated[
-        bool, typer.Option("--reconcile", help="Instead: show and mend where MLflow and the sweeps' studies differ.")
+        bool, typer.Option("--reconcile", help="Instead: show and mend where studies, journals and MLflow differ.")
     ] = False,
     form: FormatOption = Format.TABLE,
     store: StoreOption = None,
@@ -72,8 +72,15 @@ def _reconcile(place: Store, form: Format) -> None:
     if not place.sweeps():
         raise UserError(f"no sweep in '{place.root}' yet", "name another store with --store")
     rows = [
-        {"sweep": name, "trial": d.number, "study": d.study or "-", "recorded": d.recorded or "-", "mended": d.mended}
-        for name, d in reconcile_store(place)
+        {
+            "sweep": name,
+            "trial": d.number,
+            "study": d.study or "-",
+            "journal": d.journal or "-",
+            "mlflow": d.mlflow or "-",
+            "mended": d.mended,
+        }
+        for name, d in reconcile_store(place, lambda line: talk.print(line, markup=False))
     ]
     if rows or form is not Format.TABLE:
         show_rows(rows, form)
@@ -91,6 +98,9 @@ def dashboard(
     place = open_store(store)
     if not place.sweeps():
         raise UserError(f"no sweep in '{place.root}' yet", "launch one: halora sweep launch quickstart")
+    if place.tracking_uri.startswith("http"):
+        talk.print(f"MLflow's page is at {place.tracking_uri}", markup=False)
+        return
     talk.print(f"MLflow on http://127.0.0.1:{port} in half a minute; Ctrl-C ends it", markup=False)
     raise typer.Exit(serve(place, port))
 

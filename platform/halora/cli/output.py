@@ -33,10 +33,20 @@ StoreOption = Annotated[
     typer.Option("--store", help="Folder of the store. Default: $HALORA_STORE, or ./halora-store.", show_default=False),
 ]
 
+ServerOption = Annotated[
+    str | None,
+    typer.Option(
+        "--tracking-uri",
+        metavar="URI",
+        help="MLflow server or database to record in. Default: $HALORA_TRACKING_URI, or a SQLite file in the store.",
+        show_default=False,
+    ),
+]
 
-def open_store(folder: Path | None) -> Store:
+
+def open_store(folder: Path | None, server: str | None = None) -> Store:
     """The store a command works on."""
-    return Store(folder.expanduser().resolve()) if folder else Store.default()
+    return Store.at(folder, server)
 
 
 def show_rows(rows: Sequence[Mapping[str, Any]], form: Format, title: str = "") -> None:

@@ -7,7 +7,17 @@ import typer
 
 from halora.cli.arguments import SweepArgument, SweepSetOption, overrides_from
 from halora.cli.comparison import print_comparison
-from halora.cli.output import Format, FormatOption, StoreOption, SweepProgress, open_store, show_rows, talk
+from halora.cli.output import (
+    Format,
+    FormatOption,
+    ServerOption,
+    StoreOption,
+    SweepProgress,
+    open_store,
+    show_rows,
+    talk,
+)
+from halora.records.names import REPORT_FILE
 from halora.records.store import Store
 
 if TYPE_CHECKING:
@@ -35,6 +45,7 @@ def launch(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what it would take, and launch nothing.")] = False,
     store: StoreOption = None,
+    tracking_uri: ServerOption = None,
 ) -> None:
     """Run a sweep on this machine to its end, and print its front."""
     from halora.spaces.sweep import load_sweep
@@ -42,7 +53,7 @@ def launch(
     overrides = overrides_from(set_)
     overrides |= {key: value for key, value in (("name", name), ("seed", seed)) if value is not None}
     config = load_sweep(sweep, overrides)
-    place = open_store(store)
+    place = open_store(store, tracking_uri)
     _tell_free_knobs(config)
     if dry_run:
         _print_plan(config)
@@ -56,11 +67,11 @@ def launch(
 
 
 @app.command()
-def resume(name: NameArgument, store: StoreOption = None) -> None:
-    """Go on with an interrupted sweep: unfinished trials from their checkpoints, then the rest."""
+def resume(name: NameArgument, store: StoreOption = None, tracking_uri: ServerOption = None) -> None:
+    """Go on with a sweep: unfinished trials from their checkpoints, then the rest, and records MLflow lacks."""
     from halora.sweep.state import load_core
 
-    place = open_store(store)
+    place = open_store(store, tracking_uri)
     config, core = load_core(name, place)
 
     from halora.sweep import launch as launching
@@ -74,13 +85,14 @@ def resume(name: NameArgument, store: StoreOption = None) -> None:
 
 @app.command()
 def stop(name: NameArgument, store: StoreOption = None) -> None:
-    """Ask a running sweep to pause its trials at their next report, and to end."""
+    """Ask a running sweep to pause its trials at their next report, and to end; close the records of a killed one."""
     from halora.sweep.state import is_running, load_core
 
     place = open_store(store)
     _, core = load_core(name, place)
     if not is_running(place.sweep(name)):
         talk.print(f"sweep '{name}' is not running", markup=False)
+        _close_records(name, place)
         return
     core.request_stop()
     talk.print(f"sweep '{name}' ends after the next reports; go on with: halora sweep resume {name}", markup=False)
@@ -109,6 +121,53 @@ def status(
         show_rows(rows, form)
     else:
         talk.print(f"no sweep in '{place.root}' yet; shipped: {', '.join(shipped_sweeps())}", markup=False)
+
+
+@app.command("list")
+def list_(form: FormatOption = Format.TABLE, store: StoreOption = None) -> None:
+    """Sweeps of the store, newest last, with the best they found and what MLflow still lacks of them."""
+    from halora.analysis.front import front
+    from halora.analysis.trials import grouped
+    from halora.records.index import read_ledger
+    from halora.records.position import undelivered
+    from halora.sweep.state import is_running
+
+    place = open_store(store)
+    rows = []
+    for name in place.sweeps():
+        ledger = read_ledger(place, name)
+        groups = grouped(ledger.points())
+        members = front(groups.feasible)
+        rows.append(
+            {
+                "sweep": name,
+                "state": "running" if is_running(place.sweep(name)) else ledger.sweep_state,
+                "finished": len(groups.feasible) + len(groups.violating) + len(groups.unscored),
+                "failed": len(groups.failed),
+                "front": len(members),
+                "best_accuracy": members[-1].accuracy if members else None,
+                "lowest_energy_uj_per_token": members[0].energy_uj_per_token if members else None,
+                "undelivered": undelivered(place, name),
+            }
+        )
+    if rows or form is not Format.TABLE:
+        show_rows(rows, form)
+    else:
+        talk.print(f"no sweep in '{place.root}' yet", markup=False)
+
+
+@app.command()
+def report(name: NameArgument, store: StoreOption = None) -> None:
+    """Draw a sweep's report, one page that opens without a network, and print its path."""
+    from halora.records import names
+    from halora.records.index import read_ledger
+    from halora.records.publishing import publish
+    from halora.sweep.state import load_sweep_of
+
+    place = open_store(store)
+    folder = place.existing(name)
+    publish(load_sweep_of(folder), read_ledger(place, name), folder.published)
+    print(folder.published / names.REPORT_FILE)
 
 
 @app.command()
@@ -163,6 +222,18 @@ def _print_plan(sweep: "SweepConfig") -> None:
         talk.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
+def _close_records(name: str, store: Store) -> None:
+    """Close and deliver the records that a killed sweep left."""
+    from halora.records.index import read_ledger
+    from halora.records.position import undelivered
+    from halora.sweep.reconcile import close_records
+
+    if undelivered(store, name) or any(point.state == "running" for point in read_ledger(store, name).points()):
+        talk.print("closing and delivering its records", markup=False)
+        with SweepProgress(0) as progress:
+            close_records(name, store, progress.say)
+
+
 def _close(name: str, store: Store, outcome: "Outcome") -> None:
     from halora.cli.front import print_front
 
@@ -170,11 +241,13 @@ def _close(name: str, store: Store, outcome: "Outcome") -> None:
     print_front(name, store, Format.TABLE)
     if outcome.comparison:
         print_comparison(outcome.comparison)
+    uri = store.serving(name).tracking_uri
     if not outcome.complete:
         talk.print(f"\ninterrupted; all reports are kept. Go on with: halora sweep resume {name}", markup=False)
     talk.print(
         f"\nlook at a trial:  halora trial show {name}/NUMBER"
-        f"\nbrowse in MLflow: mlflow ui --backend-store-uri {store.tracking_uri}",
+        f"\nopen the report:  {store.sweep(name).published / REPORT_FILE}"
+        f"\nbrowse in MLflow: {uri if uri.startswith('http') else f'mlflow ui --backend-store-uri {uri}'}",
         markup=False,
         highlight=False,
         soft_wrap=True,

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from halora.analysis.front import TrialPoint, best
+from halora.analysis.front import best
+from halora.analysis.trials import TrialPoint
 from halora.errors import UserError
 from halora.evaluation.chips import ChipScores
 from halora.evaluation.intervals import Interval, crossed_bootstrap

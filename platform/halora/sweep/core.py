@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from halora.analysis.dominance import chip_estimates, front_probabilities, promotion_order
+from halora.analysis.promotion import promotion_order
+from halora.analysis.uncertainty import front_probability_over_chips
 from halora.spaces.language import grid, size
 from halora.spaces.search import ENERGY
 from halora.sweep.problem import Level, Problem
@@ -193,7 +194,7 @@ class DecisionCore:
         return self._study.ended
 
     def front_probability(self) -> dict[int, float]:
-        """How likely each finished trial that keeps its constraints lies on the front, by number."""
+        """How likely each finished trial that keeps its constraints lies on the front for its rows, by number."""
         return _front_probability(_feasible(self.trials()))
 
     def steps_taken(self) -> int:
@@ -382,9 +383,6 @@ def _feasible(trials: Sequence[Trial]) -> list[Trial]:
 
 
 def _front_probability(trials: Sequence[Trial]) -> dict[int, float]:
-    if not trials:
-        return {}
-    means, errors = chip_estimates([trial.scores[-1]["accuracy_by_chip"] for trial in trials])
-    energy = np.array([trial.energy_uj_per_token for trial in trials])
-    chances = front_probabilities(means, errors, energy)
-    return {trial.number: float(chance) for trial, chance in zip(trials, chances, strict=True)}
+    by_chip = [trial.scores[-1]["accuracy_by_chip"] for trial in trials]
+    shares = front_probability_over_chips(by_chip, [trial.energy_uj_per_token for trial in trials])
+    return {trial.number: float(share) for trial, share in zip(trials, shares, strict=True)}

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import yaml
 
-from halora.analysis.front import TrialPoint
+from halora.analysis.trials import TrialPoint, grouped
 from halora.records.names import ENERGY, VIOLATION
 from halora.records.store import Store, SweepFolder
 from halora.spaces.sweep import SweepConfig, load_sweep
 from halora.sweep.comparison import ClosingComparison, check_rows_left, compare, contestants
 from halora.sweep.core import DecisionCore, Job
-from halora.sweep.reconcile import reconcile
+from halora.sweep.reconcile import record_as_studied
 from halora.sweep.simulator import SimulatedClock, simulate
 from halora.sweep.state import check_not_launched, only_driver, open_core
 from halora.sweep.table import read_table
@@ -24,7 +24,7 @@ from halora.training.models import check_available
 from halora.trial import trial_energy
 
 if TYPE_CHECKING:
-    from halora.records.tracking import SweepRecorder
+    from halora.records.recorder import SweepRecorder
 
 
 class Watcher(Protocol):
@@ -64,7 +64,7 @@ def launch(sweep: SweepConfig, store: Store, watcher: Watcher, curves: Path | No
     Raises:
         UserError: The name is taken, the store cannot be written, the table does not fit, a model cannot be loaded, or
             the comparison would have no rows.
-        UnreachableError: The store's database cannot be opened.
+        UnreachableError: MLflow does not answer.
     """
     folder = store.sweep(sweep.name)
     store.check_writable()
@@ -82,6 +82,8 @@ def launch(sweep: SweepConfig, store: Store, watcher: Watcher, curves: Path | No
 
     open_client(store)
     folder.root.mkdir(parents=True)
+    if store.server:
+        folder.server_file.write_text(store.server)
     if curves:
         folder.curves_file.write_bytes(curves.read_bytes())
     folder.sweep_file.write_text(yaml.safe_dump(sweep.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
@@ -94,50 +96,47 @@ def resume(name: str, store: Store, watcher: Watcher) -> Outcome:
     Raises:
         UserError: There is no such sweep, or another process is running it.
     """
-    return _run(load_sweep(str(store.existing(name).sweep_file)), store, watcher)
+    folder = store.existing(name)
+    if store.server:
+        folder.server_file.write_text(store.server)
+    return _run(load_sweep(str(folder.sweep_file)), store.serving(name), watcher)
 
 
 def _run(sweep: SweepConfig, store: Store, watcher: Watcher) -> Outcome:
-    from halora.records import queries
-    from halora.records.tracking import SweepRecorder, open_client
+    from halora.records.sender import recording
 
     folder = store.sweep(sweep.name)
     with only_driver(folder):
-        client = open_client(store)
-        simulated = folder.curves_file.exists()
-        clock = SimulatedClock()
+        simulated, clock = folder.curves_file.exists(), SimulatedClock()
         core = open_core(sweep, store, clock) if simulated else open_core(sweep, store)
         core.request_stop(False)
-        recorder = SweepRecorder(client, store, sweep, folder.sweep_file)
-        for record in queries.trials(client, sweep.name):
-            if point := record.point():
-                recorder.add_point(point, sweep.resolve(core.trial(record.number).values).training.method)
-        events = _Recording(sweep, recorder, watcher, folder)
-        comparison = None
-        try:
-            if simulated:
-                table = read_table(folder.curves_file, sweep)
-                every = sweep.resolve({}).training.report_every
-                simulate(
-                    core, table, clock, concurrent=sweep.concurrent, report_every=every, events=events, folder=folder
-                )
-            else:
-                comparison = _train(sweep, folder, core, events, recorder, watcher)
-        except KeyboardInterrupt:
-            pass
-        finally:
-            interrupted = not core.over
-            if core.ended:
-                watcher.say(f"no further trials: {core.ended}")
-            if sweep.early_stopping:
-                taken, whole = core.steps_taken(), core.steps_unstopped()
-                watcher.say(
-                    f"{taken} of {whole} optimiser steps taken; early stopping saved {1 - taken / max(whole, 1):.0%}"
-                )
-            reconcile(core.trials(), queries.trials(client, sweep.name), recorder)
-            recorder.record_front_probability(core.front_probability())
-            recorder.finish(interrupted=interrupted)
-        return Outcome(not interrupted, core.counts()["failed"], comparison)
+        with recording(store, sweep, watcher.say) as recorder:
+            events = _Recording(sweep, recorder, watcher, folder)
+            comparison = None
+            try:
+                if simulated:
+                    table = read_table(folder.curves_file, sweep)
+                    every = sweep.resolve({}).training.report_every
+                    at_once = sweep.concurrent
+                    simulate(core, table, clock, concurrent=at_once, report_every=every, events=events, folder=folder)
+                else:
+                    comparison = _train(sweep, folder, core, events, recorder, watcher)
+            except KeyboardInterrupt:
+                pass
+            finally:
+                _tell_end(sweep, core, watcher)
+                record_as_studied(core.trials(), recorder)
+                recorder.finish(interrupted=not core.over)
+        return Outcome(core.over, core.counts()["failed"], comparison)
+
+
+def _tell_end(sweep: SweepConfig, core: DecisionCore, watcher: Watcher) -> None:
+    if core.ended:
+        watcher.say(f"no further trials: {core.ended}")
+    if sweep.early_stopping:
+        taken, whole = core.steps_taken(), core.steps_unstopped()
+        saved = 1 - taken / max(whole, 1)
+        watcher.say(f"{taken} of {whole} optimiser steps taken; early stopping saved {saved:.0%}")
 
 
 def _train(
@@ -172,8 +171,8 @@ class _Recording:
         self._begun: set[int] = set()
 
     def points(self) -> list[TrialPoint]:
-        """Finished trials of this sweep, earlier runs included."""
-        return self._recorder.points
+        """Finished trials of this sweep that break no constraint, earlier runs included."""
+        return grouped(self._recorder.points).feasible
 
     def began(self, job: Job) -> None:
         from halora.trainable import past_reports
@@ -201,15 +200,11 @@ class _Recording:
             return
         metrics = {**report, ENERGY: job.energy_uj_per_token}
         violation = sum(max(constraint.violation(metrics), 0.0) for constraint in self._sweep.constraints)
-        scores = {name: float(report[name]) for name in ("accuracy", "accuracy_low", "accuracy_high")}
-        scores |= {name: float(report[name]) for name in ("margin", "clean_accuracy")}
-        energy = {ENERGY: job.energy_uj_per_token}
-        point = TrialPoint(number=job.number, params=dict(job.values), feasible=violation <= 0, **scores, **energy)
+        scores = {**report, **({VIOLATION: violation} if self._sweep.constraints else {})}
         folder = self._folder.trial(job.number)
         adapter = None if job.first_chip else adapter_folder(folder)
-        kept = {**report, **({VIOLATION: violation} if self._sweep.constraints else {})}
-        self._recorder.finish_trial(
-            point, job.goal.steps, kept, folder / RESULT_FILE, adapter if adapter and adapter.exists() else None
+        point = self._recorder.finish_trial(
+            job.number, job.goal.steps, scores, folder / RESULT_FILE, adapter if adapter and adapter.exists() else None
         )
         self._watcher.trial(
             job.number, "finished", f"accuracy {point.accuracy:.3f}, {point.energy_uj_per_token:.2f} µJ/token"

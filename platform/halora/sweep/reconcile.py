@@ -1,9 +1,9 @@
-"""Whether the records say of every trial what the study says, and mending them where they do not.
+"""Whether journal and MLflow say of every trial what the study says, and mending them where they do not.
 
-The study is the truth. A process that was killed may have written one store and not yet the other.
+The study is the truth. A process that was killed may have written one and not yet the others.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,8 +12,7 @@ from halora.sweep.state import is_running, load_core, only_driver
 from halora.sweep.study import State, Trial
 
 if TYPE_CHECKING:
-    from halora.records.queries import TrialRecord
-    from halora.records.tracking import SweepRecorder
+    from halora.records.recorder import SweepRecorder
 
 _RECORDED_AS = {
     State.RUNNING: "interrupted",
@@ -28,72 +27,92 @@ _RECORDED_AS = {
 
 @dataclass(frozen=True)
 class Difference:
-    """A trial that the records have otherwise than the study.
+    """A trial that journal or MLflow had otherwise than the study.
 
     Attributes:
         number: The trial.
         study: Where the study says it stands; empty if it does not know it.
-        recorded: Where the records say it stands; empty if they have none.
+        journal: Where the journal said it stands; empty if it had none.
+        mlflow: Where MLflow said it stands, all of its runs; empty if it had none.
         mended: What was done.
     """
 
     number: int
     study: str
-    recorded: str
+    journal: str
+    mlflow: str
     mended: str
 
 
-def reconcile_store(store: Store) -> list[tuple[str, Difference]]:
+def reconcile_store(store: Store, say: Callable[[str], None]) -> list[tuple[str, Difference]]:
     """Bring the records of every sweep that no process runs to what its study says; what was different, by sweep.
 
-    Raises:
-        UnreachableError: The store's database cannot be opened.
-    """
-    from halora.records import queries
-    from halora.records.tracking import SweepRecorder, open_client
+    Args:
+        store: The store.
+        say: Tells a person one line.
 
+    Raises:
+        UnreachableError: MLflow does not answer.
+    """
     found = []
     for name in store.sweeps():
-        folder = store.sweep(name)
-        if is_running(folder):
-            continue
-        with only_driver(folder):
-            sweep, core = load_core(name, store)
-            client = open_client(store)
-            recorder = SweepRecorder(client, store, sweep, folder.sweep_file)
-            found += [(name, d) for d in reconcile(core.trials(), queries.trials(client, name), recorder)]
-            counts = core.counts()
-            recorder.close(interrupted=bool(counts["unfinished"] or counts["waiting"]))
+        if not is_running(store.sweep(name)):
+            found += [(name, difference) for difference in _reconcile(name, store.serving(name), say)]
     return found
 
 
-def reconcile(
-    trials: Sequence[Trial],
-    records: Sequence["TrialRecord"],
-    recorder: "SweepRecorder",
-) -> list[Difference]:
-    """Bring the records to what the study says of every trial; what was different, by number.
+def close_records(name: str, store: Store, say: Callable[[str], None]) -> None:
+    """Bring the journal of a sweep that nobody runs any more to what its study says, and deliver it.
 
-    Only for a sweep that no other process runs.
+    Raises:
+        UserError: There is no such sweep, or a process is running it.
     """
-    found = []
-    recorded: dict[int, TrialRecord] = {}
-    for record in sorted(records, key=lambda record: len(record.metrics), reverse=True):  # of two, the fuller stays
-        if record.number < len(trials) and record.number not in recorded:
-            recorded[record.number] = record
-            continue
-        recorder.delete_run(record.run_id)
-        study = trials[record.number].state if record.number < len(trials) else ""
-        found.append(Difference(record.number, study, record.state, "its run is deleted"))
+    from halora.records.sender import recording
+
+    sweep, core = load_core(name, store)
+    with only_driver(store.sweep(name)), recording(store.serving(name), sweep, say) as recorder:
+        record_as_studied(core.trials(), recorder)
+        counts = core.counts()
+        recorder.finish(interrupted=bool(counts["unfinished"] or counts["waiting"]))
+
+
+def record_as_studied(trials: Sequence[Trial], recorder: "SweepRecorder") -> None:
+    """Record of every trial what the study says of it, where the journal says otherwise; for when no trial runs."""
     for trial in trials:
-        state = recorded[trial.number].state if trial.number in recorded else ""
-        expected = _RECORDED_AS[trial.state]
-        if state != expected and not (trial.state is State.RUNNING and not state):  # a resume begins it there
-            found.append(Difference(trial.number, trial.state, state, _mend(trial, expected, recorder)))
-    return sorted(found, key=lambda difference: difference.number)
+        state = recorder.ledger.state(trial.number)
+        if not _agrees(trial, state):
+            _record(trial, recorder)
 
 
-def _mend(trial: Trial, expected: str, recorder: "SweepRecorder") -> str:
+def _reconcile(name: str, store: Store, say: Callable[[str], None]) -> list[Difference]:
+    from halora.records import journal
+    from halora.records.index import read_ledger
+    from halora.records.tracking import MlflowSweep, open_client
+
+    open_client(store)
+    sweep, core = load_core(name, store)
+    mlflow = MlflowSweep(store, sweep)
+    recorded, runs = read_ledger(store, name), mlflow.trial_states()
+    close_records(name, store, say)
+    states = {point.number: point.state for point in read_ledger(store, name).points()}
+    mended = mlflow.mend(journal.read(store.sweep(name).journal_file)[0], states)
+    trials = {trial.number: trial for trial in core.trials()}
+    found = []
+    for number in sorted({*trials, *states, *runs}):
+        trial, state, in_mlflow = trials.get(number), recorded.state(number), runs.get(number, [])
+        if not (trial and _agrees(trial, state) and in_mlflow == ([state] if state else [])):
+            done = [f"recorded as {now}"] if (now := states.get(number, "")) != state else []
+            done += [mended[number]] if number in mended else []
+            what = trial.state if trial else ""
+            found.append(Difference(number, what, state, ", ".join(in_mlflow), "; ".join(done) or "delivered"))
+    return found
+
+
+def _agrees(trial: Trial, state: str) -> bool:
+    return state == _RECORDED_AS[trial.state] or (trial.state is State.RUNNING and not state)  # a resume begins it
+
+
+def _record(trial: Trial, recorder: "SweepRecorder") -> None:
     match trial.state:
         case State.FAILED:
             recorder.fail_trial(trial.number, "its worker or its driver ended")
@@ -103,6 +122,3 @@ def _mend(trial: Trial, expected: str, recorder: "SweepRecorder") -> str:
             recorder.interrupt_trial(trial.number)
         case State.FINISHED:
             recorder.mark_finished(trial.number)
-        case State.SKIPPED:
-            return "none: it was never trained"
-    return f"recorded as {expected}"

@@ -18,7 +18,7 @@ from optuna.storages import InMemoryStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from halora.analysis.dominance import front_ranks
+from halora.analysis.front import ranks
 from halora.hardware.addressing import derive_seed
 from halora.spaces.language import Categorical, Distribution, chosen_values
 from halora.spaces.search import ENERGY, Sampler
@@ -120,10 +120,9 @@ class History:
         if len(shown) <= self._limit:
             return list(range(len(shown)))
         valued = [i for i, trial in enumerate(shown) if trial.accuracy is not None and trial.violation <= 0]
-        accuracy = np.array([shown[i].accuracy for i in valued], dtype=float)
-        energy = np.array([shown[i].energy_uj_per_token for i in valued])
-        ranks = front_ranks(accuracy, energy, most=self._limit // 2)
-        return [valued[i] for i in np.argsort(ranks, kind="stable")[: self._limit // 2]]
+        table = np.array([(shown[i].accuracy, shown[i].energy_uj_per_token) for i in valued], dtype=float)
+        by_rank = np.argsort(ranks(table), kind="stable")
+        return [valued[i] for i in by_rank[: self._limit // 2]]
 
     def _entry(self, number: int, trial: Trial) -> FrozenTrial:
         key = (number, len(trial.scores), trial.accuracy)

@@ -19,8 +19,13 @@ from halora.sweep.study import SweepStudy, storage_of
 
 def load_core(name: str, store: Store) -> tuple[SweepConfig, DecisionCore]:
     """A launched sweep and its decision core, for looking and for asking it to stop."""
-    sweep = SweepConfig.model_validate(yaml.safe_load(store.existing(name).sweep_file.read_text()))
+    sweep = load_sweep_of(store.existing(name))
     return sweep, open_core(sweep, store)
+
+
+def load_sweep_of(folder: SweepFolder) -> SweepConfig:
+    """The sweep as it was launched."""
+    return SweepConfig.model_validate(yaml.safe_load(folder.sweep_file.read_text()))
 
 
 def open_core(sweep: SweepConfig, store: Store, clock_s: Callable[[], float] = time.monotonic) -> DecisionCore:

@@ -6,7 +6,9 @@ from math import erf
 import numpy as np
 import pytest
 
-from halora.analysis.dominance import chip_estimates, front_probabilities, front_ranks, promotion_order
+from halora.analysis.front import ranks
+from halora.analysis.promotion import promotion_order
+from halora.analysis.uncertainty import chip_estimates, front_probability_over_chips
 
 
 def _beats(a, b):
@@ -39,12 +41,7 @@ def _area(points, reference):
 def test_ranks_are_those_of_taking_fronts_away_one_by_one(seed):
     rng = np.random.default_rng(seed)
     points = [tuple(map(float, p)) for p in rng.integers(0, 6, (25, 2))]  # with ties
-    accuracy, energy = (np.array(column) for column in zip(*points, strict=True))
-    assert front_ranks(accuracy, energy).tolist() == _ranks(points)
-    some = front_ranks(accuracy, energy, most=5)
-    full = np.array(_ranks(points))
-    assert all(some[full <= some.max() - 1] == full[full <= some.max() - 1])
-    assert (some < some.max()).sum() >= min(5, len(points))
+    assert ranks(np.array(points)).tolist() == _ranks(points)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -58,9 +55,9 @@ def test_promotion_goes_by_rank_then_by_hypervolume_and_junk_comes_last(seed):
     useful = [i for i in order if accuracy[i] > 0.3]
     assert order[: len(useful)] == useful
     assert [accuracy[i] for i in order[len(useful) :]] == sorted((a for a in accuracy if a <= 0.3), reverse=True)
-    ranks = dict(zip(sorted(useful), _ranks([(accuracy[i], energy[i]) for i in sorted(useful)]), strict=True))
-    assert [ranks[i] for i in useful] == sorted(ranks.values())
-    front = [i for i in useful if ranks[i] == 0]
+    rank_of = dict(zip(sorted(useful), _ranks([(accuracy[i], energy[i]) for i in sorted(useful)]), strict=True))
+    assert [rank_of[i] for i in useful] == sorted(rank_of.values())
+    front = [i for i in useful if rank_of[i] == 0]
     for k, i in enumerate(front):
         kept = [(accuracy[j], energy[j]) for j in front[:k]]
         gains = {j: _area([*kept, (accuracy[j], energy[j])], reference) for j in front[k:]}
@@ -69,16 +66,17 @@ def test_promotion_goes_by_rank_then_by_hypervolume_and_junk_comes_last(seed):
     assert cheapest_junk[-1] == 0
 
 
-def test_the_probability_of_two_trials_is_that_of_a_difference_of_normals():
-    accuracy, error, energy = np.array([0.60, 0.63]), np.array([0.02, 0.03]), np.array([1.0, 2.0])
-    cheap, dear = front_probabilities(accuracy, error, energy)
+def test_the_probability_over_chips_is_that_of_a_difference_of_normals():
+    rng = np.random.default_rng(2)
+    by_chip = [0.60 + rng.normal(0, 0.05, 6), 0.63 + rng.normal(0, 0.05, 6)]
+    means, errors = chip_estimates(by_chip)
+    cheap, dear = front_probability_over_chips(by_chip, [1.0, 2.0])
     assert cheap == 1.0
-    z = 0.03 / (0.02**2 + 0.03**2) ** 0.5
+    z = (means[1] - means[0]) / np.hypot(*errors)
     assert dear == pytest.approx(0.5 * (1 + erf(z / 2**0.5)), abs=0.03)
-    same = front_probabilities(np.array([0.5, 0.5]), np.array([0.01, 0.01]), np.array([1.0, 1.0]))
-    assert same == pytest.approx([0.5, 0.5], abs=0.04)
-    sure = front_probabilities(np.array([0.5, 0.4, 0.6]), np.zeros(3), np.array([1.0, 2.0, 3.0]))
+    sure = front_probability_over_chips([[0.5, 0.5], [0.4, 0.4], [0.6, 0.6]], [1.0, 2.0, 3.0])
     assert sure.tolist() == [1.0, 0.0, 1.0]
+    assert front_probability_over_chips([], []).shape == (0,)
 
 
 def test_what_a_chip_does_to_all_alike_is_no_uncertainty():
