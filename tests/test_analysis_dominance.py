@@ -6,7 +6,7 @@ from math import erf
 import numpy as np
 import pytest
 
-from halora.analysis.dominance import chip_estimates, front_probabilities, front_ranks, promotion_order
+from halora.analysis.dominance import chip_estimates, front_probabilities, front_ranks, promotion_order, value_of_a_chip
 
 
 def _beats(a, b):
@@ -105,3 +105,17 @@ def test_standard_errors_are_those_of_many_repetitions():
     spread = np.std(np.array(estimates) - (true - true.mean()), axis=0).mean()
     assert np.mean(errors) == pytest.approx(spread, rel=0.1)
     assert np.mean(errors) == pytest.approx(std / 6**0.5, rel=0.1)
+
+
+def test_a_chip_is_worth_most_where_it_decides_a_place_or_that_of_another():
+    accuracy = np.array([0.60, 0.61, 0.30, 0.90])  # by rising energy: a rival, an undecided, a hopeless, a sure one
+    energy, chips = np.array([1.0, 2.0, 3.0, 4.0]), np.full(4, 4)
+    rival, undecided, hopeless, sure = value_of_a_chip(accuracy, np.full(4, 0.02), energy, chips)
+    assert rival == pytest.approx(undecided, rel=0.1)  # the comparison rests on both alike
+    assert max(hopeless, sure) < 0.01 * rival
+    rival, undecided, *_ = value_of_a_chip(accuracy, np.array([0.04, 0.01, 0.02, 0.02]), energy, chips)
+    assert rival > 10 * undecided
+    before = value_of_a_chip(accuracy, np.full(4, 0.02), energy, chips)
+    after = value_of_a_chip(accuracy, np.full(4, 0.02), energy, np.array([9, 4, 4, 4]))
+    assert after[0] == pytest.approx(before[0] / 2)
+    assert value_of_a_chip(accuracy, np.zeros(4), energy, chips).tolist() == [0, 0, 0, 0]

@@ -120,9 +120,41 @@ def front_probabilities(accuracy: np.ndarray, error: np.ndarray, energy: np.ndar
         Probabilities by 2,000 draws, the same at every call, (trials,).
     """
     order = np.argsort(energy, kind="stable")
-    draws = np.random.default_rng(0).standard_normal((_DRAWS, len(order))) * error[order] + accuracy[order]
+    draws = _draws(accuracy[order], error[order])
     best_so_far = np.maximum.accumulate(draws, axis=1)
     last_as_cheap = np.searchsorted(energy[order], energy[order], side="right") - 1
     probabilities = np.empty(len(order))
     probabilities[order] = (draws >= best_so_far[:, last_as_cheap]).mean(axis=0)
     return probabilities
+
+
+def value_of_a_chip(accuracy: np.ndarray, error: np.ndarray, energy: np.ndarray, chips: np.ndarray) -> np.ndarray:
+    """How much scoring each trial on one more chip may decide about the front.
+
+    A trial's place is undecided by p (1 - p). It rests on its own accuracy and on that of its rival, the most accurate
+    trial that takes less energy; one more chip takes error^2 / (chips + 1) off a variance. Larger is better; no unit.
+
+    Args:
+        accuracy: Estimated accuracies, (trials,).
+        error: Their standard errors, (trials,).
+        energy: Energies, exact, (trials,).
+        chips: Chips each was scored on, (trials,).
+    """
+    probability = front_probabilities(accuracy, error, energy)
+    undecided = probability * (1 - probability)
+    order = np.argsort(energy, kind="stable")
+    draws = _draws(accuracy[order], error[order])
+    leads = draws >= np.maximum.accumulate(draws, axis=1)
+    leader = np.maximum.accumulate(np.where(leads, np.arange(len(order)), 0), axis=1)
+    at_stake = undecided.copy()
+    for place in range(1, len(order)):
+        shares = np.bincount(leader[:, place - 1], minlength=len(order)) / _DRAWS
+        at_stake[order] += shares * undecided[order[place]]
+    value: np.ndarray = at_stake * error**2 / (chips + 1)
+    return value
+
+
+def _draws(accuracy: np.ndarray, error: np.ndarray) -> np.ndarray:
+    """Accuracies as they may be, (draws, trials)."""
+    draws: np.ndarray = np.random.default_rng(0).standard_normal((_DRAWS, len(accuracy))) * error + accuracy
+    return draws
