@@ -39,7 +39,7 @@ from ray.tune.search.optuna import OptunaSearch
 
 from halora.analysis.front import ranks
 from halora.analysis.front import volume as front_volume
-from halora.analysis.uncertainty import chip_estimates
+from halora.analysis.racing import chip_estimates
 from halora.spaces.search import Racing, SearchSettings
 from halora.sweep.analytic import FUNCTIONS, AnalyticCurves
 from halora.sweep.core import DecisionCore

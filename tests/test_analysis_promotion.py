@@ -8,7 +8,7 @@ import pytest
 
 from halora.analysis.front import ranks
 from halora.analysis.promotion import promotion_order
-from halora.analysis.uncertainty import chip_estimates, front_probability_over_chips
+from halora.analysis.racing import chip_estimates, front_probabilities, value_of_a_chip
 
 
 def _beats(a, b):
@@ -66,17 +66,16 @@ def test_promotion_goes_by_rank_then_by_hypervolume_and_junk_comes_last(seed):
     assert cheapest_junk[-1] == 0
 
 
-def test_the_probability_over_chips_is_that_of_a_difference_of_normals():
-    rng = np.random.default_rng(2)
-    by_chip = [0.60 + rng.normal(0, 0.05, 6), 0.63 + rng.normal(0, 0.05, 6)]
-    means, errors = chip_estimates(by_chip)
-    cheap, dear = front_probability_over_chips(by_chip, [1.0, 2.0])
+def test_the_probability_of_two_trials_is_that_of_a_difference_of_normals():
+    accuracy, error, energy = np.array([0.60, 0.63]), np.array([0.02, 0.03]), np.array([1.0, 2.0])
+    cheap, dear = front_probabilities(accuracy, error, energy)
     assert cheap == 1.0
-    z = (means[1] - means[0]) / np.hypot(*errors)
+    z = 0.03 / (0.02**2 + 0.03**2) ** 0.5
     assert dear == pytest.approx(0.5 * (1 + erf(z / 2**0.5)), abs=0.03)
-    sure = front_probability_over_chips([[0.5, 0.5], [0.4, 0.4], [0.6, 0.6]], [1.0, 2.0, 3.0])
+    same = front_probabilities(np.array([0.5, 0.5]), np.array([0.01, 0.01]), np.array([1.0, 1.0]))
+    assert same == pytest.approx([0.5, 0.5], abs=0.04)
+    sure = front_probabilities(np.array([0.5, 0.4, 0.6]), np.zeros(3), np.array([1.0, 2.0, 3.0]))
     assert sure.tolist() == [1.0, 0.0, 1.0]
-    assert front_probability_over_chips([], []).shape == (0,)
 
 
 def test_what_a_chip_does_to_all_alike_is_no_uncertainty():
@@ -103,3 +102,17 @@ def test_standard_errors_are_those_of_many_repetitions():
     spread = np.std(np.array(estimates) - (true - true.mean()), axis=0).mean()
     assert np.mean(errors) == pytest.approx(spread, rel=0.1)
     assert np.mean(errors) == pytest.approx(std / 6**0.5, rel=0.1)
+
+
+def test_a_chip_is_worth_most_where_it_decides_a_place_or_that_of_another():
+    accuracy = np.array([0.60, 0.61, 0.30, 0.90])  # by rising energy: a rival, an undecided, a hopeless, a sure one
+    energy, chips = np.array([1.0, 2.0, 3.0, 4.0]), np.full(4, 4)
+    rival, undecided, hopeless, sure = value_of_a_chip(accuracy, np.full(4, 0.02), energy, chips)
+    assert rival == pytest.approx(undecided, rel=0.1)  # the comparison rests on both alike
+    assert max(hopeless, sure) < 0.01 * rival
+    rival, undecided, *_ = value_of_a_chip(accuracy, np.array([0.04, 0.01, 0.02, 0.02]), energy, chips)
+    assert rival > 10 * undecided
+    before = value_of_a_chip(accuracy, np.full(4, 0.02), energy, chips)
+    after = value_of_a_chip(accuracy, np.full(4, 0.02), energy, np.array([9, 4, 4, 4]))
+    assert after[0] == pytest.approx(before[0] / 2)
+    assert value_of_a_chip(accuracy, np.zeros(4), energy, chips).tolist() == [0, 0, 0, 0]

@@ -13,7 +13,6 @@ import numpy as np
 from halora.analysis.front import non_dominated, values
 from halora.analysis.trials import DEFAULT_OBJECTIVES, Objective, TrialPoint
 
-_PRIOR_CHIPS = 4  # how many chips the pooled variance counts for, in that of one trial
 _Z95 = 1.959963984540054
 
 
@@ -29,29 +28,10 @@ def front_probability(
     tables = np.repeat(values(points, objectives)[None], draws, axis=0)  # (draws, points, objectives)
     for column, each in enumerate(objectives):
         tables[:, :, column] = _draw(points, each.metric, tables[:, :, column], rng)
-    return _share_on_front(tables, objectives)
+    return share_on_front(tables, objectives)
 
 
-def front_probability_over_chips(
-    accuracy_by_chip: Sequence[Sequence[float]], energy: Sequence[float], *, draws: int = 2000, seed: int = 0
-) -> np.ndarray:
-    """The same over accuracy and energy for the rows as they are: what is left to learn from more chips.
-
-    Args:
-        accuracy_by_chip: Accuracies of each trial on chips 0 .. n-1, see `chip_estimates`.
-        energy: Energies, exact, (trials,).
-        draws: Number of draws.
-        seed: Of the draws.
-    """
-    if not accuracy_by_chip:
-        return np.zeros(0)
-    means, errors = chip_estimates(accuracy_by_chip)
-    accuracy = means + errors * np.random.default_rng(seed).standard_normal((draws, len(means)))
-    tables = np.stack([accuracy, np.broadcast_to(energy, accuracy.shape)], axis=2)
-    return _share_on_front(tables, DEFAULT_OBJECTIVES)
-
-
-def _share_on_front(tables: np.ndarray, objectives: Sequence[Objective]) -> np.ndarray:
+def share_on_front(tables: np.ndarray, objectives: Sequence[Objective] = DEFAULT_OBJECTIVES) -> np.ndarray:
     """Share of `tables` (draws, points, objectives) in which each point is on the front, in the shape (points,)."""
     on_front = np.zeros(tables.shape[1])
     reach = _within_reach(tables, objectives)
@@ -103,32 +83,3 @@ def _resampled(points: Sequence[TrialPoint], draws: int, rng: np.random.Generato
     row_weights = rng.multinomial(rows, np.full(rows, 1 / rows), size=draws) / rows
     weights = np.einsum("sc,sr->scr", chip_weights, row_weights).reshape(draws, -1).astype(np.float32)
     return np.asarray(weights @ correct.T.astype(np.float32))
-
-
-def chip_estimates(accuracy_by_chip: Sequence[Sequence[float]]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean accuracy of every trial and its standard error, for trials scored on chips 0 .. n-1 with n their own.
-
-    What a chip does to all trials alike cancels out of a comparison (common random numbers): accuracies are fitted as
-    trial plus chip, and the error is that of the residuals, each trial's variance drawn towards the pooled one. The
-    rows are taken as given.
-
-    Args:
-        accuracy_by_chip: Accuracies of each trial on chips 0 .. n-1, at least two for one of them.
-
-    Returns:
-        Means and standard errors, (trials,) each.
-    """
-    counts = np.array([len(own) for own in accuracy_by_chip])
-    table = np.full((len(counts), counts.max(initial=1)), np.nan)
-    for row, own in zip(table, accuracy_by_chip, strict=True):
-        row[: len(own)] = own
-    scored = ~np.isnan(table)
-    chips = np.zeros(table.shape[1])
-    for _ in range(50):  # least squares by turns
-        means = np.nanmean(table - chips, axis=1)
-        chips = np.nanmean(table - means[:, None], axis=0)
-        chips -= chips.mean()
-    squares = np.nansum((table - means[:, None] - chips) ** 2, axis=1)
-    freedom = max(int(scored.sum()) - len(means) - (table.shape[1] - 1), 1)
-    variances = (squares + _PRIOR_CHIPS * squares.sum() / freedom) / (counts - 1 + _PRIOR_CHIPS)
-    return means, np.sqrt(variances / counts)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from halora.analysis.promotion import promotion_order
-from halora.analysis.uncertainty import front_probability_over_chips
+from halora.analysis.racing import chip_estimates, front_probabilities, value_of_a_chip
 from halora.spaces.language import grid, size
 from halora.spaces.search import ENERGY
 from halora.sweep.problem import Level, Problem
@@ -28,7 +28,7 @@ from halora.sweep.study import Scores, State, SweepStudy, Trial, point_key
 _RE_ASKS = 20  # points that are skipped, or known already, before one is drawn at random
 _RANDOM_DRAWS = 200
 _ENOUGH_TRIALS = 10  # finished ones, before a configuration is called unreachable
-_DECIDED = 0.05  # a place on the front is decided when its probability is this far from 0 or 1
+_DECIDED = 0.01  # a place on the front is decided when its probability is this close to 0 or 1
 
 
 class Decision(StrEnum):
@@ -313,24 +313,24 @@ class DecisionCore:
         self._study.finished(trial, float(scores["accuracy"]), violations)
 
     def _race(self, trials: Sequence[Trial]) -> Job | None:
-        """More chips for the finished trial whose place on the front is the least decided."""
+        """More chips for the finished trial that may decide most about the front."""
         racing = self._problem.racing
         if racing is None:
             return None
         finished = _feasible(trials)
-        own = {t.number: self._levels_of(t)[-1].chip_instances for t in finished}
-        spent = sum(_chips(trial) - own[trial.number] for trial in finished)
-        probability = _front_probability(finished)
-        undecided = [
-            trial
-            for trial in finished
-            if trial.number not in self._out_of_race
-            and _chips(trial) < racing.most
-            and _DECIDED < probability[trial.number] < 1 - _DECIDED
-        ]
-        if not undecided or spent >= racing.extra:
+        spent = sum(_chips(trial) - self._levels_of(trial)[-1].chip_instances for trial in finished)
+        chance = _front_probability(finished)
+        if spent >= racing.extra or all(min(p, 1 - p) < _DECIDED for p in chance.values()):
             return None
-        trial = min(undecided, key=lambda t: (abs(probability[t.number] - 0.5), t.number))
+        values = value_of_a_chip(*_estimates(finished), np.array([_chips(trial) for trial in finished]))
+        racers = {
+            i: values[i]
+            for i, trial in enumerate(finished)
+            if values[i] > 0 and _chips(trial) < racing.most and trial.number not in self._out_of_race
+        }
+        if not racers:
+            return None
+        trial = finished[max(racers, key=racers.__getitem__)]
         whole = self._levels_of(trial)[-1]
         chips = min(_chips(trial) + racing.at_once, racing.most, _chips(trial) + racing.extra - spent)
         goal = replace(whole, chip_instances=chips)
@@ -383,6 +383,13 @@ def _feasible(trials: Sequence[Trial]) -> list[Trial]:
 
 
 def _front_probability(trials: Sequence[Trial]) -> dict[int, float]:
-    by_chip = [trial.scores[-1]["accuracy_by_chip"] for trial in trials]
-    shares = front_probability_over_chips(by_chip, [trial.energy_uj_per_token for trial in trials])
-    return {trial.number: float(share) for trial, share in zip(trials, shares, strict=True)}
+    if not trials:
+        return {}
+    chances = front_probabilities(*_estimates(trials))
+    return {trial.number: float(chance) for trial, chance in zip(trials, chances, strict=True)}
+
+
+def _estimates(trials: Sequence[Trial]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Accuracies, their standard errors, and energies."""
+    means, errors = chip_estimates([trial.scores[-1]["accuracy_by_chip"] for trial in trials])
+    return means, errors, np.array([trial.energy_uj_per_token for trial in trials])
