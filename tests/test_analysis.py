@@ -164,6 +164,15 @@ def test_trials_that_met_the_same_rows_are_resampled_together():
     assert front_probability(apart, draws=2000)[1] < 0.75  # what their wide intervals alone would say
 
 
+def test_a_trial_on_more_chips_shares_its_rows_with_the_others():
+    """As above, on chips that change no answer; sums of sixteenths and of quarters are exact."""
+    answers = np.random.default_rng(0).random(16) < 0.5
+    worse, better = answers & (np.arange(16) != 7), answers | (np.arange(16) == 7)
+    tables = [np.tile(worse, (2, 1)), np.tile(better, (4, 1))]
+    points = [_point(i, c.mean(), 1.0 + i, width=0.2, correct=_answers(c)) for i, c in enumerate(tables)]
+    assert front_probability(points, draws=20_000)[1] == pytest.approx(1 - (1 - 1 / 16) ** 16, abs=0.01)
+
+
 def test_resampled_accuracies_spread_as_their_interval_does():
     rng = np.random.default_rng(1)
     correct = rng.random((5, 40)) < 0.6

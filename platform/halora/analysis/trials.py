@@ -69,7 +69,7 @@ class Answers:
     """Right answers of one trial.
 
     Attributes:
-        group: Trials of one group answered the same rows on chip instances of the same numbers.
+        group: Trials of one group answered the same rows; those of them on as many chips, on the same chips.
         shape: Number of chips and of rows.
         packed: Bits of the flattened (chips, rows) array, eight to a byte.
     """

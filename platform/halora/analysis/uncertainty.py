@@ -1,9 +1,9 @@
 """How sure the front is: the probability of each trial of being non-dominated, given what its scores rest on.
 
-Accuracies rest on a sample of rows and of chip instances. Trials that answered the same rows on the same chips are
-resampled together (crossed bootstrap, as their intervals are made), so that what is common to them cancels. A metric
-with `NAME_low` and `NAME_high` is otherwise drawn from the two-piece normal with that 95 % interval; one without is
-taken as exact, as energy is.
+Accuracies rest on a sample of rows and of chip instances. Trials that answered the same rows are resampled together
+(crossed bootstrap, as their intervals are made), those on as many chips on the same of them, so that what is common to
+them cancels. A metric with `NAME_low` and `NAME_high` is otherwise drawn from the two-piece normal with that 95 %
+interval; one without is taken as exact, as energy is.
 """
 
 from collections.abc import Sequence
@@ -74,12 +74,16 @@ def _draw(points: Sequence[TrialPoint], metric: str, means: np.ndarray, rng: np.
 
 
 def _resampled(points: Sequence[TrialPoint], draws: int, rng: np.random.Generator) -> np.ndarray:
-    """Accuracies of trials that share rows and chips over resampled rows and chips, in the shape (draws, points)."""
+    """Accuracies of trials that share rows over resampled rows and chips, in the shape (draws, points)."""
     answers = [point.correct for point in points if point.correct is not None]
-    chips, rows = answers[0].shape
-    packed = np.frombuffer(b"".join(each.packed for each in answers), dtype=np.uint8).reshape(len(answers), -1)
-    correct = np.unpackbits(packed, axis=1, count=chips * rows)  # (points, chips * rows)
-    chip_weights = rng.multinomial(chips, np.full(chips, 1 / chips), size=draws) / chips
+    rows = answers[0].shape[1]
     row_weights = rng.multinomial(rows, np.full(rows, 1 / rows), size=draws) / rows
-    weights = np.einsum("sc,sr->scr", chip_weights, row_weights).reshape(draws, -1).astype(np.float32)
-    return np.asarray(weights @ correct.T.astype(np.float32))
+    drawn = np.empty((draws, len(answers)))
+    for chips in sorted({each.shape[0] for each in answers}):
+        places = [place for place, each in enumerate(answers) if each.shape[0] == chips]
+        packed = np.frombuffer(b"".join(answers[place].packed for place in places), dtype=np.uint8)
+        correct = np.unpackbits(packed.reshape(len(places), -1), axis=1, count=chips * rows)  # (places, chips * rows)
+        chip_weights = rng.multinomial(chips, np.full(chips, 1 / chips), size=draws) / chips
+        weights = np.einsum("sc,sr->scr", chip_weights, row_weights).reshape(draws, -1).astype(np.float32)
+        drawn[:, places] = weights @ correct.T.astype(np.float32)
+    return drawn
