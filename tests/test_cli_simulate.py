@@ -183,15 +183,29 @@ def test_reconciling_shows_and_mends_what_differs(undisturbed, store, tmp_path):
     shutil.copytree(store, torn, ignore=shutil.ignore_patterns("disturbed*"))
     client = MlflowClient(f"sqlite:///{torn / 'mlflow.db'}")
     runs = {int(run.data.tags["halora.trial"]): run for run in _runs(torn, "undisturbed")[0]}
-    for number in (0, 3):  # as a kill leaves them
+    for number in (0, 3):
         client.update_run(runs[number].info.run_id, status="RUNNING")
         client.set_tag(runs[number].info.run_id, "halora.state", "running")
     double = client.create_run(runs[1].info.experiment_id, tags=runs[1].data.tags)
+    client.delete_run(runs[4].info.run_id)
+    folder = torn / "sweeps" / "undisturbed"
+    sent = json.loads((folder / "sent.json").read_text())
+    (folder / "sent.json").write_text(json.dumps(sent | {"tracking_uri": f"sqlite:///{torn / 'mlflow.db'}"}))
+    with (folder / "records.jsonl").open("a") as journal:  # a kill came before the trial's end was written
+        entry = {"kind": "state", "trial": 2, "time_ms": 0, "state": "running", "cause": ""}
+        journal.write(json.dumps(entry) + "\n")
+    ended = {number: run.data.tags["halora.state"] for number, run in runs.items()}
     code, out, err = _halora(torn, "doctor", "--reconcile", "--format", "json")
     assert code == 0, err
     rows = {row["trial"]: row for row in json.loads(out)}
-    assert {number: row["recorded"] for number, row in rows.items() if number != 1} == {0: "running", 3: "running"}
-    assert rows[1]["mended"] == "its run is deleted"
+    told = {number: (row["study"], row["journal"], row["mlflow"], row["mended"]) for number, row in rows.items()}
+    assert told == {
+        0: (ended[0], ended[0], "running", "delivered again"),
+        1: (ended[1], ended[1], f"{ended[1]}, running", "a second run is deleted"),
+        2: (ended[2], "running", ended[2], f"recorded as {ended[2]}"),
+        3: (ended[3], ended[3], "running", "delivered again"),
+        4: (ended[4], ended[4], "-", "delivered again"),
+    }
     assert client.get_run(double.info.run_id).info.lifecycle_stage == "deleted"
     assert client.get_run(runs[1].info.run_id).info.lifecycle_stage == "active"
     _check_whole(torn, "undisturbed")

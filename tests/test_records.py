@@ -22,7 +22,7 @@ from halora.records.position import undelivered
 from halora.records.recorder import SweepRecorder
 from halora.records.sender import recording
 from halora.records.store import Store
-from halora.records.tracking import open_client
+from halora.records.tracking import MlflowSweep, open_client
 
 
 @pytest.fixture(scope="module")
@@ -251,6 +251,63 @@ def test_a_trial_scored_again_on_more_chips_has_both_scores_and_stands_where_the
     history = client.get_metric_history(run.info.run_id, "accuracy")
     assert sorted(metric.value for metric in history) == [0.4, 0.6]
     assert len(run.outputs.model_outputs) == 1
+    assert differences(store.tracking_uri, sweep.name, folder.journal_file) == []
+
+
+def test_rungs_and_simulated_scores_are_recorded_once(client, store, sweep, folder, said, tmp_path):
+    rungs = {1: 0.2, 2: 0.3}
+    scores = SCORES | {"accuracy": 0.5}
+    folder.trial(0).mkdir(parents=True)
+    result = folder.trial(0) / "result.json"
+    result.write_text(json.dumps({"accuracy_by_chip": [0.4, 0.6]}))  # without answers
+    for _ in range(2):  # the second time as after a kill
+        with recording(store, sweep, said.append) as recorder:
+            begin(recorder, sweep, 0)
+            for step, accuracy in rungs.items():
+                told = {"accuracy": accuracy, "clean_accuracy": 0.4, "margin": -1.0, "other": 1.0}
+                recorder.report_rung(0, step, told)
+            recorder.finish_trial(0, 4, scores, result, None)
+            recorder.finish(interrupted=False)
+    run = queries.trial_run(client, sweep.name, 0)
+    history = client.get_metric_history(run.info.run_id, "rung_accuracy")
+    assert {metric.step: metric.value for metric in history} == rungs
+    assert len(history) == len(client.get_metric_history(run.info.run_id, "accuracy")) + 1 == 2
+    assert run.data.metrics["rung_margin"] == -1.0
+    assert run.data.metrics["front_probability"] == 1.0
+    assert read_ledger(store, sweep.name).point(0).correct is None
+    assert differences(store.tracking_uri, sweep.name, folder.journal_file) == []
+
+
+def test_runs_that_mlflow_doubled_lost_or_changed_are_mended(client, store, sweep, folder, said):
+    with recording(store, sweep, said.append) as recorder:
+        for number in range(4):
+            begin(recorder, sweep, number)
+            finish(recorder, folder.root, number, accuracy=0.3 + number / 10)
+        recorder.finish(interrupted=False)
+        states = {point.number: point.state for point in recorder.points}
+    doubled, lost, changed, whole = _runs(client, sweep, "trial")
+    client.create_run(doubled.info.experiment_id, tags=doubled.data.tags)
+    client.create_run(doubled.info.experiment_id, tags=doubled.data.tags | {"halora.trial": "77"})
+    client.delete_run(lost.info.run_id)
+    client.set_terminated(changed.info.run_id, "FAILED")
+    mlflow = MlflowSweep(store, sweep)
+    assert mlflow.trial_states() == {
+        0: ["finished", "running"],
+        2: ["failed"],
+        3: ["finished"],
+        77: ["running"],
+    }
+    assert mlflow.mend(journal_entries(folder.journal_file), states) == {
+        0: "a second run is deleted",
+        1: "delivered again",
+        2: "delivered again",
+        77: "its run is deleted",
+    }
+    assert mlflow.mend(journal_entries(folder.journal_file), states) == {}
+    assert mlflow.trial_states() == {number: ["finished"] for number in range(4)}
+    assert {doubled.info.run_id, changed.info.run_id, whole.info.run_id} < {
+        run.info.run_id for run in _runs(client, sweep, "trial")
+    }
     assert differences(store.tracking_uri, sweep.name, folder.journal_file) == []
 
 
