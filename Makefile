@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 PYTHON ?= $(shell for python in python3.12 python3 python3.13 python3.14 $$HOME/.pyenv/versions/3.1[2-9]*/bin/python; do \
 	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && { command -v "$$python"; break; }; done)
 
-.PHONY: help setup demo gpu-check test test-all lint types bench lock clean
+.PHONY: help setup services demo gpu-check test test-all lint types bench bench-search lock clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -27,6 +27,14 @@ $(READY): requirements.lock pyproject.toml
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
 	-$(BIN)/halora doctor --build
 	@touch $@
+
+services: ## Debian packages that some tests start their own servers and browser from; starts nothing itself
+	@if ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 && command -v chromium >/dev/null; then exit 0; fi; \
+	command -v apt-get >/dev/null || { echo "no apt-get here: install PostgreSQL and Chromium your system's way" >&2; exit 2; }; \
+	as_root=$$(test "$$(id -u)" = 0 || echo sudo); install="$$as_root env DEBIAN_FRONTEND=noninteractive apt-get install --yes --quiet --no-install-recommends"; \
+	set -e; $$as_root apt-get update --quiet; $$install postgresql-common; \
+	$$as_root sed -i 's/^#* *create_main_cluster.*/create_main_cluster = false/' /etc/postgresql-common/createcluster.conf; \
+	$$install postgresql chromium
 
 demo: $(READY) ## the main job on the embedded default: a sweep of SmolLM2-135M on ARC-Easy, ending in a front
 	$(BIN)/halora sweep launch quickstart --name "demo-$$(date +%Y%m%d-%H%M%S)"
@@ -49,6 +57,10 @@ test-all: lint types ## the slow tests as well
 
 bench: $(READY) ## time our ways against others, on an otherwise idle machine: hours
 	set -e; for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name; done
+
+bench-search: $(READY) ## searchers, rungs and racing on analytic problems; about half an hour on one core
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore benchmarks/search.py > benchmarks/search-results.txt
+	cat benchmarks/search-results.txt
 
 lock: ## choose the pins anew (needs a .venv)
 	$(BIN)/uv pip compile pyproject.toml --extra dev --python-version 3.12 --no-emit-index-url --no-annotate --no-header --output-file requirements.lock

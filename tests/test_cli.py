@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -232,6 +233,7 @@ def test_mlflow_holds_the_whole_sweep(zoo, store, tiny_models):
         "front.json",
         "front.csv",
         "front.png",
+        "report.html",
         "comparison.json",
     }
     for run in trials:
@@ -244,8 +246,9 @@ def test_mlflow_holds_the_whole_sweep(zoo, store, tiny_models):
         assert len(components) == 9
         assert sum(components) == pytest.approx(metrics["energy_uj_per_token"], rel=1e-9)
         assert metrics["accuracy_low"] <= metrics["accuracy"] <= metrics["accuracy_high"]
-        adapter = {item.path for item in client.list_artifacts(run.info.run_id, "adapter")}
-        assert adapter == {"adapter/adapter_model.safetensors", "adapter/adapter_config.json"}
+        (output,) = run.outputs.model_outputs
+        adapter = Path(client.get_logged_model(output.model_id).artifact_location.removeprefix("file://"))
+        assert {path.name for path in adapter.iterdir()} == {"adapter_model.safetensors", "adapter_config.json"}
     kept = [*(store / "artifacts").rglob("*"), *(store / "sweeps" / "zoo" / "trials").rglob("*")]
     assert {path.suffix for path in kept if path.is_file()} <= {
         ".json",
@@ -253,6 +256,7 @@ def test_mlflow_holds_the_whole_sweep(zoo, store, tiny_models):
         ".yaml",
         ".csv",
         ".png",
+        ".html",
         ".safetensors",
     }
 
@@ -342,6 +346,8 @@ def test_status_and_trial_tell_what_is_recorded(zoo, store):
         "trials": TRIALS,
         "finished": TRIALS,
         "failed": 0,
+        "stopped": 0,
+        "skipped": 0,
         "unfinished": 0,
         "waiting": 0,
     }
@@ -349,8 +355,7 @@ def test_status_and_trial_tell_what_is_recorded(zoo, store):
     values = {row["name"]: row["value"] for row in told}
     run = runs(store, "zoo")[0]
     assert values["state"] == "finished"
-    assert values["run"] == run.info.run_id
-    assert {name: values[name] for name in run.data.params} == run.data.params
+    assert {name: str(values[name]) for name in run.data.params} == run.data.params
     assert values["train_loss"] == pytest.approx(run.data.metrics["train_loss"], abs=1e-6)
 
 
@@ -364,7 +369,8 @@ def test_recompute_agrees_and_notices_other_weights(zoo, store, tmp_path):
     assert "accuracy: agrees" in again.stderr
 
     run = runs(store, "zoo")[0]
-    (weights,) = (store / "artifacts").rglob(f"{run.info.run_id}/artifacts/adapter/adapter_model.safetensors")
+    model = _client(store).get_logged_model(run.outputs.model_outputs[0].model_id)
+    weights = Path(model.artifact_location.removeprefix("file://")) / "adapter_model.safetensors"
     original = weights.read_bytes()
     try:
         generator = torch.Generator().manual_seed(0)
@@ -579,6 +585,96 @@ def test_a_trial_whose_worker_is_killed_has_failed_and_the_sweep_goes_on(store, 
     cause = lost.data.tags["halora.cause"]
     assert cause.startswith("its worker ended; see ")
     assert Path(cause.rpartition(" ")[2]).is_file()
+
+
+def _with_rungs(name, models, task):
+    content = _content(name, models, task, steps=6, report_every=1, schedule={"redraw_steps": 2})
+    return content | {
+        "trials": 6,
+        "concurrent": 2,
+        "space": {
+            "lora.rank": {"choices": [2, 4, 8]},
+            "training.learning_rate": {"low": 0.001, "high": 0.1, "log": True},
+            "chip.adc.bits": {"low": 5, "high": 9, "kind": "int"},
+        },
+        "search": {"sampler": "random"},
+        "early_stopping": {"rungs": [{"steps": 2, "rows": 4, "chip_instances": 1}], "keep": 0.5},
+        "racing": {"extra": 4, "most": 4},
+    }
+
+
+def test_early_stopping_pauses_promotes_and_races(store, tiny_models, tiny_task, tmp_path):
+    """Oracle: a promoted trial trained in one go in this process, and scored on the same chips."""
+    from halora.trainable import Workbench, adapter_folder
+    from halora.trial import TrialConfig
+
+    path = tmp_path / "rungs.yaml"
+    path.write_text(yaml.safe_dump(_with_rungs("rungs", tiny_models, tiny_task)))
+    launched = halora(store, "sweep", "launch", path)
+    assert launched.returncode == 0, launched.stderr
+    assert "24 of 36 optimiser steps taken; early stopping saved 33%" in launched.stderr
+    (row,) = json.loads(halora(store, "sweep", "status", "rungs", "--format", "json").stdout)
+    assert (row["finished"], row["stopped"], row["failed"], row["unfinished"]) == (3, 3, 0, 0)
+    trials = runs(store, "rungs")
+    assert {run.info.status for run in trials} == {"FINISHED"}
+    finished = [run for run in trials if run.data.tags["halora.state"] == "finished"]
+    for run in trials:
+        last = 6 if run in finished else 2
+        assert [step for step, _ in loss_history(store, run)] == list(range(1, last + 1))
+        assert ("accuracy" in run.data.metrics) == ("front_probability" in run.data.metrics) == (run in finished)
+    promoted = finished[-1]
+    folder = store / "sweeps" / "rungs" / "trials" / f"{int(promoted.data.tags['halora.trial']):05d}"
+    config = TrialConfig.model_validate_json((folder / "trial.json").read_text())
+    workbench = Workbench()
+    training = workbench.train(config, tmp_path / "by hand")
+    losses = []
+    while not training.done:
+        losses.append(training.advance()["train_loss"])
+    training.close()
+    assert [loss for _, loss in loss_history(store, promoted)] == pytest.approx(losses, abs=1e-4)
+    result = json.loads((folder / "result.json").read_text())
+    chips = {"evaluation": config.evaluation.model_copy(update={"chip_instances": len(result["chip_seeds"])})}
+    scores = workbench.evaluate(config.model_copy(update=chips), adapter_folder(tmp_path / "by hand"))
+    assert result["chip_seeds"] == list(scores.chip_seeds)
+    for margins, again in zip(result["noisy"], scores.noisy, strict=True):
+        assert margins == pytest.approx(again, abs=1e-3)
+
+
+@pytest.mark.slow
+def test_twenty_kills_of_drivers_and_workers_lose_and_repeat_nothing(store, tiny_models, tiny_task, tmp_path):
+    """Oracle: what is to come of every number, and the suggestions of the sweep run without kills."""
+    chance = random.Random(20)
+    names = ("never-killed", "killed")
+    for name in names:
+        content = _with_rungs(name, tiny_models, tiny_task)
+        del content["early_stopping"], content["racing"]
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    assert halora(store, "sweep", "launch", tmp_path / "never-killed.yaml").returncode == 0
+    arguments, lost = ["launch", tmp_path / "killed.yaml"], 0
+    for kill in range(20):
+        with background(store, "sweep", *arguments) as driver:
+            driver.wait_for("starting 2 workers")
+            time.sleep(chance.uniform(0, 30))
+            if driver.process.poll() is not None:
+                break
+            if kill % 4 == 3 and (workers := driver.workers()):
+                workers[0].kill()
+                lost += 1
+                time.sleep(chance.uniform(0, 10))
+            driver.process.kill()
+            driver.end()
+        arguments = ["resume", "killed"]
+    assert halora(store, "sweep", "resume", "killed").returncode in (0, 1)  # 1 for a trial whose worker was killed
+    killed, whole = runs(store, "killed"), runs(store, "never-killed")
+    assert [run.data.tags["halora.trial"] for run in killed] == [run.data.tags["halora.trial"] for run in whole]
+    assert [run.data.params for run in killed] == [run.data.params for run in whole]
+    assert {run.info.status for run in killed} <= {"FINISHED", "FAILED"}
+    assert sum(run.info.status == "FAILED" for run in killed) <= lost
+    for run in killed:
+        if run.info.status == "FINISHED":
+            assert [step for step, _ in loss_history(store, run)] == list(range(1, 7))
+    (row,) = json.loads(halora(store, "sweep", "status", "killed", "--format", "json").stdout)
+    assert (row["state"], row["unfinished"], row["waiting"]) == ("ended", 0, 0)
 
 
 # What a user can get wrong, and what needs no sweep.

@@ -64,8 +64,11 @@ def test_imports_run_one_way():
     ("library", "importers"),
     [
         ("ray", {"peers", "trainable", "sweep.executor"}),
-        ("mlflow", {"records.queries", "records.tracking", "cli.trial"}),  # the last for a type alone
-        ("optuna", {"sweep.core", "analysis.front"}),
+        ("mlflow", {"records.queries", "records.tracking"}),
+        ("optuna", {"sweep.study", "sweep.samplers", "analysis.importance"}),
+        ("moocore", {"analysis.front"}),
+        ("sklearn", {"sweep.table"}),
+        ("scipy", {"sweep.samplers"}),
         ("deepspeed", {"training.engine", "training.checkpoint", "training.workers"}),
         ("peft", {"training.adapter"}),
     ],

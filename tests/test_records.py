@@ -1,21 +1,28 @@
-"""Oracles: a literal list of every recorded name; MLflow's own answers on a real SQLite store."""
+"""Oracles: a literal list of every recorded name; MLflow's own tables, row by row beside the journal; MLflow's own
+answers on a real SQLite store."""
 
 import json
+import os
+import shutil
+import sqlite3
+import threading
 from pathlib import Path
 
 import matplotlib.image
 import pytest
 import yaml
+from recorded_sweeps import SCORES, begin, finish, made_up_sweep
+from records_audit import differences, journal_entries
 
-from halora.analysis.front import TrialPoint, front, hypervolume
+from halora.analysis.front import front, hypervolume
 from halora.errors import UnreachableError, UserError
 from halora.records import names, queries
+from halora.records.index import read_ledger
+from halora.records.position import undelivered
+from halora.records.recorder import SweepRecorder
+from halora.records.sender import recording
 from halora.records.store import Store
-from halora.records.tracking import SweepRecorder, open_client
-from halora.spaces.sweep import SweepConfig
-from halora.trial import trial_energy
-
-_SCORES = {name: 0.25 + i / 100 for i, name in enumerate(names.SCORE_METRICS)}
+from halora.records.tracking import MlflowSweep, open_client
 
 
 @pytest.fixture(scope="module")
@@ -31,66 +38,26 @@ def client(store):
 
 
 @pytest.fixture
-def sweep(request, tiny_models, tiny_task):
+def sweep(request, store, tiny_models, tiny_task):
     """A sweep of its own for each test; all share a family."""
-    return SweepConfig.model_validate(
-        {
-            "name": request.node.name.replace("[", "-").rstrip("]")[:80],
-            "family": "records",
-            "description": "what it is for",
-            "trials": 4,
-            "trial": {
-                "model": tiny_models["llama"],
-                "task": tiny_task,
-                "chip": "halora-2026",
-                "training": {"steps": 4},
-            },
-            "space": {"lora.rank": {"choices": [2, 4, 8]}},
-            "reference_point": {"accuracy": 0.0, "energy_uj_per_token": 1.0},
-        }
-    )
+    return made_up_sweep(store, request.node.name[:80], tiny_models["llama"], tiny_task)
 
 
 @pytest.fixture
-def sweep_file(sweep, tmp_path):
-    path = tmp_path / "sweep.yaml"
-    path.write_text(yaml.safe_dump(sweep.model_dump(mode="json")))
-    return path
+def folder(store, sweep):
+    return store.sweep(sweep.name)
 
 
-def _begin(recorder, sweep, number, rank=4):
-    values = {"lora.rank": rank}
-    config = sweep.resolve(values)
-    energy = trial_energy(config)
-    recorder.begin_trial(number, config, values, energy)
-    return config, energy
-
-
-def _finish(recorder, sweep, tmp_path, number, accuracy, rank=4):
-    config, energy = _begin(recorder, sweep, number, rank)
-    per_task = {"accuracy.arc-easy": 0.25, "clean_accuracy./rows/my (own)": 0.75, "not.of.these": 1.0}
-    scores = (
-        _SCORES | per_task | {"accuracy": accuracy, "accuracy_low": accuracy - 0.1, "accuracy_high": accuracy + 0.1}
-    )
-    point = TrialPoint(
-        number=number,
-        energy_uj_per_token=energy.total_uj_per_token,
-        params={"lora.rank": rank},
-        **{name: scores[name] for name in ("accuracy", "accuracy_low", "accuracy_high", "margin", "clean_accuracy")},
-    )
-    scores_file = tmp_path / "result.json"
-    scores_file.write_text(json.dumps({"trial": number}))
-    adapter = tmp_path / "adapter"
-    adapter.mkdir(exist_ok=True)
-    (adapter / "adapter_model.safetensors").write_bytes(b"weights %d" % number)
-    recorder.finish_trial(point, config.training.steps, scores, scores_file, adapter)
-    return point
+@pytest.fixture
+def said():
+    return []
 
 
 def _runs(client, sweep, kind):
     experiment = client.get_experiment_by_name(sweep.family)
     query = f"tags.`halora.sweep` = '{sweep.name}' and tags.`halora.kind` = '{kind}'"
-    return client.search_runs([experiment.experiment_id], query)
+    found = client.search_runs([experiment.experiment_id], query)
+    return sorted(found, key=lambda run: int(run.data.tags.get("halora.trial", -1)))
 
 
 def test_the_recorded_names_are_frozen():
@@ -101,7 +68,12 @@ def test_the_recorded_names_are_frozen():
         "NUMBER": "halora.trial",
         "CHIP_HASH": "halora.chip_hash",
         "STATE": "halora.state",
+        "RUNG_METRIC": "rung_{score}",
+        "RUNG_SCORES": ("accuracy", "clean_accuracy", "margin"),
+        "FRONT_PROBABILITY": "front_probability",
         "CAUSE": "halora.cause",
+        "LABEL": "halora.{label}",
+        "LABELS": ("method", "model", "chip", "task", "noise", "noise_level"),
         "TRAINING_METRICS": ("train_loss", "train_task_loss", "train_reg_loss", "train_sigma"),
         "SCORE_METRICS": (
             "clean_accuracy",
@@ -119,104 +91,234 @@ def test_the_recorded_names_are_frozen():
         "TASK_METRICS": ("accuracy.", "clean_accuracy."),
         "ENERGY": "energy_uj_per_token",
         "ENERGY_COMPONENT": "energy_uj_per_token.{component}",
+        "VIOLATION": "constraint_violation",
         "HYPERVOLUME": "hypervolume",
         "FRONT_SIZE": "front_size",
         "TRIALS_DONE": "trials_done",
         "CONFIG_FILE": "config.json",
         "SCORES_FILE": "scores.json",
-        "ADAPTER_FOLDER": "adapter",
+        "ADAPTER": "adapter",
         "SWEEP_FILE": "sweep.yaml",
         "FRONT_JSON": "front.json",
         "FRONT_CSV": "front.csv",
         "FRONT_PNG": "front.png",
+        "REPORT_FILE": "report.html",
         "COMPARISON_FILE": "comparison.json",
     }
 
 
-def test_a_finished_trial_is_read_back_whole(client, store, sweep, sweep_file, tmp_path):
-    recorder = SweepRecorder(client, store, sweep, sweep_file)
-    config, energy = _begin(recorder, sweep, 0)
-    for step in (2, 4):
-        recorder.report_step(0, step, {"train_loss": 3.0 / step, "train_sigma": 0.01, "step": step, "other": 1.0})
-    _finish(recorder, sweep, tmp_path, 0, accuracy=0.5)
+def test_a_finished_trial_is_read_back_whole(client, store, sweep, folder, said, tmp_path):
+    per_task = {"accuracy.arc-easy": 0.25, "clean_accuracy./rows/my (own)": 0.75, "not.of.these": 1.0}
+    with recording(store, sweep, said.append) as recorder:
+        config, energy = begin(recorder, sweep, 0)
+        for step in (2, 4):
+            recorder.report_step(0, step, {"train_loss": 3.0 / step, "train_sigma": 0.01, "step": step, "other": 1.0})
+        finish(recorder, folder.root, 0, accuracy=0.5, **per_task)
+        recorder.finish(interrupted=False)
+    assert said == []
+    assert differences(store.tracking_uri, sweep.name, folder.journal_file) == []
+    assert undelivered(store, sweep.name) == 0
 
-    record = queries.trial(client, f"{sweep.name}/0")
-    assert (record.number, record.state, record.cause) == (0, "finished", "")
-    assert record.params == {"lora.rank": "4"}
-    components = {k: v for k, v in record.metrics.items() if k.startswith("energy_uj_per_token.")}
-    assert sum(components.values()) == pytest.approx(record.metrics["energy_uj_per_token"], rel=1e-12)
+    run = queries.trial_run(client, sweep.name, 0)
+    metrics, tags = run.data.metrics, run.data.tags
+    assert run.data.params == {"lora.rank": "4"}
+    components = {k: v for k, v in metrics.items() if k.startswith("energy_uj_per_token.")}
+    assert sum(components.values()) == pytest.approx(metrics["energy_uj_per_token"], rel=1e-12)
     assert components == {f"energy_uj_per_token.{k}": pytest.approx(v) for k, v in energy.components_uj.items()}
     limits = {"accuracy": 0.5, "accuracy_low": 0.4, "accuracy_high": 0.6}
-    assert {name: record.metrics[name] for name in names.SCORE_METRICS} == _SCORES | limits
-    per_task = {name: value for name, value in record.metrics.items() if name.startswith(names.TASK_METRICS)}
-    assert per_task == {"accuracy.arc-easy": 0.25, "clean_accuracy./rows/my _own_": 0.75}
-    assert "not.of.these" not in record.metrics
-    history = client.get_metric_history(record.run_id, "train_loss")
+    assert {name: metrics[name] for name in names.SCORE_METRICS} == SCORES | limits
+    recorded_tasks = {name: value for name, value in metrics.items() if name.startswith(names.TASK_METRICS)}
+    assert recorded_tasks == {"accuracy.arc-easy": 0.25, "clean_accuracy./rows/my _own_": 0.75}
+    assert not {"not.of.these", "other"} & metrics.keys()
+    history = client.get_metric_history(run.info.run_id, "train_loss")
     assert [(m.step, m.value) for m in sorted(history, key=lambda m: m.step)] == [(2, 1.5), (4, 0.75)]
-    assert "other" not in record.metrics
-    assert queries.logged_config(client, record.run_id) == config
-    assert queries.logged_json(client, record.run_id, names.SCORES_FILE) == {"trial": 0}
-    adapter = queries.download_adapter(client, record.run_id, tmp_path / "again")
-    assert (adapter / "adapter_model.safetensors").read_bytes() == b"weights 0"
+    assert queries.logged_config(client, run.info.run_id) == config
+    assert queries.logged_json(client, run.info.run_id, names.SCORES_FILE)["chip_seeds"] == [0, 1, 2]
 
-    (run,) = _runs(client, sweep, "trial")
-    assert run.info.status == "FINISHED"
     assert run.info.run_name == f"{sweep.name}/0"
-    assert run.data.tags["halora.chip_hash"] == config.chip.content_hash
-    assert run.data.tags["mlflow.parentRunId"] == queries.parent_run(client, sweep.name).info.run_id
+    assert tags["halora.chip_hash"] == config.chip.content_hash
+    assert {label: tags[f"halora.{label}"] for label in names.LABELS} == {
+        "method": config.training.method,
+        "model": config.model,
+        "chip": "halora-2026",
+        "task": config.task,
+        "noise": "gaussian",
+        "noise_level": "0.01",
+    }
+    assert tags["mlflow.parentRunId"] == queries.parent_run(client, sweep.name).info.run_id
 
 
-def test_trials_end_in_mlflow_s_terminal_states(client, store, sweep, sweep_file, tmp_path):
-    recorder = SweepRecorder(client, store, sweep, sweep_file)
-    _finish(recorder, sweep, tmp_path, 0, accuracy=0.5)
-    for number in (1, 2):
-        _begin(recorder, sweep, number)
-    assert {r.info.status for r in _runs(client, sweep, "trial")} == {"FINISHED", "RUNNING"}
-    recorder.fail_trial(1, "loss nan at step 3")
-    recorder.interrupt_trial(2)
-    recorder.finish(interrupted=True)
-    states = {r.number: (r.state, r.cause) for r in queries.trials(client, sweep.name)}
-    assert states == {0: ("finished", ""), 1: ("failed", "loss nan at step 3"), 2: ("interrupted", "")}
-    by_number = {int(r.data.tags["halora.trial"]): r.info for r in _runs(client, sweep, "trial")}
-    assert {n: info.status for n, info in by_number.items()} == {0: "FINISHED", 1: "FAILED", 2: "KILLED"}
-    assert all(info.end_time >= info.start_time for info in by_number.values())
+def test_a_trial_has_its_adapter_as_a_logged_model_and_its_rows_as_data_sets(
+    client, store, sweep, folder, said, tmp_path
+):
+    with recording(store, sweep, said.append) as recorder:
+        for number in (0, 1):
+            begin(recorder, sweep, number)
+        finish(recorder, folder.root, 0, accuracy=0.5)
+        recorder.fail_trial(1, "boom")
+        recorder.finish(interrupted=False)
+    run, failed = (queries.trial_run(client, sweep.name, number) for number in (0, 1))
+    adapter = queries.download_adapter(client, run, tmp_path)
+    assert (adapter / "adapter_model.safetensors").read_bytes() == b"weights 0"
+    assert queries.download_adapter(client, failed, tmp_path) is None
+    (output,) = run.outputs.model_outputs
+    model = client.get_logged_model(output.model_id)
+    assert (model.name, str(model.status), model.source_run_id) == ("adapter", "READY", run.info.run_id)
+    assert model.tags["halora.trial"] == "0"
+    datasets = {item.tags[0].value: item.dataset for item in run.inputs.dataset_inputs}
+    assert set(datasets) == {"train", "validation"}
+    assert {dataset.name for dataset in datasets.values()} == {sweep.trial["task"]}
+    assert json.loads(datasets["train"].profile) == {"rows": 64}
+    assert json.loads(datasets["validation"].profile) == {"rows": 24}
+    assert datasets["train"].digest != datasets["validation"].digest
+
+
+def test_trials_end_in_mlflow_s_terminal_states(client, store, sweep, folder, said):
+    with recording(store, sweep, said.append) as recorder:
+        for number in range(5):
+            begin(recorder, sweep, number)
+        finish(recorder, folder.root, 0, accuracy=0.5)
+        recorder.fail_trial(1, "loss nan at step 3")
+        recorder.interrupt_trial(2)
+        recorder.stop_trial(4)
+        recorder.finish(interrupted=True)  # trial 3 was never heard of again
+    states = {point.number: (point.state, point.cause) for point in read_ledger(store, sweep.name).points()}
+    interrupted = ("interrupted", "")
+    assert states == {
+        0: ("finished", ""),
+        1: ("failed", "loss nan at step 3"),
+        2: interrupted,
+        3: interrupted,
+        4: ("stopped", ""),
+    }
+    runs = _runs(client, sweep, "trial")
+    assert [run.info.status for run in runs] == ["FINISHED", "FAILED", "KILLED", "KILLED", "FINISHED"]
+    told = ["finished", "failed", "interrupted", "interrupted", "stopped"]
+    assert [run.data.tags["halora.state"] for run in runs] == told
+    assert runs[1].data.tags["halora.cause"] == "loss nan at step 3"
     parent = queries.parent_run(client, sweep.name)
     assert (parent.info.status, parent.data.tags["halora.state"]) == ("KILLED", "interrupted")
-    assert [r.point() is not None for r in queries.trials(client, sweep.name)] == [True, False, False]
+    assert differences(store.tracking_uri, sweep.name, folder.journal_file) == []
 
 
-def test_a_second_recorder_goes_on_with_the_same_runs(client, store, sweep, sweep_file, tmp_path):
-    first = SweepRecorder(client, store, sweep, sweep_file)
-    done = _finish(first, sweep, tmp_path, 0, accuracy=0.4, rank=2)
-    _begin(first, sweep, 1, rank=8)
-    first.interrupt_trial(1)
-    first.finish(interrupted=True)
-    before = {r.number: r.run_id for r in queries.trials(client, sweep.name)}
+def test_a_second_recorder_goes_on_with_the_same_runs_and_repeats_nothing(client, store, sweep, folder, said):
+    with recording(store, sweep, said.append) as recorder:
+        begin(recorder, sweep, 0, lora__rank=2)
+        finish(recorder, folder.root, 0, accuracy=0.4)
+        begin(recorder, sweep, 1, lora__rank=8)
+        recorder.report_step(1, 2, {"train_loss": 1.0})
+        recorder.finish(interrupted=True)
+    before = [run.info.run_id for run in _runs(client, sweep, "trial")]
+    entries = len(journal_entries(folder.journal_file))
 
-    again = SweepRecorder(client, store, sweep, sweep_file)
-    assert again.parent.info.run_id == first.parent.info.run_id
-    again.add_point(done, "halora")
-    _begin(again, sweep, 1, rank=8)
-    assert [r.state for r in queries.trials(client, sweep.name)] == ["finished", "running"]
-    assert _runs(client, sweep, "sweep")[0].info.status == "RUNNING"
-    _finish(again, sweep, tmp_path, 1, accuracy=0.6, rank=8)
-    again.finish(interrupted=False)
-
-    assert {r.number: r.run_id for r in queries.trials(client, sweep.name)} == before
-    assert len(_runs(client, sweep, "trial")) == 2
+    with recording(store, sweep, said.append) as recorder:
+        begin(recorder, sweep, 1, lora__rank=8)
+        recorder.report_missed(1, [{"step": 2, "train_loss": 1.0}, {"step": 4, "train_loss": 0.5}])
+        assert {point.number: point.state for point in recorder.ledger.points()} == {0: "finished", 1: "running"}
+        finish(recorder, folder.root, 1, accuracy=0.6)
+        finish(recorder, folder.root, 0, accuracy=0.4)  # a crash came before the study heard of it: scored again
+        recorder.finish(interrupted=False)
+        assert [point.number for point in recorder.points] == [0, 1]
+        assert recorder.points[0].accuracy == 0.4
+    new = journal_entries(folder.journal_file)[entries:]
+    assert [(entry["kind"], entry["trial"]) for entry in new] == [
+        ("state", None),
+        ("state", 1),
+        ("report", 1),
+        ("scores", 1),
+        ("state", 1),
+        ("front", None),
+        ("state", 0),
+        ("probability", 1),
+        ("state", None),
+    ]
+    assert [run.info.run_id for run in _runs(client, sweep, "trial")] == before
     (parent,) = _runs(client, sweep, "sweep")
     assert (parent.info.status, parent.data.metrics["trials_done"]) == ("FINISHED", 2)
-    assert [p.number for p in again.points] == [0, 1]
+    assert differences(store.tracking_uri, sweep.name, folder.journal_file) == []
 
 
-def test_the_parent_run_keeps_the_front(client, store, sweep, sweep_file, tmp_path):
-    recorder = SweepRecorder(client, store, sweep, sweep_file)
-    points = [
-        _finish(recorder, sweep, tmp_path, number, accuracy, rank)
-        for number, (accuracy, rank) in enumerate([(0.5, 8), (0.4, 2), (0.3, 4)])  # the last is dominated
-    ]
-    recorder.record_comparison({"gain": 0.1})
-    recorder.finish(interrupted=False)
+def test_a_trial_scored_again_on_more_chips_has_both_scores_and_stands_where_the_last_put_it(
+    client, store, sweep, folder, said
+):
+    with recording(store, sweep, said.append) as recorder:
+        begin(recorder, sweep, 0)
+        for accuracy in (0.6, 0.4):
+            finish(recorder, folder.root, 0, accuracy)
+        assert recorder.points[0].accuracy == 0.4
+        recorder.finish(interrupted=False)
+    run = queries.trial_run(client, sweep.name, 0)
+    history = client.get_metric_history(run.info.run_id, "accuracy")
+    assert sorted(metric.value for metric in history) == [0.4, 0.6]
+    assert len(run.outputs.model_outputs) == 1
+    assert differences(store.tracking_uri, sweep.name, folder.journal_file) == []
+
+
+def test_rungs_and_simulated_scores_are_recorded_once(client, store, sweep, folder, said, tmp_path):
+    rungs = {1: 0.2, 2: 0.3}
+    scores = SCORES | {"accuracy": 0.5}
+    folder.trial(0).mkdir(parents=True)
+    result = folder.trial(0) / "result.json"
+    result.write_text(json.dumps({"accuracy_by_chip": [0.4, 0.6]}))  # without answers
+    for _ in range(2):  # the second time as after a kill
+        with recording(store, sweep, said.append) as recorder:
+            begin(recorder, sweep, 0)
+            for step, accuracy in rungs.items():
+                told = {"accuracy": accuracy, "clean_accuracy": 0.4, "margin": -1.0, "other": 1.0}
+                recorder.report_rung(0, step, told)
+            recorder.finish_trial(0, 4, scores, result, None)
+            recorder.finish(interrupted=False)
+    run = queries.trial_run(client, sweep.name, 0)
+    history = client.get_metric_history(run.info.run_id, "rung_accuracy")
+    assert {metric.step: metric.value for metric in history} == rungs
+    assert len(history) == len(client.get_metric_history(run.info.run_id, "accuracy")) + 1 == 2
+    assert run.data.metrics["rung_margin"] == -1.0
+    assert run.data.metrics["front_probability"] == 1.0
+    assert read_ledger(store, sweep.name).point(0).correct is None
+    assert differences(store.tracking_uri, sweep.name, folder.journal_file) == []
+
+
+def test_runs_that_mlflow_doubled_lost_or_changed_are_mended(client, store, sweep, folder, said):
+    with recording(store, sweep, said.append) as recorder:
+        for number in range(4):
+            begin(recorder, sweep, number)
+            finish(recorder, folder.root, number, accuracy=0.3 + number / 10)
+        recorder.finish(interrupted=False)
+        states = {point.number: point.state for point in recorder.points}
+    doubled, lost, changed, whole = _runs(client, sweep, "trial")
+    client.create_run(doubled.info.experiment_id, tags=doubled.data.tags)
+    client.create_run(doubled.info.experiment_id, tags=doubled.data.tags | {"halora.trial": "77"})
+    client.delete_run(lost.info.run_id)
+    client.set_terminated(changed.info.run_id, "FAILED")
+    mlflow = MlflowSweep(store, sweep)
+    assert mlflow.trial_states() == {
+        0: ["finished", "running"],
+        2: ["failed"],
+        3: ["finished"],
+        77: ["running"],
+    }
+    assert mlflow.mend(journal_entries(folder.journal_file), states) == {
+        0: "a second run is deleted",
+        1: "delivered again",
+        2: "delivered again",
+        77: "its run is deleted",
+    }
+    assert mlflow.mend(journal_entries(folder.journal_file), states) == {}
+    assert mlflow.trial_states() == {number: ["finished"] for number in range(4)}
+    assert {doubled.info.run_id, changed.info.run_id, whole.info.run_id} < {
+        run.info.run_id for run in _runs(client, sweep, "trial")
+    }
+    assert differences(store.tracking_uri, sweep.name, folder.journal_file) == []
+
+
+def test_the_parent_run_keeps_the_front(client, store, sweep, folder, said, tmp_path):
+    with recording(store, sweep, said.append) as recorder:
+        for number, (accuracy, rank) in enumerate([(0.5, 8), (0.4, 2), (0.3, 4)]):  # the last is dominated
+            begin(recorder, sweep, number, lora__rank=rank)
+            finish(recorder, folder.root, number, accuracy)
+        recorder.record_comparison(_COMPARISON)
+        recorder.finish(interrupted=False)
+        points = recorder.points
     parent = queries.parent_run(client, sweep.name)
     run_id = parent.info.run_id
     rows = queries.logged_json(client, run_id, names.FRONT_JSON)
@@ -226,54 +328,125 @@ def test_the_parent_run_keeps_the_front(client, store, sweep, sweep_file, tmp_pa
         (2, 0.3, False),
     ]
     assert len(front(points)) == parent.data.metrics["front_size"] == 2
-    expected = hypervolume(points, accuracy=0.0, energy_uj_per_token=1.0)
+    expected = hypervolume(points, (0.0, 1.0))
     assert parent.data.metrics["hypervolume"] == pytest.approx(expected)
     volumes = {m.step: m.value for m in client.get_metric_history(run_id, "hypervolume")}
     assert sorted(volumes) == [1, 2, 3]
     assert volumes[1] < volumes[2] == volumes[3] == pytest.approx(expected)
 
     files = {item.path for item in client.list_artifacts(run_id)}
-    assert files == {"sweep.yaml", "front.json", "front.csv", "front.png", "comparison.json"}
-    folder = Path(client.download_artifacts(run_id, "", str(tmp_path)))
-    header, *lines = (folder / "front.csv").read_text().splitlines()
+    assert files == {"sweep.yaml", "front.json", "front.csv", "front.png", "report.html", "comparison.json"}
+    copy = Path(client.download_artifacts(run_id, "", str(tmp_path)))
+    header, *lines = (copy / "front.csv").read_text().splitlines()
     assert header.split(",")[-1] == "lora.rank"
     assert len(lines) == 3
-    assert matplotlib.image.imread(folder / "front.png").shape[:2] == (500, 800)
-    assert yaml.safe_load((folder / "sweep.yaml").read_text())["name"] == sweep.name
+    assert matplotlib.image.imread(copy / "front.png").shape[:2] == (500, 800)
+    assert yaml.safe_load((copy / "sweep.yaml").read_text())["name"] == sweep.name
+    assert "<title>the_parent" not in (copy / "report.html").read_text()
+    assert f"<title>{sweep.name}</title>" in (copy / "report.html").read_text()
     assert parent.data.tags["mlflow.note.content"] == "what it is for"
 
 
-def test_a_trial_that_is_not_there_is_named_with_those_that_are(client, store, sweep, sweep_file, tmp_path):
-    recorder = SweepRecorder(client, store, sweep, sweep_file)
-    _finish(recorder, sweep, tmp_path, 0, accuracy=0.5)
-    with pytest.raises(UserError, match=rf"no trial '{sweep.name}/7' \(numbers of '{sweep.name}': 0\)"):
-        queries.trial(client, f"{sweep.name}/7")
-    for malformed in (sweep.name, f"{sweep.name}/x", "/3"):
-        with pytest.raises(UserError, match="write SWEEP/NUMBER"):
-            queries.trial(client, malformed)
+_COMPARISON = {"reference": "untrained", "rows": 8, "chip_instances": 2, "cells": []}
+
+
+def test_a_journal_sent_again_from_its_beginning_leaves_the_same_rows(client, store, sweep, folder, said):
+    with recording(store, sweep, said.append) as recorder:
+        for number in range(3):
+            begin(recorder, sweep, number)
+            recorder.report_step(number, 2, {"train_loss": float("nan")})
+            recorder.report_step(number, 4, {"train_loss": float("inf") if number == 1 else 0.5})
+            finish(recorder, folder.root, number, accuracy=0.3 + number / 10)
+        recorder.finish(interrupted=False)
+    runs = [(run.info.run_id, run.data, run.inputs, run.outputs) for run in _runs(client, sweep, "trial")]
+    folder.sent_file.unlink()  # as after a crash between a delivery and its note, at the worst
+    with recording(store, sweep, said.append) as recorder:
+        recorder.finish(interrupted=False)
+    again = [(run.info.run_id, run.data, run.inputs, run.outputs) for run in _runs(client, sweep, "trial")]
+    assert list(map(repr, again)) == list(map(repr, runs))
+    found = differences(store.tracking_uri, sweep.name, folder.journal_file)
+    assert all("1.797" in line or "inf" in line for line in found)  # MLflow keeps infinity as the largest number
+    assert len(found) == 2
+
+
+def test_what_mlflow_refuses_is_kept_and_told_and_holds_nothing_up(client, store, sweep, folder, said):
+    with recording(store, sweep, said.append) as recorder:
+        begin(recorder, sweep, 0)
+        recorder._write("report", 0, step=1, metrics={"bad$name": 1.0})
+        recorder.report_step(0, 2, {"train_loss": 1.0})
+        finish(recorder, folder.root, 0, accuracy=0.5)
+        begin(recorder, sweep, 1)
+        finish(recorder, folder.root, 1, accuracy=0.6)
+        shutil.rmtree(folder.trial(1))  # before the sender came to it, or after
+        recorder.finish(interrupted=False)
+    assert [run.info.status for run in _runs(client, sweep, "trial")] == ["FINISHED", "FINISHED"]
+    refused = [json.loads(line) for line in folder.refused_file.read_text().splitlines()]
+    assert refused[0]["entry"]["metrics"] == {"bad$name": 1.0}
+    assert "Invalid value" in refused[0]["error"]
+    assert any("MLflow refused a record of trial 0" in line for line in said)
+    (lost,) = differences(store.tracking_uri, sweep.name, folder.journal_file)
+    assert lost.startswith("lost: (0, 'bad$name', ")
+    assert undelivered(store, sweep.name) == 0
+
+
+def test_a_locked_database_costs_only_delay(client, store, sweep, folder, said):
+    database = sqlite3.connect(store.root / "mlflow.db", isolation_level=None, check_same_thread=False)
+    database.execute("begin exclusive")
+    threading.Timer(12, database.close).start()  # longer than MLflow's own patience
+    with recording(store, sweep, said.append) as recorder:
+        begin(recorder, sweep, 0)
+        finish(recorder, folder.root, 0, accuracy=0.5)
+        recorder.finish(interrupted=False)
+    assert differences(store.tracking_uri, sweep.name, folder.journal_file) == []
+    assert undelivered(store, sweep.name) == 0
+
+
+def test_hostile_names_are_recorded_as_they_are(client, store, tiny_models, tiny_task, said, tmp_path):
+    name = "<script>alert(1)</script> 'quoted' \"model\" ‮גרסה 🤖" + "x" * 100
+    model = tmp_path / name
+    shutil.copytree(tiny_models["llama"], model)
+    sweep = made_up_sweep(store, "hostile", str(model), tiny_task, description=f"{name}" * 50)
+    folder = store.sweep("hostile")
+    with recording(store, sweep, said.append) as recorder:
+        begin(recorder, sweep, 0, model=str(model))
+        recorder.fail_trial(0, f"{name}: no such\nthing" * 1000)
+        recorder.finish(interrupted=False)
+    assert said == []
+    run = queries.trial_run(client, "hostile", 0)
+    assert run.data.params["model"] == run.data.tags["halora.model"] == str(model)
+    assert run.data.tags["halora.cause"].startswith(name)
+    page = folder.published / "report.html"
+    assert "<script>alert" not in page.read_text()
+    assert "&lt;script&gt;alert" in page.read_text()
+
+
+def test_a_run_that_is_not_there_is_named(client, store, sweep, folder, said):
+    with recording(store, sweep, said.append) as recorder:
+        recorder.finish(interrupted=False)
+    with pytest.raises(UserError, match=f"MLflow has no run of trial '{sweep.name}/7' yet"):
+        queries.trial_run(client, sweep.name, 7)
     with pytest.raises(UserError, match="nothing is recorded of sweep 'other'"):
         queries.parent_run(client, "other")
+    run_id = queries.parent_run(client, sweep.name).info.run_id
     with pytest.raises(UserError, match=r"has no 'nothing\.json'; it did not get that far"):
-        queries.logged_json(client, recorder.parent.info.run_id, "nothing.json")
+        queries.logged_json(client, run_id, "nothing.json")
 
 
-def test_a_store_that_cannot_be_used_is_named(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"file/store' cannot be written: Not a directory") as caught:
-        Store(tmp_path / "file" / "store").check_writable()
-    assert not isinstance(caught.value, UnreachableError)
+def test_a_database_that_is_none_is_named(tmp_path):
     (tmp_path / "mlflow.db").write_text("no database")
     with pytest.raises(UnreachableError, match=r"cannot be opened: .*file is not a database"):
         open_client(Store(tmp_path))
+    with pytest.raises(UnreachableError, match=r"MLflow at 'http://127\.0\.0\.1:9' cannot be opened"):
+        open_client(Store(tmp_path, "http://127.0.0.1:9"))
 
 
-def test_a_store_lists_the_sweeps_it_holds(tmp_path):
-    store = Store(tmp_path)
-    assert store.sweeps() == []
-    for name in ("first", "second"):
-        store.sweep(name).root.mkdir(parents=True)
-    store.sweep("second").sweep_file.touch()
-    assert store.sweeps() == ["second"]
-    assert store.existing("second").name == "second"
-    with pytest.raises(UserError, match=r"no sweep 'secnd' in .*did you mean 'second'"):
-        store.existing("secnd")
+def test_a_recorder_leaves_a_torn_journal_usable(store, sweep, folder):
+    recorder = SweepRecorder(folder, sweep)
+    begin(recorder, sweep, 0)
+    recorder.close()
+    os.truncate(folder.journal_file, folder.journal_file.stat().st_size - 7)
+    again = SweepRecorder(folder, sweep)
+    assert not again.ledger.begun(0) or again.ledger.state(0) == "running"
+    begin(again, sweep, 0)
+    again.close()
+    assert [entry["kind"] for entry in journal_entries(folder.journal_file)].count("begin") == 1

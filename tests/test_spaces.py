@@ -10,7 +10,7 @@ import yaml
 from halora.errors import UserError
 from halora.spaces.language import with_values
 from halora.spaces.sweep import load_sweep, shipped_sweeps
-from halora.sweep.core import choose
+from halora.sweep.samplers import choose
 
 _WRONG = """
 name: wrong
@@ -30,6 +30,16 @@ space:
   training.learnin_rate: {low: 1.0e-3, high: 1.0e-2}
   training.mu: {low: 0.0, high: 1.0, when: {training.methd: [halora]}}
   training.batch_size: {low: 0, high: 8, kind: int}
+  training.reg_norm: {choices: [spectral], when: {training.method: [halo]}}
+  training.warmup_steps: {normal: [0, 1]}
+  lora.alpha_over_rank: {low: 2, high: 2}
+derived:
+  training.weight_decay: training.step / 100
+  training.gradient_clip: "1 if training.steps else 2"
+  training.batch_size: "8"
+constraints: [energy_mj <= 3, accuracy > 0.5]
+search: {sampler: tpa}
+early_stopping: {rungs: [{steps: 4}, {steps: 4}], keep: 1.0}
 first:
   - {training.batch_size: 9, training.steps: 4}
 reference_point: {accuracy: 0.0, energy_uj_per_token: 6.0}
@@ -51,6 +61,17 @@ _MISTAKES = {
     "space.training.learnin_rate: a trial has no such field; did you mean 'training.learning_rate'?",
     "space.training.mu.when: 'training.methd' is not searched before it; did you mean 'training.method'?",
     "space.training.batch_size: 0: training.batch_size: input should be greater than or equal to 1, got 0",
+    "space.training.reg_norm.when: 'training.method' is never 'halo'",
+    "space.training.warmup_steps: a distribution is `choices: [...]`, or `low` and `high`",
+    "space.lora.alpha_over_rank: low must be below high, got 2.0 and 2.0",
+    "derived.training.weight_decay: 'training.step' is neither searched, nor derived before it, nor written in trial",
+    "derived.training.gradient_clip: '1 if training.steps else 2': a formula has numbers, names,",
+    "derived.training.batch_size: is searched already",
+    "constraints.0: no metric 'energy_mj' (known: energy_uj_per_token, accuracy",
+    "constraints.1: write `METRIC <= NUMBER` or `METRIC >= NUMBER`, got 'accuracy > 0.5'",
+    "search.sampler: input should be 'tpe', 'gp', 'nsga2', 'nsga3', 'random' or 'qmc', got 'tpa'",
+    "early_stopping.rungs: every rung needs more steps than the one before it, got 4, 4",
+    "early_stopping.keep: input should be less than 1, got 1.0",
     "first[0].training.batch_size: 9 is outside the space",
     "first[0].training.steps: not searched",
     "comparison: needs trial.evaluation.rows",

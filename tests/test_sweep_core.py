@@ -1,12 +1,16 @@
-"""Oracles: the journal itself (what a fresh reader of it says), determinism, the points written in the sweep file."""
+"""Oracles: the study itself (what a fresh reader of it says), determinism, the points written in the sweep file."""
 
 import optuna
 import pytest
 
 from halora.errors import UserError
-from halora.records.store import SweepFolder
+from halora.records.store import Store
+from halora.spaces.recipes import first_points
 from halora.spaces.sweep import SweepConfig, load_sweep
-from halora.sweep.core import Decision, DecisionCore, check_not_launched, free_knobs, open_study
+from halora.sweep.core import Decision
+from halora.sweep.problem import free_knobs
+from halora.sweep.state import check_not_launched, open_core
+from halora.sweep.study import SweepStudy, storage_of
 from halora.trial import trial_energy
 
 _FIRST = (
@@ -40,138 +44,187 @@ def sweep(tiny_models, tiny_task):
 
 
 @pytest.fixture
-def folder(tmp_path):
-    (tmp_path / "core").mkdir()
-    return SweepFolder(tmp_path / "core")
+def store(tmp_path):
+    return _store(tmp_path / "store")
 
 
-def _core(sweep, folder):
-    """A new core over whatever the journal holds, as a new process would make it."""
-    return DecisionCore(sweep, open_study(sweep, folder))
+def _store(root):
+    (root / "sweeps" / "core").mkdir(parents=True)
+    return Store(root)
 
 
-def _accuracy(suggestion):
-    return suggestion.values["lora.rank"] / 10
+def _scores(job, accuracy=None):
+    """Scores of a job as a trainable reports them."""
+    by_chip = [job.values["lora.rank"] / 10 if accuracy is None else accuracy] * job.goal.chip_instances
+    mean = sum(by_chip) / len(by_chip)
+    return {"accuracy": mean, "clean_accuracy": 0.9, "accuracy_by_chip": by_chip, "step": job.goal.steps}
 
 
 def _run_out(core):
-    """All suggestions of a core, each completed before the next is asked for."""
+    """All jobs of a core, each done before the next is asked for."""
     done = []
-    while suggestion := core.suggest():
-        done.append(suggestion)
-        core.on_complete(suggestion.number, _accuracy(suggestion), suggestion.energy.total_uj_per_token)
+    while job := core.suggest():
+        done.append(job)
+        core.on_scores(job.number, _scores(job))
     return done
 
 
-def test_the_points_of_the_file_come_first_and_the_budget_is_kept(sweep, folder):
-    core = _core(sweep, folder)
-    assert core.counts() == {"finished": 0, "failed": 0, "unfinished": 0, "waiting": 6}
+def test_the_points_of_the_file_come_first_and_the_budget_is_kept(sweep, store):
+    core = open_core(sweep, store)
+    none = {"finished": 0, "failed": 0, "stopped": 0, "skipped": 0, "unfinished": 0}
+    assert core.counts() == none | {"waiting": 6}
     done = _run_out(core)
-    assert [s.number for s in done] == list(range(6))
-    assert [s.values for s in done[:2]] == list(_FIRST)
-    assert core.counts() == {"finished": 6, "failed": 0, "unfinished": 0, "waiting": 0}
+    assert [job.number for job in done] == list(range(6))
+    first = first_points(sweep)
+    assert [job.values for job in done[: len(first)]] == first
+    assert first[:2] == list(_FIRST)
+    assert core.counts() == none | {"finished": 6, "waiting": 0}
     assert core.suggest() is None
-    assert _core(sweep, folder).suggest() is None
-    for s in done:
-        assert s.config == sweep.resolve(s.values)
-        assert s.energy == trial_energy(s.config)
+    assert core.over
+    assert open_core(sweep, store).suggest() is None
+    for job in done:
+        assert job.energy_uj_per_token == trial_energy(sweep.resolve(job.values)).total_uj_per_token
     short = sweep.model_copy(update={"trials": 1, "name": "short"})
-    assert [s.values for s in _run_out(_core(short, folder))] == [_FIRST[0]]
+    (store.root / "sweeps" / "short").mkdir()
+    assert [job.values for job in _run_out(open_core(short, store))] == [_FIRST[0]]
 
 
-def test_the_same_seed_suggests_the_same_and_another_seed_does_not(sweep, tmp_path):
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "nsga3", "gp", "random", "qmc"])
+def test_the_same_seed_suggests_the_same_and_another_seed_does_not(sweep, tmp_path, sampler):
     def suggestions(name, **changes):
-        folder = SweepFolder(tmp_path / name)
-        folder.root.mkdir()
-        return [s.values for s in _run_out(_core(sweep.model_copy(update={"trials": 14, **changes}), folder))]
+        settings = sweep.search.model_copy(update={"sampler": sampler})
+        changed = sweep.model_copy(update={"trials": 14, "search": settings, **changes})
+        return [job.values for job in _run_out(open_core(changed, _store(tmp_path / name)))]
 
     once = suggestions("once")  # beyond ten trials the sampler goes by what it has seen
     assert suggestions("again") == once
-    assert suggestions("other", seed=6)[2:] != once[2:]
-    assert len({str(values) for values in once}) > 10
+    first = len(first_points(sweep))
+    assert suggestions("other", seed=6)[first:] != once[first:]
+    assert len({str(values) for values in once}) == 14  # none twice
 
 
-def test_a_new_core_goes_on_with_what_was_left_unfinished(sweep, folder):
-    uninterrupted = SweepFolder(folder.root.parent / "whole")
-    uninterrupted.root.mkdir()
-    expected = [s.values for s in _run_out(_core(sweep, uninterrupted))]
+def test_a_space_without_anything_new_ends_the_search(sweep, store):
+    small = {"lora.rank": {"choices": [2, 4]}, "chip.adc.bits": {"low": 6, "high": 7, "kind": "int"}}
+    tiny = _sweep(sweep.trial["model"], sweep.trial["task"], space=small, first=[])
+    core = open_core(tiny, store)
+    assert len({str(job.values) for job in _run_out(core)}) == 4
+    assert core.over
+    assert "no configuration is left" in core.ended
+    assert open_core(tiny, store).counts()["waiting"] == 0
 
-    first = _core(sweep, folder)
+
+def test_a_new_core_goes_on_with_what_was_left_unfinished(sweep, store, tmp_path):
+    expected = [job.values for job in _run_out(open_core(sweep, _store(tmp_path / "whole")))]
+    first = open_core(sweep, store)
     begun = [first.suggest() for _ in range(4)]
-    first.on_complete(1, 0.5, begun[1].energy.total_uj_per_token)
-    second = _core(sweep, folder)
+    first.on_scores(1, _scores(begun[1]))
+    second = open_core(sweep, store)
     assert second.unfinished == [0, 2, 3]
     again = [second.suggest() for _ in range(3)]
-    assert [(s.number, s.values, s.config) for s in again] == [
-        (s.number, s.values, s.config) for s in begun if s.number != 1
-    ]
+    assert again == [job for job in begun if job.number != 1]
     assert [second.suggest().number for _ in range(2)] == [4, 5]
     assert second.suggest() is None
-    assert second.num_started == 6
+    assert second.waiting
 
-    third = _core(sweep, folder)
-    done = _run_out(third)
-    assert [s.number for s in done] == [0, 2, 3, 4, 5]
-    assert third.counts() == {"finished": 6, "failed": 0, "unfinished": 0, "waiting": 0}
-    assert [third.suggestion(number).values for number in range(6)] == expected  # the random phase sees no results
-
-
-def test_a_trial_without_values_is_given_up_and_the_sweep_goes_on(sweep, folder):
-    study = open_study(sweep, folder)
-    study.ask()  # a process that ended between asking and choosing
-    done = _run_out(_core(sweep, folder))
-    assert [s.number for s in done] == [1, 2, 3, 4, 5]
-    assert _core(sweep, folder).counts() == {"finished": 5, "failed": 1, "unfinished": 0, "waiting": 0}
+    third = open_core(sweep, store)
+    assert [job.number for job in _run_out(third)] == [0, 2, 3, 4, 5]
+    assert third.counts()["finished"] == 6
+    assert [third.trial(number).values for number in range(6)] == expected  # the random phase sees no results
 
 
-def test_the_journal_holds_how_trials_ended(sweep, folder):
-    core = _core(sweep, folder)
-    good, bad = core.suggest(), core.suggest()
-    core.on_complete(good.number, 0.75, good.energy.total_uj_per_token)
+def test_the_journal_holds_how_trials_ended(sweep, store):
+    core = open_core(sweep, store)
+    good, bad, strange = core.suggest(), core.suggest(), core.suggest()
+    core.on_scores(good.number, _scores(good, 0.75))
     core.on_failure(bad.number)
-    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(folder.study_file)))
-    complete, failed = optuna.load_study(study_name="core", storage=storage).get_trials()
-    assert (complete.state.name, complete.values) == ("COMPLETE", [0.75, good.energy.total_uj_per_token])
+    core.on_scores(strange.number, _scores(strange, float("nan")))
+    journal = optuna.storages.journal.JournalFileBackend(str(store.sweep("core").study_file))
+    study = optuna.load_study(study_name="core", storage=optuna.storages.JournalStorage(journal))
+    complete, failed, no_number = study.get_trials()
+    assert (complete.state.name, complete.values) == ("COMPLETE", [0.75, good.energy_uj_per_token])
     assert (failed.state.name, failed.values) == ("FAIL", None)
-    assert complete.user_attrs["values"] == complete.params == good.values
-    assert _core(sweep, folder).suggest().number == 2  # a failed trial is not tried again
-    assert [t.number for t in core.completed()] == [0]
+    assert no_number.state.name == "FAIL"
+    assert complete.params == good.values
+    assert open_core(sweep, store).suggest().number == 3  # a failed trial is not tried again
 
 
-def test_a_stop_request_of_another_process_pauses_everything(sweep, folder):
-    driver, other = _core(sweep, folder), _core(sweep, folder)
+def test_a_stop_request_of_another_process_pauses_everything(sweep, store):
+    driver, other = open_core(sweep, store), open_core(sweep, store)
     running = driver.suggest()
     report = {"stage": "training", "step": 2}
     assert driver.on_report(running.number, report) is Decision.CONTINUE
     other.request_stop()
     assert driver.on_report(running.number, report) is Decision.PAUSE
     assert driver.suggest() is None
+    assert not driver.waiting
+    assert not driver.over
     assert driver.unfinished == [running.number]
     other.request_stop(False)
     assert driver.on_report(running.number, report) is Decision.CONTINUE
     assert driver.suggest().number == 1
 
 
-def test_looking_at_a_sweep_changes_nothing(sweep, folder):
-    core = _core(sweep, folder)
-    core.suggest()
-    before = folder.study_file.read_bytes()
-    looking = _core(sweep, folder)
-    assert looking.counts() == {"finished": 0, "failed": 0, "unfinished": 1, "waiting": 5}
-    assert folder.study_file.read_bytes() == before
+def test_looking_at_a_sweep_changes_nothing(sweep, store):
+    open_core(sweep, store).suggest()
+    journal = store.sweep("core").study_file
+    before = journal.read_bytes()
+    counts = open_core(sweep, store).counts()
+    assert (counts["unfinished"], counts["waiting"]) == (1, 5)
+    assert journal.read_bytes() == before
     with pytest.raises(UserError, match=r"sweep 'core' was launched before .*halora sweep resume core"):
-        check_not_launched(folder)
+        check_not_launched(store.sweep("core"))
 
 
-def test_quickstart_searches_a_wide_range_of_energies(folder):
-    sweep = load_sweep("quickstart").model_copy(update={"trials": 40})
-    core = _core(sweep, folder)
+def test_a_sweep_starts_warm_from_earlier_ones(sweep, store):
+    many = sweep.model_copy(update={"trials": 30})
+    _run_out(open_core(many, store))
+    (store.root / "sweeps" / "core" / "sweep.yaml").touch()
+    (store.root / "sweeps" / "later").mkdir()
+    settings = sweep.search.model_copy(update={"warm_start": ("core",)})
+    best = {"choices": [2, 4, 8]}
+    later = _sweep(sweep.trial["model"], sweep.trial["task"], name="later", trials=12, first=[], search=settings)
+    assert later.space["lora.rank"].choices == tuple(best["choices"])
+    cold = later.model_copy(update={"search": sweep.search, "name": "cold"})
+    (store.root / "sweeps" / "cold").mkdir()
+    ranks = {
+        name: [job.values["lora.rank"] for job in _run_out(open_core(each, store))]
+        for name, each in (("later", later), ("cold", cold))
+    }
+    assert ranks["later"] != ranks["cold"]
+    with pytest.raises(UserError, match="no sweep 'coer'"):
+        open_core(later.model_copy(update={"search": settings.model_copy(update={"warm_start": ("coer",)})}), store)
+
+
+def test_quickstart_searches_a_wide_range_of_energies(tmp_path):
+    sweep = load_sweep("quickstart").model_copy(update={"trials": 40, "name": "core"})
+    core = open_core(sweep, _store(tmp_path))
     energies = []
-    while suggestion := core.suggest():
-        energies.append(suggestion.energy.total_uj_per_token)
+    while job := core.suggest():
+        energies.append(job.energy_uj_per_token)
     assert max(energies) / min(energies) >= 1.5
     assert len({round(energy, 3) for energy in energies}) >= 15
     assert max(energies) < sweep.reference_point.energy_uj_per_token
+
+
+def test_a_study_in_postgresql_is_the_same(sweep, tmp_path, postgresql, monkeypatch):
+    """The same jobs as from a journal file; another process's core goes on with them."""
+    expected = _run_out(open_core(sweep, _store(tmp_path / "journal")))
+    monkeypatch.setenv("HALORA_STUDY_URL", postgresql)
+    place = _store(tmp_path / "database")
+    begun = [open_core(sweep, place).suggest(), open_core(sweep, place).suggest()]
+    assert begun[0] == begun[1] == expected[0]  # unfinished, so handed out again
+    assert _run_out(open_core(sweep, place)) == expected
+    assert not place.sweep("core").study_file.exists()
+    trials = SweepStudy("core", storage_of(place.sweep("core"))).trials()
+    assert [dict(trial.values) for trial in trials] == [job.values for job in expected]
+    monkeypatch.setenv("HALORA_STUDY_URL", postgresql.replace("/postgres", "/nowhere").replace("//", "//me:secret@"))
+    with pytest.raises(UserError, match=r"the study's database \(\$HALORA_STUDY_URL\) cannot be opened") as told:
+        open_core(sweep, place)
+    assert "secret" not in str(told.value)
+    monkeypatch.delenv("HALORA_STUDY_URL")
+    with pytest.raises(UserError, match=r"the study of sweep 'core' is in a database \(set \$HALORA_STUDY_URL"):
+        open_core(sweep, place)
+    assert not place.sweep("core").study_file.exists()
 
 
 def test_a_searched_knob_whose_cost_lies_outside_the_boundary_is_told(tiny_models, tiny_task):

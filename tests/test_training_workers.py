@@ -156,12 +156,13 @@ def test_a_lost_worker_fails_the_trial_and_not_the_trainable(workbench, tiny_tri
     (tmp_path / "next").mkdir()
     config = tiny_trial(**SETTINGS, workers=2)
     trainable = HaloraTrainable.__new__(HaloraTrainable)
-    trainable.setup({"number": 0, "folder": str(tmp_path / "lost"), "trial": config.model_dump(mode="json")})
+    job = {"trial": config.model_dump(mode="json"), "goal": {"steps": config.training.steps, "chip_instances": 1}}
+    trainable.setup({"number": 0, "folder": str(tmp_path / "lost"), **job})
     assert trainable.step()["stage"] == "training"
     os.kill(_peer_pid(trainable._training), signal.SIGKILL)
     report = trainable.step()
     assert (report["stage"], report["done"]) == ("failed", True)
     assert report["cause"].startswith("worker 1 of 2 ended")
-    trainable.reset_config({"number": 1, "folder": str(tmp_path / "next"), "trial": config.model_dump(mode="json")})
+    trainable.reset_config({"number": 1, "folder": str(tmp_path / "next"), **job})
     assert trainable.step()["stage"] == "training"
     trainable.cleanup()

@@ -32,7 +32,7 @@ from halora.training.workers import Place, free_port, leaving_on_failure
 from halora.trial import TRIAL_FILE, TrialConfig
 
 RESULT_FILE = "result.json"
-"""Scores of a finished trial, in its folder."""
+"""Scores of a trial at the last goal it reached, in its folder."""
 _REPORTS_FILE = "reports.json"
 _LOADING_S = 1800.0
 """Longest wait for another worker to start and to load the base model."""
@@ -54,14 +54,14 @@ class Workbench:
             self._loaded = (name, base, install(base.causal_lm))
         return self._loaded[1], self._loaded[2]
 
-    def train(self, config: TrialConfig, folder: Path) -> "Training":
-        """Begin the trial's training, or go on from its latest checkpoint in `folder`.
+    def train(self, config: TrialConfig, folder: Path, until: int | None = None) -> "Training":
+        """Begin the trial's training, or go on from its latest checkpoint in `folder`; up to a step, or to its end.
 
         Raises:
             UserError: The checkpoint is damaged or another adapter's, or the model lacks the adapter's targets.
             WorkerLostError: Another worker of the trial could not begin.
         """
-        return Training(self, config, folder)
+        return Training(self, config, folder, until)
 
     def peers(self, config: TrialConfig) -> Peers:
         """The trial's other workers, running; those of the last trial where it had as many."""
@@ -150,8 +150,9 @@ class Training:
     Its process is rank 0 of the trial's workers, and speaks for all of them.
     """
 
-    def __init__(self, workbench: Workbench, config: TrialConfig, folder: Path) -> None:
+    def __init__(self, workbench: Workbench, config: TrialConfig, folder: Path, until: int | None) -> None:
         self._workbench, self._config, self._folder = workbench, config, folder
+        self._until = config.training.steps if until is None else until
         self._patience = {"timeout_s": config.training.worker_timeout_s}
         self._peers = workbench.peers(config)
         with self._peers.in_step("load", config, timeout_s=_LOADING_S):
@@ -167,13 +168,12 @@ class Training:
 
     @property
     def done(self) -> bool:
-        """Whether all steps are taken."""
-        return self._finetuner.done
+        """Whether all steps asked for are taken."""
+        return self._finetuner.step >= self._until
 
     def advance(self) -> dict[str, float]:
         """Train up to the next report and checkpoint; means over the steps taken."""
-        training = self._config.training
-        count = min(training.report_every, training.steps - self._finetuner.step)
+        count = min(self._config.training.report_every, self._until - self._finetuner.step)
         with self._peers.in_step("advance", count, self._folder, **self._patience):
             steps = [asdict(self._finetuner.train_step()) for _ in range(count)]
             report: dict[str, float] = {"step": self._finetuner.step}
@@ -271,11 +271,33 @@ def past_reports(folder: Path) -> list[dict[str, float]]:
     return [report for report in json.loads(written.read_text()) if report["step"] <= reached]
 
 
-class HaloraTrainable(tune.Trainable):
-    """Ray Tune's view of a trial.
+@dataclass(frozen=True)
+class Goal:
+    """What a trial is to be brought to.
 
-    The `config` given by the executor holds `number`, `folder` and `trial` (a resolved `TrialConfig`). Reports carry
-    `number`, `stage` (`training`, `evaluated` or `failed`) and metrics; a failed trial says its `cause`.
+    Attributes:
+        steps: Optimiser steps taken by then.
+        chip_instances: Chip instances scored by then, 0 .. n-1.
+        rows: Validation rows scored; all of them for none.
+        first_chip: First chip instance to score; the result in the trial's folder has those before it.
+    """
+
+    steps: int
+    chip_instances: int
+    rows: int | None = None
+    first_chip: int = 0
+
+    def config(self, config: TrialConfig) -> TrialConfig:
+        """The trial, to be scored on the rows and the number of chips that are left."""
+        left = {"rows": self.rows, "chip_instances": self.chip_instances - self.first_chip}
+        return config.model_copy(update={"evaluation": config.evaluation.model_copy(update=left)})
+
+
+class HaloraTrainable(tune.Trainable):
+    """Ray Tune's view of a job: bringing a trial to a goal.
+
+    The `config` given by the executor holds `number`, `folder`, `trial` (a resolved `TrialConfig`) and `goal`. Reports
+    carry `number`, `stage` (`training`, `evaluated` or `failed`) and metrics; a failed trial says its `cause`.
     """
 
     def setup(self, config: dict[str, Any]) -> None:
@@ -306,20 +328,26 @@ class HaloraTrainable(tune.Trainable):
     def _begin(self, config: dict[str, Any]) -> None:
         self._number, self._folder = int(config["number"]), Path(config["folder"])
         self._config = TrialConfig.model_validate(config["trial"])
+        self._goal = Goal(**config["goal"])
         self._training: Training | None = None
-        self._trained = False
+        self._trained = self._goal.first_chip > 0
 
     def _step(self) -> dict[str, Any]:
         if not self._trained:
             if self._training is None:
-                self._training = self._workbench.train(self._config, self._folder)
+                self._training = self._workbench.train(self._config, self._folder, self._goal.steps)
             report = self._training.advance()
             self._trained = self._training.done
             return {"stage": "training", **report, "done": False}
         self._end_training()
-        scores = self._workbench.evaluate(self._config, adapter_folder(self._folder))
-        write_json(self._folder / RESULT_FILE, scores.to_json())
-        return {"stage": "evaluated", "step": self._config.training.steps, **scores.summary(), "done": True}
+        goal, result = self._goal, self._folder / RESULT_FILE
+        config = goal.config(self._config)
+        scores = self._workbench.evaluate(config, adapter_folder(self._folder), first_chip=goal.first_chip)
+        if goal.first_chip:
+            scores = ChipScores.from_json(json.loads(result.read_text())).with_chips_after(goal.first_chip, scores)
+        write_json(result, scores.to_json())
+        taken_at = {"step": goal.steps, "rows": len(scores.row_ids), "accuracy_by_chip": scores.accuracy_by_chip}
+        return {"stage": "evaluated", **taken_at, **scores.summary(), "done": True}
 
     def _end_training(self) -> None:
         if self._training is not None:

@@ -6,66 +6,67 @@ from dataclasses import dataclass
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from halora.analysis.front import TrialPoint, front
+from halora.analysis.summary import FrontView
+from halora.analysis.trials import TrialPoint
 from halora.hardware.error_curves import ErrorCurve
 
-_STYLES = {
-    "lora": ("#0072B2", "s"),
-    "noise_lora": ("#E69F00", "^"),
-    "halora": ("#009E73", "o"),
-}  # Okabe and Ito
+METHOD_COLOURS = {"lora": "#0072B2", "noise_lora": "#E69F00", "halora": "#009E73"}  # Okabe and Ito
+OTHER_COLOUR = "#666666"
+_SHAPES = {"lora": "s", "noise_lora": "^", "halora": "o"}
 
 
-def front_figure(points: Sequence[TrialPoint], title: str, methods: dict[int, str]) -> Figure:
+def front_figure(view: FrontView, title: str) -> Figure:
     """Accuracy under noise with its intervals against energy; the front is filled and joined by a staircase.
 
     Args:
-        points: Finished trials.
+        view: The sweep's front over accuracy and energy.
         title: Title of the figure.
-        methods: Training method by trial number; it sets colour and shape.
     """
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    members = front(points)
+    members, points = view.members, view.groups.feasible
     if members:
-        axes.step(
-            [p.energy_uj_per_token for p in members],
-            [p.accuracy for p in members],
-            where="post",
-            color="0.4",
-            linewidth=1,
-            zorder=1,
-        )
+        steps = [[p.energy_uj_per_token for p in members], [p.accuracy for p in members]]
+        axes.step(*steps, where="post", color="0.4", linewidth=1, zorder=1)
     on_front = {point.number for point in members}
-    for method, (colour, shape) in _STYLES.items():
-        group = [p for p in points if methods.get(p.number) == method]
+    for method in dict.fromkeys([*_SHAPES, *(_method(p) for p in points)]):
         for filled in (True, False):
-            shown = [p for p in group if (p.number in on_front) == filled]
-            if not shown:
-                continue
-            axes.errorbar(
-                [p.energy_uj_per_token for p in shown],
-                [p.accuracy for p in shown],
-                yerr=[  # never below 0: rounding can put a limit of an accuracy of 1 on its wrong side
-                    [max(p.accuracy - p.accuracy_low, 0) for p in shown],
-                    [max(p.accuracy_high - p.accuracy, 0) for p in shown],
-                ],
-                fmt=shape,
-                color=colour,
-                markerfacecolor=colour if filled else "white",
-                elinewidth=0.8,
-                capsize=2,
-                label=f"{method}, {'on the front' if filled else 'dominated'}",
-            )
+            shown = [p for p in points if _method(p) == method and (p.number in on_front) == filled]
+            if shown:
+                _draw_trials(axes, shown, method, filled)
     for point in members:
         place = (point.energy_uj_per_token, point.accuracy)
         axes.annotate(str(point.number), place, xytext=(5, 5), textcoords="offset points")
-    axes.set(title=title, xlabel="energy per token (µJ)", ylabel="accuracy under noise (95 % interval)")
+    axes.set_title(title, parse_math=False)
+    axes.set(xlabel="energy per token (µJ)", ylabel="accuracy under noise (95 % interval)")
     if points:
-        axes.legend(fontsize="small", loc="best")
+        for text in axes.legend(fontsize="small", loc="best").get_texts():
+            text.set_parse_math(False)
     else:
         axes.text(0.5, 0.5, "no finished trial yet", ha="center", transform=axes.transAxes)
     return figure
+
+
+def _draw_trials(axes: Axes, shown: Sequence[TrialPoint], method: str, filled: bool) -> None:
+    colour = METHOD_COLOURS.get(method, OTHER_COLOUR)
+    axes.errorbar(
+        [p.energy_uj_per_token for p in shown],
+        [p.accuracy for p in shown],
+        yerr=[  # never below 0: rounding can put a limit of an accuracy of 1 on its wrong side
+            [max(p.accuracy - p.metrics.get("accuracy_low", p.accuracy), 0) for p in shown],
+            [max(p.metrics.get("accuracy_high", p.accuracy) - p.accuracy, 0) for p in shown],
+        ],
+        fmt=_SHAPES.get(method, "D"),
+        color=colour,
+        markerfacecolor=colour if filled else "white",
+        elinewidth=0.8,
+        capsize=2,
+        label=f"{method}, {'on the front' if filled else 'dominated'}",
+    )
+
+
+def _method(point: TrialPoint) -> str:
+    return str(point.labels.get("method", "other"))
 
 
 @dataclass(frozen=True)

@@ -1,65 +1,99 @@
-"""The front of accuracy under noise against energy: non-dominated trials and their hypervolume."""
+"""The front: trials that no other trial beats in every objective; its ranks, hypervolume and knee, by moocore."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
 
+import moocore
 import numpy as np
 
+from halora.analysis.trials import DEFAULT_OBJECTIVES, Objective, TrialPoint
 
-@dataclass(frozen=True, kw_only=True)
-class TrialPoint:
-    """A finished trial as the front sees it.
 
-    Attributes:
-        number: Number of the trial in its sweep.
-        accuracy: Mean accuracy over chip instances, with its 95 % interval over rows and chips.
-        margin: Mean log-likelihood margin of the right option over chips and rows, in nats.
-        clean_accuracy: Accuracy on clean weights.
-        energy_uj_per_token: Energy per token in microjoule.
-        params: Searched values by dotted path.
+def values(points: Sequence[TrialPoint], objectives: Sequence[Objective]) -> np.ndarray:
+    """Objectives of the points, in the shape (points, objectives)."""
+    rows = [[point.metrics[each.metric] for each in objectives] for point in points]
+    return np.array(rows, dtype=float).reshape(-1, len(objectives))
+
+
+def non_dominated(table: np.ndarray, objectives: Sequence[Objective]) -> np.ndarray:
+    """Which rows of `table` (points, objectives) no other row matches or beats everywhere and beats somewhere.
+
+    Of equal rows all count. O(n log n) for up to three objectives.
     """
-
-    number: int
-    accuracy: float
-    accuracy_low: float
-    accuracy_high: float
-    margin: float
-    clean_accuracy: float
-    energy_uj_per_token: float
-    params: dict[str, Any]
+    if not len(table):
+        return np.zeros(0, dtype=bool)
+    chosen = moocore.is_nondominated(table, maximise=[each.maximise for each in objectives], keep_weakly=True)
+    return np.asarray(chosen, dtype=bool)
 
 
-def front(points: Sequence[TrialPoint]) -> list[TrialPoint]:
-    """Points that no other point matches or beats in both objectives and beats in one, by rising energy.
+def ranks(table: np.ndarray, objectives: Sequence[Objective] = DEFAULT_OBJECTIVES) -> np.ndarray:
+    """Front each row of `table` (points, objectives) lies on: 0 for the front, 1 once that is taken away, and so on."""
+    if not len(table):
+        return np.zeros(0, dtype=int)
+    return np.asarray(moocore.pareto_rank(table, maximise=[each.maximise for each in objectives]), dtype=int)
 
-    Of points equal in both objectives all are kept. O(n log n).
+
+def front(points: Sequence[TrialPoint], objectives: Sequence[Objective] = DEFAULT_OBJECTIVES) -> list[TrialPoint]:
+    """The non-dominated points, from the best to the worst in the last objective."""
+    chosen = non_dominated(values(points, objectives), objectives)
+    members = [point for point, kept in zip(points, chosen, strict=True) if kept]
+    last, first = objectives[-1], objectives[0]
+    return sorted(members, key=lambda p: (_loss(p, last), _loss(p, first), p.number))
+
+
+def hypervolume(
+    points: Sequence[TrialPoint], reference: Sequence[float], objectives: Sequence[Objective] = DEFAULT_OBJECTIVES
+) -> float:
+    """Area or volume between the points' front and a reference point, see `volume`."""
+    return volume(values(points, objectives), reference, objectives)
+
+
+def volume(
+    table: np.ndarray, reference: Sequence[float], objectives: Sequence[Objective] = DEFAULT_OBJECTIVES
+) -> float:
+    """Area or volume between rows of `table` (points, objectives) and a reference, in the product of their units.
+
+    Points no better than the reference in every objective add nothing.
     """
-    kept: list[TrialPoint] = []
-    for point in sorted(points, key=lambda p: (p.energy_uj_per_token, -p.accuracy)):
-        last = kept[-1] if kept else None
-        if last is None or point.accuracy > last.accuracy or _objectives(point) == _objectives(last):
-            kept.append(point)
-    return kept
+    if not len(table):
+        return 0.0
+    return float(moocore.hypervolume(table, ref=reference, maximise=[each.maximise for each in objectives]))
 
 
-def hypervolume(points: Sequence[TrialPoint], *, accuracy: float, energy_uj_per_token: float) -> float:
-    """Area between the points' front and a reference point, in accuracy times microjoule.
+def hypervolume_history(
+    points: Sequence[TrialPoint], reference: Sequence[float], objectives: Sequence[Objective] = DEFAULT_OBJECTIVES
+) -> Iterator[float]:
+    """The hypervolume after each of the points, in their order; a point that is dominated costs no new one."""
+    archive = np.zeros((0, len(objectives)))
+    found = 0.0
+    signs = np.array([1 if each.maximise else -1 for each in objectives])
+    for row in values(points, objectives):
+        if not ((archive - row) * signs >= 0).all(axis=1).any():
+            archive = np.vstack([archive, row])
+            archive = archive[non_dominated(archive, objectives)]
+            found = volume(archive, reference, objectives)
+        yield found
 
-    Points no better than the reference in both objectives add nothing. Computed by Optuna.
+
+def knee(members: Sequence[TrialPoint], objectives: Sequence[Objective] = DEFAULT_OBJECTIVES) -> TrialPoint | None:
+    """The member of a front furthest beyond the plane through its extremes (Das, Structural Optimization 1999).
+
+    With objectives scaled to the front's own range that is the one with the largest sum of gains. None where fewer
+    than three different points leave nothing between the extremes.
     """
-    from optuna._hypervolume import compute_hypervolume  # the public API only plots it
-
-    losses = np.array([(p.energy_uj_per_token, -p.accuracy) for p in points]).reshape(-1, 2)
-    reference = np.array([energy_uj_per_token, -accuracy])
-    inside = losses[(losses < reference).all(axis=1)]
-    return float(compute_hypervolume(inside, reference)) if len(inside) else 0.0
+    table = values(members, objectives)
+    if len(np.unique(table, axis=0)) < 3:
+        return None
+    losses = table * [-1 if each.maximise else 1 for each in objectives]
+    span = np.ptp(losses, axis=0)
+    gains = (losses.max(axis=0) - losses) / np.where(span > 0, span, 1)
+    return members[int(gains.sum(axis=1).argmax())]
 
 
 def best(points: Sequence[TrialPoint]) -> TrialPoint | None:
-    """The front's most accurate point; the larger mean margin decides a tie."""
+    """The most accurate point; the larger mean margin decides a tie."""
     return max(points, key=lambda p: (p.accuracy, p.margin), default=None)
 
 
-def _objectives(point: TrialPoint) -> tuple[float, float]:
-    return point.accuracy, point.energy_uj_per_token
+def _loss(point: TrialPoint, each: Objective) -> float:
+    value = point.metrics[each.metric]
+    return -value if each.maximise else value

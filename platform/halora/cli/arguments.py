@@ -14,6 +14,13 @@ ChipSetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="PATH=VALUE", help="Override a value of the chip, e.g. adc.bits=6."),
 ]
+SweepArgument = Annotated[
+    str, typer.Argument(metavar="SWEEP", help="A shipped sweep's name, or the path of a YAML file.")
+]
+SweepSetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="PATH=VALUE", help="Override a value of the file, e.g. trial.training.steps=40."),
+]
 
 
 def overrides_from(settings: list[str] | None, example: str = "trial.training.steps=40") -> dict[str, Any]:

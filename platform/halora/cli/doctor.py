@@ -34,11 +34,17 @@ def doctor(
     build: Annotated[
         bool, typer.Option("--build", help="Build DeepSpeed's op and convert the demo model first.")
     ] = False,
+    reconcile: Annotated[
+        bool, typer.Option("--reconcile", help="Instead: show and mend where studies, journals and MLflow differ.")
+    ] = False,
     form: FormatOption = Format.TABLE,
     store: StoreOption = None,
 ) -> None:
     """Check Python, packages, compiler, Ray, DeepSpeed's op, the MLflow store, memory and disk."""
     place = open_store(store)
+    if reconcile:
+        _reconcile(place, form)
+        return
     if build:
         talk.print("building DeepSpeed's op and converting the demo model; a minute or two the first time")
     checks: list[Callable[[], Finding]] = [
@@ -60,6 +66,28 @@ def doctor(
         raise typer.Exit(1)
 
 
+def _reconcile(place: Store, form: Format) -> None:
+    from halora.sweep.reconcile import reconcile_store
+
+    if not place.sweeps():
+        raise UserError(f"no sweep in '{place.root}' yet", "name another store with --store")
+    rows = [
+        {
+            "sweep": name,
+            "trial": d.number,
+            "study": d.study or "-",
+            "journal": d.journal or "-",
+            "mlflow": d.mlflow or "-",
+            "mended": d.mended,
+        }
+        for name, d in reconcile_store(place, lambda line: talk.print(line, markup=False))
+    ]
+    if rows or form is not Format.TABLE:
+        show_rows(rows, form)
+    else:
+        talk.print("the records say of every trial what its study says")
+
+
 def dashboard(
     port: Annotated[int, typer.Option(help="Port on the loopback interface.")] = 5000,
     store: StoreOption = None,
@@ -70,6 +98,9 @@ def dashboard(
     place = open_store(store)
     if not place.sweeps():
         raise UserError(f"no sweep in '{place.root}' yet", "launch one: halora sweep launch quickstart")
+    if place.tracking_uri.startswith("http"):
+        talk.print(f"MLflow's page is at {place.tracking_uri}", markup=False)
+        return
     talk.print(f"MLflow on http://127.0.0.1:{port} in half a minute; Ctrl-C ends it", markup=False)
     raise typer.Exit(serve(place, port))
 

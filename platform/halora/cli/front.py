@@ -1,59 +1,120 @@
 """`halora front`: the non-dominated trials of a sweep."""
 
 import json
-from typing import Annotated, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from halora.cli.output import Format, FormatOption, StoreOption, open_store, show_rows, talk
 from halora.records.store import Store
 
+if TYPE_CHECKING:
+    from halora.analysis.summary import FrontView
+
 app = typer.Typer(help="The front of accuracy against energy.", no_args_is_help=True)
+
+_DEFAULT = ("accuracy", "energy_uj_per_token")
 
 
 @app.command()
 def show(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a launched sweep.")],
     all_: Annotated[bool, typer.Option("--all", help="Dominated trials too.")] = False,
+    filter_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--filter",
+            metavar="FIELD=VALUE",
+            help="Only trials for which this holds; = != < <= > >= over method, model, chip, task, noise, noise_level, "
+            "searched values and metrics. Can be given several times.",
+        ),
+    ] = None,
+    objective: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--objective",
+            metavar="METRIC",
+            help="Draw the front over these two or three metrics instead of accuracy and energy_uj_per_token; "
+            "METRIC:max or METRIC:min where the name does not tell which is better.",
+        ),
+    ] = None,
     form: FormatOption = Format.TABLE,
     store: StoreOption = None,
 ) -> None:
-    """Trials no other trial beats in accuracy and energy, by rising energy."""
+    """Trials no other trial beats in every objective, by rising energy."""
     place = open_store(store)
     place.existing(name)
-    print_front(name, place, form, everything=all_)
+    print_front(name, place, form, everything=all_, conditions=filter_ or (), objectives=objective or _DEFAULT)
 
 
-def print_front(name: str, store: Store, form: Format, *, everything: bool = False) -> None:
-    """Print a sweep's front."""
-    from halora.analysis.front import front
-    from halora.records import queries
-    from halora.records.tracking import open_client
+def print_front(
+    name: str,
+    store: Store,
+    form: Format,
+    *,
+    everything: bool = False,
+    conditions: Sequence[str] = (),
+    objectives: Sequence[str] = _DEFAULT,
+) -> None:
+    """Print a sweep's front.
 
-    points = [p for record in queries.trials(open_client(store), name) if (p := record.point())]
-    members = front(points)
-    chosen = sorted(points, key=lambda p: p.energy_uj_per_token) if everything else members
-    on_front = {point.number for point in members}
-    rows: list[dict[str, Any]] = [
-        {
-            "trial": p.number,
-            "energy_uj_per_token": round(p.energy_uj_per_token, 4),
-            "accuracy": round(p.accuracy, 4),
-            "interval": f"{p.accuracy_low:.3f}..{p.accuracy_high:.3f}",
-            "margin": round(p.margin, 3),
-            "clean": round(p.clean_accuracy, 4),
-            **({"front": p.number in on_front} if everything else {}),
-            "params": _params(p.params, form),
-        }
-        for p in chosen
-    ]
+    Raises:
+        UserError: A condition or an objective does not fit the recorded trials.
+    """
+    from halora.analysis.summary import view_front
+    from halora.analysis.trials import check_objectives, filtered, objective
+    from halora.records.index import read_ledger
+
+    points = read_ledger(store, name).points()
+    aims = [objective(text) for text in objectives]
+    check_objectives(points, aims)
+    view = view_front(filtered(points, conditions), aims)
+    rows = _rows(view, form, everything)
     if rows or form is not Format.TABLE:
-        show_rows(rows, form, f"front of {name}: {len(members)} of {len(points)} finished trials")
+        feasible = len(view.groups.feasible)
+        show_rows(rows, form, f"front of {name}: {len(view.members)} of {feasible} finished trials")
     else:
         talk.print(f"sweep '{name}' has no finished trial yet", markup=False)
+    _tell_apart(view)
 
 
-def _params(params: dict[str, str], form: Format) -> Any:
+def _rows(view: "FrontView", form: Format, everything: bool) -> list[dict[str, Any]]:
+    members = {point.number for point in view.members}
+    last = view.objectives[-1]
+    chosen = view.members
+    if everything:
+        sign = -1 if last.maximise else 1
+        chosen = sorted(view.groups.feasible, key=lambda point: sign * point.metrics[last.metric])
+    rows = []
+    for p in chosen:
+        row: dict[str, Any] = {"trial": p.number}
+        row |= {each.metric: round(p.metrics[each.metric], 4) for each in reversed(view.objectives)}
+        if {"accuracy", "accuracy_low", "accuracy_high"} <= p.metrics.keys():
+            row["accuracy"] = round(p.accuracy, 4)
+            row["interval"] = f"{p.metrics['accuracy_low']:.3f}..{p.metrics['accuracy_high']:.3f}"
+        row["p_front"] = round(view.probability[p.number], 2)
+        for column, metric in (("margin", "margin"), ("clean", "clean_accuracy")):
+            if metric in p.metrics:
+                row[column] = round(p.metrics[metric], 4)
+        if everything:
+            row["front"] = p.number in members
+        row["params"] = _params(p.params, form)
+        rows.append(row)
+    return rows
+
+
+def _tell_apart(view: "FrontView") -> None:
+    """Say on stderr which trials the front leaves out, and which one is its knee."""
+    groups = view.groups
+    apart = {"failed": groups.failed, "broke a constraint": groups.violating, "have no score": groups.unscored}
+    told = [f"{len(points)} {what}" for what, points in apart.items() if points]
+    told += [f"knee: trial {view.knee.number}"] if view.knee else []
+    if told:
+        talk.print("; ".join(told), markup=False, highlight=False)
+
+
+def _params(params: Any, form: Format) -> Any:
     """Searched values; in a table on one line: last part of the path, numbers to three digits."""
     match form:
         case Format.JSON:
@@ -61,11 +122,8 @@ def _params(params: dict[str, str], form: Format) -> Any:
         case Format.CSV:
             return json.dumps(params)
         case Format.TABLE:
-            return " ".join(f"{path.rpartition('.')[2]}={_number(value)}" for path, value in sorted(params.items()))
+            return " ".join(f"{path.rpartition('.')[2]}={_short(value)}" for path, value in sorted(params.items()))
 
 
-def _number(value: str) -> str:
-    try:
-        return f"{float(value):.3g}"
-    except ValueError:
-        return value
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

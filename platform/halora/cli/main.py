@@ -9,7 +9,7 @@ import warnings
 
 import typer
 
-from halora.cli import doctor, energy, front, noise, sweep, train, trial
+from halora.cli import doctor, energy, front, noise, space, sweep, train, trial
 from halora.cli.output import talk
 from halora.errors import UnreachableError, UserError
 
@@ -20,6 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(sweep.app, name="sweep")
+app.add_typer(space.app, name="space")
 app.add_typer(front.app, name="front")
 app.add_typer(trial.app, name="trial")
 app.add_typer(noise.app, name="noise")

@@ -33,10 +33,20 @@ StoreOption = Annotated[
     typer.Option("--store", help="Folder of the store. Default: $HALORA_STORE, or ./halora-store.", show_default=False),
 ]
 
+ServerOption = Annotated[
+    str | None,
+    typer.Option(
+        "--tracking-uri",
+        metavar="URI",
+        help="MLflow server or database to record in. Default: $HALORA_TRACKING_URI, or a SQLite file in the store.",
+        show_default=False,
+    ),
+]
 
-def open_store(folder: Path | None) -> Store:
+
+def open_store(folder: Path | None, server: str | None = None) -> Store:
     """The store a command works on."""
-    return Store(folder.expanduser().resolve()) if folder else Store.default()
+    return Store.at(folder, server)
 
 
 def show_rows(rows: Sequence[Mapping[str, Any]], form: Format, title: str = "") -> None:
@@ -71,7 +81,8 @@ class SweepProgress:
 
     def __init__(self, trials: int) -> None:
         self._trials, self._done, self._failed = trials, 0, 0
-        self._running: dict[int, str] = {}
+        self._running: set[int] = set()
+        self._paused: set[int] = set()
         self._began, self._ended_here = time.monotonic(), 0
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -100,24 +111,26 @@ class SweepProgress:
         self._bar.console.print(text, markup=False, highlight=False)
 
     def trial(self, number: int, state: str, text: str = "") -> None:
-        """A trial began, reported, finished or failed."""
+        """A trial began, reported, paused at a rung, finished or failed."""
+        self._running.discard(number)
+        self._paused.discard(number)
         if state in ("finished", "failed"):
-            self._running.pop(number, None)
             self._done += state == "finished"
             self._failed += state == "failed"
             self._ended_here += 1
         else:
-            self._running[number] = text
+            (self._paused if state == "paused" else self._running).add(number)
         self._refresh()
         if state != "training" or not talk.is_terminal:
             self.say(f"trial {number:>3} {state:<9} {text}{self._left()}")
 
     def _refresh(self) -> None:
-        state = f"{len(self._running)} running, {self._failed} failed{self._left()}"
-        self._bar.update(self._task, completed=self._done + self._failed, state=state)
+        paused = f"{len(self._paused)} paused, " if self._paused else ""
+        state = f"{len(self._running)} running, {paused}{self._failed} failed{self._left()}"
+        self._bar.update(self._task, completed=self._done + self._failed + len(self._paused), state=state)
 
     def _left(self) -> str:
-        if not self._ended_here:
+        if not self._ended_here or self._paused:  # early stopping makes the rest a guess
             return ""
         remaining = self._trials - self._done - self._failed
         seconds = (time.monotonic() - self._began) / self._ended_here * remaining

@@ -1,12 +1,23 @@
 """`halora sweep`: launch, resume, stop, and see how sweeps stand."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from halora.cli.arguments import overrides_from
+from halora.cli.arguments import SweepArgument, SweepSetOption, overrides_from
 from halora.cli.comparison import print_comparison
-from halora.cli.output import Format, FormatOption, StoreOption, SweepProgress, open_store, show_rows, talk
+from halora.cli.output import (
+    Format,
+    FormatOption,
+    ServerOption,
+    StoreOption,
+    SweepProgress,
+    open_store,
+    show_rows,
+    talk,
+)
+from halora.records.names import REPORT_FILE
 from halora.records.store import Store
 
 if TYPE_CHECKING:
@@ -15,14 +26,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Launch sweeps and see how they stand.", no_args_is_help=True)
 
-SweepArgument = Annotated[
-    str, typer.Argument(metavar="SWEEP", help="A shipped sweep's name, or the path of a YAML file.")
-]
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Name of a launched sweep.")]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="PATH=VALUE", help="Override a value of the file, e.g. trial.training.steps=40."),
-]
 
 
 @app.command()
@@ -34,8 +38,14 @@ def launch(
     seed: Annotated[
         int | None, typer.Option(help="Seed of the sweep; default: the file's.", show_default=False)
     ] = None,
-    set_: SetOption = None,
+    set_: SweepSetOption = None,
+    simulate: Annotated[
+        Path | None,
+        typer.Option(metavar="TABLE", help="Take results from a CSV table of recorded curves instead of training."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what it would take, and launch nothing.")] = False,
     store: StoreOption = None,
+    tracking_uri: ServerOption = None,
 ) -> None:
     """Run a sweep on this machine to its end, and print its front."""
     from halora.spaces.sweep import load_sweep
@@ -43,22 +53,25 @@ def launch(
     overrides = overrides_from(set_)
     overrides |= {key: value for key, value in (("name", name), ("seed", seed)) if value is not None}
     config = load_sweep(sweep, overrides)
-    place = open_store(store)
+    place = open_store(store, tracking_uri)
     _tell_free_knobs(config)
+    if dry_run:
+        _print_plan(config)
+        return
 
     from halora.sweep import launch as launching
 
     with SweepProgress(config.trials) as progress:
-        outcome = launching.launch(config, place, progress)
+        outcome = launching.launch(config, place, progress, simulate)
     _close(config.name, place, outcome)
 
 
 @app.command()
-def resume(name: NameArgument, store: StoreOption = None) -> None:
-    """Go on with an interrupted sweep: unfinished trials from their checkpoints, then the rest."""
+def resume(name: NameArgument, store: StoreOption = None, tracking_uri: ServerOption = None) -> None:
+    """Go on with a sweep: unfinished trials from their checkpoints, then the rest, and records MLflow lacks."""
     from halora.sweep.state import load_core
 
-    place = open_store(store)
+    place = open_store(store, tracking_uri)
     config, core = load_core(name, place)
 
     from halora.sweep import launch as launching
@@ -72,13 +85,14 @@ def resume(name: NameArgument, store: StoreOption = None) -> None:
 
 @app.command()
 def stop(name: NameArgument, store: StoreOption = None) -> None:
-    """Ask a running sweep to pause its trials at their next report, and to end."""
+    """Ask a running sweep to pause its trials at their next report, and to end; close the records of a killed one."""
     from halora.sweep.state import is_running, load_core
 
     place = open_store(store)
     _, core = load_core(name, place)
     if not is_running(place.sweep(name)):
         talk.print(f"sweep '{name}' is not running", markup=False)
+        _close_records(name, place)
         return
     core.request_stop()
     talk.print(f"sweep '{name}' ends after the next reports; go on with: halora sweep resume {name}", markup=False)
@@ -109,8 +123,55 @@ def status(
         talk.print(f"no sweep in '{place.root}' yet; shipped: {', '.join(shipped_sweeps())}", markup=False)
 
 
+@app.command("list")
+def list_(form: FormatOption = Format.TABLE, store: StoreOption = None) -> None:
+    """Sweeps of the store, newest last, with the best they found and what MLflow still lacks of them."""
+    from halora.analysis.front import front
+    from halora.analysis.trials import grouped
+    from halora.records.index import read_ledger
+    from halora.records.position import undelivered
+    from halora.sweep.state import is_running
+
+    place = open_store(store)
+    rows = []
+    for name in place.sweeps():
+        ledger = read_ledger(place, name)
+        groups = grouped(ledger.points())
+        members = front(groups.feasible)
+        rows.append(
+            {
+                "sweep": name,
+                "state": "running" if is_running(place.sweep(name)) else ledger.sweep_state,
+                "finished": len(groups.feasible) + len(groups.violating) + len(groups.unscored),
+                "failed": len(groups.failed),
+                "front": len(members),
+                "best_accuracy": members[-1].accuracy if members else None,
+                "lowest_energy_uj_per_token": members[0].energy_uj_per_token if members else None,
+                "undelivered": undelivered(place, name),
+            }
+        )
+    if rows or form is not Format.TABLE:
+        show_rows(rows, form)
+    else:
+        talk.print(f"no sweep in '{place.root}' yet", markup=False)
+
+
 @app.command()
-def validate(sweep: SweepArgument, set_: SetOption = None) -> None:
+def report(name: NameArgument, store: StoreOption = None) -> None:
+    """Draw a sweep's report, one page that opens without a network, and print its path."""
+    from halora.records import names
+    from halora.records.index import read_ledger
+    from halora.records.publishing import publish
+    from halora.sweep.state import load_sweep_of
+
+    place = open_store(store)
+    folder = place.existing(name)
+    publish(load_sweep_of(folder), read_ledger(place, name), folder.published)
+    print(folder.published / names.REPORT_FILE)
+
+
+@app.command()
+def validate(sweep: SweepArgument, set_: SweepSetOption = None) -> None:
     """Check a sweep file; every mistake is told at once."""
     from halora.spaces.sweep import load_sweep
 
@@ -120,7 +181,7 @@ def validate(sweep: SweepArgument, set_: SetOption = None) -> None:
 
 
 def _tell_free_knobs(sweep: "SweepConfig") -> None:
-    from halora.sweep.core import free_knobs
+    from halora.sweep.problem import free_knobs
 
     for path in free_knobs(sweep):
         talk.print(
@@ -131,6 +192,48 @@ def _tell_free_knobs(sweep: "SweepConfig") -> None:
         )
 
 
+def _print_plan(sweep: "SweepConfig") -> None:
+    import yaml
+
+    from halora.sweep.plan import plan
+
+    planned = plan(sweep)
+    print(yaml.safe_dump(sweep.model_dump(mode="json", exclude_defaults=True), sort_keys=False, allow_unicode=True))
+    rows = [
+        {
+            "level": f"rung {i}" if i + 1 < len(planned.levels) else "whole",
+            "steps": each.level.steps,
+            "rows": each.level.rows or "all",
+            "chips": each.level.chip_instances,
+            "trials": each.trials,
+            "minutes each": each.seconds / 60,
+        }
+        for i, each in enumerate(planned.levels)
+    ]
+    show_rows(rows, Format.TABLE)
+    gib = planned.memory_bytes / 2**30
+    processes = f" in each of {planned.workers} processes" if planned.workers > 1 else ""
+    for line in (
+        f"{len(planned.first)} of {sweep.trials} trials are points tried first",
+        f"memory of a trial: about {gib:.1f} GiB{processes}",
+        f"at once: {planned.concurrent} as the sweep asks; {planned.fit} would fit on this machine now",
+        f"the whole sweep: about {planned.hours:.2g} hours of training and scoring, good to a factor of two",
+    ):
+        talk.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _close_records(name: str, store: Store) -> None:
+    """Close and deliver the records that a killed sweep left."""
+    from halora.records.index import read_ledger
+    from halora.records.position import undelivered
+    from halora.sweep.reconcile import close_records
+
+    if undelivered(store, name) or any(point.state == "running" for point in read_ledger(store, name).points()):
+        talk.print("closing and delivering its records", markup=False)
+        with SweepProgress(0) as progress:
+            close_records(name, store, progress.say)
+
+
 def _close(name: str, store: Store, outcome: "Outcome") -> None:
     from halora.cli.front import print_front
 
@@ -138,11 +241,13 @@ def _close(name: str, store: Store, outcome: "Outcome") -> None:
     print_front(name, store, Format.TABLE)
     if outcome.comparison:
         print_comparison(outcome.comparison)
+    uri = store.serving(name).tracking_uri
     if not outcome.complete:
         talk.print(f"\ninterrupted; all reports are kept. Go on with: halora sweep resume {name}", markup=False)
     talk.print(
         f"\nlook at a trial:  halora trial show {name}/NUMBER"
-        f"\nbrowse in MLflow: mlflow ui --backend-store-uri {store.tracking_uri}",
+        f"\nopen the report:  {store.sweep(name).published / REPORT_FILE}"
+        f"\nbrowse in MLflow: {uri if uri.startswith('http') else f'mlflow ui --backend-store-uri {uri}'}",
         markup=False,
         highlight=False,
         soft_wrap=True,

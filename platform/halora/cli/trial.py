@@ -1,25 +1,26 @@
-"""`halora trial`: one trial, and whether its figures can be had again."""
+"""`halora trial`: one trial, what it said, and whether its figures can be had again."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from halora.cli.output import Format, FormatOption, StoreOption, open_store, show_rows, talk
+from halora.errors import UserError
 from halora.records.store import Store
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
-
-    from halora.records.queries import TrialRecord
+    from halora.analysis.trials import TrialPoint
 
 app = typer.Typer(help="Single trials.", no_args_is_help=True)
+
+TrialArgument = Annotated[str, typer.Argument(metavar="ID", help="SWEEP/NUMBER, for example quickstart/3.")]
 
 
 @app.command()
 def show(
-    trial: Annotated[str, typer.Argument(metavar="ID", help="SWEEP/NUMBER, for example quickstart/3.")],
+    trial: TrialArgument,
     recompute: Annotated[
         bool,
         typer.Option(
@@ -32,41 +33,70 @@ def show(
     store: StoreOption = None,
 ) -> None:
     """State, searched values and metrics of a trial."""
-    place: Store = open_store(store)
-    if sweep := trial.rpartition("/")[0]:
-        place.existing(sweep)
-
-    from halora.records import queries
-    from halora.records.tracking import open_client
-
-    client = open_client(place)
-    record = queries.trial(client, trial)
-    rows: list[dict[str, str | float]] = [
-        {"name": "state", "value": record.state},
-        {"name": "run", "value": record.run_id},
-    ]
-    rows += [{"name": "cause", "value": record.cause}] if record.cause else []
-    rows += [{"name": name, "value": value} for name, value in sorted(record.params.items())]
-    rows += [{"name": name, "value": round(value, 6)} for name, value in sorted(record.metrics.items())]
+    place, sweep, point = _find(trial, store)
+    rows: list[dict[str, Any]] = [{"name": "state", "value": point.state}]
+    rows += [{"name": "cause", "value": point.cause}] if point.cause else []
+    rows += [{"name": name, "value": value} for name, value in sorted(point.labels.items())]
+    rows += [{"name": name, "value": value} for name, value in sorted(point.params.items())]
+    rows += [{"name": name, "value": round(value, 6)} for name, value in sorted(point.metrics.items())]
     show_rows(rows, form, trial)
-    if recompute and not _agrees(client, record):
+    if recompute and not _agrees(place.serving(sweep), sweep, point):
         raise typer.Exit(1)
 
 
-def _agrees(client: "MlflowClient", record: "TrialRecord") -> bool:
+@app.command()
+def logs(
+    trial: TrialArgument,
+    lines: Annotated[int, typer.Option("--lines", "-n", min=1, help="Last lines of each file.")] = 100,
+    store: StoreOption = None,
+) -> None:
+    """What a trial's worker printed, and the error that ended it."""
+    place, sweep, point = _find(trial, store)
+    folder = place.sweep(sweep)
+    files = [path for path in folder.logs(point.number) if path.stat().st_size]
+    if point.cause:
+        print(f"failed: {point.cause}")
+    for path in files:
+        print(f"==> {path} <==")
+        print("\n".join(path.read_text(errors="replace").splitlines()[-lines:]))
+    if not files:
+        talk.print(f"trial {trial} left no log in '{folder.root}'", markup=False)
+
+
+def _find(trial: str, folder: Path | None) -> "tuple[Store, str, TrialPoint]":
+    """The store, the sweep and the trial of an id.
+
+    Raises:
+        UserError: The id is malformed, or there is no such sweep or trial.
+    """
+    from halora.records.index import recorded_trial
+
+    sweep, _, number = trial.rpartition("/")
+    if not sweep or not number.isdecimal():
+        raise UserError(f"'{trial}' is not a trial: write SWEEP/NUMBER, for example quickstart/3")
+    place = open_store(folder)
+    place.existing(sweep)
+    return place, sweep, recorded_trial(place, sweep, int(number))
+
+
+def _agrees(store: Store, sweep: str, point: "TrialPoint") -> bool:
     from halora.records import names, queries
+    from halora.records.tracking import open_client
     from halora.sweep.recompute import recompute
     from halora.trial import trial_energy
 
-    config = queries.logged_config(client, record.run_id)
-    logged = queries.logged_json(client, record.run_id, names.SCORES_FILE)
+    client = open_client(store)
+    run = queries.trial_run(client, sweep, point.number)
+    config = queries.logged_config(client, run.info.run_id)
+    logged = queries.logged_json(client, run.info.run_id, names.SCORES_FILE)
     energy = trial_energy(config).total_uj_per_token
     with TemporaryDirectory() as folder:
-        adapter = queries.download_adapter(client, record.run_id, Path(folder))
+        adapter = queries.download_adapter(client, run, Path(folder))
         again = recompute(config, adapter, logged)
-    energy_agrees = abs(energy - record.metrics[names.ENERGY]) <= 1e-9 * energy
+    recorded = run.data.metrics[names.ENERGY]
+    energy_agrees = abs(energy - recorded) <= 1e-9 * energy
     for what, ok, text in (
-        ("energy", energy_agrees, f"{record.metrics[names.ENERGY]:.6f} logged, {energy:.6f} µJ/token again"),
+        ("energy", energy_agrees, f"{recorded:.6f} logged, {energy:.6f} µJ/token again"),
         ("accuracy", again.agrees, again.describe()),
     ):
         talk.print(

@@ -2,13 +2,17 @@
 
 import re
 
+from halora.analysis.trials import VIOLATION as VIOLATION
+
 # Tags of parent and child runs.
 SWEEP = "halora.sweep"
 KIND = "halora.kind"  # sweep | trial
 NUMBER = "halora.trial"
 CHIP_HASH = "halora.chip_hash"
-STATE = "halora.state"  # running | finished | failed | interrupted
+STATE = "halora.state"  # running | finished | stopped | failed | interrupted
 CAUSE = "halora.cause"
+LABEL = "halora.{label}"  # what a trial is, to filter by
+LABELS = ("method", "model", "chip", "task", "noise", "noise_level")
 
 # Metrics of a child run while it trains; step = optimiser step.
 TRAINING_METRICS = ("train_loss", "train_task_loss", "train_reg_loss", "train_sigma")
@@ -28,8 +32,12 @@ SCORE_METRICS = (
     "noise_db",
 )
 TASK_METRICS = ("accuracy.", "clean_accuracy.")  # followed by the name of a mixture's task
+RUNG_METRIC = "rung_{score}"  # a score at a rung of early stopping; step = optimiser step
+RUNG_SCORES = ("accuracy", "clean_accuracy", "margin")
+FRONT_PROBABILITY = "front_probability"  # step = trials finished so far
 ENERGY = "energy_uj_per_token"
 ENERGY_COMPONENT = "energy_uj_per_token.{component}"
+# VIOLATION: by how much the sweep's constraints are broken, above 0 they are; or `.NAME` after it for one of them.
 
 # Metrics of the parent run; step = trials finished so far.
 HYPERVOLUME = "hypervolume"
@@ -39,11 +47,12 @@ TRIALS_DONE = "trials_done"
 # Artifacts.
 CONFIG_FILE = "config.json"
 SCORES_FILE = "scores.json"
-ADAPTER_FOLDER = "adapter"
+ADAPTER = "adapter"  # the logged model that holds a trial's adapter
 SWEEP_FILE = "sweep.yaml"
 FRONT_JSON = "front.json"
 FRONT_CSV = "front.csv"
 FRONT_PNG = "front.png"
+REPORT_FILE = "report.html"
 COMPARISON_FILE = "comparison.json"
 
 

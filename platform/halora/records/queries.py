@@ -1,81 +1,32 @@
-"""Reads sweeps and trials back from MLflow."""
+"""Reads runs and their artifacts back from MLflow."""
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from mlflow import MlflowClient
+from mlflow.artifacts import download_artifacts
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
-from halora.analysis.front import TrialPoint
 from halora.errors import UserError
 from halora.records import names
 from halora.trial import TrialConfig
 
 
-@dataclass(frozen=True)
-class TrialRecord:
-    """A trial as recorded.
-
-    Attributes:
-        run_id: MLflow's id of its run.
-        number: Number in the sweep.
-        state: running, finished, failed or interrupted.
-        cause: Why it failed, else empty.
-        params: Searched values, as text.
-        metrics: Latest value by metric name.
-    """
-
-    run_id: str
-    number: int
-    state: str
-    cause: str
-    params: dict[str, str]
-    metrics: dict[str, float]
-
-    def point(self) -> TrialPoint | None:
-        """The trial as the front sees it; None until it is evaluated."""
-        if "accuracy" not in self.metrics:
-            return None
-        scores = {
-            name: self.metrics[name]
-            for name in (
-                "accuracy",
-                "accuracy_low",
-                "accuracy_high",
-                "margin",
-                "clean_accuracy",
-                names.ENERGY,
-            )
-        }
-        return TrialPoint(number=self.number, params=dict(self.params), **scores)
-
-
-def trials(client: MlflowClient, sweep: str) -> list[TrialRecord]:
-    """All recorded trials of a sweep, by number."""
-    runs = _runs(client, f"tags.`{names.SWEEP}` = '{sweep}' and tags.`{names.KIND}` = 'trial'")
-    return sorted(map(_record, runs), key=lambda record: record.number)
-
-
-def trial(client: MlflowClient, trial_id: str) -> TrialRecord:
-    """One trial by `SWEEP/NUMBER`.
+def trial_run(client: MlflowClient, sweep: str, number: int) -> Run:
+    """The run of a trial in MLflow.
 
     Raises:
-        UserError: The id is malformed or there is no such trial.
+        UserError: It is not there, or not yet.
     """
-    sweep, _, number = trial_id.rpartition("/")
-    if not sweep or not number.isdigit():
-        raise UserError(f"'{trial_id}' is not a trial: write SWEEP/NUMBER, for example quickstart/3")
-    identity = {names.SWEEP: sweep, names.KIND: "trial", names.NUMBER: str(int(number))}
+    identity = {names.SWEEP: sweep, names.KIND: "trial", names.NUMBER: str(number)}
     found = list(_runs(client, " and ".join(f"tags.`{key}` = '{value}'" for key, value in identity.items())))
     if not found:
-        known = ", ".join(str(record.number) for record in trials(client, sweep)) or "none"
-        raise UserError(f"no trial '{trial_id}' (numbers of '{sweep}': {known})", "see `halora front show`")
-    return _record(found[0])
+        raise UserError(f"MLflow has no run of trial '{sweep}/{number}' yet", f"deliver: halora sweep resume {sweep}")
+    return found[0]
 
 
 def parent_run(client: MlflowClient, sweep: str) -> Run:
@@ -100,11 +51,14 @@ def logged_json(client: MlflowClient, run_id: str, name: str) -> Any:
     return json.loads(_text(client, run_id, name))
 
 
-def download_adapter(client: MlflowClient, run_id: str, folder: Path) -> Path | None:
-    """Copy a trial's adapter below `folder`; None if the trial has none."""
-    if not client.list_artifacts(run_id, names.ADAPTER_FOLDER):
+def download_adapter(client: MlflowClient, run: Run, folder: Path) -> Path | None:
+    """Copy a trial's adapter into `folder`; None if the trial has none."""
+    outputs = run.outputs.model_outputs if run.outputs else ()
+    if not outputs:
         return None
-    return Path(client.download_artifacts(run_id, names.ADAPTER_FOLDER, str(folder)))
+    location = client.get_logged_model(outputs[0].model_id).artifact_location
+    copy = download_artifacts(artifact_uri=location, dst_path=str(folder), tracking_uri=client.tracking_uri)
+    return Path(copy)
 
 
 def _text(client: MlflowClient, run_id: str, name: str) -> str:
@@ -124,15 +78,3 @@ def _runs(client: MlflowClient, query: str) -> Iterator[Run]:
         token = page.token
         if not token:
             return
-
-
-def _record(run: Run) -> TrialRecord:
-    tags = run.data.tags
-    return TrialRecord(
-        run_id=run.info.run_id,
-        number=int(tags[names.NUMBER]),
-        state=tags.get(names.STATE, "running"),
-        cause=tags.get(names.CAUSE, ""),
-        params=dict(run.data.params),
-        metrics=dict(run.data.metrics),
-    )

@@ -1,8 +1,9 @@
 """Where a machine keeps its sweeps: one folder with MLflow's database, its artifacts, and a folder per sweep."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from halora.errors import UserError, nearest
 
@@ -13,24 +14,47 @@ class Store:
 
     Attributes:
         root: Its folder, absolute.
+        server: URI of the MLflow server or database to record in; empty for the store's own SQLite file.
     """
 
     root: Path
+    server: str = ""
 
     @classmethod
-    def default(cls) -> "Store":
-        """The store of `HALORA_STORE`, or `halora-store` in the current folder."""
-        return cls(Path(os.environ.get("HALORA_STORE", "halora-store")).expanduser().resolve())
+    def at(cls, folder: Path | None = None, server: str | None = None) -> "Store":
+        """The store in `folder`, in `$HALORA_STORE`, or in `./halora-store`; its server likewise.
+
+        Raises:
+            UserError: The server's URI holds a password.
+        """
+        root = folder or Path(os.environ.get("HALORA_STORE", "halora-store"))
+        uri = os.environ.get("HALORA_TRACKING_URI", "") if server is None else server
+        if urlsplit(uri).password:
+            raise UserError(
+                f"the tracking URI of '{urlsplit(uri).hostname}' holds a password, which would be written to disk",
+                "leave it out and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or PGPASSWORD",
+            )
+        return cls(root.expanduser().resolve(), uri)
 
     @property
     def tracking_uri(self) -> str:
-        """MLflow's tracking URI: SQLite in the store."""
-        return f"sqlite:///{self.root / 'mlflow.db'}"
+        """MLflow's tracking URI."""
+        return self.server or f"sqlite:///{self.root / 'mlflow.db'}"
+
+    def serving(self, sweep: str) -> "Store":
+        """This store with the server that a sweep is recorded in, where none was asked for."""
+        file = self.sweep(sweep).server_file
+        return replace(self, server=file.read_text()) if not self.server and file.exists() else self
 
     @property
     def artifacts(self) -> Path:
         """Root of MLflow's artifacts."""
         return self.root / "artifacts"
+
+    @property
+    def index_file(self) -> Path:
+        """Cache of what the journals add up to."""
+        return self.root / "index.db"
 
     def sweep(self, name: str) -> "SweepFolder":
         """The folder of a sweep, which need not exist."""
@@ -98,10 +122,57 @@ class SweepFolder:
         return self.root / "study.journal"
 
     @property
+    def database_mark(self) -> Path:
+        """There for a sweep whose study is in a database instead."""
+        return self.root / "study.database"
+
+    @property
+    def curves_file(self) -> Path:
+        """Recorded curves that stand for training, in a simulated sweep."""
+        return self.root / "curves.csv"
+
+    @property
+    def journal_file(self) -> Path:
+        """Everything learned, in the order it was."""
+        return self.root / "records.jsonl"
+
+    @property
+    def sent_file(self) -> Path:
+        """How much of the journal MLflow has."""
+        return self.root / "sent.json"
+
+    @property
+    def refused_file(self) -> Path:
+        """Entries that MLflow refused, with its reason."""
+        return self.root / "refused.jsonl"
+
+    @property
+    def server_file(self) -> Path:
+        """URI of the MLflow server or database, where it is not the store's own."""
+        return self.root / "tracking-uri"
+
+    @property
+    def published(self) -> Path:
+        """Front and report as last drawn."""
+        return self.root / "published"
+
+    @property
     def lock_file(self) -> Path:
         """Locked by the process that runs the sweep."""
         return self.root / "driver.lock"
 
+    def logs(self, number: int) -> list[Path]:
+        """What the workers of a trial printed, and the error that ended it, of every run of the sweep."""
+        files = ("stdout", "stderr", "error.txt")
+        return [path for path in sorted(self.root.glob(f"ray*/{number:05d}*/*")) if path.name in files]
+
     def trial(self, number: int) -> Path:
         """Checkpoints and result of one trial."""
         return self.root / "trials" / f"{number:05d}"
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that appears whole or not at all."""
+    scratch = path.with_name(f".{path.name}.partial")
+    scratch.write_text(text)
+    scratch.replace(path)

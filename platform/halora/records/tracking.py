@@ -1,210 +1,285 @@
-"""Writes a sweep to MLflow: one parent run per sweep, one child run per trial, found again by (sweep, number)."""
+"""Writes a sweep's journal to MLflow: a parent run per sweep, a child run per trial, found again by (sweep, number).
 
-import csv
-import io
+Delivering an entry twice leaves what delivering it once does: metrics keep their timestamp, step and value, by which
+MLflow tells rows apart; everything else is looked for before it is made.
+"""
+
 import json
 import logging
 import os
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, Run, RunTag
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # a blind second try can make a second run
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
 
-from halora.analysis.figures import front_figure
-from halora.analysis.front import TrialPoint, front, hypervolume
+from mlflow import MlflowClient
+from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, Metric, Param, Run, RunTag
+from mlflow.exceptions import MlflowException
+
 from halora.errors import UnreachableError
-from halora.hardware.energy import EnergyBreakdown
 from halora.records import names
+from halora.records.journal import Entry
 from halora.records.store import Store
 from halora.spaces.sweep import SweepConfig
-from halora.trial import TrialConfig
 
-logging.getLogger("mlflow").setLevel(logging.WARNING)
-os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+logging.getLogger("mlflow").setLevel(logging.ERROR)
 
 _PARENT_TAG = "mlflow.parentRunId"
 _NAME_TAG = "mlflow.runName"
 _NOTE_TAG = "mlflow.note.content"
+_STATUS = {
+    "running": "RUNNING",
+    "finished": "FINISHED",
+    "stopped": "FINISHED",
+    "failed": "FAILED",
+    "interrupted": "KILLED",
+}
+_REFUSALS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE", "BAD_REQUEST"}
+_MOST_RUNS = 50_000  # MLflow's own limit of one search
+_LARGEST_BATCH = 900  # metrics; MLflow takes 1000 metrics, params and tags together
 
 
 def open_client(store: Store) -> MlflowClient:
-    """A client of the store's database, which is created on first use.
+    """A client of the store's server or database; its own database is created on first use.
 
     Raises:
-        UnreachableError: The database cannot be opened.
+        UnreachableError: It does not answer, or cannot be opened.
     """
     try:
         client = MlflowClient(store.tracking_uri)
         client.search_experiments(max_results=1)
-    except Exception as error:  # MLflow and SQLAlchemy raise many kinds
-        text = str(error).strip().splitlines()[0]
-        raise UnreachableError(f"MLflow's database in '{store.root}' cannot be opened: {text}") from None
+    except Exception as error:  # MLflow, requests and SQLAlchemy raise many kinds
+        raise UnreachableError(
+            f"MLflow at '{store.tracking_uri}' cannot be opened: {first_line(error)}",
+            "start its server, or name another with --tracking-uri" if store.server else "",
+        ) from None
     return client
 
 
-class SweepRecorder:
-    """Writes one sweep's records. Used by the one process that runs the sweep."""
+def first_line(error: Exception) -> str:
+    """What an error of a library says, on one line."""
+    text = (str(error).strip().splitlines() or [""])[0][:300]
+    return text if isinstance(error, MlflowException) else f"{type(error).__name__}: {text}"
 
-    def __init__(self, client: MlflowClient, store: Store, sweep: SweepConfig, sweep_file: Path) -> None:
-        self._client, self._sweep = client, sweep
-        self.experiment_id = self._experiment(store)
-        self._points: dict[int, TrialPoint] = {}
-        self._methods: dict[int, str] = {}
-        self._runs: dict[int, str] = {}
-        self.parent = self._find_or_create(None, sweep.name)
-        client.log_artifact(self.parent.info.run_id, str(sweep_file))
 
-    def _experiment(self, store: Store) -> str:
-        found = self._client.get_experiment_by_name(self._sweep.family)
-        if found:
-            return str(found.experiment_id)
-        location = (store.artifacts / self._sweep.family).as_uri()
-        return str(self._client.create_experiment(self._sweep.family, artifact_location=location))
+def is_refusal(error: Exception) -> bool:
+    """Whether MLflow would say the same however often it is asked."""
+    if isinstance(error, MlflowException):
+        return error.error_code in _REFUSALS
+    return isinstance(error, FileNotFoundError)
 
-    def _find_or_create(self, number: int | None, run_name: str) -> Run:
-        """The run of this identity, made once whatever happened before, and marked running."""
-        kind = "sweep" if number is None else "trial"
-        identity = {names.SWEEP: self._sweep.name, names.KIND: kind}
-        if number is not None:
-            identity[names.NUMBER] = str(number)
-        query = " and ".join(f"tags.`{key}` = '{value}'" for key, value in identity.items())
-        found = self._client.search_runs([self.experiment_id], query, max_results=1)
-        if found:
-            run = found[0]
-            self._client.update_run(run.info.run_id, status="RUNNING")
-        else:
-            tags = {**identity, _NAME_TAG: run_name}
+
+class MlflowSweep:
+    """One sweep in MLflow. Nothing is asked of MLflow before the first delivery.
+
+    Args:
+        store: The store, with its server.
+        sweep: The sweep.
+    """
+
+    def __init__(self, store: Store, sweep: SweepConfig) -> None:
+        self._store, self._sweep = store, sweep
+        self._folder = store.sweep(sweep.name)
+        self._experiment = ""
+        self._runs: dict[int | None, str] = {}
+        self._unsure: set[int | None] = set()
+
+    @cached_property
+    def _client(self) -> MlflowClient:
+        return MlflowClient(self._store.tracking_uri)  # opens a database at once
+
+    def deliver(self, number: int | None, entries: Sequence[Entry]) -> None:
+        """Write entries of one trial, or of the sweep itself, in their order.
+
+        Raises:
+            Exception: MLflow does not answer, or refuses, see `is_refusal`.
+        """
+        run_id = self._run(number, entries[0]["time_ms"])
+        metrics: list[Metric] = []
+        for entry in entries:
+            at, step = entry["time_ms"], entry.get("step", 0)
+            metrics += [Metric(name, float(value), at, step) for name, value in entry.get("metrics", {}).items()]
+            match entry["kind"]:
+                case "begin":
+                    self._begin(run_id, entry)
+                case "scores":
+                    self._metrics(run_id, metrics)  # first: a file may be gone
+                    metrics = []
+                    self._artifacts(run_id, number, entry)
+                case "comparison":
+                    text = json.dumps(entry["content"], indent=1)
+                    self._client.log_text(run_id, text, names.COMPARISON_FILE)
+                case "state":
+                    self._metrics(run_id, metrics)
+                    metrics = []
+                    self._state(run_id, entry)
+        self._metrics(run_id, metrics)
+
+    def publish(self, folder: Path) -> None:
+        """Put the files of a folder on the parent run, in the place of older ones."""
+        self._client.log_artifacts(self._run(None, 0), str(folder))
+
+    def remove_doubles(self) -> None:
+        """Delete runs that a request made though its answer was lost."""
+        for number in list(self._unsure):
+            for run in self._find(number):
+                if run.info.run_id != self._runs[number]:
+                    self._client.delete_run(run.info.run_id)
+            self._unsure.discard(number)
+
+    def trial_states(self) -> dict[int, list[str]]:
+        """States of the runs of every trial, that of the run that counts first; there should be one run of each."""
+        states: dict[int, list[str]] = {}
+        for run in self._trial_runs():
+            states.setdefault(_number(run), []).append(_state(run))
+        return states
+
+    def mend(self, entries: Sequence[Entry], states: Mapping[int, str]) -> dict[int, str]:
+        """Delete runs that double another or stand for no trial, and deliver again trials that stand otherwise.
+
+        Args:
+            entries: The sweep's journal.
+            states: Where each trial stands by it.
+
+        Returns:
+            What was done, by number.
+        """
+        done: dict[int, str] = {}
+        found: dict[int, str] = {}
+        for run in self._trial_runs():
+            number = _number(run)
+            if number in states and number not in found:
+                found[number] = _state(run)
+                continue
+            self._client.delete_run(run.info.run_id)
+            done[number] = "a second run is deleted" if number in states else "its run is deleted"
+        for number in states:
+            if found.get(number) != states[number]:
+                self.deliver(number, [entry for entry in entries if entry["trial"] == number])
+                done[number] = "delivered again"
+        return done
+
+    def _trial_runs(self) -> list[Run]:
+        return self._search({names.SWEEP: self._sweep.name, names.KIND: "trial"})
+
+    def _run(self, number: int | None, began_ms: int) -> str:
+        """The run of this identity, made once whatever happened before."""
+        if number in self._runs:
+            return self._runs[number]
+        found = self._find(number)
+        if not found:
+            tags = self._identity(number)
+            tags[_NAME_TAG] = self._sweep.name if number is None else f"{self._sweep.name}/{number}"
             if number is not None:
-                tags[_PARENT_TAG] = self.parent.info.run_id
+                tags[_PARENT_TAG] = self._run(None, began_ms)
             elif self._sweep.description:
                 tags[_NOTE_TAG] = self._sweep.description
-            run = self._client.create_run(self.experiment_id, tags=tags)
-        self._client.set_tag(run.info.run_id, names.STATE, "running")
-        return run
+            self._unsure.add(number)
+            found = [self._client.create_run(self._experiment, start_time=began_ms, tags=tags)]
+            self._unsure.discard(number)
+        run_id = str(found[0].info.run_id)
+        if number is None:
+            self._client.log_artifact(run_id, str(self._folder.sweep_file))
+        self._runs[number] = run_id
+        return run_id
 
-    def begin_trial(self, number: int, config: TrialConfig, params: Mapping[str, Any], energy: EnergyBreakdown) -> None:
-        """Record what is known before training: searched values, full configuration, energy by component."""
-        run_id = self._trial_run(number)
-        metrics = {names.ENERGY: energy.total_uj_per_token} | {
-            names.ENERGY_COMPONENT.format(component=name): value for name, value in energy.components_uj.items()
-        }
-        self._log(run_id, metrics, step=0, params=params)
-        self._client.set_tag(run_id, names.CHIP_HASH, config.chip.content_hash)
-        self._client.log_text(run_id, config.model_dump_json(indent=1), names.CONFIG_FILE)
-        self._methods[number] = config.training.method
+    def _identity(self, number: int | None) -> dict[str, str]:
+        identity = {names.SWEEP: self._sweep.name, names.KIND: "sweep" if number is None else "trial"}
+        return identity if number is None else {**identity, names.NUMBER: str(number)}
 
-    def report_step(self, number: int, step: int, metrics: Mapping[str, float]) -> None:
-        """Record the training metrics up to an optimiser step."""
-        self._log(
-            self._trial_run(number),
-            {k: metrics[k] for k in names.TRAINING_METRICS if k in metrics},
-            step=step,
-        )
+    def _find(self, number: int | None) -> list[Run]:
+        return self._search(self._identity(number))
 
-    def report_missed(self, number: int, reports: Sequence[Mapping[str, float]]) -> None:
-        """Record those of a trial's reports that are not recorded yet."""
-        history = self._client.get_metric_history(self._trial_run(number), names.TRAINING_METRICS[0])
-        recorded = {metric.step for metric in history}
-        for report in reports:
-            if (step := int(report["step"])) not in recorded:
-                self.report_step(number, step, report)
+    def _search(self, tags: Mapping[str, str]) -> list[Run]:
+        if not self._experiment:
+            self._experiment = self._find_or_create_experiment()
+        query = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
+        oldest_first = ["attributes.start_time ASC"]
+        return list(self._client.search_runs([self._experiment], query, max_results=_MOST_RUNS, order_by=oldest_first))
 
-    def finish_trial(
-        self,
-        point: TrialPoint,
-        step: int,
-        scores: Mapping[str, float],
-        scores_file: Path,
-        adapter: Path | None,
-    ) -> None:
-        """Record an evaluated trial with its adapter, and the sweep's front with it."""
-        run_id = self._trial_run(point.number)
-        per_task = {names.metric(name): scores[name] for name in scores if name.startswith(names.TASK_METRICS)}
-        self._log(run_id, {name: scores[name] for name in names.SCORE_METRICS} | per_task, step=step)
-        self._client.log_text(run_id, scores_file.read_text(), names.SCORES_FILE)
-        if adapter:
-            self._client.log_artifacts(run_id, str(adapter), names.ADAPTER_FOLDER)
-        self._terminate(run_id, "FINISHED", "finished")
-        self._points[point.number] = point
-        self._record_front()
+    def _find_or_create_experiment(self) -> str:
+        family = self._sweep.family
+        if found := self._client.get_experiment_by_name(family):
+            return str(found.experiment_id)
+        # A server keeps artifacts itself; a database has no place for them.
+        served = self._store.tracking_uri.startswith("http")
+        location = None if served else (self._store.artifacts / family).as_uri()
+        try:
+            return str(self._client.create_experiment(family, artifact_location=location))
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_ALREADY_EXISTS" and (
+                found := self._client.get_experiment_by_name(family)
+            ):  # another sweep of the family was faster
+                return str(found.experiment_id)
+            raise
 
-    def fail_trial(self, number: int, cause: str) -> None:
-        """Record why a trial failed."""
-        run_id = self._trial_run(number)
-        self._client.set_tag(run_id, names.CAUSE, cause[:5000])
-        self._terminate(run_id, "FAILED", "failed")
-
-    def interrupt_trial(self, number: int) -> None:
-        """Mark a trial that a later resume goes on with."""
-        self._terminate(self._trial_run(number), "KILLED", "interrupted")
-
-    def add_point(self, point: TrialPoint, method: str) -> None:
-        """Take a trial that finished in an earlier run into the front without recording it again."""
-        self._points[point.number] = point
-        self._methods[point.number] = method
-
-    @property
-    def points(self) -> list[TrialPoint]:
-        """Finished trials, by number."""
-        return sorted(self._points.values(), key=lambda point: point.number)
-
-    def record_comparison(self, comparison: Mapping[str, Any]) -> None:
-        """Record the closing comparison on the parent run."""
-        self._client.log_text(self.parent.info.run_id, json.dumps(dict(comparison), indent=1), names.COMPARISON_FILE)
-
-    def finish(self, *, interrupted: bool) -> None:
-        """Close the parent run."""
-        self._record_front()
-        run_id = self.parent.info.run_id
-        if interrupted:
-            self._terminate(run_id, "KILLED", "interrupted")
-        else:
-            self._terminate(run_id, "FINISHED", "finished")
-
-    def _trial_run(self, number: int) -> str:
-        if number not in self._runs:
-            self._runs[number] = self._find_or_create(number, f"{self._sweep.name}/{number}").info.run_id
-        return self._runs[number]
-
-    def _record_front(self) -> None:
-        points = self.points
-        members = front(points)
-        volume = hypervolume(points, **self._sweep.reference_point.model_dump())
-        run_id = self.parent.info.run_id
-        counts = {names.FRONT_SIZE: len(members), names.TRIALS_DONE: len(points), names.HYPERVOLUME: volume}
-        self._log(run_id, counts, step=len(points))
-        on_front = {point.number for point in members}
-        rows = [{**asdict(point), "on_front": point.number in on_front} for point in points]
-        self._client.log_text(run_id, json.dumps(rows, indent=1), names.FRONT_JSON)
-        self._client.log_text(run_id, front_csv(rows), names.FRONT_CSV)
-        figure = front_figure(points, f"{self._sweep.name}: {len(points)} trials", self._methods)
-        self._client.log_figure(run_id, figure, names.FRONT_PNG)
-
-    def _log(
-        self, run_id: str, metrics: Mapping[str, float], *, step: int, params: Mapping[str, Any] | None = None
-    ) -> None:
-        now = int(time.time() * 1000)
+    def _begin(self, run_id: str, entry: Entry) -> None:
+        tags = {names.LABEL.format(label=label): str(value) for label, value in entry["labels"].items()}
+        tags |= {names.CHIP_HASH: entry["chip_hash"], names.STATE: "running"}
         self._client.log_batch(
             run_id,
-            metrics=[Metric(name, float(value), now, step) for name, value in metrics.items()],
-            params=[Param(name, str(value)) for name, value in (params or {}).items()],
+            params=[Param(name, str(value)) for name, value in entry["params"].items()],
+            tags=[RunTag(name, value) for name, value in tags.items()],
         )
+        self._client.log_text(run_id, json.dumps(entry["config"], indent=1), names.CONFIG_FILE)
+        if entry["datasets"]:
+            self._client.log_inputs(run_id, [_dataset_input(dataset) for dataset in entry["datasets"]])
 
-    def _terminate(self, run_id: str, status: str, state: str) -> None:
-        self._client.log_batch(run_id, tags=[RunTag(names.STATE, state)])
-        self._client.set_terminated(run_id, status=status)
+    def _artifacts(self, run_id: str, number: int | None, entry: Entry) -> None:
+        root = self._folder.root
+        self._client.log_text(run_id, (root / entry["scores_file"]).read_text(), names.SCORES_FILE)
+        if entry["adapter"]:
+            self._log_adapter(run_id, number, root / entry["adapter"], entry)
+
+    def _log_adapter(self, run_id: str, number: int | None, adapter: Path, entry: Entry) -> None:
+        """The adapter as a logged model of the run."""
+        if not adapter.is_dir():
+            raise FileNotFoundError(f"adapter '{adapter}' is gone")
+        found = self._client.search_logged_models([self._experiment], f"source_run_id = '{run_id}'", max_results=1)
+        model = (
+            found[0]
+            if found
+            else self._client.create_logged_model(
+                self._experiment, names.ADAPTER, run_id, tags=self._identity(number), model_type="peft adapter"
+            )
+        )
+        if str(model.status) != "READY":
+            self._client.log_model_artifacts(model.model_id, str(adapter))
+            self._client.finalize_logged_model(model.model_id, "READY")
+        outputs = self._client.get_run(run_id).outputs
+        if not any(output.model_id == model.model_id for output in (outputs.model_outputs if outputs else ())):
+            self._client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=entry["step"])])
+
+    def _state(self, run_id: str, entry: Entry) -> None:
+        state = entry["state"]
+        tags = [RunTag(names.STATE, state)] + ([RunTag(names.CAUSE, entry["cause"][:5000])] if entry["cause"] else [])
+        self._client.log_batch(run_id, tags=tags)
+        if state == "running":
+            self._client.update_run(run_id, status="RUNNING")
+        else:
+            self._client.set_terminated(run_id, status=_STATUS[state], end_time=entry["time_ms"])
+
+    def _metrics(self, run_id: str, metrics: Sequence[Metric]) -> None:
+        for start in range(0, len(metrics), _LARGEST_BATCH):
+            self._client.log_batch(run_id, metrics=metrics[start : start + _LARGEST_BATCH])
 
 
-def front_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows of a front as CSV, searched values in columns of their own."""
-    flat = [{**{k: v for k, v in row.items() if k != "params"}, **row["params"]} for row in rows]
-    columns = list(dict.fromkeys(key for row in flat for key in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(flat)
-    return text.getvalue()
+def _number(run: Run) -> int:
+    return int(run.data.tags[names.NUMBER])
+
+
+def _state(run: Run) -> str:
+    """Where a run says that its trial stands; MLflow's own status where its tag is at odds with that."""
+    state = str(run.data.tags.get(names.STATE, ""))
+    return state if _STATUS.get(state) == run.info.status else str(run.info.status).lower()
+
+
+def _dataset_input(dataset: Mapping[str, Any]) -> DatasetInput:
+    profile = json.dumps({"rows": int(dataset["rows"])})
+    entry = Dataset(dataset["name"], dataset["digest"], "halora task", dataset["name"], profile=profile)
+    return DatasetInput(entry, [InputTag("mlflow.data.context", dataset["split"])])

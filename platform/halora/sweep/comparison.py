@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from halora.analysis.front import TrialPoint, best
+from halora.analysis.front import best
+from halora.analysis.trials import TrialPoint
 from halora.errors import UserError
 from halora.evaluation.chips import ChipScores
 from halora.evaluation.intervals import Interval, crossed_bootstrap
@@ -112,14 +113,14 @@ def compare(
     numbers: dict[str, int | None] = {UNTRAINED: None, **{name: point.number for name, point in chosen.items()}}
     places, jobs = [], []
     for name, number in numbers.items():
-        config = core.suggestion(number if number is not None else next(iter(chosen.values())).number).config
+        config = sweep.resolve(core.trial(number if number is not None else next(iter(chosen.values())).number).values)
         used = config.evaluation
         fresh = used.model_copy(update={"rows": comparison.rows, "chip_instances": comparison.chip_instances})
         weights = None if number is None else adapter_folder(folder.trial(number))
         for chip in [sweep.chip(named) for named in comparison.chips] or [config.chip]:
             on_chip = config.model_copy(update={"evaluation": fresh, "chip": chip})
             places.append((name, chip.name))
-            jobs.append(ScoringJob(on_chip, weights, first_row=used.rows or 0, first_chip=used.chip_instances))
+            jobs.append(ScoringJob(on_chip, weights, first_row=used.rows or 0, first_chip=sweep.chips_searched))
     scores = dict(zip(places, score_on_workers(sweep, jobs), strict=True))
     reference = comparison.against or UNTRAINED
     cells = tuple(

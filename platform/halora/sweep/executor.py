@@ -1,9 +1,10 @@
 """The Ray Tune adapter of the decision core. Ray runs trials and keeps nothing: storage is the truth."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from dataclasses import asdict
+from typing import Any
 
 import ray
 import torch
@@ -14,8 +15,9 @@ from ray.tune.search import Searcher
 from halora.evaluation.chips import ChipScores
 from halora.records.store import SweepFolder
 from halora.spaces.sweep import SweepConfig
-from halora.sweep.core import Decision, DecisionCore, Suggestion
-from halora.trainable import HaloraTrainable, ScoringJob
+from halora.sweep.core import Decision, DecisionCore
+from halora.sweep.running import RunningJobs, TrialEvents
+from halora.trainable import Goal, HaloraTrainable, ScoringJob
 
 # Read by Ray when it starts.
 _RAY_SETTINGS = {
@@ -28,81 +30,40 @@ _RAY_SETTINGS = {
 }
 
 
-class TrialEvents(Protocol):
-    """Who wants to know what happens to trials."""
-
-    def began(self, suggestion: Suggestion) -> None:
-        """A trial was handed to a worker."""
-
-    def reported(self, suggestion: Suggestion, report: Mapping[str, Any]) -> None:
-        """A trial took some optimiser steps."""
-
-    def evaluated(self, suggestion: Suggestion, report: Mapping[str, Any]) -> None:
-        """A trial was trained and scored."""
-
-    def failed(self, suggestion: Suggestion, cause: str) -> None:
-        """A trial failed by its own fault or lost its worker."""
-
-
-class _Running:
-    """The trials Ray has in hand, between the core that suggested them and whoever wants to know of them."""
-
-    def __init__(self, folder: SweepFolder, core: DecisionCore, events: TrialEvents) -> None:
-        self.folder, self.core, self.events = folder, core, events
-        self.by_ray_id: dict[str, Suggestion] = {}
-
-    def begin(self, ray_id: str) -> dict[str, Any] | None:
-        """The next trial as Ray's config for the trainable."""
-        suggestion = self.core.suggest()
-        if suggestion is None:
-            return None
-        self.by_ray_id[ray_id] = suggestion
-        self.events.began(suggestion)
-        return {
-            "number": suggestion.number,
-            "folder": str(self.folder.trial(suggestion.number)),
-            "trial": suggestion.config.model_dump(mode="json"),
-        }
-
-    def report(self, ray_id: str, report: Mapping[str, Any]) -> Decision:
-        """Pass an intermediate report on."""
-        suggestion = self.by_ray_id[ray_id]
-        self.events.reported(suggestion, report)
-        return self.core.on_report(suggestion.number, report)
-
-    def end(self, ray_id: str, report: Mapping[str, Any], *, error: bool) -> None:
-        """Close a trial by its last report; one that was paused or interrupted stays unfinished.
-
-        Recorded first, told to the study last: a crash between the two repeats a record, and loses none.
-        """
-        suggestion = self.by_ray_id.pop(ray_id, None)
-        if suggestion is None:
-            return
-        stage = report.get("stage")
-        if stage == "evaluated":
-            self.events.evaluated(suggestion, report)
-            self.core.on_complete(suggestion.number, report["accuracy"], suggestion.energy.total_uj_per_token)
-        elif error or stage == "failed":
-            log = self.folder.root / "ray" / f"{suggestion.number:05d}" / "error.txt"
-            cause = str(report.get("cause") or f"its worker ended; see {log}")
-            self.events.failed(suggestion, cause)
-            self.core.on_failure(suggestion.number)
-
-
 class _CoreSearcher(Searcher):
     """Tune's searcher: asks the core. Tune pickles it; there is nothing to keep."""
 
-    def __init__(self, running: _Running) -> None:
+    def __init__(self, running: RunningJobs, sweep: SweepConfig, folder: SweepFolder) -> None:
         super().__init__()
-        self._running = running
+        self._running, self._sweep, self._folder = running, sweep, folder
 
     def suggest(self, trial_id: str) -> Any:
-        """A config, or `FINISHED`."""
-        return self._running.begin(trial_id) or Searcher.FINISHED
+        """The next job as Ray's config for the trainable; nothing for now, or `FINISHED`."""
+        job = self._running.begin(trial_id)
+        if job is None:
+            return None if self._running.core.waiting else Searcher.FINISHED
+        goal = Goal(job.goal.steps, job.goal.chip_instances, job.goal.rows, job.first_chip)
+        return {
+            "job": job.name,
+            "number": job.number,
+            "folder": str(self._folder.trial(job.number)),
+            "trial": self._sweep.resolve(job.values).model_dump(mode="json"),
+            "goal": asdict(goal),
+        }
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
-        """A trial ended, was stopped, or lost its worker."""
-        self._running.end(trial_id, result or {}, error=error)
+        """A job ended, was stopped, or lost its worker; one that was paused or interrupted stays unfinished."""
+        job, report = self._running.job(trial_id), result or {}
+        if job is None:
+            return
+        stage = report.get("stage")
+        if stage == "evaluated":
+            self._running.scored(trial_id, report)
+        elif error or stage == "failed":
+            log = self._folder.root / "ray" / job.name / "error.txt"
+            self._running.failed(trial_id, str(report.get("cause") or f"its worker ended; see {log}"))
+        else:
+            self._running.left(trial_id)
 
     def save(self, checkpoint_path: str) -> None:
         """The study is the state; Tune wants a file."""
@@ -115,7 +76,7 @@ class _CoreSearcher(Searcher):
 class _CoreScheduler(FIFOScheduler):
     """Tune's scheduler: asks the core after every report."""
 
-    def __init__(self, running: _Running) -> None:
+    def __init__(self, running: RunningJobs) -> None:
         super().__init__()
         self._running = running
 
@@ -149,16 +110,16 @@ def ray_session(processes: int) -> Iterator[None]:
 
 
 def run_trials(sweep: SweepConfig, folder: SweepFolder, core: DecisionCore, events: TrialEvents) -> None:
-    """Run the core's suggestions until it has none left, or until Ctrl-C or a stop request.
+    """Run the core's jobs until it has none left, or until Ctrl-C or a stop request.
 
     Trials still unfinished at the end keep their checkpoint and stay unfinished in the study.
     """
-    running = _Running(folder, core, events)
+    running = RunningJobs(core, events)
     worker = {"CPU": 1, "GPU": _gpus_per_worker(sweep)}
     tune.Tuner(
         tune.with_resources(HaloraTrainable, tune.PlacementGroupFactory([worker] * sweep.workers)),
         tune_config=tune.TuneConfig(
-            search_alg=_CoreSearcher(running),
+            search_alg=_CoreSearcher(running, sweep, folder),
             scheduler=_CoreScheduler(running),
             num_samples=-1,
             max_concurrent_trials=sweep.concurrent,
@@ -188,4 +149,4 @@ def _gpus_per_worker(sweep: SweepConfig) -> float:
 
 
 def _trial_name(trial: Any) -> str:
-    return f"{trial.config['number']:05d}"
+    return str(trial.config["job"])

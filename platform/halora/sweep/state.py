@@ -2,7 +2,8 @@
 
 import fcntl
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import yaml
@@ -10,14 +11,49 @@ import yaml
 from halora.errors import UserError
 from halora.records.store import Store, SweepFolder
 from halora.spaces.sweep import SweepConfig
-from halora.sweep.core import DecisionCore, open_study
+from halora.sweep.core import DecisionCore
+from halora.sweep.problem import problem_of
+from halora.sweep.samplers import fitting_trials
+from halora.sweep.study import SweepStudy, storage_of
 
 
 def load_core(name: str, store: Store) -> tuple[SweepConfig, DecisionCore]:
     """A launched sweep and its decision core, for looking and for asking it to stop."""
-    folder = store.existing(name)
-    sweep = SweepConfig.model_validate(yaml.safe_load(folder.sweep_file.read_text()))
-    return sweep, DecisionCore(sweep, open_study(sweep, folder))
+    sweep = load_sweep_of(store.existing(name))
+    return sweep, open_core(sweep, store)
+
+
+def load_sweep_of(folder: SweepFolder) -> SweepConfig:
+    """The sweep as it was launched."""
+    return SweepConfig.model_validate(yaml.safe_load(folder.sweep_file.read_text()))
+
+
+def open_core(sweep: SweepConfig, store: Store, clock_s: Callable[[], float] = time.monotonic) -> DecisionCore:
+    """The decision core of a sweep over whatever its study holds, and the trials of those it starts warm from.
+
+    Raises:
+        UserError: A sweep to start from is not in the store.
+    """
+    problem = problem_of(sweep)
+    earlier = [
+        trial
+        for name in sweep.search.warm_start
+        for trial in fitting_trials(problem, SweepStudy(name, storage_of(store.existing(name))).trials())
+    ]
+    return DecisionCore(problem, SweepStudy(sweep.name, storage_of(store.sweep(sweep.name))), earlier, clock_s)
+
+
+def check_not_launched(folder: SweepFolder) -> None:
+    """Refuse a sweep name that is taken.
+
+    Raises:
+        UserError: With the ways to go on.
+    """
+    if folder.root.exists():
+        raise UserError(
+            f"sweep '{folder.name}' was launched before",
+            f"go on with `halora sweep resume {folder.name}`, or launch under another name with --name",
+        )
 
 
 def is_running(folder: SweepFolder) -> bool:

@@ -1,6 +1,7 @@
 """Distributions over the fields of a trial, addressed by dotted path (`training.mu`), some only under a condition."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import takewhile
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
@@ -20,10 +21,15 @@ class _Distribution(Frozen):
         """Whether the conditions hold for the values chosen so far."""
         return all(chosen.get(name) in allowed for name, allowed in self.when.items())
 
-    @property
-    def condition(self) -> dict[str, Any]:
-        """Values under which it is searched: the first allowed one of each named field."""
-        return {name: allowed[0] for name, allowed in self.when.items()}
+    def condition(self, space: "Mapping[str, Distribution]") -> dict[str, Any]:
+        """Values under which it is searched: the first allowed one of each named field, and what those need."""
+        values: dict[str, Any] = {}
+        for name, allowed in self.when.items():
+            if name in space:
+                before = dict(takewhile(lambda item: item[0] != name, space.items()))  # noqa: B023
+                values |= space[name].condition(before)
+            values[name] = allowed[0]
+        return values
 
 
 class Categorical(_Distribution):
@@ -34,6 +40,17 @@ class Categorical(_Distribution):
     def contains(self, value: Any) -> bool:
         """Whether the search could choose `value`."""
         return value in self.choices
+
+    def nearest(self, value: Any) -> Value | None:
+        """The choice nearest to `value`: itself, or among numbers the closest; none where there is no such thing."""
+        if value in self.choices or not _numeric(value, *self.choices):
+            return value if value in self.choices else None
+        return min(self.choices, key=lambda choice: abs(choice - value))
+
+    @property
+    def values(self) -> Sequence[Value] | None:
+        """All it can be."""
+        return self.choices
 
     @property
     def probes(self) -> tuple[Any, ...]:
@@ -62,7 +79,19 @@ class Range(_Distribution):
     def contains(self, value: Any) -> bool:
         """Whether the search could choose `value`."""
         whole = self.kind == "float" or isinstance(value, int)
-        return isinstance(value, int | float) and whole and self.low <= value <= self.high
+        return _numeric(value) and whole and self.low <= value <= self.high
+
+    def nearest(self, value: Any) -> Value | None:
+        """The value of the range nearest to `value`; none where that is no number."""
+        if not _numeric(value):
+            return None
+        inside = min(max(value, self.low), self.high)
+        return round(inside) if self.kind == "int" else float(inside)
+
+    @property
+    def values(self) -> Sequence[Value] | None:
+        """All it can be; none for floats, which cannot be counted."""
+        return range(int(self.low), int(self.high) + 1) if self.kind == "int" else None
 
     @property
     def probes(self) -> tuple[Any, ...]:
@@ -70,16 +99,79 @@ class Range(_Distribution):
         return tuple(int(v) if self.kind == "int" else v for v in (self.low, self.high))
 
 
-def _kind(given: Any) -> str:
-    listed = isinstance(given, Categorical) or (isinstance(given, Mapping) and "choices" in given)
-    return "Categorical" if listed else "Range"
+def _numeric(*values: Any) -> bool:
+    return all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+
+
+def _kind(given: Any) -> str | None:
+    if isinstance(given, _Distribution):
+        return type(given).__name__
+    keys = given.keys() if isinstance(given, Mapping) else set()
+    return "Categorical" if "choice" in keys or "choices" in keys else "Range" if keys & {"low", "high"} else None
 
 
 Distribution = Annotated[
     Annotated[Categorical, Tag("Categorical")] | Annotated[Range, Tag("Range")],
-    Discriminator(_kind),
+    Discriminator(
+        _kind,
+        custom_error_type="distribution",
+        custom_error_message="A distribution is `choices: [...]`, or `low` and `high`, with `log` and `kind`",
+    ),
 ]
 """What a field may be searched over; `choices`, or `low` and `high`."""
+
+
+def chosen_values(space: Mapping[str, "Distribution"], choose: Callable[[str, "Distribution"], Any]) -> dict[str, Any]:
+    """A value by `choose` for every field whose condition holds, in the order of the space."""
+    values: dict[str, Any] = {}
+    for path, distribution in space.items():
+        if distribution.applies(values):
+            values[path] = choose(path, distribution)
+    return values
+
+
+def in_space(space: Mapping[str, "Distribution"], values: Mapping[str, Any]) -> bool:
+    """Whether the values are one whole point of the space: all fields whose condition holds, and no others."""
+    return values.keys() == {path for path, d in space.items() if d.applies(values)} and all(
+        space[path].contains(value) for path, value in values.items()
+    )
+
+
+def size(space: Mapping[str, "Distribution"]) -> int | None:
+    """Number of configurations, conditions heeded; none where a field that can be searched is a float."""
+    asked = {name for distribution in space.values() for name in distribution.when}
+    counts: dict[frozenset[tuple[str, Any]], int] = {frozenset(): 1}  # by the values that conditions ask for
+    for path, distribution in space.items():
+        after: dict[frozenset[tuple[str, Any]], int] = {}
+        for state, count in counts.items():
+            values = distribution.values if distribution.applies(dict(state)) else (None,)
+            if values is None:
+                return None
+            if path not in asked:
+                after[state] = after.get(state, 0) + count * len(values)
+                continue
+            for value in values:
+                key = state if value is None else state | {(path, value)}
+                after[key] = after.get(key, 0) + count
+        counts = after
+    return sum(counts.values())
+
+
+def grid(space: Mapping[str, "Distribution"]) -> Iterator[dict[str, Any]]:
+    """Every configuration of a space of a known size, the last field changing fastest."""
+    points: Iterator[dict[str, Any]] = iter(({},))
+    for path, distribution in space.items():
+        points = _extended(points, path, distribution)
+    return points
+
+
+def _extended(points: Iterator[dict[str, Any]], path: str, distribution: "Distribution") -> Iterator[dict[str, Any]]:
+    for point in points:
+        if not distribution.applies(point):
+            yield point
+        else:
+            assert distribution.values is not None
+            yield from ({**point, path: value} for value in distribution.values)
 
 
 def with_values(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:

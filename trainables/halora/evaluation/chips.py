@@ -1,7 +1,7 @@
 """Evaluation of an adapter on chip instances."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import Any
 
@@ -80,9 +80,29 @@ class ChipScores:
                 summary[f"clean_accuracy.{name}"] = float(clean_correct[own].mean())
         return summary
 
+    @property
+    def accuracy_by_chip(self) -> list[float]:
+        """Accuracy on each chip instance, in their order."""
+        return [fmean(row) for row in self.noisy_correct]
+
+    def with_chips_after(self, kept: int, more: "ChipScores") -> "ChipScores":
+        """The first `kept` chips of these scores, and then those of another evaluation on the same rows."""
+        assert more.row_ids == self.row_ids
+        by_chip = ("chip_seeds", "noisy", "noisy_correct", "noise_db")
+        return replace(self, **{name: getattr(self, name)[:kept] + getattr(more, name) for name in by_chip})
+
     def to_json(self) -> dict[str, Any]:
         """Plain lists, for a JSON file."""
         return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "ChipScores":
+        """What `to_json` gave."""
+        return cls(**{name: _as_tuple(value) for name, value in content.items()})
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(map(_as_tuple, value)) if isinstance(value, list) else value
 
 
 def evaluate(

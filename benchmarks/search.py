@@ -1,0 +1,317 @@
+"""Searchers and rungs on analytic problems with known fronts. `make bench-search` runs it and keeps what it prints.
+
+Protocol, fixed before the first run:
+
+- Problems: ZDT1 and DTLZ2 with 5 variables and two objectives, and BNH with its two constraints, as in
+  `halora.sweep.analytic`, with the reference points given there: (1.1, 4.0), (1.5, 1.5), (140, 1.0) in the objectives
+  that are made small. Hypervolumes are those of noise-free objectives after a whole training, of trials that were
+  trained whole and keep all constraints, whatever the search saw.
+- 20 seeds, numbers 0 to 19, unless a part says otherwise. Shown: median and quartiles.
+- A. Same as Optuna: 80 trials one after the other, no noise, no rungs; our core beside a study of Optuna's asked and
+  told directly, with the same sampler at its defaults. Aim: medians within 2 %, no more violations.
+- B. Fewer steps: training of 27 steps, 4 chips with noise (standard deviation 0.02 of the reference's loss), 4 workers.
+  `plain`: Ray's OptunaSearch at its defaults, told the noisy mean, every trial trained whole, 40 trials (1,080 steps).
+  `random`: the same with random points. `whole`: our core without rungs. `rungs`: our core with rungs at 3 and 9 steps
+  on 2 chips, a third going on, up to 1,080 steps. Counted: steps until the hypervolume reaches the median that plain
+  (random) has at its end. Aim: at most a half of plain's 1,080 steps, at most a third of random's. On `saturating`
+  curves rungs rank trials as their ends do; on `crossing` curves the better the end the slower the start, where rungs
+  must lose.
+- C. Racing: 40 random points of ZDT1, noise of 1.5 over chips, 240 evaluations on one chip in all: 6 chips for every
+  point, or 3 for every point and 120 handed out by the race. Counted: F1 of the front by estimated means against the
+  true front of these points.
+- D. Long studies: seconds of an ask with 5,000 trials in the journal, memory of the process, and what the bound on the
+  history costs in hypervolume (ZDT1, 200 trials, 5 seeds).
+"""
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import optuna
+import psutil
+from optuna.storages import InMemoryStorage, JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from ray.tune.search.optuna import OptunaSearch
+
+from halora.analysis.front import ranks
+from halora.analysis.front import volume as front_volume
+from halora.analysis.racing import chip_estimates
+from halora.spaces.search import Racing, SearchSettings
+from halora.sweep.analytic import FUNCTIONS, AnalyticCurves
+from halora.sweep.core import DecisionCore
+from halora.sweep.problem import Level, Problem
+from halora.sweep.simulator import SimulatedClock, simulate
+from halora.sweep.study import State, SweepStudy
+
+SEEDS = range(20)
+WORKERS, WHOLE_TRIALS = 4, 40
+RUNGS = [Level(3, 2), Level(9, 2), Level(27, 4)]
+
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+
+
+def hypervolume(points: Iterable[tuple[float, float]], reference: tuple[float, float]) -> float:
+    """Area between points of (accuracy, energy) and the reference."""
+    return front_volume(np.array(list(points)), reference)
+
+
+def feasible(curves: AnalyticCurves, values: dict[str, Any]) -> bool:
+    """Whether a point keeps the function's constraints."""
+    return all(curves.clean(values, curves.steps)[metric] >= 0 for metric in curves.function.constraints)
+
+
+def search(problem: Problem, curves: AnalyticCurves, workers: int = WORKERS) -> DecisionCore:
+    """Run our core to its end."""
+    clock = SimulatedClock()
+    core = DecisionCore(problem, SweepStudy(problem.name, InMemoryStorage()), clock_s=clock)
+    simulate(core, curves, clock, concurrent=workers)
+    return core
+
+
+def values_found(core: DecisionCore, curves: AnalyticCurves) -> list[dict[str, Any]]:
+    """Points trained whole that keep the constraints."""
+    return [dict(t.values) for t in core.trials() if t.state is State.FINISHED and feasible(curves, dict(t.values))]
+
+
+def volume(points: Iterable[dict[str, Any]], problem: Problem, curves: AnalyticCurves) -> float:
+    """Hypervolume of the points' true objectives."""
+    return hypervolume((curves.true_objectives(values) for values in points), problem.reference)
+
+
+def spread(values: Sequence[float], form: str = ".4f") -> str:
+    """Median and quartiles."""
+    low, middle, high = np.quantile(values, [0.25, 0.5, 0.75], method="closest_observation")
+    return f"{middle:{form}} ({low:{form}} .. {high:{form}})"
+
+
+def same_as_optuna() -> None:
+    """Part A."""
+    trials = 80
+    print(f"\nA. hypervolume after {trials} trials, and violations among them\n")
+    samplers: dict[str, Callable[[int], optuna.samplers.BaseSampler]] = {
+        "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed),
+        "nsga2": lambda seed: optuna.samplers.NSGAIISampler(seed=seed),
+    }
+    for function in FUNCTIONS:
+        curves = AnalyticCurves(FUNCTIONS[function], steps=1)
+        for name, sampler in samplers.items():
+            ours: list[float] = []
+            theirs: list[float] = []
+            violations = [0, 0]
+            for seed in SEEDS:
+                settings = SearchSettings.model_validate({"sampler": name, "skip_unreachable": False})
+                problem = curves.problem("a", trials=trials, seed=seed, settings=settings)
+                core = search(problem, curves, workers=1)
+                kept = values_found(core, curves)
+                ours.append(volume(kept, problem, curves))
+                direct = _optuna_directly(problem, curves, sampler(seed), trials)
+                theirs.append(volume((p for p in direct if feasible(curves, p)), problem, curves))
+                violations[0] += trials - len(kept)
+                violations[1] += sum(not feasible(curves, p) for p in direct)
+            ratio = np.median(ours) / np.median(theirs)
+            print(
+                f"{function:6} {name:6} ours {spread(ours)}  Optuna {spread(theirs)}  ratio of medians {ratio:.3f}  "
+                f"violations {violations[0]} and {violations[1]} of {trials * len(SEEDS)}",
+                flush=True,
+            )
+
+
+def _optuna_directly(
+    problem: Problem, curves: AnalyticCurves, sampler: optuna.samplers.BaseSampler, trials: int
+) -> list[dict[str, Any]]:
+    study = optuna.create_study(directions=["maximize", "minimize"], sampler=sampler)
+    for _ in range(trials):
+        trial = study.ask()
+        values = {path: trial.suggest_float(path, d.low, d.high) for path, d in problem.space.items()}  # type: ignore[union-attr]
+        for metric in curves.function.constraints:
+            trial.set_constraint(metric, -curves.clean(values, curves.steps)[metric])
+        study.tell(trial, list(curves.true_objectives(values)))
+    return [dict(trial.params) for trial in study.trials]
+
+
+def fewer_steps() -> None:
+    """Part B."""
+    budget = WHOLE_TRIALS * RUNGS[-1].steps
+    print(f"\nB. steps until the hypervolume that plain (random) has after {budget} steps; 'never' is beyond them\n")
+    for function in ("zdt1", "dtlz2"):
+        for kind in ("saturating", "crossing"):
+            noise = 0.02 * FUNCTIONS[function].reference[1]
+            runs: dict[str, list[list[tuple[int, float]]]] = {"plain": [], "random": [], "whole": [], "rungs": []}
+            for seed in SEEDS:
+                curves = AnalyticCurves(FUNCTIONS[function], curve=kind, chip_std=noise, seed=seed)
+                runs["plain"].append(_ray_optuna_search(curves, seed))
+                for name in ("random", "whole", "rungs"):
+                    runs[name].append(_history(curves, seed, name, budget))
+            targets = {name: float(np.median([run[-1][1] for run in runs[name]])) for name in ("plain", "random")}
+            print(f"{function} {kind}: hypervolume of plain {targets['plain']:.4f}, of random {targets['random']:.4f}")
+            for name, histories in runs.items():
+                ends = spread([history[-1][1] for history in histories])
+                reached = {
+                    target: [_steps_to(history, volume) for history in histories] for target, volume in targets.items()
+                }
+                told = "  ".join(f"to {target}'s {_counted(steps, budget)}" for target, steps in reached.items())
+                print(f"  {name:7} end {ends}  {told}", flush=True)
+
+
+def _history(curves: AnalyticCurves, seed: int, name: str, budget: int) -> list[tuple[int, float]]:
+    """(Steps taken by all jobs ended so far, hypervolume) after every whole training, of our core."""
+    rungs = name == "rungs"
+    problem = curves.problem(
+        "b",
+        trials=10_000 if rungs else WHOLE_TRIALS,
+        seed=seed,
+        chip_instances=RUNGS[-1].chip_instances,
+        levels=lambda values: RUNGS if rungs else RUNGS[-1:],
+        keep=1 / 3,
+        settings=SearchSettings(sampler="random" if name == "random" else "tpe", skip_unreachable=False),
+    )
+    watch = _Watch(curves, problem, budget)
+    clock = SimulatedClock()
+    core = DecisionCore(problem, SweepStudy("b", InMemoryStorage()), clock_s=clock)
+    watch.core = core
+    simulate(core, curves, clock, concurrent=WORKERS, events=watch)
+    return watch.history
+
+
+class _Watch:
+    """Counts steps as they are taken, and asks the search to stop once the budget is spent."""
+
+    core: DecisionCore
+
+    def __init__(self, curves: AnalyticCurves, problem: Problem, budget: int) -> None:
+        self._curves, self._problem, self._budget = curves, problem, budget
+        self._reached: dict[int, int] = {}
+        self._points: list[tuple[float, float]] = []
+        self.history: list[tuple[int, float]] = [(0, 0.0)]
+
+    def began(self, job: Any) -> None:
+        """Nothing."""
+
+    def reported(self, job: Any, report: Any) -> None:
+        """Nothing."""
+
+    def failed(self, job: Any, cause: str) -> None:
+        """Never."""
+        raise AssertionError(cause)
+
+    def evaluated(self, job: Any, report: Any) -> None:
+        """Count."""
+        self._reached[job.number] = job.goal.steps
+        steps = sum(self._reached.values())
+        if steps > self._budget:
+            self.core.request_stop()
+        elif job.final:
+            self._points.append(self._curves.true_objectives(job.values))
+            self.history.append((steps, hypervolume(self._points, self._problem.reference)))
+
+
+def _ray_optuna_search(curves: AnalyticCurves, seed: int) -> list[tuple[int, float]]:
+    """The same of Ray's OptunaSearch at its defaults, with trials that begin and end in turn."""
+    problem = curves.problem("b", trials=WHOLE_TRIALS)
+    searcher = OptunaSearch(
+        space=lambda trial: {p: trial.suggest_float(p, d.low, d.high) for p, d in problem.space.items()} and None,  # type: ignore[union-attr]
+        metric=["accuracy", "energy"],
+        mode=["max", "min"],
+        seed=seed,
+    )
+    history, points, running = [(0, 0.0)], [], []
+    for number in range(WHOLE_TRIALS + WORKERS):
+        if number < WHOLE_TRIALS:
+            running.append((str(number), searcher.suggest(str(number))))
+        if number >= WORKERS - 1 and running:
+            name, values = running.pop(0)
+            accuracy = float(np.mean([curves.accuracy(values, curves.steps, chip) for chip in range(4)]))
+            searcher.on_trial_complete(name, {"accuracy": accuracy, "energy": problem.energy(values)})
+            points.append(curves.true_objectives(values))
+            history.append((len(points) * curves.steps, hypervolume(points, problem.reference)))
+    return history
+
+
+def _steps_to(history: list[tuple[int, float]], target: float) -> float:
+    return next((float(steps) for steps, reached in history if reached >= target), float("inf"))
+
+
+def _counted(steps: list[float], budget: int) -> str:
+    low, middle, high = (
+        "never" if np.isinf(q) else f"{q:.0f}"
+        for q in np.quantile(steps, [0.25, 0.5, 0.75], method="closest_observation")
+    )
+    share = float(np.quantile(steps, 0.5, method="closest_observation")) / budget
+    return f"{middle} ({low} .. {high}) = {share:.2f}"
+
+
+def racing() -> None:
+    """Part C."""
+    print("\nC. front of 40 noisy points identified with 240 chip evaluations, F1\n")
+    found: dict[str, list[float]] = {"6 chips each": [], "3 each, 120 raced": []}
+    for seed in SEEDS:
+        curves = AnalyticCurves(FUNCTIONS["zdt1"], steps=1, chip_std=1.5, seed=seed)
+        settings = SearchSettings(sampler="random", skip_unreachable=False)
+        for name, chips, race in (("6 chips each", 6, None), ("3 each, 120 raced", 3, Racing(extra=120, most=40))):
+            problem = curves.problem("c", trials=40, seed=seed, chip_instances=chips, settings=settings, racing=race)
+            trials = search(problem, curves).trials()
+            energy = np.array([trial.energy_uj_per_token for trial in trials])
+            true = np.array([curves.true_objectives(trial.values)[0] for trial in trials])
+            by_chip = [trial.scores[-1]["accuracy_by_chip"] for trial in trials]
+            assert sum(map(len, by_chip)) <= 240
+            estimated = chip_estimates(by_chip)[0]
+            on_front = [ranks(np.column_stack([accuracy, energy])) == 0 for accuracy in (estimated, true)]
+            found[name].append(_f1(*on_front))
+    for name, scores in found.items():
+        print(f"  {name:18} {spread(scores, '.3f')}  mean {np.mean(scores):.3f}")
+    wins = np.sign(np.subtract(found["3 each, 120 raced"], found["6 chips each"]))
+    print(f"  racing better on {sum(wins > 0)} seeds, equal on {sum(wins == 0)}, worse on {sum(wins < 0)}", flush=True)
+
+
+def _f1(found: np.ndarray, true: np.ndarray) -> float:
+    return float(2 * (found & true).sum() / (found.sum() + true.sum()))
+
+
+def long_studies() -> None:
+    """Part D."""
+    print("\nD. long studies\n")
+    curves = AnalyticCurves(FUNCTIONS["zdt1"], steps=1)
+    with TemporaryDirectory() as folder:
+        storage = JournalStorage(JournalFileBackend(str(Path(folder) / "journal")))
+        settings = SearchSettings(sampler="random", skip_unreachable=False)
+        clock = SimulatedClock()
+        problem = curves.problem("d", trials=5000, settings=settings)
+        began = time.perf_counter()
+        simulate(DecisionCore(problem, SweepStudy("d", storage), clock_s=clock), curves, clock, concurrent=WORKERS)
+        memory = psutil.Process().memory_info().rss / 2**20
+        took = time.perf_counter() - began
+        print(f"  5,000 simulated trials in a journal: {took:.0f} s, {memory:.0f} MiB resident")
+        for history in (100, 200, 500):
+            changed = curves.problem(
+                "d", trials=10_000, settings=SearchSettings(history=history, skip_unreachable=False)
+            )
+            core = DecisionCore(changed, SweepStudy("d", storage))
+            asks = []
+            for _ in range(21):
+                began = time.perf_counter()
+                job = core.suggest()
+                asks.append(time.perf_counter() - began)
+                assert job is not None
+                core.on_failure(job.number)
+            told = spread([1000 * ask for ask in asks[1:]], ".1f")
+            print(f"  an ask that looks at {history} of them: {told} ms", flush=True)
+    volumes: dict[int, list[float]] = {50: [], 100: [], 200: [], 10_000: []}
+    for seed in range(5):
+        for history in volumes:
+            bounded = SearchSettings(history=history, skip_unreachable=False)
+            problem = curves.problem("d", trials=200, seed=seed, settings=bounded)
+            volumes[history].append(volume(values_found(search(problem, curves, 1), curves), problem, curves))
+    for history, found in volumes.items():
+        print(f"  hypervolume after 200 trials, looking at {history} at most: {spread(found)}", flush=True)
+
+
+if __name__ == "__main__":
+    parts = {"a": same_as_optuna, "b": fewer_steps, "c": racing, "d": long_studies}
+    for part in sys.argv[1:] or parts:
+        start = time.perf_counter()
+        parts[part]()
+        print(f"  [{time.perf_counter() - start:.0f} s]", flush=True)

@@ -1,0 +1,229 @@
+"""Charts of a sweep as Plotly figures in plain values; texts that a user chose are escaped, as Plotly reads HTML."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from itertools import groupby
+from typing import Any
+
+from halora.analysis.figures import METHOD_COLOURS, OTHER_COLOUR
+from halora.analysis.summary import FrontView, SweepSummary
+from halora.analysis.trials import TrialPoint
+
+Chart = dict[str, Any]
+"""A Plotly figure: `data` and `layout`."""
+
+_SYMBOLS = {"lora": "square", "noise_lora": "triangle-up", "halora": "circle"}
+_COMPONENT_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999", "#332288")
+_MOST_BARS = 12
+_MOST_SHOWN = 5000
+"""Dominated trials drawn; beyond that the best are."""
+_UNDECIDED = 0.05
+"""Probability of being on the front from which a dominated trial is shown as one that might be."""
+
+
+def front_chart(view: FrontView) -> Chart:
+    """Every feasible trial by energy and accuracy, the front with its intervals, and those that break constraints."""
+    members = {point.number for point in view.members}
+    data: list[Chart] = []
+    dominated = [p for p in view.groups.feasible if p.number not in members]
+    dominated = sorted(dominated, key=lambda p: -p.accuracy)[:_MOST_SHOWN]
+    maybe = [p for p in dominated if view.probability[p.number] >= _UNDECIDED]
+    sure = [p for p in dominated if view.probability[p.number] < _UNDECIDED]
+    if view.members:
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "lines",
+                "x": [p.energy_uj_per_token for p in view.members],
+                "y": [p.accuracy for p in view.members],
+                "line": {"shape": "hv", "color": "#888888", "width": 1},
+                "hoverinfo": "skip",
+                "showlegend": False,
+            }
+        )
+    for group, name, style in (
+        (sure, "dominated", _Style(opacity=0.5, size=7, bars=False)),
+        (maybe, "perhaps on the front", _Style(opacity=0.75, size=9)),
+        (view.members, "on the front", _Style(opacity=1.0, size=11, filled=True)),
+    ):
+        data += [_trials(own, f"{method}, {name}", method, view, style) for method, own in by_method(group)]
+    if view.groups.violating:
+        broken = _trials(
+            view.groups.violating, "breaks a constraint", "", view, _Style(opacity=0.8, size=8, bars=False)
+        )
+        broken["marker"] |= {"symbol": "x-thin", "line": {"width": 2, "color": "#D55E00"}}
+        data.append(broken)
+    if view.knee:
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "x": [view.knee.energy_uj_per_token],
+                "y": [view.knee.accuracy],
+                "name": f"knee: trial {view.knee.number}",
+                "marker": {"symbol": "circle-open", "size": 20, "color": "#000000", "line": {"width": 1.5}},
+                "hoverinfo": "skip",
+            }
+        )
+    return {
+        "data": data,
+        "layout": _layout("energy per token (µJ)", "accuracy under noise (95 % interval)", log_x=True),
+    }
+
+
+def noise_chart(points: Sequence[TrialPoint], field: str, title: str) -> Chart:
+    """Accuracy with its interval over a field of noise: `noise_level` (a label) or `noise_db` (a metric)."""
+    known = [(x, p) for p in points if isinstance(x := p.labels.get(field, p.metrics.get(field)), int | float)]
+    data = []
+    for method, own in by_method([p for _, p in known]):
+        numbers = {p.number for p in own}
+        placed = sorted((x, p.accuracy, p.number) for x, p in known if p.number in numbers)
+        tops = [max(group, key=lambda item: item[1]) for _, group in groupby(placed, key=lambda item: item[0])]
+        colour = METHOD_COLOURS.get(method, OTHER_COLOUR)
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "x": [x for x, _, _ in placed],
+                "y": [y for _, y, _ in placed],
+                "text": [f"trial {number}" for _, _, number in placed],
+                "name": escape(method),
+                "marker": {"color": colour, "symbol": _SYMBOLS.get(method, "diamond"), "opacity": 0.6, "size": 8},
+            }
+        )
+        if 1 < len(tops) <= len(placed) / 2:  # several trials at each level: their best, joined
+            line = {"x": [x for x, _, _ in tops], "y": [y for _, y, _ in tops], "line": {"color": colour}}
+            data.append({"type": "scatter", "mode": "lines", "name": f"{escape(method)}, best", **line})
+    return {"data": data, "layout": _layout(title, "accuracy under noise")}
+
+
+def energy_chart(view: FrontView) -> Chart:
+    """Energy by component of the front's trials, at most a dozen spread over it."""
+    every = max(-(-len(view.members) // _MOST_BARS), 1)
+    shown = view.members[::every]
+    prefix = "energy_uj_per_token."
+    components = sorted({name for p in shown for name in p.metrics if name.startswith(prefix)})
+    components = [name for name in components if any(p.metrics.get(name, 0) > 0 for p in shown)]
+    data = [
+        {
+            "type": "bar",
+            "name": escape(name.removeprefix(prefix)),
+            "x": [f"trial {p.number}" for p in shown],
+            "y": [p.metrics.get(name, 0.0) for p in shown],
+            "marker": {"color": _COMPONENT_COLOURS[i % len(_COMPONENT_COLOURS)]},
+        }
+        for i, name in enumerate(components)
+    ]
+    layout = _layout("", "energy per token (µJ)") | {"barmode": "stack"}
+    layout["xaxis"] |= {"type": "category"}
+    return {"data": data, "layout": layout}
+
+
+def importance_chart(summary: SweepSummary) -> Chart:
+    """Share of each searched field, for every objective."""
+    paths = sorted(
+        {path for shares in summary.importance.values() for path in shares},
+        key=lambda path: sum(shares.get(path, 0) for shares in summary.importance.values()),
+    )
+    data = [
+        {
+            "type": "bar",
+            "orientation": "h",
+            "name": escape(metric),
+            "x": [shares.get(path, 0.0) for path in paths],
+            "y": [escape(path) for path in paths],
+            "marker": {"color": colour},
+        }
+        for (metric, shares), colour in zip(summary.importance.items(), _COMPONENT_COLOURS, strict=False)
+        if shares
+    ]
+    layout = _layout("share of the importance", "") | {"barmode": "group", "height": 140 + 44 * len(paths)}
+    layout["yaxis"] |= {"type": "category"}
+    return {"data": data, "layout": layout}
+
+
+def hypervolume_chart(summary: SweepSummary) -> Chart:
+    """The hypervolume over finished trials, in the order they ended."""
+    y = summary.hypervolume
+    line = {
+        "type": "scatter",
+        "mode": "lines" if len(y) > 1 else "markers",
+        "line": {"shape": "hv", "color": "#0072B2"},
+    }
+    data = [{**line, "x": list(range(1, len(y) + 1)), "y": y, "showlegend": False}]
+    layout = _layout("trials finished", "hypervolume (accuracy × µJ)")
+    layout["yaxis"] |= {"rangemode": "tozero"}
+    return {"data": data, "layout": layout}
+
+
+def by_method(points: Sequence[TrialPoint]) -> list[tuple[str, list[TrialPoint]]]:
+    """Trials by training method, the known methods first."""
+    groups: dict[str, list[TrialPoint]] = {method: [] for method in METHOD_COLOURS}
+    for point in points:
+        groups.setdefault(str(point.labels.get("method", "other")), []).append(point)
+    return [(method, own) for method, own in groups.items() if own]
+
+
+def described(point: TrialPoint) -> str:
+    """Searched values on one line: the last part of each path, numbers to three digits."""
+    return " ".join(f"{path.rpartition('.')[2]}={_short(value)}" for path, value in sorted(point.params.items()))
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+@dataclass(frozen=True)
+class _Style:
+    opacity: float
+    size: int
+    filled: bool = False
+    bars: bool = True
+
+
+def _trials(points: Sequence[TrialPoint], name: str, method: str, view: FrontView, style: _Style) -> Chart:
+    symbol = _SYMBOLS.get(method, "diamond")
+    trace: Chart = {
+        "type": "scatter",
+        "mode": "markers",
+        "name": escape(name),
+        "x": [p.energy_uj_per_token for p in points],
+        "y": [p.accuracy for p in points],
+        "text": [
+            f"trial {p.number}, on the front with probability {view.probability.get(p.number, 0):.2f}"
+            f"<br>{escape(described(p))[:300]}"
+            for p in points
+        ],
+        "hovertemplate": "%{text}<br>accuracy %{y:.4f}, %{x:.4g} µJ<extra></extra>",
+        "marker": {
+            "symbol": symbol if style.filled else f"{symbol}-open",
+            "color": METHOD_COLOURS.get(method, OTHER_COLOUR),
+            "size": style.size,
+        },
+        "opacity": style.opacity,
+    }
+    if style.bars:
+        trace["error_y"] = {
+            "type": "data",
+            "symmetric": False,
+            "array": [max(p.metrics.get("accuracy_high", p.accuracy) - p.accuracy, 0) for p in points],
+            "arrayminus": [max(p.accuracy - p.metrics.get("accuracy_low", p.accuracy), 0) for p in points],
+            "thickness": 1,
+            "width": 3,
+        }
+    return trace
+
+
+def _layout(x: str, y: str, *, log_x: bool = False) -> Chart:
+    grid = {"gridcolor": "#e6e6e6", "zerolinecolor": "#cccccc", "automargin": True}
+    return {
+        "template": "none",
+        "height": 420,
+        "margin": {"l": 70, "r": 20, "t": 20, "b": 60},
+        "font": {"family": "system-ui, sans-serif", "size": 13},
+        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+        "xaxis": {"title": {"text": x}, "type": "log" if log_x else "-", **grid},
+        "yaxis": {"title": {"text": y}, **grid},
+        "hovermode": "closest",
+    }

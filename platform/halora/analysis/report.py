@@ -1,0 +1,78 @@
+"""A sweep's report: one HTML page that needs nothing but itself."""
+
+import json
+from importlib.resources import files
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from halora.analysis import charts
+from halora.analysis.summary import SweepSummary
+from halora.analysis.trials import TrialPoint
+
+_TEMPLATE = "report.html.jinja"
+_MOST_ROWS = 200
+"""Rows of a table; the page says how many it leaves out."""
+
+
+def render_report(summary: SweepSummary) -> str:
+    """The page, with Plotly's code in it. Whatever a user named is escaped."""
+    from plotly.offline import get_plotlyjs
+
+    view = summary.front
+    scored = [*view.groups.feasible, *view.groups.violating]
+    levels = sorted({level for point in scored if (level := point.labels.get("noise_level")) is not None})
+    several = charts.noise_chart(scored, "noise_level", "noise level of the chip (unit of its model)")
+    drawn = {
+        "front": charts.front_chart(view) if scored else None,
+        "noise_level": several if len(levels) > 1 else None,
+        "noise_db": charts.noise_chart(scored, "noise_db", "realised noise to signal of the weights (dB)"),
+        "energy": charts.energy_chart(view),
+        "importance": charts.importance_chart(summary),
+        "hypervolume": charts.hypervolume_chart(summary) if summary.hypervolume else None,
+    }
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"number": _number, "described": charts.described}
+    template = environment.from_string((files("halora.analysis") / _TEMPLATE).read_text())
+    shown = {name: chart for name, chart in drawn.items() if chart and chart["data"]}
+    return template.render(
+        summary=summary,
+        view=view,
+        charts=shown,
+        charts_json=_script_json(shown),
+        levels=levels,
+        plotly=Markup(get_plotlyjs().replace("</script", "<\\/script")),
+        most=_MOST_ROWS,
+        ratios=_ratios(summary),
+        seconds=sum(max(point.ended_ms - point.began_ms, 0) for point in _ended(summary)) / 1000,
+    )
+
+
+def _ended(summary: SweepSummary) -> list[TrialPoint]:
+    groups = summary.front.groups
+    return [*groups.feasible, *groups.violating, *groups.unscored, *groups.stopped, *groups.failed]
+
+
+def _ratios(summary: SweepSummary) -> list[dict[str, Any]]:
+    """Energy of the front's cheapest, knee and most accurate trial beside the named baselines of its model."""
+    members = summary.front.members
+    chosen = {"cheapest": members[:1], "knee": [k] if (k := summary.front.knee) else [], "most accurate": members[-1:]}
+    rows = []
+    for what, points in chosen.items():
+        for point in points:
+            named = summary.baselines.get(str(point.labels.get("model")), {})
+            own = point.energy_uj_per_token
+            beside = {name: (energy, own / energy) for name, energy in named.items()}
+            rows.append({"what": what, "number": point.number, "energy": own, "beside": beside})
+    return rows
+
+
+def _script_json(content: Any) -> Markup:
+    """JSON that cannot end the script element it stands in."""
+    text = json.dumps(content, allow_nan=False, ensure_ascii=True)
+    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
+
+
+def _number(value: float | None, digits: int = 4) -> str:
+    return "-" if value is None else f"{value:.{digits}g}"

@@ -1,0 +1,100 @@
+"""A sweep in numbers: what the report, the front's files and the command line show."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any
+
+from halora.analysis.front import front, hypervolume_history, knee
+from halora.analysis.trials import DEFAULT_OBJECTIVES, Groups, Objective, TrialPoint, grouped
+from halora.analysis.uncertainty import front_probability
+
+
+@dataclass(frozen=True)
+class FrontView:
+    """Trials apart by how they stand, and the front of the feasible ones.
+
+    Attributes:
+        objectives: What the front is drawn over.
+        groups: All trials.
+        members: The front, from the best to the worst in the last objective.
+        probability: Of being on the front given what the scores rest on, by number, for every feasible trial.
+        knee: The member beyond the plane through the front's extremes.
+    """
+
+    objectives: tuple[Objective, ...]
+    groups: Groups
+    members: list[TrialPoint]
+    probability: dict[int, float]
+    knee: TrialPoint | None
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Every trial that has all objectives, by number, in plain values; what is not a number becomes none."""
+        members = {point.number for point in self.members}
+        ranked = sorted([*self.groups.feasible, *self.groups.violating], key=lambda point: point.number)
+        return [
+            {
+                "number": point.number,
+                **{name: _plain(point.metrics.get(name)) for name in _columns(self.objectives)},
+                "on_front": point.number in members,
+                "front_probability": self.probability.get(point.number, 0.0),
+                "knee": point is self.knee,
+                "violated": point.violated,
+                "labels": dict(point.labels),
+                "params": dict(point.params),
+            }
+            for point in ranked
+        ]
+
+
+@dataclass(frozen=True)
+class SweepSummary:
+    """A sweep as its report tells it.
+
+    Attributes:
+        name: Name of the sweep.
+        family: Its MLflow experiment.
+        description: What it is for, in its author's words.
+        trials: Number of trials asked for.
+        front: Its trials and their front.
+        importance: Share of each searched field, by metric of the objective.
+        hypervolume: The hypervolume after each finished trial that breaks no constraint, in the order they ended.
+        baselines: Energy per token of named GPU baselines in microjoule, by model and name.
+        comparison: The closing comparison, in plain values; none where there is none.
+        time: When this was put together, as text.
+    """
+
+    name: str
+    family: str
+    description: str
+    trials: int
+    front: FrontView
+    importance: dict[str, dict[str, float]]
+    hypervolume: list[float]
+    baselines: Mapping[str, Mapping[str, float]]
+    comparison: Mapping[str, Any] | None
+    time: str
+
+
+def view_front(points: Sequence[TrialPoint], objectives: Sequence[Objective] = DEFAULT_OBJECTIVES) -> FrontView:
+    """The front over any two or three recorded metrics, and how sure each trial's place on it is."""
+    groups = grouped(points, objectives)
+    members = front(groups.feasible, objectives)
+    shares = front_probability(groups.feasible, objectives)
+    probability = {point.number: float(share) for point, share in zip(groups.feasible, shares, strict=True)}
+    return FrontView(tuple(objectives), groups, members, probability, knee(members, objectives))
+
+
+def volumes(view: FrontView, reference: Sequence[float]) -> list[float]:
+    """The hypervolume after each feasible trial, in the order they ended."""
+    ended = sorted(view.groups.feasible, key=lambda point: (point.ended_ms, point.number))
+    return list(hypervolume_history(ended, reference, view.objectives))
+
+
+def _columns(objectives: Sequence[Objective]) -> list[str]:
+    usual = ["energy_uj_per_token", "accuracy", "accuracy_low", "accuracy_high", "margin", "clean_accuracy", "noise_db"]
+    return list(dict.fromkeys([*(each.metric for each in objectives), *usual]))
+
+
+def _plain(value: float | None) -> float | None:
+    return value if value is not None and isfinite(value) else None

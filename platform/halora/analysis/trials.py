@@ -1,0 +1,216 @@
+"""A trial as the analysis sees it, and which trials take part: objectives, filters, and the groups kept apart."""
+
+import operator
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import isfinite
+from typing import Any
+
+from halora.errors import UserError, nearest
+
+VIOLATION = "constraint_violation"
+"""The metric that says by how much a trial breaks its sweep's constraints, above 0 if it does; or `.NAME` after it."""
+
+_LESS_IS_BETTER = re.compile(r"energy|loss|_std|latency|area|bytes|seconds|violation")
+_MORE_IS_BETTER = re.compile(r"accuracy|margin")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialPoint:
+    """A trial with what is recorded of it.
+
+    Attributes:
+        number: Number of the trial in its sweep.
+        state: running, finished, stopped (early), failed or interrupted.
+        cause: Why it failed, else empty.
+        params: Searched values by dotted path.
+        labels: What it is, by `method`, `model`, `chip`, `task`, `noise` and `noise_level`.
+        metrics: Latest value by metric name.
+        began_ms: When it first began, in milliseconds since 1970; 0 where not recorded.
+        ended_ms: When it last ended.
+        correct: What it answered rightly, to resample its accuracy with that of others; none where not recorded.
+    """
+
+    number: int
+    state: str = "finished"
+    cause: str = ""
+    params: Mapping[str, Any] = field(default_factory=dict)
+    labels: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    began_ms: int = 0
+    ended_ms: int = 0
+    correct: "Answers | None" = None
+
+    @property
+    def accuracy(self) -> float:
+        """Mean accuracy over chip instances."""
+        return self.metrics["accuracy"]
+
+    @property
+    def margin(self) -> float:
+        """Mean log-likelihood margin of the right option over chips and rows, in nats."""
+        return self.metrics["margin"]
+
+    @property
+    def energy_uj_per_token(self) -> float:
+        """Energy per token in microjoule."""
+        return self.metrics["energy_uj_per_token"]
+
+    @property
+    def violated(self) -> dict[str, float]:
+        """Constraints that the trial breaks, by name, and by how much."""
+        broken = {name: value for name, value in self.metrics.items() if name.startswith(VIOLATION) and value > 0}
+        return {name.removeprefix(VIOLATION).removeprefix(".") or "constraints": by for name, by in broken.items()}
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Right answers of one trial.
+
+    Attributes:
+        group: Trials of one group answered the same rows; those of them on as many chips, on the same chips.
+        shape: Number of chips and of rows.
+        packed: Bits of the flattened (chips, rows) array, eight to a byte.
+    """
+
+    group: str
+    shape: tuple[int, int]
+    packed: bytes
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A recorded metric to be as large, or as small, as it can be."""
+
+    metric: str
+    maximise: bool
+
+
+ACCURACY = Objective("accuracy", maximise=True)
+ENERGY = Objective("energy_uj_per_token", maximise=False)
+DEFAULT_OBJECTIVES = (ACCURACY, ENERGY)
+
+
+def objective(text: str) -> Objective:
+    """An objective from `METRIC`, or from `METRIC:max` or `METRIC:min` where its name does not tell its direction.
+
+    Raises:
+        UserError: The direction is not clear.
+    """
+    metric, colon, direction = text.rpartition(":")
+    if colon and direction in ("max", "min"):
+        return Objective(metric, maximise=direction == "max")
+    if _LESS_IS_BETTER.search(text):
+        return Objective(text, maximise=False)
+    if _MORE_IS_BETTER.search(text):
+        return Objective(text, maximise=True)
+    raise UserError(f"objective '{text}': say whether more is better, '{text}:max' or '{text}:min'")
+
+
+def check_objectives(points: Sequence[TrialPoint], objectives: Sequence[Objective]) -> None:
+    """Refuse what no front can be drawn over.
+
+    Raises:
+        UserError: There are not two or three different objectives, or no trial has a value of one.
+    """
+    names = [each.metric for each in objectives]
+    if len(set(names)) != len(names) or not 2 <= len(names) <= 3:
+        raise UserError(f"a front needs two or three different objectives, got: {', '.join(names) or 'none'}")
+    known = {metric for point in points for metric in point.metrics}
+    unknown = [name for name in names if points and name not in known]
+    if unknown:
+        raise UserError([f"no trial has a metric '{name}'{nearest(name, known)}" for name in unknown])
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Trials by what the front makes of them; a trial is in one group.
+
+    Attributes:
+        feasible: They have every objective and break no constraint: the front is made of these.
+        violating: They have every objective and break a constraint.
+        unscored: Finished with an objective that is missing or not a number.
+        failed: They ended in a failure.
+        stopped: Early stopping ended them before their scores.
+        open: Not ended yet, or interrupted.
+    """
+
+    feasible: list[TrialPoint]
+    violating: list[TrialPoint]
+    unscored: list[TrialPoint]
+    failed: list[TrialPoint]
+    stopped: list[TrialPoint]
+    open: list[TrialPoint]
+
+
+def grouped(points: Sequence[TrialPoint], objectives: Sequence[Objective] = DEFAULT_OBJECTIVES) -> Groups:
+    """Trials apart by how they stand."""
+    groups = Groups([], [], [], [], [], [])
+    for point in points:
+        if point.state == "failed":
+            groups.failed.append(point)
+        elif point.state == "stopped":
+            groups.stopped.append(point)
+        elif point.state != "finished":
+            groups.open.append(point)
+        elif not all(isfinite(point.metrics.get(each.metric, float("nan"))) for each in objectives):
+            groups.unscored.append(point)
+        elif point.violated:
+            groups.violating.append(point)
+        else:
+            groups.feasible.append(point)
+    return groups
+
+
+_COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
+    "<=": operator.le,
+    ">=": operator.ge,
+    "!=": operator.ne,
+    "=": operator.eq,
+    "<": operator.lt,
+    ">": operator.gt,
+}
+
+
+def filtered(points: Sequence[TrialPoint], conditions: Sequence[str]) -> list[TrialPoint]:
+    """Trials that meet every condition `FIELD OP VALUE`, such as `method=halora`, `rank>=4` or `noise_level<0.02`.
+
+    A field is a label, a searched value by its dotted path or the last part of it, or a metric. Numbers compare as
+    numbers. A trial without the field meets only `!=`.
+
+    Raises:
+        UserError: A condition is malformed, or no trial has its field.
+    """
+    problems: list[str] = []
+    tests = []
+    for condition in conditions:
+        match = re.fullmatch(r"\s*(.+?)\s*(<=|>=|!=|=|<|>)\s*(.*?)\s*", condition)
+        if not match:
+            problems.append(f"filter '{condition}': write FIELD=VALUE, or with one of != < <= > >=")
+            continue
+        name, comparison, wanted = match.groups()
+        known = {key for point in points for key in _fields(point)}
+        if points and name not in known:
+            problems.append(f"filter '{condition}': no trial has a field '{name}'{nearest(name, known)}")
+        tests.append((name, comparison, wanted))
+    if problems:
+        raise UserError(problems)
+    return [point for point in points if all(_meets(_fields(point), *test) for test in tests)]
+
+
+def _fields(point: TrialPoint) -> dict[str, Any]:
+    short = {path.rpartition(".")[2]: value for path, value in point.params.items()}
+    return {**point.metrics, **short, **point.params, **point.labels, "trial": point.number, "state": point.state}
+
+
+def _meets(fields: Mapping[str, Any], name: str, comparison: str, wanted: str) -> bool:
+    value = fields.get(name)
+    if value is None:
+        return comparison == "!="
+    if not isinstance(value, bool) and (isinstance(value, int | float) or comparison not in ("=", "!=")):
+        try:
+            return _COMPARISONS[comparison](float(value), float(wanted))
+        except ValueError:
+            return comparison == "!="
+    return _COMPARISONS[comparison](str(value), wanted)

@@ -1,0 +1,127 @@
+"""What the entries of a journal add up to: every trial as it stands."""
+
+import base64
+from collections.abc import Iterable
+from typing import Any
+
+from halora.analysis.trials import Answers, TrialPoint
+from halora.records.journal import Entry
+
+Content = dict[str, Any]
+"""A trial as it stands, in plain JSON."""
+
+
+_SWEEP = -1
+"""The sweep itself, among the numbers of its trials."""
+
+
+class Ledger:
+    """A sweep and its trials, built entry by entry.
+
+    Args:
+        contents: What stood after the entries taken so far, by trial number.
+    """
+
+    def __init__(self, contents: dict[int, Content] | None = None) -> None:
+        self.contents = contents or {}
+        self._points: dict[int, tuple[Content, TrialPoint]] = {}
+        self.milestones = 0
+        """Number of entries taken that change more than a curve."""
+
+    def take(self, entries: Iterable[Entry]) -> set[int]:
+        """Add entries in their order; the keys of `contents` they change."""
+        touched = set()
+        for entry in entries:
+            key = _SWEEP if entry["trial"] is None else entry["trial"]
+            self.contents[key] = _after(self.contents.get(key), entry)
+            touched.add(key)
+            self.milestones += entry["kind"] != "report"
+        return touched
+
+    def points(self) -> list[TrialPoint]:
+        """All trials, by number."""
+        return [self.point(number) for number in sorted(self.contents.copy()) if number != _SWEEP]
+
+    @property
+    def sweep_state(self) -> str:
+        """State of the sweep when its last process recorded one: running, finished or interrupted; empty for none."""
+        return str(self.contents.get(_SWEEP, {}).get("state", ""))
+
+    @property
+    def front_step(self) -> int:
+        """Number of finished trials when the front was last recorded."""
+        return int(self.contents.get(_SWEEP, {}).get("front_step", 0))
+
+    @property
+    def comparison(self) -> dict[str, Any] | None:
+        """The closing comparison, once it is recorded."""
+        return self.contents.get(_SWEEP, {}).get("comparison")
+
+    def point(self, number: int) -> TrialPoint:
+        """One trial."""
+        content = self.contents[number]  # replaced whenever it changes, see `_after`
+        if number not in self._points or self._points[number][0] is not content:
+            self._points[number] = (content, _point(number, content))
+        return self._points[number][1]
+
+    def begun(self, number: int) -> bool:
+        """Whether the trial's beginning is recorded."""
+        return "params" in self.contents.get(number, {})
+
+    def state(self, number: int) -> str:
+        """The trial's state, empty for one that is not recorded."""
+        return str(self.contents.get(number, {}).get("state", ""))
+
+    def steps(self, number: int) -> set[int]:
+        """Steps of the trial's recorded reports."""
+        return set(self.contents.get(number, {}).get("steps", ()))
+
+    def metrics(self, number: int) -> dict[str, float]:
+        """Latest value of each of the trial's metrics."""
+        return dict(self.contents.get(number, {}).get("metrics", {}))
+
+    def rungs(self, number: int) -> set[int]:
+        """Steps of the rungs of early stopping at which the trial's scores are recorded."""
+        return set(self.contents.get(number, {}).get("rungs", ()))
+
+    def answers(self, number: int) -> dict[str, Any] | None:
+        """The answers behind the trial's recorded scores; none before it is scored, or where it was simulated."""
+        return self.contents.get(number, {}).get("correct")
+
+
+def _after(content: Content | None, entry: Entry) -> Content:
+    """A trial after one more entry; what was there is not changed, as another thread may be reading it."""
+    now: Content = {"state": "running", "cause": "", "metrics": {}, "steps": [], **(content or {})}
+    now["metrics"] = now["metrics"] | entry.get("metrics", {})
+    match entry["kind"]:
+        case "begin":
+            now |= {"params": entry["params"], "labels": entry["labels"], "began_ms": entry["time_ms"]}
+        case "report":
+            now["steps"] = [*now["steps"], entry["step"]]
+        case "rung":
+            now["rungs"] = [*now.get("rungs", ()), entry["step"]]
+        case "scores":
+            now["correct"] = entry["correct"]
+        case "front":
+            now["front_step"] = entry["step"]
+        case "comparison":
+            now["comparison"] = entry["content"]
+        case "state":
+            now |= {"state": entry["state"], "cause": entry["cause"], "ended_ms": entry["time_ms"]}
+    return now
+
+
+def _point(number: int, content: Content) -> TrialPoint:
+    correct = content.get("correct")
+    return TrialPoint(
+        number=number,
+        state=content["state"],
+        cause=content["cause"],
+        params=content.get("params", {}),
+        labels=content.get("labels", {}),
+        metrics=content["metrics"],
+        began_ms=content.get("began_ms", 0),
+        ended_ms=content.get("ended_ms", 0),
+        correct=correct
+        and Answers(correct["group"], (correct["chips"], correct["rows"]), base64.b64decode(correct["bits"])),
+    )

@@ -1,0 +1,115 @@
+"""The front and the report of a sweep as files, drawn from its records: on disk, and from there on the parent run."""
+
+import csv
+import io
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from halora.analysis.figures import front_figure
+from halora.analysis.importance import importance_of
+from halora.analysis.report import render_report
+from halora.analysis.summary import SweepSummary, view_front, volumes
+from halora.errors import UserError
+from halora.hardware.baselines import baselines
+from halora.records import names
+from halora.records.ledger import Ledger
+from halora.records.store import SweepFolder, write_whole
+from halora.spaces.sweep import SweepConfig
+from halora.training.models import model_shape
+
+_RENEWAL_S = 30.0
+
+
+def summarise(sweep: SweepConfig, ledger: Ledger) -> SweepSummary:
+    """A sweep as its report tells it."""
+    view = view_front(ledger.points())
+    corner = sweep.reference_point
+    models = {str(point.labels["model"]) for point in view.groups.feasible if "model" in point.labels}
+    return SweepSummary(
+        name=sweep.name,
+        family=sweep.family,
+        description=sweep.description,
+        trials=sweep.trials,
+        front=view,
+        importance=importance_of(view),
+        hypervolume=volumes(view, (corner.accuracy, corner.energy_uj_per_token)),
+        baselines={model: _baselines(sweep, model) for model in sorted(models)},
+        comparison=ledger.comparison,
+        time=time.strftime("%Y-%m-%d %H:%M:%S %Z"),
+    )
+
+
+def publish(sweep: SweepConfig, ledger: Ledger, folder: Path) -> None:
+    """Draw the front and the report into a folder, which is made."""
+    summary = summarise(sweep, ledger)
+    rows = summary.front.rows()
+    folder.mkdir(exist_ok=True)
+    write_whole(folder / names.FRONT_JSON, json.dumps(rows, indent=1, allow_nan=False))
+    write_whole(folder / names.FRONT_CSV, front_csv(rows))
+    write_whole(folder / names.REPORT_FILE, render_report(summary))
+    scored = len(summary.front.groups.feasible)
+    front_figure(summary.front, f"{sweep.name}: {scored} trials").savefig(folder / names.FRONT_PNG)
+
+
+class Publisher:
+    """Keeps a sweep's published files up with its records.
+
+    Args:
+        folder: The sweep's folder.
+        sweep: The sweep.
+        ledger: Its records, which grow.
+    """
+
+    def __init__(self, folder: SweepFolder, sweep: SweepConfig, ledger: Ledger) -> None:
+        self._folder, self._sweep, self._ledger = folder, sweep, ledger
+        self.drawn = 0
+        """What of the ledger the files show."""
+        self._at = time.monotonic()
+        self._took_s = 0.0
+
+    @property
+    def due(self) -> bool:
+        """Whether the records have gone on, and drawing them again takes a small share of the time."""
+        enough = time.monotonic() - self._at >= max(_RENEWAL_S, 20 * self._took_s)
+        return enough and self._ledger.milestones != self.drawn
+
+    def draw(self) -> None:
+        """Draw what the records say now, unless the files do."""
+        now, began = self._ledger.milestones, time.monotonic()
+        if now != self.drawn:
+            publish(self._sweep, self._ledger, self._folder.published)
+            self.drawn, self._at = now, time.monotonic()
+            self._took_s = self._at - began
+
+
+def front_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows of a front as CSV, labels and searched values in columns of their own."""
+    nested = ("violated", "labels", "params")
+    flat = []
+    for row in rows:
+        own = {key: value for key, value in row.items() if key not in nested}
+        own["violated"] = " ".join(row["violated"])
+        flat.append({**own, **row["labels"], **row["params"]})
+    columns = list(dict.fromkeys(key for row in flat for key in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(flat)
+    return text.getvalue()
+
+
+def _baselines(sweep: SweepConfig, model: str) -> dict[str, float]:
+    """Energy per token of the named baselines that have a figure for the model, in microjoule."""
+    trial = sweep.resolve({})
+    try:
+        shape = model_shape(model)
+    except UserError:
+        return {}
+    found = {
+        name: baseline.energy_uj_per_token(shape, trial.chip.boundary, trial.evaluation.context_tokens)
+        for name, baseline in baselines().items()
+    }
+    return {name: energy for name, energy in found.items() if energy is not None}

@@ -1,0 +1,227 @@
+"""What the process that runs a sweep writes down: every fact goes to the journal once, however often it is told."""
+
+import base64
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from halora.analysis.front import front, hypervolume
+from halora.analysis.trials import TrialPoint, grouped
+from halora.analysis.uncertainty import front_probability
+from halora.errors import UserError
+from halora.hardware.energy import EnergyBreakdown
+from halora.records import names
+from halora.records.journal import Journal, read
+from halora.records.ledger import Ledger
+from halora.records.store import SweepFolder
+from halora.spaces.sweep import SweepConfig
+from halora.training.tasks import Split, load_rows
+from halora.trial import TrialConfig
+
+
+class SweepRecorder:
+    """Writes one sweep's journal. Used by the one process that runs the sweep.
+
+    Args:
+        folder: The sweep's folder.
+        sweep: The sweep.
+    """
+
+    def __init__(self, folder: SweepFolder, sweep: SweepConfig) -> None:
+        self._folder, self._sweep = folder, sweep
+        self._journal = Journal(folder.journal_file)
+        self.ledger = Ledger()
+        self.ledger.take(read(folder.journal_file)[0])
+        self._state(None, "running")
+
+    @property
+    def points(self) -> list[TrialPoint]:
+        """Evaluated trials, by number."""
+        return [point for point in self.ledger.points() if point.state == "finished"]
+
+    def begin_trial(self, number: int, config: TrialConfig, params: Mapping[str, Any], energy: EnergyBreakdown) -> None:
+        """Record what is known before training: searched values, full configuration, energy by component."""
+        if not self.ledger.begun(number):
+            metrics = {names.ENERGY: energy.total_uj_per_token} | {
+                names.ENERGY_COMPONENT.format(component=name): value for name, value in energy.components_uj.items()
+            }
+            self._write(
+                "begin",
+                number,
+                params=dict(params),
+                metrics=metrics,
+                labels=labels(config),
+                chip_hash=config.chip.content_hash,
+                config=config.model_dump(mode="json"),
+                datasets=_datasets(config),
+            )
+        if self.ledger.state(number) != "running":
+            self._state(number, "running")
+
+    def report_step(self, number: int, step: int, metrics: Mapping[str, float]) -> None:
+        """Record the training metrics up to an optimiser step; a step that is recorded already is left as it is."""
+        if step not in self.ledger.steps(number):
+            training = {name: float(metrics[name]) for name in names.TRAINING_METRICS if name in metrics}
+            self._write("report", number, step=step, metrics=training)
+
+    def report_missed(self, number: int, reports: Sequence[Mapping[str, float]]) -> None:
+        """Record those of a trial's reports that are not recorded yet."""
+        for report in reports:
+            self.report_step(number, int(report["step"]), report)
+
+    def report_rung(self, number: int, step: int, scores: Mapping[str, float]) -> None:
+        """Record the scores at a rung of early stopping; a rung that is recorded already is left as it is."""
+        if step not in self.ledger.rungs(number):
+            reached = {names.RUNG_METRIC.format(score=name): float(scores[name]) for name in names.RUNG_SCORES}
+            self._write("rung", number, step=step, metrics=reached)
+
+    def finish_trial(
+        self, number: int, step: int, scores: Mapping[str, float], scores_file: Path, adapter: Path | None
+    ) -> TrialPoint:
+        """Record an evaluated trial, with its adapter, and where the sweep's front stands with it.
+
+        A trial can be scored again on more chips or rows; the same scores again are left as they are.
+        """
+        answers = _answers(json.loads(scores_file.read_text()))
+        prefixes = (*names.TASK_METRICS, names.VIOLATION)
+        chosen = [name for name in scores if name in names.SCORE_METRICS or name.startswith(prefixes)]
+        metrics = {names.metric(name): float(scores[name]) for name in chosen}
+        if not self._scored_so(number, answers, metrics):
+            self._write(
+                "scores",
+                number,
+                step=step,
+                metrics=metrics,
+                correct=answers,
+                scores_file=self._within(scores_file),
+                adapter=self._within(adapter) if adapter else None,
+            )
+        self._state(number, "finished")
+        self._record_front()
+        return self.ledger.point(number)
+
+    def mark_finished(self, number: int) -> None:
+        """Record that a trial whose scores are recorded is finished."""
+        self._state(number, "finished")
+
+    def fail_trial(self, number: int, cause: str) -> None:
+        """Record why a trial failed."""
+        self._state(number, "failed", cause)
+
+    def stop_trial(self, number: int) -> None:
+        """Record that early stopping ended a trial."""
+        self._state(number, "stopped")
+
+    def interrupt_trial(self, number: int) -> None:
+        """Mark a trial that a later resume goes on with."""
+        self._state(number, "interrupted")
+
+    def record_comparison(self, comparison: Mapping[str, Any]) -> None:
+        """Record the closing comparison."""
+        self._write("comparison", None, content=dict(comparison))
+
+    def finish(self, *, interrupted: bool) -> None:
+        """Record that this run of the sweep ended, and with it every trial that is still open."""
+        for point in self.ledger.points():
+            if point.state == "running":
+                self._state(point.number, "interrupted")
+        self._record_front()
+        self._record_probabilities()
+        self._state(None, "interrupted" if interrupted else "finished")
+
+    def close(self) -> None:
+        """Close the journal."""
+        self._journal.close()
+
+    def _record_front(self) -> None:
+        """Record the front's size and volume, once for every number of finished trials."""
+        done = self.points
+        if self.ledger.front_step == len(done):
+            return
+        feasible = grouped(done).feasible
+        corner = self._sweep.reference_point
+        metrics = {
+            names.FRONT_SIZE: float(len(front(feasible))),
+            names.TRIALS_DONE: float(len(done)),
+            names.HYPERVOLUME: hypervolume(feasible, (corner.accuracy, corner.energy_uj_per_token)),
+        }
+        self._write("front", None, step=len(done), metrics=metrics)
+
+    def _record_probabilities(self) -> None:
+        """Record how likely each trial is on the front, where that is not what is recorded."""
+        done = self.points
+        feasible = grouped(done).feasible
+        for point, share in zip(feasible, front_probability(feasible), strict=True):
+            if point.metrics.get(names.FRONT_PROBABILITY) != share:
+                metrics = {names.FRONT_PROBABILITY: float(share)}
+                self._write("probability", point.number, step=len(done), metrics=metrics)
+
+    def _scored_so(self, number: int, answers: dict[str, Any] | None, metrics: Mapping[str, float]) -> bool:
+        """Whether these scores are recorded: by the answers where there are any, as sums differ by their order."""
+        if answers is not None:
+            return self.ledger.answers(number) == answers
+        return metrics.items() <= self.ledger.metrics(number).items()
+
+    def _state(self, number: int | None, state: str, cause: str = "") -> None:
+        """Record a state on the disk itself: whoever hears of it next may rely on it."""
+        self._write("state", number, state=state, cause=cause)
+        self._journal.sync()
+
+    def _write(self, kind: str, number: int | None, **content: Any) -> None:
+        entry = {"kind": kind, "trial": number, "time_ms": int(time.time() * 1000), **content}
+        self._journal.append(entry)
+        self.ledger.take([entry])
+
+    def _within(self, path: Path) -> str:
+        return str(path.relative_to(self._folder.root))
+
+
+def labels(config: TrialConfig) -> dict[str, Any]:
+    """What a trial is, by the names of `names.LABELS`."""
+    chip = config.chip
+    return {
+        "method": config.training.method,
+        "model": config.model,
+        "chip": chip.name,
+        "task": config.task,
+        "noise": chip.noise.kind,
+        "noise_level": chip.noise.level,
+    }
+
+
+def _answers(scores: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Which answers were right on which chip and row, in few bytes; see `halora.analysis.trials.Answers`.
+
+    None for a simulated trial, which has accuracies and no answers.
+    """
+    if "noisy_correct" not in scores:
+        return None
+    correct = np.array(scores["noisy_correct"], dtype=bool)  # (chips, rows)
+    return {
+        "group": hashlib.sha256(json.dumps(scores["row_ids"]).encode()).hexdigest()[:16],
+        "chips": correct.shape[0],
+        "rows": correct.shape[1],
+        "bits": base64.b64encode(np.packbits(correct).tobytes()).decode(),
+    }
+
+
+def _datasets(config: TrialConfig) -> list[dict[str, str]]:
+    """The rows a trial trains on and is scored on, each with the digest of their text."""
+    limits: dict[Split, int | None] = {"train": config.training.train_rows, "validation": config.evaluation.rows}
+    try:
+        return [_dataset(config.task, split, limit) for split, limit in limits.items()]
+    except UserError:
+        return []  # the trial fails by the same mistake, and says so
+
+
+@lru_cache(maxsize=64)
+def _dataset(task: str, split: Split, limit: int | None) -> dict[str, str]:
+    rows = load_rows(task, split, limit)
+    digest = hashlib.sha256("\n".join(map(repr, rows)).encode("utf-8", "surrogatepass")).hexdigest()[:32]
+    return {"name": task, "split": split, "rows": str(len(rows)), "digest": digest}

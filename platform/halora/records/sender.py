@@ -1,0 +1,168 @@
+"""Delivers a sweep's journal to MLflow while the sweep runs, and what is left of it afterwards.
+
+A thread of its own reads the journal from where it last got to and delivers in batches. What MLflow does not take now
+is tried again, later and later; the trials never wait for it.
+"""
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from halora.records import journal
+from halora.records.position import Position
+from halora.records.publishing import Publisher
+from halora.records.recorder import SweepRecorder
+from halora.records.store import Store, SweepFolder
+from halora.records.tracking import MlflowSweep, first_line, is_refusal
+from halora.spaces.sweep import SweepConfig
+
+_LINES = 500
+_PAUSE_S = 0.5
+_LONGEST_DELAY_S = 15.0
+_PATIENCE_S = 60.0
+"""How long the end of a sweep waits for an MLflow that does not answer."""
+
+
+@contextmanager
+def recording(store: Store, sweep: SweepConfig, say: Callable[[str], None]) -> Iterator[SweepRecorder]:
+    """A recorder whose journal is delivered while the block runs, and to its end afterwards if MLflow answers.
+
+    Args:
+        store: The store, with the server to deliver to.
+        sweep: The sweep; its folder exists.
+        say: Tells a person one line.
+    """
+    recorder = SweepRecorder(store.sweep(sweep.name), sweep)
+    sender = Sender(store, sweep, Publisher(store.sweep(sweep.name), sweep, recorder.ledger), say)
+    sender.start()
+    try:
+        yield recorder
+    finally:
+        recorder.close()
+        if left := sender.finish():
+            say(
+                f"MLflow at {store.tracking_uri} lacks {left} records, which are kept; "
+                f"deliver them with: halora sweep resume {sweep.name}"
+            )
+
+
+class Sender(threading.Thread):
+    """Delivers a journal.
+
+    Args:
+        store: The store, with the server to deliver to.
+        sweep: The sweep.
+        publisher: Draws the front and the report.
+        say: Tells a person one line.
+    """
+
+    def __init__(self, store: Store, sweep: SweepConfig, publisher: Publisher, say: Callable[[str], None]) -> None:
+        super().__init__(name=f"sender of {sweep.name}", daemon=True)
+        self._folder: SweepFolder = store.sweep(sweep.name)
+        self._mlflow = MlflowSweep(store, sweep)
+        self._publisher, self._say = publisher, say
+        self._position = Position(self._folder, store.tracking_uri)
+        self._ending = threading.Event()
+        self._gives_up_at = float("inf")
+        self._failing_since: float | None = None
+        self._cannot_draw = False
+        self._uploaded = 0
+
+    def run(self) -> None:
+        """Deliver until the journal is closed and all of it is delivered, or time is up."""
+        delay = _PAUSE_S
+        while True:
+            ending = self._ending.is_set()  # before the journal is read, so that nothing comes after
+            self._draw(ending)
+            try:
+                moved = self._deliver_some()
+                if not moved:
+                    self._upload()
+                    if ending:
+                        self._mlflow.remove_doubles()
+                        return
+                self._answered()
+                delay = _PAUSE_S
+            except Exception as error:  # MLflow, requests and SQLAlchemy raise many kinds
+                self._did_not_answer(error)
+                moved = False
+                delay = min(2 * delay, _LONGEST_DELAY_S)
+            if time.monotonic() > self._gives_up_at:
+                return
+            if not moved:
+                self._wait(delay)
+
+    def finish(self) -> int:
+        """Wait until all is delivered, or until MLflow has not answered for so long; the number of entries left."""
+        self._gives_up_at = time.monotonic() + _PATIENCE_S
+        self._ending.set()
+        while self.is_alive():
+            if self._failing_since is None:
+                self._gives_up_at = time.monotonic() + _PATIENCE_S
+            self.join(0.2)
+        return self._position.left()
+
+    def _wait(self, delay: float) -> None:
+        if self._ending.is_set():
+            time.sleep(min(delay, 1.0))
+        else:
+            self._ending.wait(delay)
+
+    def _draw(self, ending: bool) -> None:
+        try:
+            if ending or self._publisher.due:
+                self._publisher.draw()
+        except Exception as error:  # a picture is not worth a sweep
+            if not self._cannot_draw:
+                self._say(f"the report cannot be drawn: {type(error).__name__}: {first_line(error)}")
+            self._cannot_draw = True
+
+    def _upload(self) -> None:
+        if self._uploaded != self._publisher.drawn:
+            drawn = self._publisher.drawn
+            self._mlflow.publish(self._folder.published)
+            self._uploaded = drawn
+
+    def _deliver_some(self) -> bool:
+        """Deliver the next entries, if there are any, and remember how far that was."""
+        entries, after = journal.read(self._folder.journal_file, self._position.offset, _LINES)
+        if after == self._position.offset:
+            return False
+        with self._folder.journal_file.open("rb") as file:
+            os.fsync(file.fileno())  # on this disk before in MLflow
+        by_trial: dict[int | None, list[journal.Entry]] = {}
+        for entry in entries:
+            by_trial.setdefault(entry["trial"], []).append(entry)
+        for number, own in by_trial.items():
+            self._deliver(number, own)
+        self._position.move(after)
+        return True
+
+    def _deliver(self, number: int | None, entries: list[journal.Entry]) -> None:
+        """Deliver entries of one run; where some are refused, all the others, and keep the refused."""
+        try:
+            self._mlflow.deliver(number, entries)
+        except Exception as error:
+            if not is_refusal(error):
+                raise
+            if len(entries) > 1:
+                for entry in entries:
+                    self._deliver(number, [entry])
+                return
+            with self._folder.refused_file.open("a") as file:
+                file.write(json.dumps({"entry": entries[0], "error": str(error)}) + "\n")
+            what = "the sweep" if number is None else f"trial {number}"
+            self._say(f"MLflow refused a record of {what}, kept in {self._folder.refused_file}: {first_line(error)}")
+
+    def _answered(self) -> None:
+        if self._failing_since is not None:
+            self._say(f"MLflow answers again, after {time.monotonic() - self._failing_since:.0f} s")
+        self._failing_since = None
+
+    def _did_not_answer(self, error: Exception) -> None:
+        if self._failing_since is None:
+            self._failing_since = time.monotonic()
+            self._say(f"MLflow does not answer, records wait on disk: {first_line(error)}")

@@ -1,0 +1,76 @@
+"""What both adapters of the decision core share: the jobs in hand, between the core and whoever asks about them."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from halora.spaces.search import METRICS
+from halora.sweep.core import Decision, DecisionCore, Job
+
+_KEPT = (*METRICS, "step", "rows", "accuracy_by_chip")
+
+
+class TrialEvents(Protocol):
+    """Who wants to know what happens to trials."""
+
+    def began(self, job: Job) -> None:
+        """A job was handed to a worker."""
+
+    def reported(self, job: Job, report: Mapping[str, Any]) -> None:
+        """A trial took some optimiser steps."""
+
+    def evaluated(self, job: Job, report: Mapping[str, Any]) -> None:
+        """A trial was brought to its goal and scored."""
+
+    def failed(self, job: Job, cause: str) -> None:
+        """A trial failed by its own fault or lost its worker."""
+
+
+class RunningJobs:
+    """The jobs an adapter has in hand, each under a key of its own.
+
+    Args:
+        core: Hands them out and judges them.
+        events: Told of everything before the core, so that a crash between the two repeats a record and loses none.
+    """
+
+    def __init__(self, core: DecisionCore, events: TrialEvents | None = None) -> None:
+        self.core, self._events = core, events
+        self._jobs: dict[str, Job] = {}
+
+    def begin(self, key: str) -> Job | None:
+        """The next job, kept under the key."""
+        job = self.core.suggest()
+        if job is not None:
+            self._jobs[key] = job
+            if self._events:
+                self._events.began(job)
+        return job
+
+    def report(self, key: str, report: Mapping[str, Any]) -> Decision:
+        """Pass an intermediate report on."""
+        job = self._jobs[key]
+        if self._events:
+            self._events.reported(job, report)
+        return self.core.on_report(job.number, report)
+
+    def scored(self, key: str, report: Mapping[str, Any]) -> None:
+        """Close a job that reached its goal."""
+        job = self._jobs.pop(key)
+        if self._events:
+            self._events.evaluated(job, report)
+        self.core.on_scores(job.number, {name: report[name] for name in _KEPT if name in report})
+
+    def failed(self, key: str, cause: str) -> None:
+        """Close a job whose trial failed."""
+        job = self._jobs.pop(key)
+        if self._events:
+            self._events.failed(job, cause)
+        self.core.on_failure(job.number)
+
+    def left(self, key: str) -> None:
+        """Let go of a job that was paused or interrupted; its trial stays unfinished."""
+        self._jobs.pop(key, None)
+
+    def job(self, key: str) -> Job | None:
+        """The job under a key, while it is in hand."""
+        return self._jobs.get(key)

@@ -1,0 +1,273 @@
+"""The study of a sweep: every trial and all that was decided about it, in Optuna's storage and nowhere else.
+
+A trial's number there is its identity everywhere: in Ray, in MLflow, in its checkpoint folder. Optuna's own states are
+kept true: RUNNING until a trial ends, COMPLETE with both objectives, PRUNED for one that was stopped early or never
+trained for its energy, FAIL. What Optuna has no word for stands in the trial's attributes.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from functools import cached_property
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
+
+from halora.errors import UnreachableError, UserError
+from halora.records.store import SweepFolder
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+STUDY_URL = "HALORA_STUDY_URL"
+"""Environment variable: SQLAlchemy's address of a database for studies, such as a cluster's PostgreSQL."""
+
+_ENERGY = "energy_uj_per_token"
+_LEVEL = "level"  # index of the level a trial heads for
+_SCORES = "scores {index}"  # what a level gave
+_SKIPPED = "skipped"  # why a trial was never trained
+_RACED = "raced {number}"  # of the study: scores of a finished trial on more chips
+_STOP = "stop_requested"
+_HOURS = "hours"
+_ENDED = "ended"
+
+Scores = Mapping[str, Any]
+"""Metrics of an evaluation, `accuracy_by_chip` among them, and what they were taken at: `step`, `rows`."""
+
+
+class State(StrEnum):
+    """Where a trial stands."""
+
+    RUNNING = "running"
+    """Begun, and heading for its next level; its process may have ended."""
+    PAUSED = "paused"
+    """At a rung, until it is promoted or the search ends."""
+    FINISHED = "finished"
+    STOPPED = "stopped"
+    """Left at a rung when the search ended."""
+    SKIPPED = "skipped"
+    """Never trained, for its energy."""
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A trial as its study has it.
+
+    Attributes:
+        number: Its identity in the sweep.
+        values: Searched values by dotted path.
+        energy_uj_per_token: Known before it is trained.
+        state: Where it stands.
+        level: Index of the level it heads for or has ended at.
+        scores: What each level it reached gave; for a finished trial the last with all chips scored since.
+        skipped: Why it was never trained, else empty.
+        violation: Sum by which it breaks its constraints, as far as known.
+        frozen: Optuna's own record.
+    """
+
+    number: int
+    values: Mapping[str, Any]
+    energy_uj_per_token: float
+    state: State
+    level: int
+    scores: tuple[Scores, ...]
+    skipped: str
+    violation: float
+    frozen: FrozenTrial
+
+    @cached_property
+    def key(self) -> str:
+        """The same for two trials of the same values."""
+        return point_key(self.values)
+
+    @property
+    def accuracy(self) -> float | None:
+        """Mean accuracy over chips at the last level reached."""
+        return float(self.scores[-1]["accuracy"]) if self.scores else None
+
+
+def point_key(values: Mapping[str, Any]) -> str:
+    """Values of a point as text, whatever their order."""
+    return repr(sorted(values.items()))
+
+
+def storage_of(folder: SweepFolder) -> BaseStorage:
+    """Where the sweep's study lives: a journal file in its folder, or the database that `$HALORA_STUDY_URL` named.
+
+    Raises:
+        UserError: The study is in a database, and the variable is not set.
+        UnreachableError: The database cannot be opened.
+    """
+    url = os.environ.get(STUDY_URL)
+    if folder.study_file.exists() or not (url or folder.database_mark.exists()):
+        return JournalStorage(JournalFileBackend(str(folder.study_file)))
+    if not url:
+        raise UserError(f"the study of sweep '{folder.name}' is in a database", f"set ${STUDY_URL} to its address")
+    try:
+        storage = RDBStorage(url)
+    except Exception as error:  # SQLAlchemy and its drivers raise many kinds; their texts may hold the password
+        kind = type(error).__name__
+        raise UnreachableError(f"the study's database (${STUDY_URL}) cannot be opened: {kind}") from None
+    folder.database_mark.touch()
+    return storage
+
+
+class SweepStudy:
+    """What the decision core knows, read from storage and written there at once.
+
+    Args:
+        name: Name of the sweep.
+        storage: Where the study lives; it is created if it is new.
+    """
+
+    def __init__(self, name: str, storage: BaseStorage) -> None:
+        try:
+            self._study = optuna.load_study(study_name=name, storage=storage)  # writes nothing
+        except KeyError:
+            self._study = optuna.create_study(
+                study_name=name, storage=storage, directions=["maximize", "minimize"], load_if_exists=True
+            )
+        self._read: dict[int, tuple[object, Trial]] = {}
+
+    def trials(self) -> list[Trial]:
+        """Every trial, by number."""
+        raced = self._study.user_attrs
+        return [self._trial(frozen, raced) for frozen in self._study.get_trials(deepcopy=False)]
+
+    def trial(self, number: int) -> Trial:
+        """One trial."""
+        return self._trial(self._study.get_trials(deepcopy=False)[number], self._study.user_attrs)
+
+    def _trial(self, frozen: FrozenTrial, raced: Mapping[str, Scores]) -> Trial:
+        version = (frozen.state, len(frozen.user_attrs), frozen.user_attrs[_LEVEL])
+        known = self._read.get(frozen.number)
+        if known is None or known[0] != version:
+            known = self._read[frozen.number] = version, _read(frozen)
+        trial = known[1]
+        if again := raced.get(_RACED.format(number=trial.number)):
+            return replace(trial, scores=(*trial.scores[:-1], again))
+        return trial
+
+    def begin(
+        self,
+        values: Mapping[str, Any],
+        distributions: Mapping[str, BaseDistribution],
+        energy_uj_per_token: float,
+        *,
+        system_attrs: Mapping[str, Any],
+        constraints: Mapping[str, float],
+        skipped: str = "",
+    ) -> int:
+        """Write a new trial, running or skipped, all its values at once; its number."""
+        attrs: dict[str, Any] = {_ENERGY: energy_uj_per_token, _LEVEL: 0}
+        if skipped:
+            attrs[_SKIPPED] = skipped
+        trial = optuna.create_trial(
+            state=TrialState.PRUNED if skipped else TrialState.RUNNING,
+            params=dict(values),
+            distributions=dict(distributions),
+            user_attrs=attrs,
+            system_attrs=dict(system_attrs),
+            constraints=dict(constraints) or None,
+        )
+        self._study.add_trial(trial)
+        return self._study.get_trials(deepcopy=False)[-1].number
+
+    def head_for(self, trial: Trial, level: int) -> None:
+        """Promote a paused trial."""
+        self._open(trial).set_user_attr(_LEVEL, level)
+
+    def scored(self, trial: Trial, scores: Scores) -> None:
+        """Keep what the level a trial headed for gave."""
+        self._open(trial).set_user_attr(_SCORES.format(index=trial.level), dict(scores))
+
+    def raced(self, trial: Trial, scores: Scores) -> None:
+        """Keep a finished trial's scores on more chips."""
+        self._study.set_user_attr(_RACED.format(number=trial.number), dict(scores))
+
+    def finished(self, trial: Trial, accuracy: float, constraints: Mapping[str, float]) -> None:
+        """Tell a trial complete with its objectives."""
+        opened = self._open(trial)
+        known = opened.constraints
+        for name, violation in constraints.items():
+            if name not in known:
+                opened.set_constraint(name, violation)
+        self._study.tell(trial.number, [accuracy, trial.energy_uj_per_token])
+
+    def stopped(self, trial: Trial) -> None:
+        """Tell a trial pruned; it carries no values."""
+        self._study.tell(trial.number, state=TrialState.PRUNED)
+
+    def failed(self, number: int) -> None:
+        """Tell a trial failed."""
+        self._study.tell(number, state=TrialState.FAIL)
+
+    @property
+    def stopping(self) -> bool:
+        """Whether someone asked the sweep to stop."""
+        return bool(self._study.user_attrs.get(_STOP, False))
+
+    def request_stop(self, stop: bool) -> None:
+        """Ask whoever runs the sweep to pause its trials and end."""
+        if self.stopping != stop:
+            self._study.set_user_attr(_STOP, stop)
+
+    @property
+    def hours(self) -> float:
+        """Hours the sweep has run so far."""
+        return float(self._study.user_attrs.get(_HOURS, 0.0))
+
+    def spend(self, hours: float) -> None:
+        """Set the hours the sweep has run."""
+        self._study.set_user_attr(_HOURS, hours)
+
+    @property
+    def ended(self) -> str:
+        """Why no trial is begun any more although the sweep asks for more; empty while there is no reason."""
+        return str(self._study.user_attrs.get(_ENDED, ""))
+
+    def end(self, reason: str) -> None:
+        """Keep why no trial is begun any more."""
+        if self.ended != reason:
+            self._study.set_user_attr(_ENDED, reason)
+
+    def _open(self, trial: Trial) -> optuna.Trial:
+        return optuna.Trial(self._study, trial.frozen._trial_id)
+
+
+def _read(frozen: FrozenTrial) -> Trial:
+    attrs = frozen.user_attrs
+    scores = _scores(attrs)
+    level = int(attrs.get(_LEVEL, 0))
+    match frozen.state:
+        case TrialState.COMPLETE:
+            state = State.FINISHED
+        case TrialState.FAIL:
+            state = State.FAILED
+        case TrialState.PRUNED:
+            state = State.SKIPPED if _SKIPPED in attrs else State.STOPPED
+        case _:
+            state = State.PAUSED if len(scores) > level else State.RUNNING
+    return Trial(
+        number=frozen.number,
+        values=frozen.params,
+        energy_uj_per_token=float(attrs[_ENERGY]),
+        state=state,
+        level=level,
+        scores=scores,
+        skipped=str(attrs.get(_SKIPPED, "")),
+        violation=sum(max(value, 0.0) for value in frozen.constraints.values()),
+        frozen=frozen,
+    )
+
+
+def _scores(attrs: Mapping[str, Any]) -> tuple[Scores, ...]:
+    found: list[Scores] = []
+    while (key := _SCORES.format(index=len(found))) in attrs:
+        found.append(attrs[key])
+    return tuple(found)

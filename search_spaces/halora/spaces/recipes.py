@@ -1,0 +1,58 @@
+"""Points every sweep tries first, beside its own: the paper's recipe and a good guess at plain LoRA."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from halora.spaces.resolving import fixed_value
+
+if TYPE_CHECKING:
+    from halora.spaces.sweep import SweepConfig
+
+_METHOD = "training.method"
+
+RECIPES: Mapping[str, Mapping[str, Any]] = {
+    # HaLoRA, arXiv 2502.19747, section 4.1; it states no learning rate
+    "the paper's recipe": {
+        "training.method": "halora",
+        "training.mu": 0.1,
+        "training.schedule.shape": "constant",
+        "training.schedule.sigma_start": 0.01,
+        "training.schedule.redraw_steps": 400,
+        "lora.rank": 4,
+    },
+    # ten times the rate of full finetuning, nearly whatever the rank (Schulman et al., LoRA Without Regret, 2025)
+    "tuned LoRA": {"training.method": "lora", "training.learning_rate": 1e-3, "lora.rank": 8},
+}
+
+
+def first_points(sweep: "SweepConfig") -> list[dict[str, Any]]:
+    """The file's own points, then the recipes, each as near as the space allows; a method it lacks is left out.
+
+    A point of the file that has a recipe's values stands for it, at whatever learning rate.
+    """
+    points = [dict(point) for point in sweep.first]
+    for recipe in RECIPES.values():
+        point = _nearest_point(sweep, recipe)
+        if point is None:
+            continue
+        own = {path: value for path, value in point.items() if path in recipe and path != "training.learning_rate"}
+        if not any(own.items() <= other.items() for other in points):
+            points.append(point)
+    return points
+
+
+def _nearest_point(sweep: "SweepConfig", recipe: Mapping[str, Any]) -> dict[str, Any] | None:
+    defaults = sweep.resolve({}).model_dump(mode="json")
+    if _METHOD not in sweep.space and defaults["training"]["method"] != recipe[_METHOD]:
+        return None
+    values: dict[str, Any] = {}
+    for path, distribution in sweep.space.items():
+        if not distribution.applies(values):
+            continue
+        default = fixed_value(sweep.trial if path == "chip" else defaults, path)
+        value = distribution.nearest(recipe.get(path, default))
+        if value is not None:
+            values[path] = value
+        elif path == _METHOD:
+            return None
+    return values

@@ -1,0 +1,131 @@
+"""How a sweep searches: sampler, constraints, early stopping, racing, budget."""
+
+import re
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_serializer, model_validator
+
+from halora.errors import nearest
+from halora.hardware.description import Frozen
+
+ENERGY = "energy_uj_per_token"
+"""The objective that is exact, and known before training."""
+
+METRICS = (
+    ENERGY,
+    "accuracy",
+    "accuracy_low",
+    "accuracy_high",
+    "accuracy_std_chips",
+    "accuracy_worst",
+    "clean_accuracy",
+    "clean_margin",
+    "margin",
+    "margin_low",
+    "margin_high",
+    "noise_db",
+)
+"""What a constraint can bound."""
+
+Sampler = Literal["tpe", "gp", "nsga2", "nsga3", "random", "qmc"]
+"""`tpe`, `gp`, `nsga2` and `nsga3` are Optuna's; `random` and `qmc`, a scrambled Sobol sequence, see no results."""
+
+_CONSTRAINT = re.compile(r"\s*(\w+)\s*(<=|>=)\s*([-+\d.eE]+)\s*")
+
+
+class Constraint(Frozen):
+    """A bound on a metric of finished trials, written `energy_uj_per_token <= 5` or `clean_accuracy >= 0.6`."""
+
+    metric: str
+    comparison: Literal["<=", ">="]
+    bound: float
+
+    @model_validator(mode="before")
+    @classmethod
+    def _parsed(cls, given: Any) -> Any:
+        if not isinstance(given, str):
+            return given
+        matched = _CONSTRAINT.fullmatch(given)
+        if matched is None:
+            raise ValueError(f"write `METRIC <= NUMBER` or `METRIC >= NUMBER`, got '{given}'")
+        metric, comparison, bound = matched.groups()
+        if metric not in METRICS:
+            raise ValueError(f"no metric '{metric}'{nearest(metric, METRICS)} (known: {', '.join(METRICS)})")
+        return {"metric": metric, "comparison": comparison, "bound": bound}
+
+    @model_serializer
+    def _written(self) -> str:
+        return f"{self.metric} {self.comparison} {self.bound:g}"
+
+    def __str__(self) -> str:
+        return self._written()
+
+    def violation(self, metrics: Mapping[str, float]) -> float:
+        """How far the metrics are beyond the bound; 0 or less where they keep it."""
+        excess = metrics[self.metric] - self.bound
+        return excess if self.comparison == "<=" else -excess
+
+
+class SearchSettings(Frozen):
+    """Who suggests configurations, and what they see."""
+
+    sampler: Sampler = "tpe"
+    history: int = Field(default=200, ge=20)
+    """Earlier trials the sampler looks at: the best and the latest. Bounds the time of a suggestion."""
+    skip_unreachable: bool = True
+    """Do not train a configuration whose energy leaves it dominated even at the best clean accuracy seen."""
+    warm_start: tuple[str, ...] = ()
+    """Sweeps of the store whose trials the sampler sees from the start, where they fit this space."""
+    surrogate: Literal["nearest", "forest"] = "nearest"
+    """What answers for a configuration that the table of a simulated sweep lacks: its nearest trial, or a forest."""
+
+
+class Rung(Frozen):
+    """A budget level at which trials are compared."""
+
+    steps: int = Field(ge=1)
+    """Optimiser steps taken by then."""
+    rows: int | None = Field(default=None, ge=2)
+    """Validation rows scored there; those of the trial when left out."""
+    chip_instances: int | None = Field(default=None, ge=1)
+    """Chip instances scored there; those of the trial when left out."""
+
+
+class EarlyStopping(Frozen):
+    """Trials pause at every rung; the best by non-dominated rank of accuracy and energy go on."""
+
+    rungs: tuple[Rung, ...] = Field(min_length=1)
+    keep: float = Field(default=1 / 3, gt=0, lt=1)
+    """Share of a rung's trials that go on."""
+    accuracy_floor: float | None = Field(default=None, ge=0, le=1)
+    """Trials below it at a rung rank last; the reference point's accuracy when left out."""
+
+    @field_validator("rungs")
+    @classmethod
+    def _growing(cls, rungs: tuple[Rung, ...]) -> tuple[Rung, ...]:
+        steps = [rung.steps for rung in rungs]
+        if any(later <= earlier for earlier, later in pairwise(steps)):
+            raise ValueError(f"every rung needs more steps than the one before it, got {', '.join(map(str, steps))}")
+        return rungs
+
+
+class Racing(Frozen):
+    """Chip instances beyond the trial's own, for the trials whose place on the front is undecided."""
+
+    extra: int = Field(ge=1)
+    """Evaluations on one more chip instance, over all trials."""
+    most: int = Field(ge=2)
+    """Most chip instances of one trial."""
+    at_once: int = Field(default=2, ge=1)
+    """Chip instances added to a trial before the front is looked at again."""
+
+
+class Budget(Frozen):
+    """What the search may spend beside its number of trials; trials that run when it is spent are finished."""
+
+    steps: int | None = Field(default=None, ge=1)
+    """Optimiser steps over all trials."""
+    hours: float | None = Field(default=None, gt=0)
+    """Hours the sweep has run, resumed runs together."""

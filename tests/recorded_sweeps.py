@@ -1,0 +1,84 @@
+"""Sweeps over tiny models whose trials are made up and recorded, without training."""
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from halora.records import names
+from halora.records.recorder import SweepRecorder
+from halora.records.store import Store
+from halora.spaces.sweep import SweepConfig
+from halora.trial import trial_energy
+
+SCORES = {name: 0.25 + i / 100 for i, name in enumerate(names.SCORE_METRICS)}
+
+
+def made_up_sweep(store: Store, name: str, model: str, task: str, **more: Any) -> SweepConfig:
+    """A sweep with its folder in the store, as a launch leaves it."""
+    content = {
+        "name": name,
+        "family": "records",
+        "description": "what it is for",
+        "trials": 4,
+        "trial": {"model": model, "task": task, "chip": "halora-2026", "training": {"steps": 4}},
+        "space": {"lora.rank": {"choices": [2, 4, 8]}, "training.method": {"choices": ["lora", "halora"]}},
+        "reference_point": {"accuracy": 0.0, "energy_uj_per_token": 1.0},
+        **more,
+    }
+    sweep = SweepConfig.model_validate(content)
+    folder = store.sweep(name)
+    folder.root.mkdir(parents=True)
+    folder.sweep_file.write_text(yaml.safe_dump(sweep.model_dump(mode="json"), allow_unicode=True))
+    return sweep
+
+
+def begin(recorder: SweepRecorder, sweep: SweepConfig, number: int, **values: Any) -> Any:
+    """Record the beginning of a trial; its configuration and its energy."""
+    chosen = {"lora.rank": 4, **{path.replace("__", "."): value for path, value in values.items()}}
+    config = sweep.resolve(chosen)
+    energy = trial_energy(config)
+    recorder.begin_trial(number, config, chosen, energy)
+    return config, energy
+
+
+def finish(recorder: SweepRecorder, folder: Path, number: int, accuracy: float, **more: float) -> Any:
+    """Record made-up scores of a trial and an adapter; the trial."""
+    trial = folder / "trials" / f"{number:05d}"
+    (trial / "adapter").mkdir(parents=True, exist_ok=True)
+    (trial / "adapter" / "adapter_model.safetensors").write_bytes(b"weights %d" % number)
+    correct = np.random.default_rng(number).random((3, 16)) < (accuracy if accuracy == accuracy else 0)
+    result = {"noisy_correct": correct.tolist(), "row_ids": list(range(16)), "chip_seeds": [0, 1, 2]}
+    (trial / "result.json").write_text(json.dumps(result))
+    limits = {"accuracy": accuracy, "accuracy_low": accuracy - 0.1, "accuracy_high": accuracy + 0.1}
+    return recorder.finish_trial(number, 4, SCORES | limits | more, trial / "result.json", trial / "adapter")
+
+
+def generated_journal(path: Path, trials: int, reports: int = 4, seed: int = 0) -> list[dict[str, Any]]:
+    """A journal of many finished trials with random scores, written at once; their beginnings and scores."""
+    rng = np.random.default_rng(seed)
+    energies, accuracies = rng.uniform(1, 6, trials).round(2), rng.uniform(0.2, 0.9, trials).round(2)
+    kept = []
+    begun: dict[str, Any] = {"kind": "state", "trial": None, "state": "running"}
+    lines: list[dict[str, Any]] = [{"journal": "0" * 32, "version": 1}, begun]
+    for number in range(trials):
+        method = ("lora", "noise_lora", "halora")[number % 3]
+        labels = {"method": method, "model": "m", "chip": "c", "task": "t", "noise": "gaussian", "noise_level": 0.01}
+        params = {"lora.rank": int(2 ** rng.integers(1, 5)), "training.learning_rate": float(10 ** rng.uniform(-4, -2))}
+        energy = {"energy_uj_per_token": float(energies[number]), "energy_uj_per_token.adc": 0.5}
+        lines.append({"kind": "begin", "trial": number, "params": params, "labels": labels, "metrics": energy})
+        lines[-1]["config"] = {"padding": "x" * 2500}  # about the size of a real one
+        losses = [{"train_loss": 3 / step, "train_sigma": 0.01} for step in range(1, reports + 1)]
+        lines += [{"kind": "report", "trial": number, "step": i, "metrics": loss} for i, loss in enumerate(losses)]
+        accuracy = float(accuracies[number])
+        scores = SCORES | {"accuracy": accuracy, "accuracy_low": accuracy - 0.1, "accuracy_high": accuracy + 0.1}
+        bits = base64.b64encode(np.packbits(rng.random(48) < accuracy).tobytes()).decode()
+        correct = {"group": "g", "chips": 3, "rows": 16, "bits": bits}
+        lines.append({"kind": "scores", "trial": number, "step": reports, "metrics": scores, "correct": correct})
+        lines.append({"kind": "state", "trial": number, "state": "finished"})
+        kept.append({"number": number, **labels, **params, **energy, **scores})
+    path.write_text("".join(json.dumps({"cause": "", "time_ms": i, **line}) + "\n" for i, line in enumerate(lines)))
+    return kept

@@ -1,0 +1,71 @@
+"""Compares what MLflow's own tables hold of a sweep with the sweep's journal, row by row."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy
+
+_RUNS = """
+select r.run_uuid, r.status, r.end_time, n.value as number from runs r
+join tags s on s.run_uuid = r.run_uuid and s.key = 'halora.sweep' and s.value = :sweep
+left join tags n on n.run_uuid = r.run_uuid and n.key = 'halora.trial'
+where r.lifecycle_stage = 'active'
+"""
+_METRICS = "select run_uuid, key, value, timestamp, step, is_nan from metrics"
+_STATUS = {
+    "running": "RUNNING",
+    "finished": "FINISHED",
+    "stopped": "FINISHED",
+    "failed": "FAILED",
+    "interrupted": "KILLED",
+}
+
+
+def journal_entries(path: Path) -> list[dict[str, Any]]:
+    """All entries of a journal but its header."""
+    return [entry for line in path.read_text().splitlines() if "kind" in (entry := json.loads(line))]
+
+
+def differences(database: str, sweep: str, journal: Path) -> list[str]:
+    """What MLflow's database lacks, doubles or has otherwise than the journal; empty if it is exactly the same.
+
+    Args:
+        database: SQLAlchemy URI of MLflow's database.
+        sweep: Name of the sweep.
+        journal: Its journal.
+    """
+    engine = sqlalchemy.create_engine(database)
+    with engine.connect() as connection:
+        runs = connection.execute(sqlalchemy.text(_RUNS), {"sweep": sweep}).all()
+        metrics = connection.execute(sqlalchemy.text(_METRICS)).all()
+    engine.dispose()
+    numbers = {run.run_uuid: None if run.number is None else int(run.number) for run in runs}
+    doubled = [number for number, count in Counter(numbers.values()).items() if count > 1]
+    found = [f"{'sweep' if number is None else f'trial {number}'} has several runs" for number in doubled]
+
+    expected: Counter[tuple[Any, ...]] = Counter()
+    states: dict[int | None, dict[str, Any]] = {}
+    for entry in journal_entries(journal):
+        for name, value in entry.get("metrics", {}).items():
+            row = (entry["trial"], name, entry["time_ms"], entry.get("step", 0))
+            expected[(*row, "nan" if value != value else float(value))] += 1
+        if entry["kind"] == "state":
+            states[entry["trial"]] = entry
+    recorded = Counter(
+        (numbers[m.run_uuid], m.key, m.timestamp, m.step, "nan" if m.is_nan else m.value)
+        for m in metrics
+        if m.run_uuid in numbers
+    )
+    found += [f"lost: {row}" for row in expected - recorded]
+    found += [f"doubled or foreign: {row}" for row in recorded - expected]
+
+    missing = states.keys() - set(numbers.values())
+    found += [f"trial {number} has no run" for number in missing]
+    for run in runs:
+        state = states[numbers[run.run_uuid]]
+        ended = None if state["state"] == "running" else state["time_ms"]
+        if (run.status, run.end_time) != (_STATUS[state["state"]], ended):
+            found.append(f"trial {numbers[run.run_uuid]} is {run.status}, recorded as {state['state']}")
+    return found

@@ -1,0 +1,147 @@
+"""Real servers and a browser for tests, each on a free loopback port or in a folder of its own, ended by process id."""
+
+import getpass
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from glob import glob
+from pathlib import Path
+
+import pytest
+
+STARTING_S = 240.0
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def required(program: str, found: str | None) -> str:
+    """The program's path; a test that has none is skipped, or fails where CI says that it must be there."""
+    if found:
+        return found
+    reason = f"{program} is not installed; `make services` installs it"
+    if os.environ.get("HALORA_REQUIRE_SERVICES"):
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+@contextmanager
+def postgres() -> Iterator[str]:
+    """A PostgreSQL server with an empty database; its SQLAlchemy URI."""
+    initdb = required("PostgreSQL", max(glob("/usr/lib/postgresql/*/bin/initdb"), default=shutil.which("initdb")))
+    programs = Path(initdb).parent
+    account = "postgres" if os.geteuid() == 0 else getpass.getuser()  # the server refuses to run as root
+    folder = Path(tempfile.mkdtemp(prefix="halora-postgres-"))
+    data, port = folder / "data", free_port()
+    if os.geteuid() == 0:
+        shutil.chown(folder, account)
+    user = {"user": account} if os.geteuid() == 0 else {}
+    subprocess.run(
+        [initdb, "--pgdata", data, "--username", "halora", "--auth", "trust", "--no-sync", "--encoding", "UTF8"],
+        check=True,
+        stdout=subprocess.DEVNULL,
+        cwd=folder,
+        **user,
+    )
+    options = {"listen_addresses": "127.0.0.1", "unix_socket_directories": "", "fsync": "off", "max_connections": "60"}
+    settings = [part for name, value in options.items() for part in ("-c", f"{name}={value}")]
+    command = [str(programs / "postgres"), "-D", str(data), "-p", str(port), *settings]
+    server = subprocess.Popen(command, stderr=(folder / "log").open("w"), cwd=folder, **user)
+    try:
+        end = time.monotonic() + STARTING_S
+        ready = [programs / "pg_isready", "-h", "127.0.0.1", "-p", str(port), "-q"]
+        while subprocess.run(ready, check=False).returncode:
+            assert server.poll() is None, (folder / "log").read_text()
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        subprocess.run([programs / "createdb", "-h", "127.0.0.1", "-p", str(port), "-U", "halora", "t"], check=True)
+        yield f"postgresql://halora@127.0.0.1:{port}/t"
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.wait(60)
+        shutil.rmtree(folder)
+
+
+class MlflowServer:
+    """An MLflow tracking server that can be killed and started again.
+
+    Args:
+        backend: URI of its database.
+        folder: For its artifacts and its log.
+    """
+
+    def __init__(self, backend: str, folder: Path) -> None:
+        self._backend, self._folder, self._port = backend, folder, free_port()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def uri(self) -> str:
+        """Its tracking URI."""
+        return f"http://127.0.0.1:{self._port}"
+
+    def start(self) -> None:
+        """Start it, and return once it answers."""
+        command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", self._backend, "--workers", "1"]
+        command += ["--host", "127.0.0.1", "--port", str(self._port)]
+        command += ["--artifacts-destination", str(self._folder / "artifacts")]
+        env = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+        log = (self._folder / "server.log").open("a")
+        self._process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
+        end = time.monotonic() + STARTING_S
+        while not self._healthy():
+            assert self._process.poll() is None, (self._folder / "server.log").read_text()
+            assert time.monotonic() < end
+            time.sleep(0.3)
+
+    def kill(self) -> None:
+        """End it and its workers at once, as a crash would."""
+        if self._process is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)  # its own session, started here
+            self._process.wait()
+            self._process = None
+
+    def _healthy(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.uri}/health", timeout=2) as answer:
+                return bool(answer.status == 200)
+        except OSError:
+            return False
+
+
+@contextmanager
+def mlflow_server(backend: str, folder: Path) -> Iterator[MlflowServer]:
+    """A running MLflow server."""
+    server = MlflowServer(backend, folder)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.kill()
+
+
+def browse(page: Path, picture: Path, *, height: int = 3000) -> Sequence[str]:
+    """Open a page in headless Chromium, without a network, and take its picture; what its console said.
+
+    A request that the page's own policy refuses is said there too.
+    """
+    chromium = required("Chromium", shutil.which("chromium"))
+    with tempfile.TemporaryDirectory(prefix="halora-chromium-") as profile:
+        command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}"]
+        command += ["--disable-background-networking", "--disable-component-update", "--no-first-run"]
+        command += ["--host-resolver-rules=MAP * ~NOTFOUND", "--enable-logging=stderr", "--virtual-time-budget=8000"]
+        command += [f"--window-size=1100,{height}", f"--screenshot={picture}", page.as_uri()]
+        run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    return [line for line in run.stderr.splitlines() if "CONSOLE" in line]

@@ -1,0 +1,223 @@
+"""Oracles: Optuna's storage and MLflow's database read on their own; the same sweep undisturbed; the recorded table.
+
+Simulated sweeps through the real command: everything but the training is real.
+"""
+
+import csv
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import optuna
+import pytest
+import yaml
+
+HALORA = Path(sys.executable).parent / "halora"
+STEPS, TRIALS = 12, 10
+
+
+def _start(store, *args):
+    own = {"HALORA_STORE": str(store), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    command = [HALORA, *map(str, args)]
+    return subprocess.Popen(command, env=os.environ | own, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def _halora(store, *args):
+    process = _start(store, *args)
+    out, err = process.communicate(timeout=600)
+    return process.returncode, out, err
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, tiny_models, tiny_task):
+    """A function that writes a sweep over a recorded table: the paths of both."""
+    folder = tmp_path_factory.mktemp("simulated")
+    chance = random.Random(0)
+    table = folder / "curves.csv"
+    with table.open("w", newline="") as file:
+        columns = ["trial", "step", "accuracy", "clean_accuracy", "train_loss", "seconds"]
+        writer = csv.writer(file)
+        writer.writerow([*columns, "lora.rank", "training.learning_rate", "chip.adc.bits"])
+        for trial in range(60):
+            rank, bits = chance.choice([2, 4, 8]), chance.randint(5, 9)
+            rate = 10 ** chance.uniform(-3, -1)
+            best = 0.3 + 0.05 * bits + 0.01 * rank - 0.1 * abs(rate - 0.02)
+            for step in range(1, STEPS + 1):
+                accuracy = best * (1 - 0.5**step)
+                writer.writerow([trial, step, accuracy, accuracy + 0.02, 2 - accuracy, step, rank, rate, bits])
+
+    def write(name, **changes):
+        content = {
+            "name": name,
+            "family": "simulated",
+            "seed": 3,
+            "trials": TRIALS,
+            "concurrent": 2,
+            "trial": {
+                "model": tiny_models["llama"],
+                "task": tiny_task,
+                "chip": "halora-2026",
+                "training": {"steps": STEPS, "report_every": 2},
+                "evaluation": {"chip_instances": 3, "rows": 8},
+            },
+            "space": {
+                "lora.rank": {"choices": [2, 4, 8]},
+                "training.learning_rate": {"low": 0.001, "high": 0.1, "log": True},
+                "chip.adc.bits": {"low": 5, "high": 9, "kind": "int"},
+            },
+            "reference_point": {"accuracy": 0.0, "energy_uj_per_token": 1.0},
+            "early_stopping": {"rungs": [{"steps": 4, "chip_instances": 2, "rows": 4}], "keep": 0.4},
+            "search": {"sampler": "random"},
+        }
+        path = folder / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(content | changes))
+        return path, table
+
+    return write
+
+
+def _study(store, name):
+    journal = optuna.storages.journal.JournalFileBackend(str(store / "sweeps" / name / "study.journal"))
+    return optuna.load_study(study_name=name, storage=optuna.storages.JournalStorage(journal)).trials
+
+
+def _runs(store, name, kind="trial"):
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{store / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("simulated")
+    query = f"tags.`halora.sweep` = '{name}' and tags.`halora.kind` = '{kind}'"
+    found = client.search_runs([experiment.experiment_id], query, max_results=1000)
+    losses = {run.info.run_id: client.get_metric_history(run.info.run_id, "train_loss") for run in found}
+    return found, losses
+
+
+def _check_whole(store, name):
+    """Every number ended exactly once in both stores, its metrics without gap, nothing left running."""
+    trials, (runs, losses) = _study(store, name), _runs(store, name)
+    assert [trial.number for trial in trials] == list(range(TRIALS))
+    assert {trial.state.name for trial in trials} == {"COMPLETE", "PRUNED"}
+    assert sorted(int(run.data.tags["halora.trial"]) for run in runs) == list(range(TRIALS))
+    assert {run.info.status for run in [*runs, *_runs(store, name, "sweep")[0]]} == {"FINISHED"}
+    assert len(_runs(store, name, "sweep")[0]) == 1
+    for run in runs:
+        trial = trials[int(run.data.tags["halora.trial"])]
+        finished = trial.state.name == "COMPLETE"
+        assert run.data.tags["halora.state"] == ("finished" if finished else "stopped")
+        assert ("accuracy" in run.data.metrics) == finished
+        steps = sorted(metric.step for metric in losses[run.info.run_id])
+        assert steps == list(range(2, (STEPS if finished else 4) + 1, 2))
+        if finished:
+            assert run.data.metrics["accuracy"] == pytest.approx(trial.values[0])
+            assert run.data.metrics["energy_uj_per_token"] == pytest.approx(trial.values[1])
+            assert "front_probability" in run.data.metrics
+        assert run.data.metrics["rung_accuracy"] == pytest.approx(trial.user_attrs["scores 0"]["accuracy"])
+    return trials
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return tmp_path_factory.mktemp("simulated-cli") / "store"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(store, files):
+    path, table = files("undisturbed")
+    return _halora(store, "sweep", "launch", path, "--simulate", table)
+
+
+def test_a_simulated_sweep_is_recorded_as_a_real_one(undisturbed, store):
+    code, out, err = undisturbed
+    assert code == 0, err
+    assert "front of undisturbed" in out
+    trials = _check_whole(store, "undisturbed")
+    assert 4 <= sum(trial.state.name == "COMPLETE" for trial in trials) <= 5
+    code, out, _ = _halora(store, "sweep", "status", "undisturbed", "--format", "json")
+    (row,) = json.loads(out)
+    assert (row["state"], row["unfinished"], row["waiting"]) == ("ended", 0, 0)
+    assert row["finished"] + row["stopped"] == TRIALS
+
+
+def _kill_and_resume(store, name, launch, kills, seed):
+    """Launch, and resume until the end; the first processes are killed at random moments. How many were."""
+    chance, killed = random.Random(seed), 0
+    arguments = launch
+    while True:
+        process = _start(store, *arguments)
+        if killed < kills:
+            began = time.monotonic()
+            while not (store / "sweeps" / name / "study.journal").exists() and process.poll() is None:
+                time.sleep(0.02)
+            time.sleep(chance.uniform(0, 3.0) + 0.3 * (time.monotonic() - began))
+            if process.poll() is None:
+                process.kill()
+                killed += 1
+                process.communicate()
+                if (store / "sweeps" / name / "sweep.yaml").exists():
+                    arguments = ["sweep", "resume", name]
+                continue
+        _, err = process.communicate(timeout=600)
+        assert process.returncode == 0, err
+        return killed
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_kills_at_random_moments_lose_and_repeat_nothing(undisturbed, store, files, kills):
+    name = f"disturbed-{kills}"
+    path, table = files(name)
+    assert _kill_and_resume(store, name, ["sweep", "launch", path, "--simulate", table], kills, seed=kills) >= 1
+    trials = _check_whole(store, name)
+    whole = _study(store, "undisturbed")
+    assert [trial.params for trial in trials] == [trial.params for trial in whole]
+
+
+def test_reconciling_shows_and_mends_what_differs(undisturbed, store, tmp_path):
+    from mlflow import MlflowClient
+
+    torn = tmp_path / "torn"
+    shutil.copytree(store, torn, ignore=shutil.ignore_patterns("disturbed*"))
+    client = MlflowClient(f"sqlite:///{torn / 'mlflow.db'}")
+    runs = {int(run.data.tags["halora.trial"]): run for run in _runs(torn, "undisturbed")[0]}
+    for number in (0, 3):
+        client.update_run(runs[number].info.run_id, status="RUNNING")
+        client.set_tag(runs[number].info.run_id, "halora.state", "running")
+    double = client.create_run(runs[1].info.experiment_id, tags=runs[1].data.tags)
+    client.delete_run(runs[4].info.run_id)
+    folder = torn / "sweeps" / "undisturbed"
+    sent = json.loads((folder / "sent.json").read_text())
+    (folder / "sent.json").write_text(json.dumps(sent | {"tracking_uri": f"sqlite:///{torn / 'mlflow.db'}"}))
+    with (folder / "records.jsonl").open("a") as journal:  # a kill came before the trial's end was written
+        entry = {"kind": "state", "trial": 2, "time_ms": 0, "state": "running", "cause": ""}
+        journal.write(json.dumps(entry) + "\n")
+    ended = {number: run.data.tags["halora.state"] for number, run in runs.items()}
+    code, out, err = _halora(torn, "doctor", "--reconcile", "--format", "json")
+    assert code == 0, err
+    rows = {row["trial"]: row for row in json.loads(out)}
+    told = {number: (row["study"], row["journal"], row["mlflow"], row["mended"]) for number, row in rows.items()}
+    assert told == {
+        0: (ended[0], ended[0], "running", "delivered again"),
+        1: (ended[1], ended[1], f"{ended[1]}, running", "a second run is deleted"),
+        2: (ended[2], "running", ended[2], f"recorded as {ended[2]}"),
+        3: (ended[3], ended[3], "running", "delivered again"),
+        4: (ended[4], ended[4], "-", "delivered again"),
+    }
+    assert client.get_run(double.info.run_id).info.lifecycle_stage == "deleted"
+    assert client.get_run(runs[1].info.run_id).info.lifecycle_stage == "active"
+    _check_whole(torn, "undisturbed")
+    _, _, err = _halora(torn, "doctor", "--reconcile")
+    assert "the records say of every trial what its study says" in err
+
+
+def test_a_table_that_does_not_fit_is_refused_before_anything_is_written(files, tmp_path):
+    path, table = files("refused")
+    wrong = tmp_path / "wrong.csv"
+    wrong.write_text(table.read_text().replace("lora.rank", "lora.rnk"))
+    code, _, err = _halora(tmp_path / "store", "sweep", "launch", path, "--simulate", wrong)
+    assert code == 2
+    assert "column 'lora.rnk' is neither a score nor a searched field; did you mean 'lora.rank'?" in err
+    assert not (tmp_path / "store" / "sweeps").exists()

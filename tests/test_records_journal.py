@@ -1,0 +1,302 @@
+"""Oracles: the lines of the file itself; a process killed by SIGKILL; a full disk; a ledger of the whole journal."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from halora.errors import UserError
+from halora.records import journal
+from halora.records.index import read_ledger, recorded_trial
+from halora.records.journal import Journal, read
+from halora.records.ledger import Ledger
+from halora.records.position import Position, undelivered
+from halora.records.store import Store
+
+
+def _entry(kind, number, **content):
+    return {"kind": kind, "trial": number, "time_ms": 1000 + len(content), **content}
+
+
+def _begin(number, **params):
+    return _entry("begin", number, params=params, labels={"method": "lora"}, metrics={"energy_uj_per_token": 2.0})
+
+
+def _state(number, state, cause=""):
+    return _entry("state", number, state=state, cause=cause)
+
+
+def _write(path, entries):
+    log = Journal(path)
+    for entry in entries:
+        log.append(entry)
+    log.close()
+
+
+def test_what_is_appended_is_read_back_from_any_place(tmp_path):
+    path = tmp_path / "records.jsonl"
+    written = [
+        _begin(0, model="a 'quoted' \"model\"\n<script>", text="\u202eגרסה 🤖 \ud800"),
+        _entry("report", 0, step=2, metrics={"train_loss": float("nan"), "train_sigma": 0.1 + 0.2}),
+        _state(0, "failed", "loss nan at step 3"),
+    ]
+    _write(path, written)
+    entries, end = read(path)
+    assert repr(entries) == repr(written)  # a nan equals nothing
+    assert end == path.stat().st_size
+    assert read(path, end) == ([], end)
+    first, middle = read(path, 0, limit=2)  # the header is a line as well
+    assert repr(first + read(path, middle)[0]) == repr(written)
+    assert len(first) == 1
+    _write(path, [_state(0, "running")])
+    assert [entry["kind"] for entry in read(path, end)[0]] == ["state"]
+
+
+@pytest.mark.parametrize("torn", [b'{"kind":"report","trial":0,"st', b'{"kind":"state","trial":0}', b"\xff\x00"])
+def test_a_line_that_a_crash_cut_off_is_not_there(tmp_path, torn):
+    path = tmp_path / "records.jsonl"
+    _write(path, [_begin(0)])
+    whole = path.stat().st_size
+    with path.open("ab") as file:
+        file.write(torn)
+    assert read(path)[1] == whole
+    _write(path, [_state(0, "finished")])
+    assert [entry["kind"] for entry in read(path)[0]] == ["begin", "state"]
+
+
+def test_a_header_that_a_crash_cut_off_is_written_anew(tmp_path):
+    path = tmp_path / "records.jsonl"
+    path.write_text('{"journal":"ab')
+    assert journal.identity(path) == ""
+    _write(path, [_begin(0)])
+    assert len(journal.identity(path)) == 32
+    assert len(read(path)[0]) == 1
+
+
+def test_a_process_that_is_killed_loses_nothing_it_appended(tmp_path):
+    path = tmp_path / "records.jsonl"
+    program = f"""
+import itertools, pathlib
+from halora.records.journal import Journal
+log = Journal(pathlib.Path({str(path)!r}))
+for i in itertools.count():
+    log.append({{"kind": "report", "trial": 0, "time_ms": i, "step": i, "metrics": {{}}}})
+    print(i, flush=True)
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    said = [process.stdout.readline() for _ in range(200)]
+    process.send_signal(signal.SIGKILL)
+    said += process.stdout.readlines()
+    process.wait()
+    said = [int(line) for line in said if line.endswith("\n")]
+    steps = [entry["step"] for entry in read(path)[0]]
+    assert steps[: len(said)] == said
+    assert len(steps) - len(said) in (0, 1)
+
+
+def test_a_full_disk_leaves_no_half_line(tmp_path):
+    """`ulimit -f` stands in for the full disk: a write beyond it is short or fails."""
+    path = tmp_path / "records.jsonl"
+    program = f"""
+import pathlib, resource, signal
+from halora.records.journal import Journal
+log = Journal(pathlib.Path({str(path)!r}))
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+for i in range(100):
+    try:
+        log.append({{"kind": "report", "trial": 0, "time_ms": i, "step": i, "metrics": {{}}}})
+    except OSError:
+        print(i)
+        break
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert [entry["step"] for entry in read(path)[0]] == list(range(int(run.stdout)))
+    assert path.read_bytes().endswith(b"\n")
+
+
+def test_a_damaged_journal_is_named_with_the_place(tmp_path):
+    path = tmp_path / "records.jsonl"
+    _write(path, [_begin(0)])
+    size = path.stat().st_size
+    with path.open("ab") as file:
+        file.write(b"not json\n")
+    with pytest.raises(UserError, match=rf"records\.jsonl' is damaged at byte {size}"):
+        read(path)
+    path.write_text('{"journal": "x", "version": 99}\n')
+    with pytest.raises(UserError, match="is of version 99, this program reads 1"):
+        journal.identity(path)
+    path.write_text("[]\n")
+    with pytest.raises(UserError, match="is no journal"):
+        journal.identity(path)
+
+
+# What the entries add up to.
+
+_STORY = [
+    _state(None, "running"),
+    _begin(0, **{"lora.rank": 4}),
+    _begin(1, **{"lora.rank": 8}),
+    _entry("report", 0, step=2, metrics={"train_loss": 3.0}),
+    _entry("report", 0, step=4, metrics={"train_loss": 2.0}),
+    _entry(
+        "scores", 0, step=4, metrics={"accuracy": 0.5}, correct={"group": "g", "chips": 1, "rows": 3, "bits": "oA=="}
+    ),
+    _state(0, "finished"),
+    _entry("front", None, step=1, metrics={"hypervolume": 0.5}),
+    _state(1, "failed", "boom"),
+    _entry("comparison", None, content={"rows": 3}),
+    _state(None, "finished"),
+]
+
+
+def _store_with(tmp_path, entries, name="s"):
+    store = Store(tmp_path / "store")
+    store.sweep(name).root.mkdir(parents=True, exist_ok=True)
+    _write(store.sweep(name).journal_file, entries)
+    return store
+
+
+def test_a_ledger_tells_where_every_trial_stands():
+    ledger = Ledger()
+    ledger.take(_STORY)
+    first, second = ledger.points()
+    assert (first.number, first.state, first.params, first.labels) == (
+        0,
+        "finished",
+        {"lora.rank": 4},
+        {"method": "lora"},
+    )
+    assert first.metrics == {"energy_uj_per_token": 2.0, "train_loss": 2.0, "accuracy": 0.5}
+    assert (first.correct.shape, first.correct.packed) == ((1, 3), b"\xa0")
+    assert (second.state, second.cause) == ("failed", "boom")
+    assert ledger.steps(0) == {2, 4}
+    assert (ledger.answers(0)["bits"], ledger.answers(1)) == ("oA==", None)
+    assert (ledger.begun(1), ledger.begun(2)) == (True, False)
+    assert (ledger.front_step, ledger.comparison, ledger.sweep_state) == (1, {"rows": 3}, "finished")
+
+
+@pytest.mark.parametrize("cut", range(len(_STORY) + 1))
+def test_an_index_that_follows_a_journal_says_what_the_whole_journal_says(tmp_path, cut):
+    store = _store_with(tmp_path, _STORY[:cut])
+    read_ledger(store, "s")
+    _store_with(tmp_path, _STORY[cut:])
+    whole = Ledger()
+    whole.take(_STORY)
+    for _ in range(2):
+        assert read_ledger(store, "s").contents == whole.contents
+
+
+def test_an_index_follows_a_journal_that_was_replaced_and_one_that_it_cannot_keep(tmp_path):
+    store = _store_with(tmp_path, _STORY)
+    assert len(read_ledger(store, "s").points()) == 2
+    store.sweep("s").journal_file.unlink()
+    assert read_ledger(store, "s").points() == []
+    _store_with(tmp_path, _STORY[:2])
+    assert [point.number for point in read_ledger(store, "s").points()] == [0]
+    store.index_file.write_text("no database at all, and long enough to be looked at as one" * 100)
+    assert [point.number for point in read_ledger(store, "s").points()] == [0]
+    store.index_file.unlink()
+    store.index_file.mkdir()
+    assert [point.number for point in read_ledger(store, "s").points()] == [0]
+
+
+def test_two_readers_of_a_growing_journal_do_not_disturb_each_other(tmp_path):
+    store = _store_with(tmp_path, [])
+    program = f"""
+import pathlib, time
+from halora.records.index import read_ledger
+from halora.records.store import Store
+while not pathlib.Path({str(tmp_path / "stop")!r}).exists():
+    read_ledger(Store(pathlib.Path({str(store.root)!r})), "s")
+"""
+    readers = [subprocess.Popen([sys.executable, "-c", program]) for _ in range(2)]
+    log = Journal(store.sweep("s").journal_file)
+    try:
+        for number in range(300):
+            log.append(_begin(number))
+            log.append(_state(number, "finished"))
+            if number % 50 == 0:
+                time.sleep(0.3)
+                assert len(read_ledger(store, "s").points()) == number + 1
+    finally:
+        (tmp_path / "stop").touch()
+        assert [reader.wait(60) for reader in readers] == [0, 0]
+    points = read_ledger(store, "s").points()
+    assert [point.number for point in points] == list(range(300))
+    assert {point.state for point in points} == {"finished"}
+
+
+def test_a_trial_that_is_not_there_is_named_with_those_that_are(tmp_path):
+    store = _store_with(tmp_path, _STORY)
+    assert recorded_trial(store, "s", 1).cause == "boom"
+    with pytest.raises(UserError, match=r"no trial 's/7' \(numbers of 's': 0, 1\)"):
+        recorded_trial(store, "s", 7)
+    with pytest.raises(UserError, match=r"numbers of 'other': none"):
+        recorded_trial(store, "other", 0)
+
+
+def test_a_position_counts_for_its_journal_and_its_mlflow_only(tmp_path):
+    store = _store_with(tmp_path, _STORY)
+    folder = store.sweep("s")
+    assert undelivered(store, "s") == len(_STORY)
+    position = Position(folder, store.tracking_uri)
+    position.move(read(folder.journal_file, 0, limit=5)[1])
+    assert undelivered(store, "s") == len(_STORY) - 4
+    assert Position(folder, "http://127.0.0.1:1").left() == len(_STORY)
+    folder.journal_file.unlink()
+    assert undelivered(store, "s") == 0
+    _store_with(tmp_path, _STORY[:1])
+    assert undelivered(store, "s") == 1
+
+
+# The store.
+
+
+def test_a_store_names_its_server_and_keeps_no_password(tmp_path, monkeypatch):
+    monkeypatch.delenv("HALORA_TRACKING_URI", raising=False)
+    monkeypatch.setenv("HALORA_STORE", str(tmp_path / "there"))
+    assert Store.at().tracking_uri == f"sqlite:///{tmp_path}/there/mlflow.db"
+    assert Store.at(tmp_path).root == tmp_path
+    monkeypatch.setenv("HALORA_TRACKING_URI", "http://tracking:5000")
+    assert Store.at().tracking_uri == "http://tracking:5000"
+    assert Store.at(None, "http://other:5000").tracking_uri == "http://other:5000"
+    for uri in ("http://me:secret@host:5000", "postgresql://me:secret@host/db"):
+        with pytest.raises(UserError, match="'host' holds a password") as caught:
+            Store.at(None, uri)
+        assert "secret" not in str(caught.value)
+
+
+def test_a_sweep_remembers_the_server_it_is_recorded_in(tmp_path):
+    store = _store_with(tmp_path, [])
+    assert store.serving("s").tracking_uri == store.tracking_uri
+    store.sweep("s").server_file.write_text("http://tracking:5000")
+    assert store.serving("s").tracking_uri == "http://tracking:5000"
+    assert Store(store.root, "http://moved:5000").serving("s").tracking_uri == "http://moved:5000"
+
+
+def test_a_store_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file/store' cannot be written: Not a directory"):
+        Store(tmp_path / "file" / "store").check_writable()
+
+
+def test_a_store_lists_the_sweeps_it_holds(tmp_path):
+    store = Store(tmp_path)
+    assert store.sweeps() == []
+    for name in ("first", "second"):
+        store.sweep(name).root.mkdir(parents=True)
+    store.sweep("second").sweep_file.touch()
+    assert store.sweeps() == ["second"]
+    assert store.existing("second").name == "second"
+    with pytest.raises(UserError, match=r"no sweep 'secnd' in .*did you mean 'second'"):
+        store.existing("secnd")
+
+
+def test_lines_are_json_that_other_programs_read(tmp_path):
+    path = tmp_path / "records.jsonl"
+    _write(path, _STORY)
+    assert [json.loads(line) for line in path.read_bytes().splitlines()][1:] == _STORY

@@ -1,0 +1,220 @@
+"""Oracles: brute force (every combination), Python's own arithmetic, the JSON Schema validator, the shipped files."""
+
+import itertools
+import json
+
+import jsonschema
+import pytest
+import yaml
+from pydantic import TypeAdapter
+
+from halora.errors import UserError
+from halora.records import names
+from halora.spaces.expressions import Expression
+from halora.spaces.language import Distribution, grid, in_space, size
+from halora.spaces.recipes import RECIPES, first_points
+from halora.spaces.schema import sweep_schema
+from halora.spaces.search import ENERGY, METRICS, Constraint
+from halora.spaces.sweep import SHIPPED, SweepConfig, load_sweep, shipped_sweeps
+
+
+def _space(**fields):
+    return TypeAdapter(dict[str, Distribution]).validate_python(fields)
+
+
+_NESTED = _space(
+    method={"choices": ["lora", "halora"]},
+    shape={"choices": ["constant", "linear", "cosine"], "when": {"method": ["halora"]}},
+    warmup={"low": 0, "high": 3, "kind": "int", "when": {"shape": ["cosine", "linear"], "method": ["halora"]}},
+    rank={"choices": [2, 4]},
+)
+
+
+def test_the_size_of_a_space_counts_every_combination_once():
+    listed = [list(distribution.values) for distribution in _NESTED.values()]
+    points = set()
+    for values in itertools.product(*listed):
+        chosen = {}
+        for (path, distribution), value in zip(_NESTED.items(), values, strict=True):
+            if distribution.applies(chosen):
+                chosen[path] = value
+        points.add(tuple(chosen.items()))
+    assert size(_NESTED) == len(points) == 2 * (1 + 1 + 2 * 4)
+    assert {tuple(point.items()) for point in grid(_NESTED)} == points
+    assert all(in_space(_NESTED, dict(point)) for point in points)
+    assert size(_space(x={"choices": list(range(10))}, y={"low": 1, "high": 10**9, "kind": "int"})) == 10**10
+    assert size(_space(x={"low": 0.0, "high": 1.0})) is None
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"method": "lora", "rank": 8},
+        {"method": "lora"},
+        {"method": "lora", "shape": "linear", "rank": 2},
+        {"method": "halora", "shape": "linear", "rank": 2},
+    ],
+)
+def test_what_is_no_whole_point_is_told_apart(values):
+    assert not in_space(_NESTED, values)
+
+
+def test_conditions_name_what_they_need_themselves():
+    assert _NESTED["warmup"].condition(_NESTED) == {"method": "halora", "shape": "cosine"}
+
+
+def test_formulas_are_arithmetic_and_nothing_else():
+    values = {"training.steps": 30, "lora.rank": 4, "task": "arc"}
+    for text in ("max(training.steps // 7, 1) + 2", "-lora.rank * 1.5 % 4", "round(training.steps / lora.rank)"):
+        python = text.replace("training.steps", "30").replace("lora.rank", "4")
+        assert Expression(text).value(values) == eval(python)
+    assert Expression("training.steps / lora.rank").names == {"training.steps", "lora.rank"}
+    for text in (
+        "__import__('os')",
+        "[1]",
+        "'a'",
+        "a if b else c",
+        "a.b(1)",
+        "1 +",
+        "lambda: 1",
+        "True",
+        "a[0]",
+        "2**9",
+    ):
+        with pytest.raises(ValueError, match=r"formula|no function"):
+            Expression(text)
+    for text, reason in (("1 / (lora.rank - 4)", "division by zero"), ("task + 1", "'arc', not a number")):
+        with pytest.raises(ValueError, match=reason):
+            Expression(text).value(values)
+
+
+def test_derived_values_follow_the_searched_ones():
+    derived = {
+        "training.warmup_steps": "training.steps // 4",
+        "lora.alpha_over_rank": "16 / lora.rank",
+        "training.weight_decay": "training.mu / 10",
+        "training.schedule.warmup_steps": "2 * training.warmup_steps",
+    }
+    sweep = load_sweep("quickstart", {"derived": derived})
+    config = sweep.resolve({"training.method": "halora", "training.mu": 0.5, "lora.rank": 8})
+    assert config.training.warmup_steps == 4
+    assert config.training.schedule.warmup_steps == 8
+    assert config.lora.alpha_over_rank == 2.0
+    assert config.training.weight_decay == 0.05
+    plain = load_sweep("quickstart", {"derived": {"training.weight_decay": "training.schedule.sigma_end"}})
+    assert plain.resolve({"lora.rank": 8}).training.weight_decay == 0.0  # sigma_end is not searched there
+    with pytest.raises(UserError, match=r"derived, with lora.rank 2: lora.alpha_over_rank: .*less than or equal to 64"):
+        load_sweep("quickstart", {"derived": {"lora.alpha_over_rank": "130 / lora.rank"}})
+
+
+def test_constraints_bound_metrics_that_are_recorded():
+    assert set(METRICS) == {ENERGY, *names.SCORE_METRICS}
+    upper, lower = Constraint.model_validate(f"{ENERGY} <= 5"), Constraint.model_validate(" accuracy>=0.5 ")
+    assert [upper.violation({ENERGY: e}) for e in (4, 5, 7)] == [-1, 0, 2]
+    assert [lower.violation({"accuracy": a}) for a in (0.75, 0.5, 0.25)] == [-0.25, 0, 0.25]
+    assert (str(upper), str(lower)) == (f"{ENERGY} <= 5", "accuracy >= 0.5")
+
+
+def test_the_paper_s_recipe_and_a_tuned_lora_are_tried_in_every_sweep_that_allows_them():
+    for name in shipped_sweeps():
+        sweep = load_sweep(name)
+        points = first_points(sweep)
+        assert points[: len(sweep.first)] == list(sweep.first)
+        methods = sweep.space.get("training.method")
+        for recipe in RECIPES.values():
+            if methods and recipe["training.method"] in methods.choices:
+                wanted = {p: v for p, v in recipe.items() if p in sweep.space and sweep.space[p].contains(v)}
+                wanted.pop("training.learning_rate", None)
+                assert any(wanted.items() <= point.items() for point in points), (name, recipe)
+    alone = load_sweep("quickstart", {"first": []})
+    points = first_points(alone)
+    assert [point["training.method"] for point in points] == ["halora", "lora"]
+    assert all(in_space(alone.space, point) for point in points)
+    assert points[0] == {
+        "training.method": "halora",
+        "training.mu": 0.1,
+        "training.schedule.shape": "constant",
+        "training.schedule.sigma_start": 0.01,
+        "training.learning_rate": 2e-3,
+        "lora.rank": 4,
+        "chip.adc.bits": 8,  # the chip's own
+        "chip.tile.rows": 64,
+    }
+    narrow = load_sweep(
+        "quickstart", {"first": [], "space.lora.rank": {"choices": [2, 6]}, "space.training.mu.low": 0.3}
+    )
+    assert [(p["lora.rank"], p.get("training.mu")) for p in first_points(narrow)] == [(2, 0.3), (6, None)]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "mistake"),
+    [
+        ({"early_stopping": {"rungs": [{"steps": 16}]}}, "early_stopping.rungs[0].steps: 16, but a trial has 16 steps"),
+        ({"early_stopping": {"rungs": [{"steps": 4, "rows": 20}]}}, "rungs[0].rows: 20, more than the 16"),
+        ({"early_stopping": {"rungs": [{"steps": 4, "chip_instances": 9}]}}, "rungs[0].chip_instances: 9, more than"),
+        ({"early_stopping": {"rungs": []}}, "early_stopping.rungs: tuple should have at least 1 item"),
+        ({"racing": {"extra": 8, "most": 3}}, "racing.most: 3, but every trial has 3 chip instances already"),
+        ({"budget": {"hours": 0}}, "budget.hours: input should be greater than 0, got 0"),
+        ({"search.history": 3}, "search.history: input should be greater than or equal to 20, got 3"),
+    ],
+)
+def test_a_search_that_cannot_work_is_named(overrides, mistake):
+    with pytest.raises(UserError) as caught:
+        load_sweep("quickstart", overrides)
+    assert any(mistake in problem for problem in caught.value.problems), caught.value.problems
+
+
+def test_a_sweep_written_down_is_read_back_the_same():
+    changes = {
+        "constraints": ["energy_uj_per_token <= 4", "clean_accuracy >= 0.5"],
+        "derived": {"training.warmup_steps": "training.steps // 8"},
+        "early_stopping": {"rungs": [{"steps": 4, "rows": 8, "chip_instances": 1}], "accuracy_floor": 0.2},
+        "racing": {"extra": 8, "most": 6},
+        "search": {"sampler": "nsga2"},
+        "budget": {"steps": 100},
+    }
+    sweep = load_sweep("quickstart", changes)
+    again = SweepConfig.model_validate(yaml.safe_load(yaml.safe_dump(sweep.model_dump(mode="json"))))
+    assert again == sweep
+    jsonschema.validate(sweep.model_dump(mode="json", exclude_none=True), sweep_schema())
+
+
+def test_the_schema_accepts_the_shipped_files_and_refuses_what_is_unknown():
+    schema = sweep_schema()
+    jsonschema.Draft202012Validator.check_schema(schema)
+    validator = jsonschema.Draft202012Validator(schema)
+    for name in shipped_sweeps():
+        validator.validate(yaml.safe_load((SHIPPED / f"{name}.yaml").read_text()))
+    content = yaml.safe_load((SHIPPED / "quickstart.yaml").read_text())
+    for path, wrong in (
+        (("trial", "training", "shedule"), {}),
+        (("trial", "chip"), {"preset": "ideal", "adc": {"bit": 4}}),
+        (("space", "lora.rnk"), {"choices": [1]}),
+        (("constraints",), ["clean <= 3"]),
+        (("search",), {"sampler": "cma"}),
+    ):
+        changed = json.loads(json.dumps(content))
+        node = changed
+        for key in path[:-1]:
+            node = node[key]
+        node[path[-1]] = wrong
+        assert list(validator.iter_errors(changed)), path
+
+
+def test_a_space_is_shown_with_its_size_and_its_points(halora, halora_json):
+    code, out, err = halora("space show methods --set 'constraints=[clean_accuracy >= 0.4]'")
+    assert code == 0
+    assert "training.learning_rate" in out
+    assert "6 configurations; 6 trials by tpe" in err
+    assert "constraint: clean_accuracy >= 0.4" in err
+    rows = {row["field"]: row for row in halora_json("space show quickstart")}
+    assert rows["training.mu"] == {
+        "field": "training.mu",
+        "kind": "log float",
+        "values": "0.001 .. 1",
+        "when": "training.method is halora",
+        "default": "0.01",
+    }
+    assert {row["sweep"] for row in halora_json("space list")} == set(shipped_sweeps())
+    code, out, _ = halora("space schema")
+    assert json.loads(out) == sweep_schema()

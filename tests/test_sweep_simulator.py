@@ -1,0 +1,355 @@
+"""Oracles: the study read afresh, arithmetic on the levels, the same search undisturbed, the table's own lines."""
+
+import csv
+import random
+from math import ceil
+
+import numpy as np
+import optuna
+import pytest
+from optuna.storages import InMemoryStorage
+
+from halora.analysis.front import ranks
+from halora.errors import UserError
+from halora.spaces.search import Budget, Constraint, Racing, SearchSettings
+from halora.spaces.sweep import load_sweep
+from halora.sweep.analytic import FUNCTIONS, AnalyticCurves
+from halora.sweep.core import DecisionCore
+from halora.sweep.problem import Level
+from halora.sweep.samplers import History
+from halora.sweep.simulator import SimulatedClock, simulate
+from halora.sweep.study import State, SweepStudy
+from halora.sweep.table import read_table
+
+CURVES = AnalyticCurves(FUNCTIONS["zdt1"], curve="saturating", chip_std=0.02)
+NOISY = AnalyticCurves(FUNCTIONS["zdt1"], chip_std=0.8)
+LEVELS = [Level(3, 2), Level(9, 2), Level(27, 4)]
+
+
+def _problem(curves=CURVES, *, trials=30, sampler="random", **changes):
+    settings = SearchSettings(sampler=sampler, skip_unreachable=changes.pop("skip_unreachable", False))
+    return curves.problem("sim", trials=trials, chip_instances=4, settings=settings, **changes)
+
+
+def _run(problem, storage=None, curves=CURVES, concurrent=3, **settings):
+    clock = SimulatedClock()
+    core = DecisionCore(problem, SweepStudy("sim", storage or InMemoryStorage()), clock_s=clock)
+    simulate(core, curves, clock, concurrent=concurrent, **settings)
+    return core, clock
+
+
+def test_without_rungs_every_trial_is_trained_whole():
+    core, clock = _run(_problem(trials=12), concurrent=3)
+    assert core.over
+    assert [trial.state for trial in core.trials()] == [State.FINISHED] * 12
+    assert core.steps_taken() == 12 * 27
+    assert clock() == 12 * 27 / 3
+    for trial in core.trials():
+        expected = [CURVES.accuracy(trial.values, 27, chip) for chip in range(4)]
+        assert trial.scores[-1]["accuracy_by_chip"] == expected
+        assert trial.frozen.values == [pytest.approx(np.mean(expected)), trial.energy_uj_per_token]
+
+
+@pytest.mark.parametrize("keep", [1 / 3, 0.5])
+def test_rungs_let_the_share_that_ranks_best_go_on(keep):
+    core, _ = _run(_problem(levels=lambda values: LEVELS, keep=keep))
+    trials = core.trials()
+    reached = [[trial for trial in trials if len(trial.scores) > rung] for rung in range(3)]
+    assert len(reached[0]) == 30
+    for rung in (0, 1):
+        assert len(reached[rung + 1]) in (int(keep * len(reached[rung])), ceil(keep * len(reached[rung])))
+    assert {trial.state for trial in trials} == {State.FINISHED, State.STOPPED}
+    assert [t.state is State.FINISHED for t in trials] == [len(t.scores) == 3 for t in trials]
+    assert core.steps_taken() == sum(LEVELS[len(trial.scores) - 1].steps for trial in trials)
+    for trial in trials:
+        assert [scores["step"] for scores in trial.scores] == [3, 9, 27][: len(trial.scores)]
+        assert [len(scores["accuracy_by_chip"]) for scores in trial.scores] == [2, 2, 4][: len(trial.scores)]
+        assert trial.frozen.state.name == ("COMPLETE" if len(trial.scores) == 3 else "PRUNED")
+        assert (trial.frozen.values is None) == (len(trial.scores) < 3)
+
+
+def _after_a_full_rung(**changes):
+    """Trials of a search whose first rung fills before any goes on, and the numbers promoted from it."""
+    core = DecisionCore(_problem(levels=lambda values: LEVELS, **changes), SweepStudy("sim", InMemoryStorage()))
+    jobs = []
+    while job := core.suggest():
+        jobs.append(job)
+    for job in jobs:
+        by_chip = [CURVES.accuracy(job.values, 3, chip) for chip in range(2)]
+        scores = {"accuracy": float(np.mean(by_chip)), "accuracy_by_chip": by_chip, "step": 3}
+        core.on_scores(job.number, scores)
+    promoted = []
+    while job := core.suggest():
+        assert job.goal == LEVELS[1]
+        promoted.append(job.number)
+    return core.trials(), promoted
+
+
+def test_the_best_ranks_of_a_rung_go_on():
+    trials, promoted = _after_a_full_rung(trials=60, keep=0.3, accuracy_floor=-100.0)
+    found = ranks(np.array([(trial.scores[0]["accuracy"], trial.energy_uj_per_token) for trial in trials]))
+    assert len(promoted) == 18
+    assert max(found[promoted]) <= min(rank for number, rank in enumerate(found) if number not in promoted)
+    assert list(found[promoted]) == sorted(found[promoted])
+
+
+def test_trials_below_the_accuracy_floor_go_on_last():
+    trials, promoted = _after_a_full_rung(trials=40, keep=0.2)
+    cheapest = min(trials, key=lambda trial: trial.energy_uj_per_token)
+    assert cheapest.number in promoted  # nothing dominates it
+    floor = cheapest.scores[0]["accuracy"] + 0.01
+    trials, promoted = _after_a_full_rung(trials=40, keep=0.2, accuracy_floor=floor)
+    assert cheapest.number not in promoted
+    assert sum(trial.scores[0]["accuracy"] > floor for trial in trials) >= len(promoted) == 8
+    assert all(trials[number].scores[0]["accuracy"] > floor for number in promoted)
+
+
+def _disturbed(problem, storage, kills, seed):
+    """Run to the end, with a new core after each of as many crashes at random moments."""
+    chance = random.Random(seed)
+
+    class Crash(Exception):
+        pass
+
+    class Events:
+        left = None
+
+        def began(self, job):
+            self._count()
+
+        def reported(self, job, report):
+            self._count()
+
+        def evaluated(self, job, report):
+            self._count()
+
+        def failed(self, job, cause):
+            raise AssertionError(cause)
+
+        def _count(self):
+            if self.left is not None:
+                self.left -= 1
+                if self.left < 0:
+                    raise Crash
+
+    events = Events()
+    while True:
+        events.left = chance.randrange(40) if kills else None
+        kills -= 1
+        try:
+            return _run(problem, storage, events=events, report_every=3)[0]
+        except Crash:
+            continue
+
+
+@pytest.mark.parametrize("levels", [[Level(27, 4)], LEVELS])
+@pytest.mark.parametrize("sampler", ["random", "qmc", "tpe"])
+def test_crashes_at_random_moments_lose_and_repeat_nothing(levels, sampler, tmp_path):
+    journal = optuna.storages.journal.JournalFileBackend(str(tmp_path / "journal"))
+    problem = _problem(levels=lambda values: levels, keep=1 / 3, sampler=sampler, racing=Racing(extra=10, most=12))
+    core = _disturbed(problem, optuna.storages.JournalStorage(journal), kills=20, seed=3)
+    fresh = optuna.load_study(study_name="sim", storage=optuna.storages.JournalStorage(journal))
+    assert {trial.state.name for trial in fresh.trials} <= {"COMPLETE", "PRUNED"}
+    assert [trial.number for trial in fresh.trials] == list(range(30))
+    assert core.over
+    for trial in core.trials():
+        assert [scores["step"] for scores in trial.scores] == [level.steps for level in levels][: len(trial.scores)]
+    undisturbed, _ = _run(problem)
+    if sampler != "tpe":  # suggestions by number alone
+        assert [trial.values for trial in core.trials()] == [trial.values for trial in undisturbed.trials()]
+    if len(levels) == 1 and sampler != "tpe":
+        chips = [[len(t.scores[-1]["accuracy_by_chip"]) for t in c.trials()] for c in (core, undisturbed)]
+        assert chips[0] == chips[1]
+
+
+def test_a_configuration_over_the_energy_constraint_is_never_trained():
+    bound = Constraint.model_validate("energy_uj_per_token <= 0.4")
+    first = [{f"x{i}": 0.9 for i in range(5)}]
+    core, _ = _run(_problem(trials=25, sampler="tpe", constraints=[bound], first=first))
+    trials = core.trials()
+    trained = [trial for trial in trials if trial.state is not State.SKIPPED]
+    skipped = [trial for trial in trials if trial.state is State.SKIPPED]
+    assert len(trained) == 25
+    assert max(trial.energy_uj_per_token for trial in trained) <= 0.4
+    assert trials[0].state is State.SKIPPED
+    assert trials[0].skipped == "0.9 µJ per token break energy_uj_per_token <= 0.4"
+    assert all(trial.energy_uj_per_token > 0.4 and not trial.scores for trial in skipped)
+    assert all(trial.frozen.constraints[str(bound)] > 0 for trial in skipped)
+    assert all(trial.frozen.constraints[str(bound)] <= 0 for trial in trained)
+    blind, _ = _run(_problem(trials=25, constraints=[bound], first=first))  # a sampler that does not learn
+    assert core.counts()["skipped"] < blind.counts()["skipped"]
+    none = Constraint.model_validate("energy_uj_per_token <= -1")
+    core, _ = _run(_problem(trials=5, constraints=[none]))
+    assert core.counts()["finished"] == 0
+    assert "no configuration is left" in core.ended
+    assert core.counts()["skipped"] <= 40
+
+
+class _CleanIsReached(AnalyticCurves):
+    """No accuracy above 1, and some cheap configurations that reach it."""
+
+    def accuracy(self, values, step, chip):
+        return 1.0 if values["x0"] > 0.3 else 0.5
+
+    def clean(self, values, step):
+        return {"clean_accuracy": 1.0}
+
+
+def test_a_configuration_that_cannot_reach_the_front_is_skipped_once_enough_are_known():
+    curves = _CleanIsReached(FUNCTIONS["zdt1"])
+    core, _ = _run(_problem(curves, trials=40, skip_unreachable=True), curves=curves, concurrent=1)
+    trials = core.trials()
+    first_skip = next(trial.number for trial in trials if trial.state is State.SKIPPED)
+    assert first_skip >= 10
+    for trial in trials:
+        reached = [t.energy_uj_per_token for t in trials[: trial.number] if t.accuracy == 1.0]
+        hopeless = trial.number >= 10 and min(reached, default=9) < trial.energy_uj_per_token
+        assert hopeless == (trial.state is State.SKIPPED) or trial.state is State.FINISHED
+    assert core.counts()["finished"] == 40
+    everything, _ = _run(_problem(curves, trials=40), curves=curves)
+    assert everything.counts()["skipped"] == 0
+
+
+def test_a_race_spends_its_chips_on_the_undecided():
+    racing = Racing(extra=24, most=10, at_once=2)
+    core, _ = _run(_problem(NOISY, trials=20, racing=racing), curves=NOISY)
+    chips = {trial.number: len(trial.scores[-1]["accuracy_by_chip"]) for trial in core.trials()}
+    assert 0 < sum(chips.values()) - 20 * 4 <= 24
+    assert max(chips.values()) <= 10
+    for trial in core.trials():
+        expected = [NOISY.accuracy(trial.values, 27, chip) for chip in range(chips[trial.number])]
+        assert trial.scores[-1]["accuracy_by_chip"] == expected
+    before, _ = _run(_problem(NOISY, trials=20), curves=NOISY)
+    chance = before.front_probability()
+    undecided = [number for number, p in chance.items() if 0.05 < p < 0.95]
+    assert any(chips[number] > 4 for number in undecided)
+    settled, _ = _run(_problem(trials=20, racing=racing))  # hardly any noise
+    assert {len(trial.scores[-1]["accuracy_by_chip"]) for trial in settled.trials()} == {4}
+
+
+def test_budgets_of_steps_and_hours_end_the_search():
+    core, _ = _run(_problem(budget=Budget(steps=200)), concurrent=2)
+    assert 200 <= core.steps_taken() < 200 + 2 * 27
+    assert core.ended == "the budget of 200 steps is spent"
+    assert core.counts()["waiting"] == core.counts()["unfinished"] == 0
+    core, clock = _run(_problem(budget=Budget(hours=100 / 3600)), concurrent=2)
+    assert 100 <= clock() <= 100 + 27
+    assert core.ended == "the budget of 0.0277778 hours is spent"
+
+
+def test_the_sampler_sees_the_best_and_the_latest_of_many_trials():
+    core, _ = _run(_problem(trials=150))
+    trials = core.trials()
+    history = History(60, worst_accuracy=0.0)
+    seen = history.seen(trials)
+    assert len(seen) <= 60
+    shown = {tuple(entry.params.items()) for entry in seen}
+    found = ranks(np.array([(trial.accuracy, trial.energy_uj_per_token) for trial in trials]))
+    best = np.argsort(found, kind="stable")[:30]
+    assert {tuple(trials[i].values.items()) for i in best} <= shown
+    assert {tuple(trial.values.items()) for trial in trials[-30:]} <= shown
+    assert len(History(400, worst_accuracy=0.0).seen(trials)) == 150
+
+
+def test_the_sampler_sees_what_a_paused_trial_reached():
+    core, _ = _run(_problem(levels=lambda values: LEVELS, keep=1 / 3))
+    seen = History(200, worst_accuracy=0.0).seen(core.trials())
+    assert [entry.values[0] for entry in seen] == [trial.accuracy for trial in core.trials()]
+    assert {entry.state.name for entry in seen} == {"COMPLETE"}
+
+
+# Tables of recorded curves.
+
+
+@pytest.fixture
+def sweep():
+    return load_sweep("quickstart")
+
+
+def _line(trial, step, accuracy, **more):
+    return {"trial": trial, "step": step, "accuracy": accuracy, "clean_accuracy": accuracy + 0.1, **more}
+
+
+_PLAIN = {"training.method": "lora", "training.learning_rate": 2e-3, "lora.rank": 4}
+_NOISY = {"training.method": "halora", "training.mu": 0.1, "training.learning_rate": 2e-3, "lora.rank": 4}
+
+
+def _written(path, lines):
+    columns = list(dict.fromkeys(name for line in lines for name in line))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, restval="")
+        writer.writeheader()
+        writer.writerows(lines)
+    return path
+
+
+@pytest.fixture
+def table_file(tmp_path):
+    lines = [
+        _line(0, step, 0.2 + step / 100, seconds=3.0 * step, train_loss=2 - step / 16, **_PLAIN) for step in (4, 16)
+    ]
+    lines += [_line(1, step, 0.3 + step / 50, seconds=6.0 * step, **_NOISY) for step in (4, 8, 16)]
+    return _written(tmp_path / "curves.csv", lines)
+
+
+def test_a_table_gives_back_its_own_lines_and_what_lies_between(sweep, table_file):
+    table = read_table(table_file, sweep)
+    assert table.accuracy(_PLAIN, 4, chip=0) == pytest.approx(0.24)
+    assert table.accuracy(_PLAIN, 10, chip=1) == pytest.approx(0.30)
+    assert table.clean(_NOISY, 8) == {"clean_accuracy": pytest.approx(0.56)}
+    assert table.report(_PLAIN, 4) == {"train_loss": pytest.approx(1.75)}
+    assert table.report(_NOISY, 4) == {}
+    assert (table.step_s(_PLAIN), table.step_s(_NOISY)) == (3.0, 6.0)
+    near = {**_NOISY, "training.mu": 0.3, "training.learning_rate": 1e-3}
+    assert table.accuracy(near, 8, chip=0) == table.accuracy(_NOISY, 8, chip=0)
+    spread = [dict(line, accuracy_std_chips=0.05) for line in [_line(0, 16, 0.5, **_PLAIN)]]
+    noisy = read_table(_written(table_file, spread), sweep)
+    chips = [noisy.accuracy(_PLAIN, 16, chip) for chip in range(200)]
+    assert np.mean(chips) == pytest.approx(0.5, abs=0.01)
+    assert np.std(chips) == pytest.approx(0.05, rel=0.2)
+
+
+def test_a_forest_learns_what_the_nearest_line_cannot_say(tmp_path):
+    rng = np.random.default_rng(0)
+    lines = []
+    for trial in range(150):
+        rate = float(np.exp(rng.uniform(np.log(5e-4), np.log(5e-3))))
+        values = {
+            "training.method": "lora",
+            "training.learning_rate": rate,
+            "lora.rank": int(rng.choice([2, 4, 8, 16])),
+        }
+        lines.append(_line(trial, 16, 0.2 + 100 * rate + rng.normal(0, 0.05), **values))
+    path = _written(tmp_path / "noisy.csv", lines)
+    asked = [{**_PLAIN, "training.learning_rate": rate} for rate in (6e-4, 1e-3, 2e-3, 4e-3)]
+    truth = [0.2 + 100 * values["training.learning_rate"] for values in asked]
+    miss = {}
+    for kind in ("forest", "nearest"):
+        table = read_table(path, load_sweep("quickstart", {"search.surrogate": kind}))
+        miss[kind] = np.abs([table.accuracy(v, 16, chip=0) - t for v, t in zip(asked, truth, strict=True)])
+    assert miss["forest"].mean() < miss["nearest"].mean()
+    assert miss["forest"].max() < 0.06
+
+
+def test_every_mistake_of_a_table_is_told(sweep, tmp_path):
+    lines = [
+        {**_line(0, 4, 0.5), "lora.rank": 4, "lora.rnk": 1},
+        {**_line(0, "x", 0.5), "lora.rank": 3},
+        {**_line(1, 4, 0.5), "accuracy": ""},
+    ]
+    with pytest.raises(UserError) as told:
+        read_table(_written(tmp_path / "wrong.csv", lines), sweep)
+    for problem in (
+        "column 'lora.rnk' is neither a score nor a searched field; did you mean 'lora.rank'?",
+        "line 3: step is 'x', not a number",
+        "line 3: lora.rank is '3', outside the sweep's space",
+        "line 4: accuracy left empty",
+    ):
+        assert any(problem in text for text in told.value.problems), told.value.problems
+    assert len(told.value.problems) == 4
+    for text, problem in (("trial,step\n", "column 'accuracy' is missing"), ("", "column 'trial' is missing")):
+        (tmp_path / "short.csv").write_text(text)
+        with pytest.raises(UserError, match=problem):
+            read_table(tmp_path / "short.csv", sweep)
+    with pytest.raises(UserError, match="cannot be read as a table"):
+        read_table(tmp_path, sweep)
