@@ -485,7 +485,7 @@ def test_a_stop_from_another_process_pauses_the_sweep(stopped, store):
     assert "halora sweep resume disturbed" in stop.stderr
     assert twice.returncode == 2
     assert "running in another process" in twice.stderr
-    assert driver.process.returncode == 1
+    assert driver.process.returncode == 1, driver.said
     assert "halora sweep resume disturbed" in driver.said
     assert training_steps(driver.said, 0)
     assert "trial   1" not in driver.said

@@ -112,13 +112,15 @@ def check_objectives(points: Sequence[TrialPoint], objectives: Sequence[Objectiv
     """Refuse what no front can be drawn over.
 
     Raises:
-        UserError: There are not two or three different objectives, or no trial has a value of one.
+        UserError: There are not two or three different objectives, or there are finished trials and none has a value
+            of one.
     """
     names = [each.metric for each in objectives]
     if len(set(names)) != len(names) or not 2 <= len(names) <= 3:
         raise UserError(f"a front needs two or three different objectives, got: {', '.join(names) or 'none'}")
-    known = {metric for point in points for metric in point.metrics}
-    unknown = [name for name in names if points and name not in known]
+    finished = [point for point in points if point.state == "finished"]
+    known = {metric for point in finished for metric in point.metrics}
+    unknown = [name for name in names if finished and name not in known]
     if unknown:
         raise UserError([f"no trial has a metric '{name}'{nearest(name, known)}" for name in unknown])
 
