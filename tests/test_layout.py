@@ -13,7 +13,7 @@ import yaml
 ROOT = Path(__file__).parents[1]
 SOURCE_ROOTS = ("trainables", "search_spaces", "platform", "dashboards")
 LAYERS = (
-    {"errors"},
+    {"errors", "files"},
     {"hardware"},
     {"training", "evaluation", "trial"},
     {"peers"},

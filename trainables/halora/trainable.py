@@ -20,6 +20,7 @@ from ray import tune
 from halora.errors import UserError
 from halora.evaluation.chips import ChipScores, evaluate
 from halora.evaluation.generation import check_scorable
+from halora.files import write_json
 from halora.peers import Peers, WorkerLostError
 from halora.training.adapter import attach_saved, detach
 from halora.training.checkpoint import latest_checkpoint
@@ -29,11 +30,8 @@ from halora.training.prompts import prepared_rows
 from halora.training.rram import RramArray, install
 from halora.training.tasks import Row, Split, load_rows
 from halora.training.workers import Place, free_port, leaving_on_failure
-from halora.trial import TRIAL_FILE, TrialConfig
+from halora.trial import REPORTS_FILE, RESULT_FILE, TRIAL_FILE, TrialConfig
 
-RESULT_FILE = "result.json"
-"""Scores of a trial at the last goal it reached, in its folder."""
-_REPORTS_FILE = "reports.json"
 _LOADING_S = 1800.0
 """Longest wait for another worker to start and to load the base model."""
 
@@ -180,7 +178,7 @@ class Training:
             if steps:
                 report |= {f"train_{name}": fmean(step[name] for step in steps) for name in steps[0]}
                 self._reports.append(report)
-            write_json(self._folder / _REPORTS_FILE, self._reports)  # first, so that no checkpoint lacks its report
+            write_json(self._folder / REPORTS_FILE, self._reports)  # first, so that no checkpoint lacks its report
             save_latest(self._finetuner, self._folder)
         return report
 
@@ -264,7 +262,7 @@ def adapter_folder(folder: Path) -> Path | None:
 
 def past_reports(folder: Path) -> list[dict[str, float]]:
     """Reports of a trial up to its latest checkpoint, by step; whoever asked for them may have ended meanwhile."""
-    checkpoint, written = latest_checkpoint(folder), folder / _REPORTS_FILE
+    checkpoint, written = latest_checkpoint(folder), folder / REPORTS_FILE
     if checkpoint is None or not written.exists():
         return []
     reached = json.loads((checkpoint / "progress.json").read_text())["step"]
@@ -357,10 +355,3 @@ class HaloraTrainable(tune.Trainable):
 
 def _use_own_threads() -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file that appears whole or not at all."""
-    scratch = path.with_name(f".{path.name}.partial")
-    scratch.write_text(json.dumps(content, indent=1))
-    scratch.replace(path)

@@ -15,6 +15,10 @@ from halora.training.tasks import TaskSetting
 
 TRIAL_FILE = "trial.json"
 """The configuration of a trial, in its folder."""
+REPORTS_FILE = "reports.json"
+"""Its reports while it trained, there."""
+RESULT_FILE = "result.json"
+"""Its scores at the last goal it reached, there."""
 
 
 class TrialConfig(Frozen):

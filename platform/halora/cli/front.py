@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="The front of accuracy against energy.", no_args_is_help=True)
 
-_DEFAULT = ("accuracy", "energy_uj_per_token")
-
 
 @app.command()
 def show(
@@ -45,7 +43,7 @@ def show(
     """Trials no other trial beats in every objective, by rising energy."""
     place = open_store(store)
     place.existing(name)
-    print_front(name, place, form, everything=all_, conditions=filter_ or (), objectives=objective or _DEFAULT)
+    print_front(name, place, form, everything=all_, conditions=filter_ or (), objectives=objective or ())
 
 
 def print_front(
@@ -55,7 +53,7 @@ def print_front(
     *,
     everything: bool = False,
     conditions: Sequence[str] = (),
-    objectives: Sequence[str] = _DEFAULT,
+    objectives: Sequence[str] = (),
 ) -> None:
     """Print a sweep's front.
 
@@ -63,11 +61,11 @@ def print_front(
         UserError: A condition or an objective does not fit the recorded trials.
     """
     from halora.analysis.summary import view_front
-    from halora.analysis.trials import check_objectives, filtered, objective
+    from halora.analysis.trials import DEFAULT_OBJECTIVES, check_objectives, filtered, objective
     from halora.records.index import read_ledger
 
     points = read_ledger(store, name).points()
-    aims = [objective(text) for text in objectives]
+    aims = [objective(text) for text in objectives] or DEFAULT_OBJECTIVES
     check_objectives(points, aims)
     view = view_front(filtered(points, conditions), aims)
     rows = _rows(view, form, everything)

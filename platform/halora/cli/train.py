@@ -36,9 +36,10 @@ def train(
     config = load_trial(file, overrides_from(set_, example="training.steps=40"))
     _check_output(output, config)
 
+    from halora.files import write_json
     from halora.sweep.executor import ray_session
-    from halora.trainable import RESULT_FILE, Workbench, adapter_folder, write_json
-    from halora.trial import trial_energy
+    from halora.trainable import Workbench, adapter_folder
+    from halora.trial import RESULT_FILE, trial_energy
 
     workbench, num_peers = Workbench(), config.training.workers - 1
     try:

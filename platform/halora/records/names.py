@@ -1,6 +1,7 @@
 """Every name that MLflow sees, in one place; a test freezes them."""
 
 import re
+from collections.abc import Mapping
 
 from halora.analysis.trials import VIOLATION as VIOLATION
 
@@ -54,6 +55,17 @@ FRONT_CSV = "front.csv"
 FRONT_PNG = "front.png"
 REPORT_FILE = "report.html"
 COMPARISON_FILE = "comparison.json"
+
+
+def identity(sweep: str, number: int | None) -> dict[str, str]:
+    """Tags by which the run of a trial is found again, or the parent run of its sweep."""
+    tags = {SWEEP: sweep, KIND: "sweep" if number is None else "trial"}
+    return tags if number is None else {**tags, NUMBER: str(number)}
+
+
+def query(tags: Mapping[str, str]) -> str:
+    """MLflow's search for the runs that have all of these tags."""
+    return " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
 
 
 def metric(name: str) -> str:

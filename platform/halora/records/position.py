@@ -3,8 +3,9 @@
 import json
 from contextlib import suppress
 
+from halora.files import write_whole
 from halora.records import journal
-from halora.records.store import Store, SweepFolder, write_whole
+from halora.records.store import Store, SweepFolder
 
 
 class Position:

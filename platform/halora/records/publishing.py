@@ -13,10 +13,11 @@ from halora.analysis.importance import importance_of
 from halora.analysis.report import render_report
 from halora.analysis.summary import SweepSummary, view_front, volumes
 from halora.errors import UserError
+from halora.files import write_whole
 from halora.hardware.baselines import baselines
 from halora.records import names
 from halora.records.ledger import Ledger
-from halora.records.store import SweepFolder, write_whole
+from halora.records.store import SweepFolder
 from halora.spaces.sweep import SweepConfig
 from halora.training.models import model_shape
 

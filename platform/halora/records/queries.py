@@ -22,8 +22,7 @@ def trial_run(client: MlflowClient, sweep: str, number: int) -> Run:
     Raises:
         UserError: It is not there, or not yet.
     """
-    identity = {names.SWEEP: sweep, names.KIND: "trial", names.NUMBER: str(number)}
-    found = list(_runs(client, " and ".join(f"tags.`{key}` = '{value}'" for key, value in identity.items())))
+    found = list(_runs(client, names.query(names.identity(sweep, number))))
     if not found:
         raise UserError(f"MLflow has no run of trial '{sweep}/{number}' yet", f"deliver: halora sweep resume {sweep}")
     return found[0]
@@ -35,7 +34,7 @@ def parent_run(client: MlflowClient, sweep: str) -> Run:
     Raises:
         UserError: Nothing is recorded of it.
     """
-    found = list(_runs(client, f"tags.`{names.SWEEP}` = '{sweep}' and tags.`{names.KIND}` = 'sweep'"))
+    found = list(_runs(client, names.query(names.identity(sweep, None))))
     if not found:
         raise UserError(f"nothing is recorded of sweep '{sweep}'")
     return found[0]

@@ -169,10 +169,3 @@ class SweepFolder:
     def trial(self, number: int) -> Path:
         """Checkpoints and result of one trial."""
         return self.root / "trials" / f"{number:05d}"
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that appears whole or not at all."""
-    scratch = path.with_name(f".{path.name}.partial")
-    scratch.write_text(text)
-    scratch.replace(path)

@@ -173,7 +173,7 @@ class MlflowSweep:
             return self._runs[number]
         found = self._find(number)
         if not found:
-            tags = self._identity(number)
+            tags = names.identity(self._sweep.name, number)
             tags[_NAME_TAG] = self._sweep.name if number is None else f"{self._sweep.name}/{number}"
             if number is not None:
                 tags[_PARENT_TAG] = self._run(None, began_ms)
@@ -188,18 +188,13 @@ class MlflowSweep:
         self._runs[number] = run_id
         return run_id
 
-    def _identity(self, number: int | None) -> dict[str, str]:
-        identity = {names.SWEEP: self._sweep.name, names.KIND: "sweep" if number is None else "trial"}
-        return identity if number is None else {**identity, names.NUMBER: str(number)}
-
     def _find(self, number: int | None) -> list[Run]:
-        return self._search(self._identity(number))
+        return self._search(names.identity(self._sweep.name, number))
 
     def _search(self, tags: Mapping[str, str]) -> list[Run]:
         if not self._experiment:
             self._experiment = self._find_or_create_experiment()
-        query = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
-        oldest_first = ["attributes.start_time ASC"]
+        query, oldest_first = names.query(tags), ["attributes.start_time ASC"]
         return list(self._client.search_runs([self._experiment], query, max_results=_MOST_RUNS, order_by=oldest_first))
 
     def _find_or_create_experiment(self) -> str:
@@ -241,11 +236,12 @@ class MlflowSweep:
         if not adapter.is_dir():
             raise FileNotFoundError(f"adapter '{adapter}' is gone")
         found = self._client.search_logged_models([self._experiment], f"source_run_id = '{run_id}'", max_results=1)
+        tags = names.identity(self._sweep.name, number)
         model = (
             found[0]
             if found
             else self._client.create_logged_model(
-                self._experiment, names.ADAPTER, run_id, tags=self._identity(number), model_type="peft adapter"
+                self._experiment, names.ADAPTER, run_id, tags=tags, model_type="peft adapter"
             )
         )
         if str(model.status) != "READY":

@@ -21,7 +21,7 @@ from halora.sweep.simulator import SimulatedClock, simulate
 from halora.sweep.state import check_not_launched, only_driver, open_core
 from halora.sweep.table import read_table
 from halora.training.models import check_available
-from halora.trial import trial_energy
+from halora.trial import RESULT_FILE, trial_energy
 
 if TYPE_CHECKING:
     from halora.records.recorder import SweepRecorder
@@ -192,7 +192,7 @@ class _Recording:
         self._watcher.trial(job.number, "training", f"step {report['step']}/{job.goal.steps}{loss}")
 
     def evaluated(self, job: Job, report: Mapping[str, Any]) -> None:
-        from halora.trainable import RESULT_FILE, adapter_folder
+        from halora.trainable import adapter_folder
 
         if not job.final:
             self._recorder.report_rung(job.number, job.goal.steps, report)

@@ -17,7 +17,6 @@ import numpy as np
 import psutil
 
 from halora.hardware.shapes import ModelShape
-from halora.spaces.recipes import first_points
 from halora.spaces.sweep import SweepConfig
 from halora.sweep.problem import Level, problem_of
 from halora.training.models import model_shape
@@ -86,7 +85,7 @@ def plan(sweep: SweepConfig) -> SweepPlan:
     fit = min(int(available // (memory * sweep.workers)), (os.cpu_count() or 1) // sweep.workers)
     hours = sum(each.trials * each.seconds for each in levels) / 3600 / sweep.concurrent
     return SweepPlan(
-        tuple(levels), tuple(first_points(sweep)[: sweep.trials]), memory, sweep.workers, sweep.concurrent, fit, hours
+        tuple(levels), tuple(problem.first[: sweep.trials]), memory, sweep.workers, sweep.concurrent, fit, hours
     )
 
 

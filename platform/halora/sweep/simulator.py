@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from statistics import fmean, stdev
 from typing import Any, Protocol
 
+from halora.files import write_json
 from halora.records.store import SweepFolder
 from halora.sweep.core import Decision, DecisionCore, Job
 from halora.sweep.running import RunningJobs, TrialEvents
+from halora.trial import REPORTS_FILE, RESULT_FILE
 
 
 class Curves(Protocol):
@@ -107,7 +109,7 @@ def simulate(
         if event.scored:
             scores = _scores(curves, job, event.step)
             if folder:
-                _write(folder, job, "result.json", scores)
+                _write(folder, job, RESULT_FILE, scores)
             running.scored(keys[job.number], scores)
         else:
             report = {"stage": "training", "step": event.step, **curves.report(job.values, event.step)}
@@ -153,16 +155,14 @@ def _steps_kept(folder: SweepFolder | None, job: Job) -> int:
 
 
 def _keep_report(folder: SweepFolder, job: Job, report: Mapping[str, Any]) -> None:
-    path = folder.trial(job.number) / "reports.json"
+    path = folder.trial(job.number) / REPORTS_FILE
     reports = json.loads(path.read_text()) if path.exists() else []
     told = {name: value for name, value in report.items() if name != "stage"}
-    _write(folder, job, "reports.json", [*(r for r in reports if r["step"] < report["step"]), told])
+    _write(folder, job, REPORTS_FILE, [*(r for r in reports if r["step"] < report["step"]), told])
     _write(folder, job, f"step-{report['step']:06d}/progress.json", {"step": report["step"]})
 
 
 def _write(folder: SweepFolder, job: Job, name: str, content: Any) -> None:
     path = folder.trial(job.number) / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(".partial")
-    scratch.write_text(json.dumps(content))
-    scratch.replace(path)
+    write_json(path, content)

@@ -58,7 +58,7 @@ class ChipScores:
         margins = np.array(self.noisy)  # (chips, rows)
         correct = np.array(self.noisy_correct, dtype=float)
         clean_correct = np.array(self.clean_correct, dtype=float)
-        by_chip = correct.mean(axis=1)
+        by_chip = np.array(self.accuracy_by_chip)
         accuracy, mean_margin = crossed_bootstrap(correct), crossed_bootstrap(margins)
         summary = {
             "clean_accuracy": float(clean_correct.mean()),

@@ -9,6 +9,7 @@ another, so that no token is padding.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -150,7 +151,7 @@ def lay_out(rows: Sequence[PackedRow]) -> Batch:
     segments = torch.full((len(rows), longest), _PADDING)
     for i, row in enumerate(rows):
         segments[i, : lengths[i]] = torch.tensor(row.segments)
-    starts = [sum(lengths[:i]) for i in range(len(rows))]
+    starts = accumulate(lengths[:-1], initial=0)
     return Batch(
         rows=[(row.row_id, length) for row, length in zip(rows, lengths, strict=True)],
         input_ids=torch.tensor([[token for row in rows for token in row.tokens]]),

@@ -10,6 +10,9 @@ from halora.training.schedule import NoiseSchedule
 Method = Literal["lora", "noise_lora", "halora"]
 """`lora`: no noise, no regulariser. `noise_lora`: noise only. `halora`: noise and L_reg."""
 
+Dtype = Literal["fp32", "bf16"]
+"""Of the base's weights."""
+
 LoraVariant = Literal["plain", "rslora", "dora"]
 """`rslora`: scale alpha / sqrt(r) (arXiv 2312.03732). `dora`: a trained magnitude per output (arXiv 2402.09353)."""
 
@@ -57,7 +60,7 @@ class TrainingSettings(Frozen):
     warmup_steps: int = Field(default=0, ge=0)
     weight_decay: float = Field(default=0.0, ge=0)
     gradient_clip: float = Field(default=1.0, gt=0)
-    dtype: Literal["fp32", "bf16"] = "fp32"
+    dtype: Dtype = "fp32"
     zero_stage: Literal[0, 1, 2, 3] = 0
     converters: Literal["none", "statistical"] = "none"
     """Train under the converters' errors and the noise of reads too, by their statistical model; the paper does not."""

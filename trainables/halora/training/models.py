@@ -14,16 +14,16 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from halora.errors import UserError, nearest
 from halora.hardware.shapes import ModelShape, known_shape
+from halora.training.config import Dtype
 
 EMBEDDED = {
     "smollm2-135m-instruct": "SmolLM2-135M-Instruct (LLaMA architecture), de-quantised from 4 bits",
     "smollm2-135m-instruct-qwen2": "the same weights in the Qwen2 architecture, with zero q/k/v biases",
 }
-Dtype = Literal["fp32", "bf16"]
 FAMILIES = ("llama", "qwen2", "qwen3")
 """Values of `model_type` whose decoder blocks have the seven linear layers that chips and adapters name."""
 _GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
