@@ -22,6 +22,7 @@ LAYERS = (
     {"analysis"},
     {"records"},
     {"sweep"},
+    {"selection"},
     {"dashboard"},
     {"cli"},
 )
@@ -64,11 +65,11 @@ def test_imports_run_one_way():
     ("library", "importers"),
     [
         ("ray", {"peers", "trainable", "sweep.executor"}),
-        ("mlflow", {"records.queries", "records.tracking"}),
+        ("mlflow", {"records.queries", "records.registry", "records.tracking"}),
         ("optuna", {"sweep.study", "sweep.samplers", "analysis.importance"}),
         ("moocore", {"analysis.front"}),
         ("sklearn", {"sweep.table"}),
-        ("scipy", {"sweep.samplers"}),
+        ("scipy", {"selection.certificate", "sweep.samplers"}),
         ("deepspeed", {"training.engine", "training.checkpoint", "training.workers"}),
         ("peft", {"training.adapter"}),
     ],

@@ -21,6 +21,7 @@ from halora.errors import UserError
 from halora.evaluation.chips import ChipScores, evaluate
 from halora.evaluation.generation import check_scorable
 from halora.files import write_json
+from halora.hardware.addressing import Role
 from halora.peers import Peers, WorkerLostError
 from halora.training.adapter import attach_saved, detach
 from halora.training.checkpoint import latest_checkpoint
@@ -102,23 +103,34 @@ class Workbench:
         self._loaded = None
 
     def evaluate(
-        self, config: TrialConfig, adapter: Path | None, *, first_row: int = 0, first_chip: int = 0
+        self,
+        config: TrialConfig,
+        adapter: Path | None,
+        *,
+        first_row: int = 0,
+        first_chip: int = 0,
+        split: Split = "validation",
+        role: Role = Role.SEARCH,
     ) -> ChipScores:
-        """Score a stored adapter on chip instances of the search pool.
+        """Score a stored adapter on chip instances.
 
         Args:
             config: The trial.
             adapter: Folder of the adapter; none for the bare base.
-            first_row: Validation rows to leave out before `config.evaluation.rows` are taken.
+            first_row: Rows to leave out before `config.evaluation.rows` are taken.
             first_chip: Number of the first chip instance.
+            split: Where the rows come from.
+            role: Pool of the chip instances.
         """
         settings = config.evaluation
-        rows = self.scored_rows(config, first_row)
+        rows = self.scored_rows(config, first_row, split)
         calibration_rows = self.training_rows(config, settings.calibration_tokens)
         base, array = self.base(config)
         peft_model = attach_saved(base, adapter, config.chip.lora.weight_bits) if adapter else None
         try:
-            return evaluate(base, array, config.chip, rows, calibration_rows, settings, first_chip=first_chip)
+            return evaluate(
+                base, array, config.chip, rows, calibration_rows, settings, role=role, first_chip=first_chip
+            )
         finally:
             array.clear()
             if peft_model is not None:
@@ -128,15 +140,15 @@ class Workbench:
         """Training rows, ready for the trial's model."""
         return prepared_rows(task_rows(config.task, "train", limit), self.base(config)[0], config.prompt_format)
 
-    def scored_rows(self, config: TrialConfig, first_row: int = 0) -> list[Row]:
-        """Validation rows that the trial is scored on, ready for its model.
+    def scored_rows(self, config: TrialConfig, first_row: int = 0, split: Split = "validation") -> list[Row]:
+        """Rows that the trial is scored on, ready for its model.
 
         Raises:
             UserError: They do not fit the model or cannot be scored the asked way.
         """
         settings = config.evaluation
         until = None if settings.rows is None else first_row + settings.rows
-        rows = task_rows(config.task, "validation", until)[first_row:]
+        rows = task_rows(config.task, split, until)[first_row:]
         check_scorable(rows, settings.scoring, settings.answer_pattern)
         new_tokens = settings.max_new_tokens if settings.scoring == "generation" else 0
         return prepared_rows(rows, self.base(config)[0], config.prompt_format, new_tokens)
@@ -229,18 +241,29 @@ class ScoringJob:
     Attributes:
         config: The trial, with the evaluation settings to use.
         adapter: Folder of the adapter; none for the bare base.
-        first_row: Validation rows to leave out before `config.evaluation.rows` are taken.
+        first_row: Rows to leave out before `config.evaluation.rows` are taken.
         first_chip: Number of the first chip instance.
+        split: Where the rows come from.
+        role: Pool of the chip instances.
     """
 
     config: TrialConfig
     adapter: Path | None
     first_row: int = 0
     first_chip: int = 0
+    split: Split = "validation"
+    role: Role = Role.SEARCH
 
     def run(self) -> ChipScores:
         """Score on this process's workbench."""
-        return _workbench().evaluate(self.config, self.adapter, first_row=self.first_row, first_chip=self.first_chip)
+        return _workbench().evaluate(
+            self.config,
+            self.adapter,
+            first_row=self.first_row,
+            first_chip=self.first_chip,
+            split=self.split,
+            role=self.role,
+        )
 
 
 @cache

@@ -20,6 +20,7 @@ from halora.records.ledger import Ledger
 from halora.records.store import SweepFolder
 from halora.spaces.sweep import SweepConfig
 from halora.training.models import model_shape
+from halora.trial import TrialConfig
 
 _RENEWAL_S = 30.0
 
@@ -37,7 +38,7 @@ def summarise(sweep: SweepConfig, ledger: Ledger) -> SweepSummary:
         front=view,
         importance=importance_of(view),
         hypervolume=volumes(view, (corner.accuracy, corner.energy_uj_per_token)),
-        baselines={model: _baselines(sweep, model) for model in sorted(models)},
+        baselines={model: baseline_energies(sweep.resolve({"model": model})) for model in sorted(models)},
         comparison=ledger.comparison,
         time=time.strftime("%Y-%m-%d %H:%M:%S %Z"),
     )
@@ -102,15 +103,14 @@ def front_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     return text.getvalue()
 
 
-def _baselines(sweep: SweepConfig, model: str) -> dict[str, float]:
-    """Energy per token of the named baselines that have a figure for the model, in microjoule."""
-    trial = sweep.resolve({})
+def baseline_energies(config: TrialConfig) -> dict[str, float]:
+    """Energy per token of the named baselines that have a figure for a trial's model, in microjoule."""
     try:
-        shape = model_shape(model)
+        shape = model_shape(config.model)
     except UserError:
         return {}
     found = {
-        name: baseline.energy_uj_per_token(shape, trial.chip.boundary, trial.evaluation.context_tokens)
+        name: baseline.energy_uj_per_token(shape, config.chip.boundary, config.evaluation.context_tokens)
         for name, baseline in baselines().items()
     }
     return {name: energy for name, energy in found.items() if energy is not None}

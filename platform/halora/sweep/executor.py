@@ -1,7 +1,7 @@
 """The Ray Tune adapter of the decision core. Ray runs trials and keeps nothing: storage is the truth."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
@@ -138,10 +138,28 @@ def run_trials(sweep: SweepConfig, folder: SweepFolder, core: DecisionCore, even
     ).fit()
 
 
-def score_on_workers(sweep: SweepConfig, jobs: Sequence[ScoringJob]) -> list[ChipScores]:
-    """Carry out scoring jobs on the workers, side by side."""
+def score_on_workers(
+    sweep: SweepConfig,
+    jobs: Sequence[ScoringJob],
+    scored: Callable[[int, ChipScores], None] = lambda place, scores: None,
+) -> list[ChipScores]:
+    """Carry out scoring jobs on the workers, side by side.
+
+    Args:
+        sweep: Says how many run at once.
+        jobs: The jobs.
+        scored: Told the place of a job among them and its scores, as soon as it is done.
+    """
     score = ray.remote(num_cpus=1, num_gpus=_gpus_per_worker(sweep))(ScoringJob.run)
-    return list(ray.get([score.remote(job) for job in jobs]))
+    places = {score.remote(job): place for place, job in enumerate(jobs)}
+    found: dict[int, ChipScores] = {}
+    waiting = list(places)
+    while waiting:
+        (ended,), waiting = ray.wait(waiting)
+        place = places[ended]
+        found[place] = ray.get(ended)
+        scored(place, found[place])
+    return [found[place] for place in range(len(jobs))]
 
 
 def _gpus_per_worker(sweep: SweepConfig) -> float:
