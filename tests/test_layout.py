@@ -22,6 +22,7 @@ LAYERS = (
     {"analysis"},
     {"records"},
     {"sweep"},
+    {"selection"},
     {"dashboard"},
     {"cli"},
 )
