@@ -12,8 +12,9 @@ from halora.errors import UserError
 from halora.hardware.chip import load_chip
 from halora.records.names import registered_name
 from halora.records.store import SweepFolder
-from halora.selection import certification as certifying
+from halora.selection.attempts import ErrorSpent, attempts_of, open_attempt
 from halora.selection.certificate import Certificate, chips_needed, error_per_attempt, yield_lower_bound
+from halora.selection.certification import certifications_of
 from halora.selection.gates import Gate, certified_gates, search_gates
 from halora.selection.robustness import scenarios
 from halora.spaces.gates import Gates
@@ -187,7 +188,7 @@ def test_attempts_share_the_error_level_and_have_chips_of_their_own(tmp_path):
     gates = Gates(min_accuracy=0.4, min_yield=0.5, confidence=0.9, candidates=2, test_rows=8)
 
     def begin(trial, adapter="a", gates=gates):
-        return certifying._open_attempt(folder, "s", trial, adapter, gates)
+        return open_attempt(folder, "s", trial, adapter, gates)
 
     first = begin(3)
     assert (first.number, first.first_chip, first.chips) == (1, 0, chips_needed(0.5, 0.05))
@@ -199,19 +200,19 @@ def test_attempts_share_the_error_level_and_have_chips_of_their_own(tmp_path):
         (3, "b", gates),
         (3, "a", gates.model_copy(update={"test_rows": 9})),
     ]:
-        with pytest.raises(certifying.ErrorSpent, match=r"2 of 2 certifications begun \(trial 3, trial 1\)"):
+        with pytest.raises(ErrorSpent, match=r"2 of 2 certifications begun \(trial 3, trial 1\)"):
             begin(trial, adapter, asked)
     with pytest.raises(UserError, match=r"fixed with the first of them: confidence 0\.9 over 2, not 0\.9 over 5"):
         begin(3, gates=gates.model_copy(update={"candidates": 5}))
-    assert certifying.attempts_of(folder) == [first, second]
-    assert certifying.certifications_of(folder) == {}
+    assert attempts_of(folder) == [first, second]
+    assert certifications_of(folder) == {}
 
 
 def test_more_chips_than_the_yield_takes_can_be_asked_for(tmp_path):
     folder = SweepFolder(tmp_path / "s")
     folder.selection.mkdir(parents=True)
     gates = Gates(min_yield=0.5, confidence=0.9, min_chips=30)
-    assert certifying._open_attempt(folder, "s", 0, "a", gates).chips == 30
+    assert open_attempt(folder, "s", 0, "a", gates).chips == 30
 
 
 def test_robustness_is_asked_over_noise_time_and_kinds():

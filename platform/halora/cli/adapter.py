@@ -270,8 +270,8 @@ def _certification(client: "MlflowClient", adapter: "RegisteredAdapter") -> "Cer
 
 def _tell_chips(gates: "Gates") -> None:
     """Say how many chips the wanted yield takes."""
+    from halora.selection.attempts import chips_by_failures
     from halora.selection.certificate import error_per_attempt
-    from halora.selection.certification import chips_by_failures
 
     needed = ", ".join(f"{chips} with {failures}" for failures, chips in chips_by_failures(gates).items())
     error = error_per_attempt(gates.confidence, gates.candidates)

@@ -1,16 +1,12 @@
 """Certifies a trial's adapter on chips that no search saw and on the test split, which nothing touches before.
 
-A sweep's certifications share one error level, so they are kept in its folder (`selection/`): which adapters were
-tried, against what spec, on which chips of the `certify` pool. Every attempt has chips of its own, their number is
-fixed before the first is looked at, and all of them count. Scores are kept as they come, so a crash costs only those
-under way; the same question again is answered from what is kept.
+Scores are kept as they come, in the attempt's folder, so a crash costs only those under way; the same question again is
+answered from what is kept.
 """
 
-import fcntl
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import reduce
 from pathlib import Path
@@ -24,7 +20,8 @@ from halora.hardware.addressing import Role
 from halora.records import names
 from halora.records.publishing import baseline_energies
 from halora.records.store import SweepFolder
-from halora.selection.certificate import Certificate, chips_needed, error_per_attempt, yield_lower_bound
+from halora.selection.attempts import Attempt, attempts_of, open_attempt
+from halora.selection.certificate import Certificate, yield_lower_bound
 from halora.selection.gates import Gate, certified_gates
 from halora.selection.robustness import Scenario, level_name, scenarios
 from halora.spaces.gates import Gates
@@ -39,14 +36,7 @@ if TYPE_CHECKING:
     from halora.evaluation.chips import ChipScores
     from halora.trainable import ScoringJob
 
-_BOOK = "attempts.json"
 _CHIPS_PER_JOB = 8
-_SPEC = ("min_accuracy", "min_yield", "failures", "min_chips", "test_rows")
-"""Gates that say what is shown on which chips and rows; another of these is another attempt."""
-
-
-class ErrorSpent(UserError):
-    """A sweep has begun as many certifications as share its error level."""
 
 
 @dataclass(frozen=True)
@@ -129,61 +119,12 @@ class Certification:
         )
 
 
-@dataclass(frozen=True)
-class Attempt:
-    """A certification as it was begun.
-
-    Attributes:
-        number: From 1.
-        trial: Number of the trial.
-        adapter_sha256: Digest of its adapter's file.
-        spec: What was asked, see `_SPEC`.
-        first_chip: Number of its first chip in the `certify` pool.
-        chips: Number of its chips.
-    """
-
-    number: int
-    trial: int
-    adapter_sha256: str
-    spec: Mapping[str, Any]
-    first_chip: int
-    chips: int
-
-    def folder(self, sweep: SweepFolder) -> Path:
-        """Where its scores and its result are kept."""
-        return sweep.selection / f"attempt-{self.number:02d}"
-
-
-def attempts_of(folder: SweepFolder) -> list[Attempt]:
-    """Certifications that a sweep has begun, in their order."""
-    return [Attempt(**content) for content in _book(folder).get("attempts", ())]
-
-
 def certifications_of(folder: SweepFolder) -> dict[int, Certification]:
     """Certifications of a sweep that are finished, by attempt."""
     files = {a.number: a.folder(folder) / names.CERTIFICATION_FILE for a in attempts_of(folder)}
     return {
         number: Certification.from_json(json.loads(file.read_text())) for number, file in files.items() if file.exists()
     }
-
-
-def chips_by_failures(gates: Gates) -> dict[int, int]:
-    """Chips that the wanted yield takes if none, one or two of them may fail."""
-    error = error_per_attempt(gates.confidence, gates.candidates)
-    return {failures: chips_needed(gates.min_yield, error, failures) for failures in range(3)}
-
-
-@contextmanager
-def only_selection(folder: SweepFolder, waiting: Callable[[], None]) -> Iterator[None]:
-    """Hold the sweep's selection; waits for another process that has it."""
-    folder.selection.mkdir(exist_ok=True)
-    with (folder.selection / "lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            waiting()
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def certify(
@@ -220,7 +161,7 @@ def certify(
             raise UserError(f"trial '{sweep.name}/{point.number}' has no adapter in MLflow: it was simulated")
         weights = (adapter / "adapter_model.safetensors").read_bytes()
         rows = test_rows(config, gates)
-        attempt = _open_attempt(folder, sweep.name, point.number, hashlib.sha256(weights).hexdigest(), gates)
+        attempt = open_attempt(folder, sweep.name, point.number, hashlib.sha256(weights).hexdigest(), gates)
         work = _Work(sweep, config, adapter, attempt, attempt.folder(folder), int(rows["rows"]), say)
         work.carry_out(logged_scores(client, run.info.run_id), gates)
     found = work.result(gates, rows, len(weights))
@@ -249,42 +190,6 @@ def test_rows(config: TrialConfig, gates: Gates) -> dict[str, str]:
             "lower it: --set test_rows=N",
         )
     return rows
-
-
-def _book(folder: SweepFolder) -> dict[str, Any]:
-    file = folder.selection / _BOOK
-    return dict(json.loads(file.read_text())) if file.exists() else {}
-
-
-def _open_attempt(folder: SweepFolder, sweep: str, trial: int, adapter_sha256: str, gates: Gates) -> Attempt:
-    """The attempt that asks this of this adapter, begun now if it was not before."""
-    book = _book(folder)
-    shared = {"confidence": gates.confidence, "candidates": gates.candidates}
-    begun = attempts_of(folder)
-    if begun and book["shared"] != shared:
-        was = book["shared"]
-        raise UserError(
-            f"the certifications of '{sweep}' share an error level fixed with the first of them: confidence "
-            f"{was['confidence']:g} over {was['candidates']}, not {gates.confidence:g} over {gates.candidates}",
-            f"ask with --confidence {was['confidence']:g} --set candidates={was['candidates']}",
-        )
-    spec = gates.model_dump(mode="json", include=set(_SPEC))
-    for attempt in begun:
-        if (attempt.trial, attempt.adapter_sha256, dict(attempt.spec)) == (trial, adapter_sha256, spec):
-            return attempt
-    if len(begun) >= gates.candidates:
-        tried = ", ".join(f"trial {attempt.trial}" for attempt in begun)
-        raise ErrorSpent(
-            f"the error level of '{sweep}' is spent: {len(begun)} of {gates.candidates} certifications begun ({tried})",
-            "no further adapter of it can be certified; launch another sweep, with more gates.candidates",
-        )
-    needed = chips_needed(gates.min_yield, error_per_attempt(gates.confidence, gates.candidates), gates.failures)
-    first_chip = sum(attempt.chips for attempt in begun)
-    number = len(begun) + 1
-    attempt = Attempt(number, trial, adapter_sha256, spec, first_chip, max(needed, gates.min_chips))
-    attempt.folder(folder).mkdir(exist_ok=True)
-    write_json(folder.selection / _BOOK, {"shared": shared, "attempts": [asdict(each) for each in (*begun, attempt)]})
-    return attempt
 
 
 class _Work:

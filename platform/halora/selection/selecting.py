@@ -10,8 +10,9 @@ from halora.analysis.trials import TrialPoint
 from halora.errors import UserError
 from halora.records import names
 from halora.records.store import Store
+from halora.selection.attempts import ErrorSpent, only_selection
 from halora.selection.candidates import Preference, Standing, standings
-from halora.selection.certification import Certification, ErrorSpent, certify, only_selection
+from halora.selection.certification import Certification, certify
 from halora.spaces.gates import Gates
 from halora.spaces.sweep import SweepConfig
 
