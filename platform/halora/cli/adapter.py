@@ -13,9 +13,8 @@ from halora.errors import UserError
 from halora.records.store import Store
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
-
     from halora.records.registry import RegisteredAdapter
+    from halora.records.tracking import MlflowClient
     from halora.selection.candidates import Standing
     from halora.selection.certification import Certification
     from halora.spaces.gates import Gates

@@ -23,10 +23,9 @@ from halora.training.tasks import task_id
 from halora.trial import TrialConfig
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
-
     from halora.evaluation.chips import ChipScores
     from halora.records.registry import RegisteredAdapter
+    from halora.records.tracking import MlflowClient
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 TRIAL_FILE = "trial.json"

@@ -31,9 +31,8 @@ from halora.training.tasks import task_id
 from halora.trial import TrialConfig, trial_energy
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
-
     from halora.evaluation.chips import ChipScores
+    from halora.records.tracking import MlflowClient
     from halora.trainable import ScoringJob
 
 _CHIPS_PER_JOB = 8

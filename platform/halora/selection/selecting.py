@@ -17,9 +17,8 @@ from halora.spaces.gates import Gates
 from halora.spaces.sweep import SweepConfig
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
-
     from halora.records.registry import RegisteredAdapter
+    from halora.records.tracking import MlflowClient
 
 
 @dataclass(frozen=True)
