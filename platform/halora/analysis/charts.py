@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import groupby
+from math import log10
 from typing import Any
 
 from halora.analysis.figures import METHOD_COLOURS, OTHER_COLOUR
@@ -66,10 +67,9 @@ def front_chart(view: FrontView) -> Chart:
                 "hoverinfo": "skip",
             }
         )
-    return {
-        "data": data,
-        "layout": _layout("energy per token (µJ)", "accuracy under noise (95 % interval)", log_x=True),
-    }
+    layout = _layout("energy per token (µJ)", "accuracy under noise (95 % interval)", log_x=True)
+    layout["height"] += 12 * len(data)  # room for the legend
+    return _with_room({"data": data, "layout": layout})
 
 
 def noise_chart(points: Sequence[TrialPoint], field: str, title: str) -> Chart:
@@ -95,7 +95,7 @@ def noise_chart(points: Sequence[TrialPoint], field: str, title: str) -> Chart:
         if 1 < len(tops) <= len(placed) / 2:  # several trials at each level: their best, joined
             line = {"x": [x for x, _, _ in tops], "y": [y for _, y, _ in tops], "line": {"color": colour}}
             data.append({"type": "scatter", "mode": "lines", "name": f"{escape(method)}, best", **line})
-    return {"data": data, "layout": _layout(title, "accuracy under noise")}
+    return _with_room({"data": data, "layout": _layout(title, "accuracy under noise")})
 
 
 def energy_chart(view: FrontView) -> Chart:
@@ -146,14 +146,18 @@ def importance_chart(summary: SweepSummary) -> Chart:
 def hypervolume_chart(summary: SweepSummary) -> Chart:
     """The hypervolume over finished trials, in the order they ended."""
     y = summary.hypervolume
+    colour = "#0072B2"
     line = {
         "type": "scatter",
         "mode": "lines" if len(y) > 1 else "markers",
-        "line": {"shape": "hv", "color": "#0072B2"},
+        "line": {"shape": "hv", "color": colour},
+        "marker": {"size": 9, "color": colour},
+        "cliponaxis": False,
     }
     data = [{**line, "x": list(range(1, len(y) + 1)), "y": y, "showlegend": False}]
     layout = _layout("trials finished", "hypervolume (accuracy × µJ)")
     layout["yaxis"] |= {"rangemode": "tozero"}
+    layout["xaxis"] |= {"tickformat": "d", "nticks": min(len(y) + 2, 12), "rangemode": "nonnegative"}
     return {"data": data, "layout": layout}
 
 
@@ -215,11 +219,29 @@ def _trials(points: Sequence[TrialPoint], name: str, method: str, view: FrontVie
     return trace
 
 
+def _with_room(chart: Chart) -> Chart:
+    """The chart with a narrow range around values that are all the same, where Plotly's own is two units wide."""
+    shown: dict[str, set[float]] = {"x": set(), "y": set()}
+    for trace in chart["data"]:
+        shown["x"] |= set(trace["x"])
+        shown["y"] |= set(trace["y"])
+        if bars := trace.get("error_y"):
+            shown["y"] |= {y + up for y, up in zip(trace["y"], bars["array"], strict=True)}
+            shown["y"] |= {y - down for y, down in zip(trace["y"], bars["arrayminus"], strict=True)}
+    for name, values in shown.items():
+        if len(values) == 1 and (value := values.pop()):
+            axis = chart["layout"][f"{name}axis"]
+            ends = sorted((0.9 * value, 1.1 * value))
+            axis["range"] = [log10(end) for end in ends] if axis.get("type") == "log" else ends
+    return chart
+
+
 def _layout(x: str, y: str, *, log_x: bool = False) -> Chart:
     grid = {"gridcolor": "#e6e6e6", "zerolinecolor": "#cccccc", "automargin": True}
     return {
         "template": "none",
         "height": 420,
+        "showlegend": True,
         "margin": {"l": 70, "r": 20, "t": 20, "b": 60},
         "font": {"family": "system-ui, sans-serif", "size": 13},
         "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
