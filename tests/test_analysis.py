@@ -385,6 +385,14 @@ def _summary(points, **more):
     return SweepSummary(front=view, **fixed, **(given | more))
 
 
+def test_a_trial_stands_at_every_strength_of_noise_it_was_scored_at():
+    others = {"accuracy_at.0.02": 0.4, "accuracy_at.0.005": 0.6}
+    point = _point(0, 0.5, 1.0, labels={"noise_level": 0.01}, metrics=others)
+    assert point.accuracy_by_level == {0.005: 0.6, 0.01: 0.5, 0.02: 0.4}
+    (markers,) = charts.noise_chart([point], "noise_level", "level")["data"]
+    assert (markers["x"], markers["y"]) == ([0.005, 0.01, 0.02], [0.6, 0.5, 0.4])
+
+
 @pytest.mark.parametrize("count", [0, 1, 12, 400])
 def test_charts_are_valid_plotly_figures_and_hold_every_trial(count):
     rng = random.Random(2)

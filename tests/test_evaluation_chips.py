@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -59,6 +60,25 @@ def test_chips_are_numbered(workbench, tiny_trial, adapter):
     assert (first.chip_seeds, later.chip_seeds) == ((0, 1, 2), (1, 2, 3))
     assert later.noisy[:2] == first.noisy[1:]
     assert later.noisy[2] not in first.noisy
+
+
+def test_other_strengths_of_noise_are_those_of_a_chip_that_has_them(workbench, tiny_trial, adapter):
+    def chip(sigma):
+        return {"preset": "halora-2026", "noise": {"sigma": sigma}}
+
+    both = workbench.evaluate(
+        tiny_trial(chip=chip(0.01), evaluation=EVALUATION | {"noise_levels": [0.2, 0.4]}), adapter
+    )
+    alone = workbench.evaluate(tiny_trial(chip=chip(0.01), evaluation=EVALUATION), adapter)
+    assert replace(both, levels=(), level_correct=()) == alone
+    for sigma, correct in zip((0.2, 0.4), both.level_correct, strict=True):
+        there = workbench.evaluate(tiny_trial(chip=chip(sigma), evaluation=EVALUATION), adapter)
+        assert correct == there.noisy_correct
+        assert both.summary()[f"accuracy_at.{sigma:g}"] == pytest.approx(there.summary()["accuracy"])
+    raced = both.with_chips_after(2, workbench.evaluate(tiny_trial(evaluation=EVALUATION), adapter, first_chip=2))
+    assert raced.chip_seeds == (0, 1, 2, 3, 4)
+    assert [len(by_chip) for by_chip in raced.level_correct] == [2, 2]
+    assert ChipScores.from_json(json.loads(json.dumps(both.to_json()))) == both
 
 
 def test_a_row_scores_the_same_whatever_else_is_asked(workbench, tiny_trial, adapter):

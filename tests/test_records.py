@@ -68,6 +68,7 @@ def test_the_recorded_names_are_frozen():
         "NUMBER": "halora.trial",
         "CHIP_HASH": "halora.chip_hash",
         "STATE": "halora.state",
+        "LEVEL_METRIC": "accuracy_at.",
         "RUNG_METRIC": "rung_{score}",
         "RUNG_SCORES": ("accuracy", "clean_accuracy", "margin"),
         "FRONT_PROBABILITY": "front_probability",
@@ -117,12 +118,12 @@ def test_the_recorded_names_are_frozen():
 
 
 def test_a_finished_trial_is_read_back_whole(client, store, sweep, folder, said, tmp_path):
-    per_task = {"accuracy.arc-easy": 0.25, "clean_accuracy./rows/my (own)": 0.75, "not.of.these": 1.0}
+    named = {"accuracy.arc-easy": 0.25, "clean_accuracy./rows/my (own)": 0.75, "accuracy_at.0.02": 0.2}
     with recording(store, sweep, said.append) as recorder:
         config, energy = begin(recorder, sweep, 0)
         for step in (2, 4):
             recorder.report_step(0, step, {"train_loss": 3.0 / step, "train_sigma": 0.01, "step": step, "other": 1.0})
-        finish(recorder, folder.root, 0, accuracy=0.5, **per_task)
+        finish(recorder, folder.root, 0, accuracy=0.5, **named, **{"not.of.these": 1.0})
         recorder.finish(interrupted=False)
     assert said == []
     assert differences(store.tracking_uri, sweep.name, folder.journal_file) == []
@@ -136,8 +137,12 @@ def test_a_finished_trial_is_read_back_whole(client, store, sweep, folder, said,
     assert components == {f"energy_uj_per_token.{k}": pytest.approx(v) for k, v in energy.components_uj.items()}
     limits = {"accuracy": 0.5, "accuracy_low": 0.4, "accuracy_high": 0.6}
     assert {name: metrics[name] for name in names.SCORE_METRICS} == SCORES | limits
-    recorded_tasks = {name: value for name, value in metrics.items() if name.startswith(names.TASK_METRICS)}
-    assert recorded_tasks == {"accuracy.arc-easy": 0.25, "clean_accuracy./rows/my _own_": 0.75}
+    prefixes = (*names.TASK_METRICS, names.LEVEL_METRIC)
+    assert {name: value for name, value in metrics.items() if name.startswith(prefixes)} == {
+        "accuracy.arc-easy": 0.25,
+        "clean_accuracy./rows/my _own_": 0.75,
+        "accuracy_at.0.02": 0.2,
+    }
     assert not {"not.of.these", "other"} & metrics.keys()
     history = client.get_metric_history(run.info.run_id, "train_loss")
     assert [(m.step, m.value) for m in sorted(history, key=lambda m: m.step)] == [(2, 1.5), (4, 0.75)]

@@ -71,9 +71,14 @@ class Goal:
     first_chip: int = 0
 
     def config(self, config: TrialConfig) -> TrialConfig:
-        """The trial, to be scored on the rows and the number of chips that are left."""
+        """The trial, to be scored on the rows and the number of chips that are left.
+
+        Other strengths of noise are for the end of the training, and for the chips that every trial has.
+        """
         left = {"rows": self.rows, "chip_instances": self.chip_instances - self.first_chip}
-        return config.model_copy(update={"evaluation": config.evaluation.model_copy(update=left)})
+        whole = self.steps >= config.training.steps and not self.first_chip
+        evaluation = config.evaluation if whole else config.evaluation.at_own_level()
+        return config.model_copy(update={"evaluation": evaluation.model_copy(update=left)})
 
 
 def latest_checkpoint(folder: Path) -> Path | None:

@@ -73,12 +73,12 @@ def front_chart(view: FrontView) -> Chart:
 
 
 def noise_chart(points: Sequence[TrialPoint], field: str, title: str) -> Chart:
-    """Accuracy with its interval over a field of noise: `noise_level` (a label) or `noise_db` (a metric)."""
-    known = [(x, p) for p in points if isinstance(x := p.labels.get(field, p.metrics.get(field)), int | float)]
+    """Accuracy over `noise_level`, at all levels a trial was scored at, or over the metric `noise_db`."""
     data = []
-    for method, own in by_method([p for _, p in known]):
-        numbers = {p.number for p in own}
-        placed = sorted((x, p.accuracy, p.number) for x, p in known if p.number in numbers)
+    for method, own in by_method(points):
+        placed = sorted((x, y, p.number) for p in own for x, y in _accuracies_over(p, field))
+        if not placed:
+            continue
         tops = [max(group, key=lambda item: item[1]) for _, group in groupby(placed, key=lambda item: item[0])]
         colour = METHOD_COLOURS.get(method, OTHER_COLOUR)
         data.append(
@@ -96,6 +96,12 @@ def noise_chart(points: Sequence[TrialPoint], field: str, title: str) -> Chart:
             line = {"x": [x for x, _, _ in tops], "y": [y for _, y, _ in tops], "line": {"color": colour}}
             data.append({"type": "scatter", "mode": "lines", "name": f"{escape(method)}, best", **line})
     return _with_room({"data": data, "layout": _layout(title, "accuracy under noise")})
+
+
+def _accuracies_over(point: TrialPoint, field: str) -> list[tuple[float, float]]:
+    if field == "noise_level":
+        return list(point.accuracy_by_level.items())
+    return [(point.metrics[field], point.accuracy)] if field in point.metrics else []
 
 
 def energy_chart(view: FrontView) -> Chart:

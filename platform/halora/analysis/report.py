@@ -22,7 +22,7 @@ def render_report(summary: SweepSummary) -> str:
 
     view = summary.front
     scored = [*view.groups.feasible, *view.groups.violating]
-    levels = sorted({level for point in scored if (level := point.labels.get("noise_level")) is not None})
+    levels = sorted({level for point in scored for level in point.accuracy_by_level})
     several = charts.noise_chart(scored, "noise_level", "noise level of the chip (unit of its model)")
     drawn = {
         "front": charts.front_chart(view) if scored else None,

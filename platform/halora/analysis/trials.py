@@ -9,6 +9,8 @@ from typing import Any
 
 from halora.errors import UserError, nearest
 
+LEVEL_METRIC = "accuracy_at."
+"""Followed by a strength of noise other than the chip's own: accuracy there."""
 VIOLATION = "constraint_violation"
 """The metric that says by how much a trial breaks its sweep's constraints, above 0 if it does; or `.NAME` after it."""
 
@@ -56,6 +58,16 @@ class TrialPoint:
     def energy_uj_per_token(self) -> float:
         """Energy per token in microjoule."""
         return self.metrics["energy_uj_per_token"]
+
+    @property
+    def accuracy_by_level(self) -> dict[float, float]:
+        """Accuracy by strength of the chip's programming noise: its own, and others it was scored at."""
+        at = len(LEVEL_METRIC)
+        found = {float(name[at:]): value for name, value in self.metrics.items() if name.startswith(LEVEL_METRIC)}
+        own = self.labels.get("noise_level")
+        if isinstance(own, int | float) and "accuracy" in self.metrics:
+            found[float(own)] = self.accuracy
+        return found
 
     @property
     def violated(self) -> dict[str, float]:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 
+from halora.analysis.trials import LEVEL_METRIC as LEVEL_METRIC
 from halora.analysis.trials import VIOLATION as VIOLATION
 
 # Tags of parent and child runs.
@@ -33,6 +34,7 @@ SCORE_METRICS = (
     "noise_db",
 )
 TASK_METRICS = ("accuracy.", "clean_accuracy.")  # followed by the name of a mixture's task
+# LEVEL_METRIC: accuracy at another strength of the chip's noise, which follows.
 RUNG_METRIC = "rung_{score}"  # a score at a rung of early stopping; step = optimiser step
 RUNG_SCORES = ("accuracy", "clean_accuracy", "margin")
 FRONT_PROBABILITY = "front_probability"  # step = trials finished so far

@@ -308,7 +308,7 @@ class _Work:
     def _held_out(self, config: TrialConfig, first_chip: int, chips: int) -> "ScoringJob":
         from halora.trainable import ScoringJob
 
-        asked = config.evaluation.model_copy(update={"rows": self._rows, "chip_instances": chips})
+        asked = config.evaluation.at_own_level().model_copy(update={"rows": self._rows, "chip_instances": chips})
         config = config.model_copy(update={"evaluation": asked})
         return ScoringJob(config, self._adapter, first_chip=first_chip, split="test", role=Role.CERTIFY)
 

@@ -115,7 +115,7 @@ def compare(
     places, jobs = [], []
     for name, number in numbers.items():
         config = sweep.resolve(core.trial(number if number is not None else next(iter(chosen.values())).number).values)
-        used = config.evaluation
+        used = config.evaluation.at_own_level()
         fresh = used.model_copy(update={"rows": comparison.rows, "chip_instances": comparison.chip_instances})
         weights = None if number is None else adapter_folder(folder.trial(number))
         for chip in [sweep.chip(named) for named in comparison.chips] or [config.chip]:

@@ -113,7 +113,8 @@ def _training_flops(config: TrialConfig, steps: int) -> float:
 def _scoring_flops(config: TrialConfig, level: Goal) -> float:
     rows = level.rows or len(load_rows(config.task, "validation"))
     ideal = config.chip.adc.lossless and config.chip.dac.lossless
-    passes = 1 + level.chip_instances * (1 if ideal else _CONVERSION_FACTOR)
+    strengths = 1 + len(level.config(config).evaluation.noise_levels)
+    passes = 1 + strengths * level.chip_instances * (1 if ideal else _CONVERSION_FACTOR)
     return rows * _tokens_per_row(config, "validation") * passes * 2 * _weights(model_shape(config.model))
 
 

@@ -40,6 +40,8 @@ class ChipScores:
         noisy: Margin per chip and row in nats, `[chip][row]`.
         noisy_correct: Whether each row is answered rightly on each chip, `[chip][row]`.
         noise_db: Mean realised noise-to-signal ratio of the mapped weights in dB, per chip.
+        levels: Other strengths of the programming noise that the chips were scored at.
+        level_correct: Whether each row is answered rightly there, `[level][chip][row]`; chips that a race adds are not.
     """
 
     row_ids: tuple[str, ...]
@@ -50,11 +52,14 @@ class ChipScores:
     noisy: tuple[tuple[float, ...], ...]
     noisy_correct: tuple[tuple[bool, ...], ...]
     noise_db: tuple[float, ...]
+    levels: tuple[float, ...] = ()
+    level_correct: tuple[tuple[tuple[bool, ...], ...], ...] = ()
 
     def summary(self) -> dict[str, float]:
         """Accuracy and mean margin, clean and over chips, with 95 % intervals over rows and chips.
 
-        With more than one task also the accuracy of each, as `accuracy.TASK` and `clean_accuracy.TASK`.
+        At other strengths of noise the accuracy, as `accuracy_at.LEVEL`; with more than one task the accuracy of each,
+        as `accuracy.TASK` and `clean_accuracy.TASK`.
         """
         margins = np.array(self.noisy)  # (chips, rows)
         correct = np.array(self.noisy_correct, dtype=float)
@@ -74,6 +79,8 @@ class ChipScores:
             "margin_high": mean_margin.high,
             "noise_db": fmean(self.noise_db),
         }
+        for level, right in zip(self.levels, self.level_correct, strict=True):
+            summary[f"accuracy_at.{level:g}"] = float(np.mean(right))
         if len(names := dict.fromkeys(self.tasks)) > 1:
             for name in names:
                 own = np.array([task == name for task in self.tasks])
@@ -94,7 +101,8 @@ class ChipScores:
 
     def first_chips(self, count: int) -> "ChipScores":
         """The scores of the first chips alone."""
-        return replace(self, **{name: getattr(self, name)[:count] for name in _BY_CHIP})
+        at_levels = tuple(by_chip[:count] for by_chip in self.level_correct)
+        return replace(self, level_correct=at_levels, **{name: getattr(self, name)[:count] for name in _BY_CHIP})
 
     def to_json(self) -> dict[str, Any]:
         """Plain lists, for a JSON file."""
@@ -139,13 +147,20 @@ def evaluate(
     clean, clean_correct = score()
     seeds = tuple(range(first_chip, first_chip + settings.chip_instances))
     noisy, noisy_correct, noise_db = [], [], []
-    for seed in seeds:
-        array.program(ChipInstance(chip, NoiseKey(role=role, chip_seed=seed), chip.noise.level), reads)
+    level_correct: list[list[tuple[bool, ...]]] = [[] for _ in settings.noise_levels]
+
+    def score_on(seed: int, level: float) -> tuple[tuple[float, ...], tuple[bool, ...]]:
+        array.program(ChipInstance(chip, NoiseKey(role=role, chip_seed=seed), level), reads)
         array.materialise()
-        margins, correct = score()
+        return score()
+
+    for seed in seeds:
+        margins, correct = score_on(seed, chip.noise.level)
         noisy.append(margins)
         noisy_correct.append(correct)
         noise_db.append(max(mean_db(array.noise_db().values()), _NO_NOISE_DB))
+        for level, right in zip(settings.noise_levels, level_correct, strict=True):
+            right.append(score_on(seed, level)[1])
     array.clear()
     return ChipScores(
         row_ids=tuple(row.row_id for row in rows),
@@ -156,6 +171,8 @@ def evaluate(
         noisy=tuple(noisy),
         noisy_correct=tuple(noisy_correct),
         noise_db=tuple(noise_db),
+        levels=settings.noise_levels,
+        level_correct=tuple(map(tuple, level_correct)),
     )
 
 
