@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 BENCHMARKS := step noise lightning eval memory turnaround
 UV_VERSION := 0.13.9
 READY := $(VENV)/.ready
+SPREAD := --numprocesses auto --maxprocesses 4 --dist loadfile
 
 # The first interpreter >= 3.12 among those on PATH and pyenv's.
 PYTHON ?= $(shell for python in python3.12 python3 python3.13 python3.14 $$HOME/.pyenv/versions/3.1[2-9]*/bin/python; do \
@@ -50,10 +51,10 @@ types: $(READY) ## mypy --strict
 	$(BIN)/mypy
 
 test: lint types ## lint, types and the tests CI runs
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow" $(SPREAD)
 
 test-all: lint types ## the slow tests as well
-	$(BIN)/pytest
+	$(BIN)/pytest $(SPREAD)
 
 bench: $(READY) ## time our ways against others, on an otherwise idle machine: hours
 	set -e; for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name; done
