@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from halora.records.tracking import MlflowClient
     from halora.trainable import ScoringJob
 
-_CHIPS_PER_JOB = 8
+_CHIPS_PER_JOB = 4
 
 
 @dataclass(frozen=True)
