@@ -1,9 +1,11 @@
 """Charts of a sweep as Plotly figures in plain values; texts that a user chose are escaped, as Plotly reads HTML."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import groupby
+from math import isfinite, nan
+from types import MappingProxyType
 from typing import Any
 
 from halora.analysis.figures import METHOD_COLOURS, OTHER_COLOUR
@@ -20,60 +22,112 @@ _MOST_SHOWN = 5000
 """Dominated trials drawn; beyond that the best are."""
 _UNDECIDED = 0.05
 """Probability of being on the front from which a dominated trial is shown as one that might be."""
+_NEUTRAL = "#808080"  # seen on white and on black
+MARK_COLOUR = "#CC79A7"
+_PLAIN_STYLES = (
+    ("#0072B2", "circle"),
+    ("#E69F00", "square"),
+    ("#009E73", "diamond"),
+    ("#CC79A7", "triangle-up"),
+    ("#56B4E9", "cross"),
+    ("#D55E00", "star"),
+    ("#999999", "hexagon"),
+)
+"""Colours of Okabe and Ito with a shape each."""
 
 
-def front_chart(view: FrontView) -> Chart:
-    """Every feasible trial by energy and accuracy, the front with its intervals, and those that break constraints."""
+def front_chart(
+    view: FrontView,
+    *,
+    others: Sequence[TrialPoint] = (),
+    marked: Sequence[TrialPoint] = (),
+    by: str = "method",
+    most: int = _MOST_SHOWN,
+) -> Chart:
+    """Every feasible trial by energy and accuracy, the front with its intervals, and those that break constraints.
+
+    Args:
+        view: A front over an accuracy, which is drawn upwards, and energy.
+        others: Feasible trials that do not take part, drawn pale.
+        marked: Trials to draw a ring around.
+        by: Label that colour and shape tell apart.
+        most: Dominated trials drawn; beyond that the best are.
+    """
+    upwards = view.objectives[0].metric
     members = {point.number for point in view.members}
+    styles = label_styles([*view.groups.feasible, *view.groups.violating, *others], by)
     data: list[Chart] = []
     dominated = [p for p in view.groups.feasible if p.number not in members]
-    dominated = sorted(dominated, key=lambda p: -p.accuracy)[:_MOST_SHOWN]
+    dominated = sorted(dominated, key=lambda p: -p.metrics[upwards])[:most]
     maybe = [p for p in dominated if view.probability[p.number] >= _UNDECIDED]
     sure = [p for p in dominated if view.probability[p.number] < _UNDECIDED]
+    if others:
+        pale = _trials(others[:most], "does not qualify", "", view, _Style(opacity=0.35, size=6, bars=False))
+        pale["marker"] |= {"symbol": "circle-open", "color": _NEUTRAL}
+        data.append(pale)
     if view.members:
-        data.append(
-            {
-                "type": "scatter",
-                "mode": "lines",
-                "x": [p.energy_uj_per_token for p in view.members],
-                "y": [p.accuracy for p in view.members],
-                "line": {"shape": "hv", "color": "#888888", "width": 1},
-                "hoverinfo": "skip",
-                "showlegend": False,
-            }
-        )
+        data.append(staircase(view.members, upwards, _NEUTRAL))
     for group, name, style in (
         (sure, "dominated", _Style(opacity=0.5, size=7, bars=False)),
         (maybe, "perhaps on the front", _Style(opacity=0.75, size=9)),
         (view.members, "on the front", _Style(opacity=1.0, size=11, filled=True)),
     ):
-        data += [_trials(own, f"{method}, {name}", method, view, style) for method, own in by_method(group)]
+        for label, own in by_label(group, by):
+            data.append(_trials(own, f"{label}, {name}", label, view, style, styles))
     if view.groups.violating:
         broken = _trials(
-            view.groups.violating, "breaks a constraint", "", view, _Style(opacity=0.8, size=8, bars=False)
+            view.groups.violating[:most], "breaks a constraint", "", view, _Style(opacity=0.8, size=8, bars=False)
         )
         broken["marker"] |= {"symbol": "x-thin", "line": {"width": 2, "color": "#D55E00"}}
         data.append(broken)
     if view.knee:
-        data.append(
-            {
-                "type": "scatter",
-                "mode": "markers",
-                "x": [view.knee.energy_uj_per_token],
-                "y": [view.knee.accuracy],
-                "name": f"knee: trial {view.knee.number}",
-                "marker": {"symbol": "circle-open", "size": 20, "color": "#000000", "line": {"width": 1.5}},
-                "hoverinfo": "skip",
-            }
-        )
+        data.append(_ring([view.knee], f"knee: trial {view.knee.number}", upwards, _NEUTRAL, 20))
+    if marked:
+        data.append(_ring(marked, "shortlist", upwards, MARK_COLOUR, 26))
+    what = "accuracy under noise (95 % interval)" if upwards == "accuracy" else upwards.replace("_", " ")
+    return {"data": data, "layout": _layout("energy per token (µJ)", what, log_x=True)}
+
+
+def staircase(members: Sequence[TrialPoint], upwards: str, colour: str) -> Chart:
+    """The border of what a front's members, by rising energy, dominate."""
     return {
-        "data": data,
-        "layout": _layout("energy per token (µJ)", "accuracy under noise (95 % interval)", log_x=True),
+        "type": "scatter",
+        "mode": "lines",
+        "x": [p.energy_uj_per_token for p in members],
+        "y": [p.metrics[upwards] for p in members],
+        "line": {"shape": "hv", "color": colour, "width": 1},
+        "hoverinfo": "skip",
+        "showlegend": False,
     }
 
 
-def noise_chart(points: Sequence[TrialPoint], field: str, title: str) -> Chart:
-    """Accuracy with its interval over a field of noise: `noise_level` (a label) or `noise_db` (a metric)."""
+def fronts_chart(fronts: Mapping[str, FrontView], reference: tuple[float, float]) -> Chart:
+    """Several fronts and the accuracy and energy their hypervolumes are measured from."""
+    data: list[Chart] = []
+    for (name, view), (colour, symbol) in zip(fronts.items(), _PLAIN_STYLES * len(fronts), strict=False):
+        if view.members:
+            data.append(staircase(view.members, "accuracy", colour))
+            trace = _trials(view.members, name, "", view, _Style(opacity=1.0, size=9, filled=True))
+            trace["marker"] |= {"color": colour, "symbol": symbol}
+            data.append(trace)
+    data.append(
+        {
+            "type": "scatter",
+            "mode": "markers",
+            "name": "reference point",
+            "x": [reference[1]],
+            "y": [reference[0]],
+            "marker": {"symbol": "cross-thin", "size": 12, "line": {"width": 2, "color": _NEUTRAL}},
+            "hovertemplate": "accuracy %{y:.4f}, %{x:.4g} µJ<extra>reference point</extra>",
+        }
+    )
+    return {"data": data, "layout": _layout("energy per token (µJ)", "accuracy under noise", log_x=True)}
+
+
+def noise_chart(
+    points: Sequence[TrialPoint], field: str, title: str, *, marked: Sequence[TrialPoint] = ()
+) -> Chart:
+    """Accuracy over a field of noise: `noise_level` (a label) or `noise_db` (a metric); `marked` trials get a ring."""
     known = [(x, p) for p in points if isinstance(x := p.labels.get(field, p.metrics.get(field)), int | float)]
     data = []
     for method, own in by_method([p for _, p in known]):
@@ -95,6 +149,9 @@ def noise_chart(points: Sequence[TrialPoint], field: str, title: str) -> Chart:
         if 1 < len(tops) <= len(placed) / 2:  # several trials at each level: their best, joined
             line = {"x": [x for x, _, _ in tops], "y": [y for _, y, _ in tops], "line": {"color": colour}}
             data.append({"type": "scatter", "mode": "lines", "name": f"{escape(method)}, best", **line})
+    rings = [(x, p) for x, p in known if p in marked]
+    for x, p in rings:
+        data.append(_ring([p], f"trial {p.number}", "accuracy", MARK_COLOUR, 18) | {"x": [x]})
     return {"data": data, "layout": _layout(title, "accuracy under noise")}
 
 
@@ -143,26 +200,83 @@ def importance_chart(summary: SweepSummary) -> Chart:
     return {"data": data, "layout": layout}
 
 
-def hypervolume_chart(summary: SweepSummary) -> Chart:
+def hypervolume_chart(volumes: Sequence[float]) -> Chart:
     """The hypervolume over finished trials, in the order they ended."""
-    y = summary.hypervolume
     line = {
         "type": "scatter",
-        "mode": "lines" if len(y) > 1 else "markers",
+        "mode": "lines" if len(volumes) > 1 else "markers",
         "line": {"shape": "hv", "color": "#0072B2"},
     }
-    data = [{**line, "x": list(range(1, len(y) + 1)), "y": y, "showlegend": False}]
+    data = [{**line, "x": list(range(1, len(volumes) + 1)), "y": list(volumes), "showlegend": False}]
     layout = _layout("trials finished", "hypervolume (accuracy × µJ)")
     layout["yaxis"] |= {"rangemode": "tozero"}
     return {"data": data, "layout": layout}
 
 
+def loss_chart(reports: Sequence[tuple[int, Mapping[str, float]]]) -> Chart:
+    """Training losses over optimiser steps, and the noise trained under on an axis of its own."""
+    names = {"train_loss": "loss", "train_task_loss": "task loss", "train_reg_loss": "regulariser"}
+    data = []
+    for (metric, name), (colour, _) in zip(names.items(), _PLAIN_STYLES, strict=False):
+        known = [(step, metrics[metric]) for step, metrics in reports if isfinite(metrics.get(metric, nan))]
+        if known:
+            line = {"x": [step for step, _ in known], "y": [value for _, value in known], "line": {"color": colour}}
+            mode = "lines+markers" if len(known) < 30 else "lines"
+            data.append({"type": "scatter", "mode": mode, "name": name, **line})
+    return {"data": data, "layout": _layout("optimiser step", "loss (nats)")}
+
+
+def beside_chart(own_uj: Mapping[str, float], named_uj: Mapping[str, float], name: str) -> Chart:
+    """Energy per token by component, as one bar, over those of named baselines on the same logarithmic axis.
+
+    Args:
+        own_uj: Microjoule per token by component.
+        named_uj: Microjoule per token by baseline.
+        name: What the components are of.
+    """
+    rows = {f"{name}: {part}": value for part, value in own_uj.items() if value > 0}
+    rows = dict(sorted(rows.items(), key=lambda item: item[1]))
+    rows |= {f"{name}: total": sum(own_uj.values())} | dict(sorted(named_uj.items(), key=lambda item: item[1]))
+    colours = [
+        _NEUTRAL if text in named_uj else "#0072B2" if text.endswith(": total") else "#56B4E9" for text in rows
+    ]
+    bar = {
+        "type": "bar",
+        "orientation": "h",
+        "x": list(rows.values()),
+        "y": [escape(text) for text in rows],
+        "marker": {"color": colours},
+        "text": [f"{value:.3g}" for value in rows.values()],
+        "textposition": "outside",
+        "cliponaxis": False,
+        "hovertemplate": "%{y}<br>%{x:.4g} µJ<extra></extra>",
+        "showlegend": False,
+    }
+    layout = _layout("energy per token (µJ)", "", log_x=True) | {"height": 90 + 26 * len(rows)}
+    layout["yaxis"] |= {"type": "category"}
+    layout["margin"] |= {"r": 60}
+    return {"data": [bar], "layout": layout}
+
+
 def by_method(points: Sequence[TrialPoint]) -> list[tuple[str, list[TrialPoint]]]:
     """Trials by training method, the known methods first."""
+    return by_label(points, "method")
+
+
+def by_label(points: Sequence[TrialPoint], label: str) -> list[tuple[str, list[TrialPoint]]]:
+    """Trials by one of their labels, the known training methods first."""
     groups: dict[str, list[TrialPoint]] = {method: [] for method in METHOD_COLOURS}
     for point in points:
-        groups.setdefault(str(point.labels.get("method", "other")), []).append(point)
-    return [(method, own) for method, own in groups.items() if own]
+        groups.setdefault(str(point.labels.get(label, "other")), []).append(point)
+    return [(name, own) for name, own in groups.items() if own]
+
+
+def label_styles(points: Sequence[TrialPoint], label: str) -> dict[str, tuple[str, str]]:
+    """Colour and shape of each value of a label; those of the methods are the same everywhere."""
+    if label == "method":
+        return {method: (METHOD_COLOURS[method], _SYMBOLS[method]) for method in METHOD_COLOURS}
+    names = sorted({str(point.labels.get(label, "other")) for point in points})
+    return {name: _PLAIN_STYLES[place % len(_PLAIN_STYLES)] for place, name in enumerate(names)}
 
 
 def described(point: TrialPoint) -> str:
@@ -182,14 +296,35 @@ class _Style:
     bars: bool = True
 
 
-def _trials(points: Sequence[TrialPoint], name: str, method: str, view: FrontView, style: _Style) -> Chart:
-    symbol = _SYMBOLS.get(method, "diamond")
+def _ring(points: Sequence[TrialPoint], name: str, upwards: str, colour: str, size: int) -> Chart:
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "x": [p.energy_uj_per_token for p in points],
+        "y": [p.metrics[upwards] for p in points],
+        "name": escape(name),
+        "marker": {"symbol": "circle-open", "size": size, "color": colour, "line": {"width": 1.5}},
+        "hoverinfo": "skip",
+    }
+
+
+def _trials(
+    points: Sequence[TrialPoint],
+    name: str,
+    label: str,
+    view: FrontView,
+    style: _Style,
+    styles: Mapping[str, tuple[str, str]] = MappingProxyType({}),
+) -> Chart:
+    upwards = view.objectives[0].metric
+    colour, symbol = styles.get(label, (OTHER_COLOUR, "diamond"))
     trace: Chart = {
         "type": "scatter",
         "mode": "markers",
         "name": escape(name),
         "x": [p.energy_uj_per_token for p in points],
-        "y": [p.accuracy for p in points],
+        "y": [p.metrics[upwards] for p in points],
+        "customdata": [p.number for p in points],
         "text": [
             f"trial {p.number}, on the front with probability {view.probability.get(p.number, 0):.2f}"
             f"<br>{escape(described(p))[:300]}"
@@ -198,12 +333,12 @@ def _trials(points: Sequence[TrialPoint], name: str, method: str, view: FrontVie
         "hovertemplate": "%{text}<br>accuracy %{y:.4f}, %{x:.4g} µJ<extra></extra>",
         "marker": {
             "symbol": symbol if style.filled else f"{symbol}-open",
-            "color": METHOD_COLOURS.get(method, OTHER_COLOUR),
+            "color": colour,
             "size": style.size,
         },
         "opacity": style.opacity,
     }
-    if style.bars:
+    if style.bars and upwards == "accuracy":
         trace["error_y"] = {
             "type": "data",
             "symmetric": False,
@@ -223,7 +358,7 @@ def _layout(x: str, y: str, *, log_x: bool = False) -> Chart:
         "margin": {"l": 70, "r": 20, "t": 20, "b": 60},
         "font": {"family": "system-ui, sans-serif", "size": 13},
         "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
-        "xaxis": {"title": {"text": x}, "type": "log" if log_x else "-", **grid},
-        "yaxis": {"title": {"text": y}, **grid},
+        "xaxis": {"title": {"text": x, "font": {"size": 13}}, "type": "log" if log_x else "-", **grid},
+        "yaxis": {"title": {"text": y, "font": {"size": 13}}, **grid},
         "hovermode": "closest",
     }

@@ -15,6 +15,7 @@ from halora.analysis.summary import SweepSummary, view_front, volumes
 from halora.errors import UserError
 from halora.files import write_whole
 from halora.hardware.baselines import baselines
+from halora.hardware.shapes import ModelShape
 from halora.records import names
 from halora.records.ledger import Ledger
 from halora.records.store import SweepFolder
@@ -102,15 +103,18 @@ def front_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     return text.getvalue()
 
 
-def _baselines(sweep: SweepConfig, model: str) -> dict[str, float]:
+def baselines_of(sweep: SweepConfig, shape: ModelShape) -> dict[str, float]:
     """Energy per token of the named baselines that have a figure for the model, in microjoule."""
     trial = sweep.resolve({})
-    try:
-        shape = model_shape(model)
-    except UserError:
-        return {}
     found = {
         name: baseline.energy_uj_per_token(shape, trial.chip.boundary, trial.evaluation.context_tokens)
         for name, baseline in baselines().items()
     }
     return {name: energy for name, energy in found.items() if energy is not None}
+
+
+def _baselines(sweep: SweepConfig, model: str) -> dict[str, float]:
+    try:
+        return baselines_of(sweep, model_shape(model))
+    except UserError:
+        return {}
