@@ -64,7 +64,11 @@ def test_imports_run_one_way():
     ("library", "importers"),
     [
         ("ray", {"peers", "trainable", "sweep.executor"}),
-        ("mlflow", {"records.queries", "records.tracking"}),
+        ("mlflow", {"records.queries", "records.tracking", "dashboard.mlflow_app"}),
+        (
+            "fastapi",
+            {f"dashboard.{page}" for page in ["app", "chip", "compare", "mlflow_app", "sweep", "sweeps", "trial"]},
+        ),
         ("optuna", {"sweep.study", "sweep.samplers", "analysis.importance"}),
         ("moocore", {"analysis.front"}),
         ("sklearn", {"sweep.table"}),

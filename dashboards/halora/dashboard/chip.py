@@ -165,9 +165,7 @@ def explore(setting: Setting) -> Explored:
         raise UserError([f"chip.{problem}" for problem in describe(error, Chip)]) from None
     shape, rank = named_shapes()[setting.model], int(setting.values["rank"])
     targets = LoraSettings().targets
-    energy = energy_per_token(
-        shape, described, rank=rank, targets=targets, context_tokens=setting.context_tokens
-    )
+    energy = energy_per_token(shape, described, rank=rank, targets=targets, context_tokens=setting.context_tokens)
     sizes = {name: layer.weights for name, layer in shape.linear_layers.items()}
     places = described.mapping.places(sizes)
     in_rram = sum(size for name, size in sizes.items() if places[name] is Place.RRAM)
@@ -177,9 +175,9 @@ def explore(setting: Setting) -> Explored:
         if (found := it.energy_uj_per_token(shape, described.boundary, setting.context_tokens)) is not None
     }
     own = _own_values(setting.preset)
-    changed = {knob.path: overrides[knob.path] for knob in KNOBS if knob.path and own[knob.name] != overrides[knob.path]}
+    moved = [k.path for k in KNOBS if k.path and own[k.name] != overrides[k.path]]
     command = ["halora energy", setting.model, "--chip", setting.preset, "--rank", str(rank)]
-    command += ["--tokens", str(setting.context_tokens), *(f"--set {path}={value}" for path, value in changed.items())]
+    command += ["--tokens", str(setting.context_tokens), *(f"--set {path}={overrides[path]}" for path in moved)]
     return Explored(
         energy=energy,
         noise=expected_noise(described, inputs=min(shape.hidden, _MOST_INPUTS)),

@@ -80,4 +80,3 @@ def compared(snapshots: list[Snapshot], by: str, reference: tuple[float, float])
             views[name] = narrowed(snapshot.view, own)
     rows = [Compared(name, view, hypervolume(view.members, reference)) for name, view in views.items()]
     return sorted(rows, key=lambda row: -row.volume)[:_MOST]
-

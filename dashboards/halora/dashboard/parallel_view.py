@@ -1,4 +1,4 @@
-"""Parallel coordinates as a drawing: places on a canvas of fixed size."""
+"""Parallel coordinates as a drawing: places on a canvas of 1000 x 270."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,8 +8,7 @@ from halora.analysis.parallel import Axis, line_places, parallel_axes
 from halora.analysis.summary import FrontView
 from halora.analysis.trials import TrialPoint
 
-WIDTH, HEIGHT = 1000, 270
-_LEFT, _RIGHT, _TOP, _BOTTOM = 60, 940, 46, 236
+_LEFT, _RIGHT, _TOP, _BOTTOM = 75, 915, 46, 236
 _MOST_LINES = 1000
 
 

@@ -52,12 +52,12 @@ class SweepQuery:
         texts = {name: params.get(name, "").strip()[:_LONGEST] for name in (*_BOUNDS, "method", "model")}
         filters = dict.fromkeys(text.strip()[:_LONGEST] for text in params.getlist("filter"))
         picks = dict.fromkeys(int(text) for text in params.getlist("pick") if text.isdecimal() and len(text) < 9)
-        page = params.get("page", "")
+        page, colour = params.get("page", ""), params.get("colour", "")
         return cls(
             **texts,
             filter=tuple(text for text in filters if text),
             pick=tuple(picks)[:_MOST_PICKED],
-            colour=params.get("colour") if params.get("colour") in ("method", "model", "chip") else "method",
+            colour=colour if colour in ("method", "model", "chip") else cls.colour,
             shown="clean_accuracy" if params.get("shown") == "clean_accuracy" else "accuracy",
             sort=params.get("sort", "")[:_LONGEST] or cls.sort,
             page=int(page) if page.isdecimal() and 0 < len(page) < 7 and int(page) else 1,

@@ -15,10 +15,12 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _SAFE = {"GET", "HEAD", "OPTIONS"}
-_PLOTLY_STYLE = "sha256-ji27qzEtxXZW+7dun6UwjHXJ18e6WAin1VvNtkzIE/o="  # the one that Plotly's code brings along for maps
+_PLOTLY_STYLE = (
+    "sha256-ji27qzEtxXZW+7dun6UwjHXJ18e6WAin1VvNtkzIE/o="  # the one that Plotly's code brings along for maps
+)
 _HEADERS = {
-    "content-security-policy": f"default-src 'none'; script-src 'self'; style-src 'self' '{_PLOTLY_STYLE}'; img-src 'self' data:; "
-    "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+    "content-security-policy": f"default-src 'none'; script-src 'self'; style-src 'self' '{_PLOTLY_STYLE}'; "
+    "img-src 'self' data:; connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
     "x-frame-options": "DENY",
     "referrer-policy": "no-referrer",

@@ -1,6 +1,5 @@
 """One sweep: choose an adapter by constraints, on the front, in a table and over the searched fields."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any
@@ -47,7 +46,7 @@ def routes(site: Site) -> APIRouter:
         if request.query_params.get("version") == snapshot.version:
             return Response(status_code=204)  # htmx leaves the page as it is
         choice = choose(snapshot, query)
-        content = {
+        content: dict[str, Any] = {
             "snapshot": snapshot,
             "query": query,
             "choice": choice,
@@ -172,17 +171,12 @@ def _value(point: TrialPoint, column: str) -> float:
 def _sorted(points: list[TrialPoint], query: SweepQuery, whole: FrontView) -> list[TrialPoint]:
     """Trials in the order asked for; those without a value come last."""
     column, falling = query.sort.removeprefix("-"), query.sort.startswith("-")
-    columns: dict[str, Callable[[TrialPoint], Any]] = {
-        "number": lambda point: point.number,
-        "drop": lambda point: point.drop,
-        "p_front": lambda point: whole.probability.get(point.number),
-    }
     if column not in COLUMNS:
-        column = "energy_uj_per_token"
-    read = columns.get(column, lambda point: point.metrics.get(column))
+        column = SweepQuery.sort
 
     def key(point: TrialPoint) -> tuple[bool, float, int]:
-        value = read(point)
+        own = {"number": point.number, "drop": point.drop, "p_front": whole.probability.get(point.number)}
+        value = own[column] if column in own else point.metrics.get(column)
         known = value is not None and isfinite(value)
         return not known, (-value if falling else value) if known else 0.0, point.number
 

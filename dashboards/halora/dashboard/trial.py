@@ -1,4 +1,4 @@
-"""The card of one trial: what it is, what it takes, how it stands the noise, where it comes from, what to do with it."""
+"""The card of one trial: what it is, what it takes, how it stands the noise, and where it comes from."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -159,7 +159,7 @@ def _charts(
     field, title = (
         ("noise_level", "noise level of the chip (unit of its model)")
         if len(levels) > 1
-        else ("noise_db", "realised noise to signal of the weights (dB)")
+        else ("noise_db", "noise to signal of the weights (dB)")
     )
     shown = sorted(scored, key=lambda each: -each.accuracy)[:1000]
     shown += [point] if point in scored and point not in shown else []

@@ -73,7 +73,11 @@ def front_chart(
         (view.members, "on the front", _Style(opacity=1.0, size=11, filled=True)),
     ):
         for label, own in by_label(group, by):
-            data.append(_trials(own, f"{label}, {name}", label, view, style, styles))
+            trace = _trials(own, f"{label}, {name}", label, view, style, styles)
+            trace |= {"legendgroup": escape(label), "showlegend": False}
+            data.append(trace)
+    for trace in {trace["legendgroup"]: trace for trace in data if "legendgroup" in trace}.values():
+        trace |= {"name": trace["legendgroup"], "showlegend": True}  # one entry for a label: its trials on the front
     if view.groups.violating:
         broken = _trials(
             view.groups.violating[:most], "breaks a constraint", "", view, _Style(opacity=0.8, size=8, bars=False)
@@ -124,9 +128,7 @@ def fronts_chart(fronts: Mapping[str, FrontView], reference: tuple[float, float]
     return {"data": data, "layout": _layout("energy per token (µJ)", "accuracy under noise", log_x=True)}
 
 
-def noise_chart(
-    points: Sequence[TrialPoint], field: str, title: str, *, marked: Sequence[TrialPoint] = ()
-) -> Chart:
+def noise_chart(points: Sequence[TrialPoint], field: str, title: str, *, marked: Sequence[TrialPoint] = ()) -> Chart:
     """Accuracy over a field of noise: `noise_level` (a label) or `noise_db` (a metric); `marked` trials get a ring."""
     known = [(x, p) for p in points if isinstance(x := p.labels.get(field, p.metrics.get(field)), int | float)]
     data = []
@@ -237,9 +239,7 @@ def beside_chart(own_uj: Mapping[str, float], named_uj: Mapping[str, float], nam
     rows = {f"{name}: {part}": value for part, value in own_uj.items() if value > 0}
     rows = dict(sorted(rows.items(), key=lambda item: item[1]))
     rows |= {f"{name}: total": sum(own_uj.values())} | dict(sorted(named_uj.items(), key=lambda item: item[1]))
-    colours = [
-        _NEUTRAL if text in named_uj else "#0072B2" if text.endswith(": total") else "#56B4E9" for text in rows
-    ]
+    colours = [_NEUTRAL if text in named_uj else "#0072B2" if text.endswith(": total") else "#56B4E9" for text in rows]
     bar = {
         "type": "bar",
         "orientation": "h",

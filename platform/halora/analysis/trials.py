@@ -220,7 +220,15 @@ def condition_parts(condition: str) -> tuple[str, str, str] | None:
 def _fields(point: TrialPoint) -> dict[str, Any]:
     short = {path.rpartition(".")[2]: value for path, value in point.params.items()}
     drop = {} if point.drop is None else {"drop": point.drop}
-    return {**point.metrics, **drop, **short, **point.params, **point.labels, "trial": point.number, "state": point.state}
+    return {
+        **point.metrics,
+        **drop,
+        **short,
+        **point.params,
+        **point.labels,
+        "trial": point.number,
+        "state": point.state,
+    }
 
 
 def _meets(fields: Mapping[str, Any], name: str, comparison: str, wanted: str) -> bool:

@@ -16,6 +16,8 @@
       hoverlabel: { bgcolor: style("--raised"), bordercolor: style("--line"), font: { color: style("--text") } },
       modebar: { bgcolor: "rgba(0,0,0,0)", color: style("--soft"), activecolor: style("--text") },
       uirevision: "kept",
+      selections: [],
+      selectionrevision: String(performance.now()),
       dragmode: layout.selectable ? "select" : "zoom",
     };
   }
