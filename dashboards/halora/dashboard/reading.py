@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+import yaml
+
 from halora.analysis.summary import FrontView, view_front, volumes
 from halora.analysis.trials import ACCURACY, ENERGY, Objective, TrialPoint
 from halora.errors import UserError
@@ -159,6 +161,6 @@ def _size(folder: SweepFolder) -> int:
 def _sweep_of(folder: SweepFolder) -> SweepConfig:
     try:
         return load_sweep_of(folder)
-    except (ValueError, OSError) as error:  # pydantic, YAML and the file system
+    except (ValueError, yaml.YAMLError, OSError) as error:
         first = (str(error).splitlines() or [""])[0]
         raise UserError(f"'{folder.sweep_file}' is not a sweep this version reads: {first}") from None
