@@ -41,7 +41,7 @@ class _Page(HTMLParser):
     def __init__(self, answer):
         super().__init__()
         self.opened, self.links, self.scripts, self.data, self.text, self.rows = [], [], [], {}, "", []
-        self.inline, self._data = [], None
+        self.inline, self._data, self._in_cell = [], None, False
         self.feed(answer.text)
 
     def handle_starttag(self, tag, attributes):
@@ -58,16 +58,18 @@ class _Page(HTMLParser):
             self.rows.append([])
         if tag in ("td", "th") and self.rows:
             self.rows[-1].append("")
+            self._in_cell = True
 
     def handle_endtag(self, tag):
         self._data = None if tag == "script" else self._data
+        self._in_cell = self._in_cell and tag not in ("td", "th")
 
     def handle_data(self, data):
         if self._data is not None:
             self.data[self._data] += data
             return
         self.text += data
-        if self.rows and self.rows[-1]:
+        if self._in_cell:
             self.rows[-1][-1] += data
 
     def figure(self, name):

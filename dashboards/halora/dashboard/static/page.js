@@ -129,6 +129,10 @@
     document.addEventListener("pointerup", end, { once: true });
   });
 
+  document.addEventListener("change", (event) => {  // inputs of the form that stand elsewhere, in the table
+    const owner = event.target.form;
+    if (owner && owner === form() && !owner.contains(event.target)) owner.requestSubmit();
+  });
   document.addEventListener("input", (event) => {
     const output = event.target.parentNode && event.target.parentNode.querySelector(":scope > output");
     if (output) output.textContent = event.target.value;
