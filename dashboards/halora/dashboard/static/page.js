@@ -138,8 +138,11 @@
     if (output) output.textContent = event.target.value;
   });
   document.addEventListener("htmx:configRequest", (event) => {  // no empty fields in the address
-    for (const [name, value] of [...event.detail.formData.entries()]) {
-      if (value === "") event.detail.formData.delete(name);
+    const given = event.detail.formData;
+    for (const name of new Set(given.keys())) {
+      const filled = given.getAll(name).filter((value) => value !== "");
+      given.delete(name);
+      filled.forEach((value) => given.append(name, value));
     }
   });
   document.addEventListener("htmx:afterSettle", () => {  // the answer holds what was added and typed here
