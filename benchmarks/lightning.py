@@ -19,12 +19,12 @@ from pathlib import Path
 
 from benchmarks.harness import interleave, parser, record, save, use_threads
 from benchmarks.ways import CLEAN, SIGMA, OurSteps, trial
+from halora.selection.lightning import PACKAGE
 from halora.trainable import Workbench
 from halora.training.models import cache_dir, extensions_dir
 from halora.training.rram import RramLinear
 from halora.trial import TrialConfig
 
-_PACKAGE = "aihwkit-lightning==2.1.0"
 _TOLERANCE = 1e-3  # of a loss in fp32, relative; a sum in another order
 
 
@@ -82,9 +82,14 @@ def check_equal_losses() -> None:
     assert isclose(ours, other, rel_tol=_TOLERANCE), f"losses on clean weights: ours {ours}, lightning {other}"
 
 
+def environment_folder() -> Path:
+    """Where the environment with the package is, or will be."""
+    return cache_dir() / "benchmarks" / PACKAGE
+
+
 def _environment() -> Path:
     """The environment with the package, made on first use."""
-    folder = cache_dir() / "benchmarks" / _PACKAGE
+    folder = environment_folder()
     ready = folder / "ready"
     if not ready.exists():
         venv.create(folder, clear=True, symlinks=True)
@@ -93,7 +98,7 @@ def _environment() -> Path:
         packages = Path(subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip())
         ours = sysconfig.get_path("purelib")
         (packages / "this-project.pth").write_text(f"import site; site.addsitedir({ours!r})\n")
-        install = [sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", _PACKAGE]
+        install = [sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", PACKAGE]
         subprocess.run([*install, "--quiet", "--disable-pip-version-check"], check=True)
         ready.touch()
     return folder

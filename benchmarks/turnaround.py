@@ -23,10 +23,10 @@ from benchmarks.plain_sweep import RESULTS_FILE
 from benchmarks.ways import CHIP, SIGMA, row_order
 from halora.records.store import Store
 from halora.spaces.sweep import SweepConfig, load_sweep
-from halora.trainable import Workbench, past_reports
+from halora.trainable import Workbench
 from halora.training.batches import pack_answer
 from halora.training.models import find_model
-from halora.trial import RESULT_FILE
+from halora.trial import RESULT_FILE, past_reports
 
 
 def main() -> None:

@@ -83,12 +83,13 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def tiny_task(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder of JSONL files: 64 training and 24 validation questions on sums and colours, 2 to 5 options each."""
+    """A folder of JSONL files: 64 training, 24 validation and 24 test questions on sums and colours, 2 to 5 options."""
     folder = tmp_path_factory.mktemp("tasks") / "tiny"
     folder.mkdir()
-    records = [_sum_record(i) if i % 2 else _colour_record(i) for i in range(88)]
+    records = [_sum_record(i) if i % 2 else _colour_record(i) for i in range(112)]
     _write_rows(folder / "train.jsonl", records[:64])
-    _write_rows(folder / "validation.jsonl", records[64:])
+    _write_rows(folder / "validation.jsonl", records[64:88])
+    _write_rows(folder / "test.jsonl", records[88:])
     return str(folder)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import optuna
 import pytest
 import yaml
+from records_audit import differences
 
 HALORA = Path(sys.executable).parent / "halora"
 STEPS, TRIALS = 12, 10
@@ -97,12 +98,12 @@ def _runs(store, name, kind="trial"):
     return found, losses
 
 
-def _check_whole(store, name):
+def _check_whole(store, name, count=TRIALS):
     """Every number ended exactly once in both stores, its metrics without gap, nothing left running."""
     trials, (runs, losses) = _study(store, name), _runs(store, name)
-    assert [trial.number for trial in trials] == list(range(TRIALS))
+    assert [trial.number for trial in trials] == list(range(count))
     assert {trial.state.name for trial in trials} == {"COMPLETE", "PRUNED"}
-    assert sorted(int(run.data.tags["halora.trial"]) for run in runs) == list(range(TRIALS))
+    assert sorted(int(run.data.tags["halora.trial"]) for run in runs) == list(range(count))
     assert {run.info.status for run in [*runs, *_runs(store, name, "sweep")[0]]} == {"FINISHED"}
     assert len(_runs(store, name, "sweep")[0]) == 1
     for run in runs:
@@ -166,14 +167,28 @@ def _kill_and_resume(store, name, launch, kills, seed):
         return killed
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
-def test_kills_at_random_moments_lose_and_repeat_nothing(undisturbed, store, files, kills):
-    name = f"disturbed-{kills}"
-    path, table = files(name)
-    assert _kill_and_resume(store, name, ["sweep", "launch", path, "--simulate", table], kills, seed=kills) >= 1
-    trials = _check_whole(store, name)
-    whole = _study(store, "undisturbed")
-    assert [trial.params for trial in trials] == [trial.params for trial in whole]
+def _check_disturbed(store, name, whole, count=TRIALS):
+    trials = _check_whole(store, name, count)
+    assert [trial.params for trial in trials] == [trial.params for trial in _study(store, whole)]
+    assert differences(f"sqlite:///{store / 'mlflow.db'}", name, store / "sweeps" / name / "records.jsonl") == []
+    code, out, _ = _halora(store, "sweep", "status", name, "--format", "json")
+    (row,) = json.loads(out)
+    assert (code, row["finished"] + row["stopped"], row["unfinished"], row["waiting"]) == (0, count, 0, 0)
+
+
+def test_kills_at_random_moments_lose_and_repeat_nothing(undisturbed, store, files):
+    path, table = files("disturbed")
+    assert _kill_and_resume(store, "disturbed", ["sweep", "launch", path, "--simulate", table], 2, seed=2) >= 1
+    _check_disturbed(store, "disturbed", "undisturbed")
+
+
+@pytest.mark.slow
+def test_twenty_kills_of_a_long_sweep_lose_and_repeat_nothing(store, files):
+    path, table = files("long", trials=150)
+    assert _halora(store, "sweep", "launch", path, "--simulate", table)[0] == 0
+    path, table = files("disturbed-long", trials=150)
+    assert _kill_and_resume(store, "disturbed-long", ["sweep", "launch", path, "--simulate", table], 20, seed=20) == 20
+    _check_disturbed(store, "disturbed-long", "long", 150)
 
 
 def test_reconciling_shows_and_mends_what_differs(undisturbed, store, tmp_path):

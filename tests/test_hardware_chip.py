@@ -42,6 +42,17 @@ def test_a_chip_is_read_from_a_yaml_file(tmp_path):
     assert load_chip({"preset": str(path), "adc": {"bits": 5}}).adc.bits == 5
 
 
+def test_a_chip_file_may_lay_overrides_over_a_preset(tmp_path):
+    overrides = {"name": "mine", "tile": {"rows": 128}}
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump({"preset": BASE, **overrides}))
+    assert load_chip(str(path)) == load_chip({"preset": BASE, **overrides})
+    assert load_chip({"preset": str(path), "adc": {"bits": 5}}).tile.rows == 128
+    path.write_text(yaml.safe_dump({"preset": "halora-2025"}))
+    with pytest.raises(UserError, match=r"mine\.yaml': no preset 'halora-2025'; did you mean 'halora-2026'\?"):
+        load_chip(str(path))
+
+
 @pytest.mark.parametrize(
     "change",
     [

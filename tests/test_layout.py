@@ -22,6 +22,7 @@ LAYERS = (
     {"analysis"},
     {"records"},
     {"sweep"},
+    {"selection"},
     {"dashboard"},
     {"cli"},
 )
@@ -64,7 +65,7 @@ def test_imports_run_one_way():
     ("library", "importers"),
     [
         ("ray", {"peers", "trainable", "sweep.executor"}),
-        ("mlflow", {"records.queries", "records.tracking", "dashboard.mlflow_app"}),
+        ("mlflow", {"records.queries", "records.registry", "records.tracking", "dashboard.mlflow_app"}),
         (
             "fastapi",
             {f"dashboard.{page}" for page in ["app", "chip", "compare", "mlflow_app", "sweep", "sweeps", "trial"]},
@@ -72,7 +73,7 @@ def test_imports_run_one_way():
         ("optuna", {"sweep.study", "sweep.samplers", "analysis.importance"}),
         ("moocore", {"analysis.front"}),
         ("sklearn", {"sweep.table"}),
-        ("scipy", {"sweep.samplers"}),
+        ("scipy", {"selection.certificate", "sweep.samplers"}),
         ("deepspeed", {"training.engine", "training.checkpoint", "training.workers"}),
         ("peft", {"training.adapter"}),
     ],

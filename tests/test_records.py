@@ -104,6 +104,15 @@ def test_the_recorded_names_are_frozen():
         "FRONT_PNG": "front.png",
         "REPORT_FILE": "report.html",
         "COMPARISON_FILE": "comparison.json",
+        "CERTIFICATION_FOLDER": "selection/attempt-{attempt:02d}",
+        "CERTIFICATION_FILE": "certification.json",
+        "CANDIDATE": "candidate",
+        "CHAMPION": "champion",
+        "ATTEMPT": "halora.attempt",
+        "ADAPTER_SHA256": "halora.adapter_sha256",
+        "GATE": "halora.gate.{gate}",
+        "YIELD_BOUND": "halora.yield_bound",
+        "REPLACED": "halora.replaced",
     }
 
 

@@ -117,9 +117,9 @@ def _many(recorder, folder, sweep):
     [
         (None, ["0 of 12", "No trial has been scored yet"]),
         (_one, ["1 of 12", "cheapest"]),
-        (_all_infeasible, ["3 of 12", "Break a constraint", "energy_uj_per_token by 1.5"]),
+        (_all_infeasible, ["3 of 12", "breaks a constraint", "Break a constraint", "energy_uj_per_token by 1.5"]),
         (_all_failed, ["0 of 12", "Failed", HOSTILE]),
-        (_not_numbers, ["3 of 12", "Finished without a score that is a number", "No trial has been scored yet"]),
+        (_not_numbers, ["3 of 12", "Finished without a score that is a number", "No trial has a score"]),
         (_many, ["9 of 12", "Closing comparison", "+0.100 [+0.050 .. +0.150]", "What matters", HOSTILE]),
     ],
 )

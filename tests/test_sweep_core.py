@@ -148,6 +148,24 @@ def test_the_journal_holds_how_trials_ended(sweep, store):
     assert open_core(sweep, store).suggest().number == 3  # a failed trial is not tried again
 
 
+def test_a_trial_that_loses_its_worker_is_handed_out_again_but_not_for_ever(sweep, store):
+    core = open_core(sweep, store)
+    job = core.suggest()
+    for _ in range(2):
+        assert core.on_loss(job.number)
+        assert core.suggest() == job
+    other = open_core(sweep, store)  # what was lost under another process counts
+    assert other.suggest() == job
+    other.on_report(job.number, {"stage": "training", "step": 1})
+    for _ in range(2):
+        assert other.on_loss(job.number)
+        assert other.suggest() == job
+    assert not other.on_loss(job.number)
+    other.on_failure(job.number)
+    assert other.counts()["failed"] == 1
+    assert other.suggest().number == 1
+
+
 def test_a_stop_request_of_another_process_pauses_everything(sweep, store):
     driver, other = open_core(sweep, store), open_core(sweep, store)
     running = driver.suggest()

@@ -10,20 +10,21 @@ import pytest
 from optuna.storages import InMemoryStorage
 
 from halora.analysis.front import ranks
+from halora.analysis.racing import chip_estimates, front_probabilities
 from halora.errors import UserError
 from halora.spaces.search import Budget, Constraint, Racing, SearchSettings
 from halora.spaces.sweep import load_sweep
 from halora.sweep.analytic import FUNCTIONS, AnalyticCurves
 from halora.sweep.core import DecisionCore
-from halora.sweep.problem import Level
 from halora.sweep.samplers import History
 from halora.sweep.simulator import SimulatedClock, simulate
 from halora.sweep.study import State, SweepStudy
 from halora.sweep.table import read_table
+from halora.trial import Goal
 
 CURVES = AnalyticCurves(FUNCTIONS["zdt1"], curve="saturating", chip_std=0.02)
 NOISY = AnalyticCurves(FUNCTIONS["zdt1"], chip_std=0.8)
-LEVELS = [Level(3, 2), Level(9, 2), Level(27, 4)]
+LEVELS = [Goal(3, 2), Goal(9, 2), Goal(27, 4)]
 
 
 def _problem(curves=CURVES, *, trials=30, sampler="random", **changes):
@@ -142,7 +143,7 @@ def _disturbed(problem, storage, kills, seed):
             continue
 
 
-@pytest.mark.parametrize("levels", [[Level(27, 4)], LEVELS])
+@pytest.mark.parametrize("levels", [[Goal(27, 4)], LEVELS])
 @pytest.mark.parametrize("sampler", ["random", "qmc", "tpe"])
 def test_crashes_at_random_moments_lose_and_repeat_nothing(levels, sampler, tmp_path):
     journal = optuna.storages.journal.JournalFileBackend(str(tmp_path / "journal"))
@@ -220,8 +221,9 @@ def test_a_race_spends_its_chips_on_the_undecided():
         expected = [NOISY.accuracy(trial.values, 27, chip) for chip in range(chips[trial.number])]
         assert trial.scores[-1]["accuracy_by_chip"] == expected
     before, _ = _run(_problem(NOISY, trials=20), curves=NOISY)
-    chance = before.front_probability()
-    undecided = [number for number, p in chance.items() if 0.05 < p < 0.95]
+    estimates = chip_estimates([trial.scores[-1]["accuracy_by_chip"] for trial in before.trials()])
+    chances = front_probabilities(*estimates, np.array([trial.energy_uj_per_token for trial in before.trials()]))
+    undecided = np.flatnonzero((chances > 0.05) & (chances < 0.95))
     assert any(chips[number] > 4 for number in undecided)
     settled, _ = _run(_problem(trials=20, racing=racing))  # hardly any noise
     assert {len(trial.scores[-1]["accuracy_by_chip"]) for trial in settled.trials()} == {4}

@@ -151,7 +151,7 @@ def test_a_lost_worker_ends_the_step_soon_and_by_name(workbench, tiny_trial, tmp
     assert len(_run(workbench, config, tmp_path / "next")) == 3  # with a new peer
 
 
-def test_a_lost_worker_fails_the_trial_and_not_the_trainable(workbench, tiny_trial, tmp_path):
+def test_a_lost_worker_ends_the_job_and_not_the_trainable(workbench, tiny_trial, tmp_path):
     (tmp_path / "lost").mkdir()
     (tmp_path / "next").mkdir()
     config = tiny_trial(**SETTINGS, workers=2)
@@ -161,7 +161,7 @@ def test_a_lost_worker_fails_the_trial_and_not_the_trainable(workbench, tiny_tri
     assert trainable.step()["stage"] == "training"
     os.kill(_peer_pid(trainable._training), signal.SIGKILL)
     report = trainable.step()
-    assert (report["stage"], report["done"]) == ("failed", True)
+    assert (report["stage"], report["done"]) == ("lost", True)
     assert report["cause"].startswith("worker 1 of 2 ended")
     trainable.reset_config({"number": 1, "folder": str(tmp_path / "next"), **job})
     assert trainable.step()["stage"] == "training"

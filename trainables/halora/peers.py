@@ -22,7 +22,7 @@ _LAST_WORDS_S = 10.0
 
 
 class WorkerLostError(UserError):
-    """A worker of a trial ended, hung or failed by itself; the trial has failed with it."""
+    """A worker of a trial ended, hung or failed by itself; the trial can go on from its checkpoint with new ones."""
 
 
 class Peers:

@@ -21,16 +21,25 @@ from halora.errors import UserError
 from halora.evaluation.chips import ChipScores, evaluate
 from halora.evaluation.generation import check_scorable
 from halora.files import write_json
+from halora.hardware.addressing import Role
 from halora.peers import Peers, WorkerLostError
 from halora.training.adapter import attach_saved, detach
-from halora.training.checkpoint import latest_checkpoint
 from halora.training.engine import Finetuner, save_latest
 from halora.training.models import BaseModel, load_base
 from halora.training.prompts import prepared_rows
 from halora.training.rram import RramArray, install
 from halora.training.tasks import Row, Split, load_rows
 from halora.training.workers import Place, free_port, leaving_on_failure
-from halora.trial import REPORTS_FILE, RESULT_FILE, TRIAL_FILE, TrialConfig
+from halora.trial import (
+    REPORTS_FILE,
+    RESULT_FILE,
+    TRIAL_FILE,
+    Goal,
+    TrialConfig,
+    adapter_folder,
+    latest_checkpoint,
+    past_reports,
+)
 
 _LOADING_S = 1800.0
 """Longest wait for another worker to start and to load the base model."""
@@ -102,23 +111,34 @@ class Workbench:
         self._loaded = None
 
     def evaluate(
-        self, config: TrialConfig, adapter: Path | None, *, first_row: int = 0, first_chip: int = 0
+        self,
+        config: TrialConfig,
+        adapter: Path | None,
+        *,
+        first_row: int = 0,
+        first_chip: int = 0,
+        split: Split = "validation",
+        role: Role = Role.SEARCH,
     ) -> ChipScores:
-        """Score a stored adapter on chip instances of the search pool.
+        """Score a stored adapter on chip instances.
 
         Args:
             config: The trial.
             adapter: Folder of the adapter; none for the bare base.
-            first_row: Validation rows to leave out before `config.evaluation.rows` are taken.
+            first_row: Rows to leave out before `config.evaluation.rows` are taken.
             first_chip: Number of the first chip instance.
+            split: Where the rows come from.
+            role: Pool of the chip instances.
         """
         settings = config.evaluation
-        rows = self.scored_rows(config, first_row)
+        rows = self.scored_rows(config, first_row, split)
         calibration_rows = self.training_rows(config, settings.calibration_tokens)
         base, array = self.base(config)
         peft_model = attach_saved(base, adapter, config.chip.lora.weight_bits) if adapter else None
         try:
-            return evaluate(base, array, config.chip, rows, calibration_rows, settings, first_chip=first_chip)
+            return evaluate(
+                base, array, config.chip, rows, calibration_rows, settings, role=role, first_chip=first_chip
+            )
         finally:
             array.clear()
             if peft_model is not None:
@@ -128,15 +148,15 @@ class Workbench:
         """Training rows, ready for the trial's model."""
         return prepared_rows(task_rows(config.task, "train", limit), self.base(config)[0], config.prompt_format)
 
-    def scored_rows(self, config: TrialConfig, first_row: int = 0) -> list[Row]:
-        """Validation rows that the trial is scored on, ready for its model.
+    def scored_rows(self, config: TrialConfig, first_row: int = 0, split: Split = "validation") -> list[Row]:
+        """Rows that the trial is scored on, ready for its model.
 
         Raises:
             UserError: They do not fit the model or cannot be scored the asked way.
         """
         settings = config.evaluation
         until = None if settings.rows is None else first_row + settings.rows
-        rows = task_rows(config.task, "validation", until)[first_row:]
+        rows = task_rows(config.task, split, until)[first_row:]
         check_scorable(rows, settings.scoring, settings.answer_pattern)
         new_tokens = settings.max_new_tokens if settings.scoring == "generation" else 0
         return prepared_rows(rows, self.base(config)[0], config.prompt_format, new_tokens)
@@ -229,18 +249,29 @@ class ScoringJob:
     Attributes:
         config: The trial, with the evaluation settings to use.
         adapter: Folder of the adapter; none for the bare base.
-        first_row: Validation rows to leave out before `config.evaluation.rows` are taken.
+        first_row: Rows to leave out before `config.evaluation.rows` are taken.
         first_chip: Number of the first chip instance.
+        split: Where the rows come from.
+        role: Pool of the chip instances.
     """
 
     config: TrialConfig
     adapter: Path | None
     first_row: int = 0
     first_chip: int = 0
+    split: Split = "validation"
+    role: Role = Role.SEARCH
 
     def run(self) -> ChipScores:
         """Score on this process's workbench."""
-        return _workbench().evaluate(self.config, self.adapter, first_row=self.first_row, first_chip=self.first_chip)
+        return _workbench().evaluate(
+            self.config,
+            self.adapter,
+            first_row=self.first_row,
+            first_chip=self.first_chip,
+            split=self.split,
+            role=self.role,
+        )
 
 
 @cache
@@ -254,48 +285,12 @@ def task_rows(task: str, split: Split, limit: int | None) -> tuple[Row, ...]:
     return tuple(load_rows(task, split, limit))
 
 
-def adapter_folder(folder: Path) -> Path | None:
-    """The trained adapter in a trial's folder, in PEFT's format."""
-    checkpoint = latest_checkpoint(folder)
-    return checkpoint / "adapter" if checkpoint else None
-
-
-def past_reports(folder: Path) -> list[dict[str, float]]:
-    """Reports of a trial up to its latest checkpoint, by step; whoever asked for them may have ended meanwhile."""
-    checkpoint, written = latest_checkpoint(folder), folder / REPORTS_FILE
-    if checkpoint is None or not written.exists():
-        return []
-    reached = json.loads((checkpoint / "progress.json").read_text())["step"]
-    return [report for report in json.loads(written.read_text()) if report["step"] <= reached]
-
-
-@dataclass(frozen=True)
-class Goal:
-    """What a trial is to be brought to.
-
-    Attributes:
-        steps: Optimiser steps taken by then.
-        chip_instances: Chip instances scored by then, 0 .. n-1.
-        rows: Validation rows scored; all of them for none.
-        first_chip: First chip instance to score; the result in the trial's folder has those before it.
-    """
-
-    steps: int
-    chip_instances: int
-    rows: int | None = None
-    first_chip: int = 0
-
-    def config(self, config: TrialConfig) -> TrialConfig:
-        """The trial, to be scored on the rows and the number of chips that are left."""
-        left = {"rows": self.rows, "chip_instances": self.chip_instances - self.first_chip}
-        return config.model_copy(update={"evaluation": config.evaluation.model_copy(update=left)})
-
-
 class HaloraTrainable(tune.Trainable):
     """Ray Tune's view of a job: bringing a trial to a goal.
 
     The `config` given by the executor holds `number`, `folder`, `trial` (a resolved `TrialConfig`) and `goal`. Reports
-    carry `number`, `stage` (`training`, `evaluated` or `failed`) and metrics; a failed trial says its `cause`.
+    carry `number`, `stage` (`training`, `evaluated`, `lost` or `failed`) and metrics; a trial that lost another of its
+    workers, or failed, says its `cause`.
     """
 
     def setup(self, config: dict[str, Any]) -> None:
@@ -314,6 +309,9 @@ class HaloraTrainable(tune.Trainable):
         """Train up to the next report, or evaluate once training is done."""
         try:
             return {"number": self._number, **self._step()}
+        except WorkerLostError as error:
+            self._end_training()
+            return {"number": self._number, "stage": "lost", "cause": str(error), "done": True}
         except (UserError, FloatingPointError) as error:  # this trial's own fault; the actor stays usable
             self._end_training()
             return {"number": self._number, "stage": "failed", "cause": str(error), "done": True}

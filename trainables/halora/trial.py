@@ -1,5 +1,8 @@
-"""The full, resolved description of one trial: what is logged, hashed and needed to repeat it."""
+"""The full, resolved description of one trial: what is logged, hashed and needed to repeat it; and its folder."""
 
+import json
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -49,6 +52,49 @@ class TrialConfig(Frozen):
         if problems:
             raise UserError(problems)
         return self
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a trial is to be brought to.
+
+    Attributes:
+        steps: Optimiser steps taken by then.
+        chip_instances: Chip instances scored by then, 0 .. n-1.
+        rows: Validation rows scored; all of them for none.
+        first_chip: First chip instance to score; those before it are scored already.
+    """
+
+    steps: int
+    chip_instances: int
+    rows: int | None = None
+    first_chip: int = 0
+
+    def config(self, config: TrialConfig) -> TrialConfig:
+        """The trial, to be scored on the rows and the number of chips that are left."""
+        left = {"rows": self.rows, "chip_instances": self.chip_instances - self.first_chip}
+        return config.model_copy(update={"evaluation": config.evaluation.model_copy(update=left)})
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint below a trial's folder."""
+    found = sorted(folder.glob("step-*/progress.json"))
+    return found[-1].parent if found else None
+
+
+def adapter_folder(folder: Path) -> Path | None:
+    """The trained adapter in a trial's folder, in PEFT's format."""
+    checkpoint = latest_checkpoint(folder)
+    return checkpoint / "adapter" if checkpoint else None
+
+
+def past_reports(folder: Path) -> list[dict[str, float]]:
+    """Reports of a trial up to its latest checkpoint, by step; whoever asked for them may have ended meanwhile."""
+    checkpoint, written = latest_checkpoint(folder), folder / REPORTS_FILE
+    if checkpoint is None or not written.exists():
+        return []
+    reached = json.loads((checkpoint / "progress.json").read_text())["step"]
+    return [report for report in json.loads(written.read_text()) if report["step"] <= reached]
 
 
 def trial_energy(config: TrialConfig) -> EnergyBreakdown:

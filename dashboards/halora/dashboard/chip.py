@@ -9,7 +9,8 @@ from pydantic import ValidationError
 from starlette.datastructures import QueryParams
 from starlette.responses import HTMLResponse
 
-from halora.analysis.charts import Chart, beside_chart
+from halora.analysis.charts import Chart
+from halora.analysis.trial_charts import beside_chart
 from halora.dashboard.site import Site, is_fragment
 from halora.errors import UserError
 from halora.hardware.baselines import baselines

@@ -1,6 +1,7 @@
 """The page's own server."""
 
 import ipaddress
+import signal
 import socket
 import sys
 
@@ -28,6 +29,8 @@ def serve(store: Store, host: str, port: int, *, allow_register: bool = False) -
     app = create_app(store, hosts=names, allow_register=allow_register)
     shown = f"[{host}]" if ":" in host else host
     print(f"http://{shown}:{listening.getsockname()[1]}/", file=sys.stderr, flush=True)
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, lambda *_: None)  # uvicorn's own, which it raises again once it has ended, end nothing more
     uvicorn.Server(uvicorn.Config(app, log_level="warning", server_header=False, lifespan="off")).run([listening])
 
 

@@ -9,7 +9,8 @@ import numpy as np
 from fastapi import APIRouter, Request
 from starlette.responses import RedirectResponse, Response
 
-from halora.analysis.charts import Chart, beside_chart, loss_chart, noise_chart
+from halora.analysis.charts import Chart, noise_chart
+from halora.analysis.trial_charts import beside_chart, loss_chart
 from halora.analysis.trials import Answers, TrialPoint
 from halora.dashboard.reading import Snapshot
 from halora.dashboard.site import Site
@@ -18,7 +19,7 @@ from halora.errors import UserError
 from halora.hardware.shapes import ModelShape, known_shape
 from halora.records.journal import Entry, entries_of
 from halora.records.names import ENERGY, SCORE_METRICS, VIOLATION
-from halora.records.publishing import baselines_of
+from halora.records.publishing import baseline_energies
 
 _TAIL_LINES = 60
 
@@ -152,7 +153,7 @@ def _charts(
     prefix = f"{ENERGY}."
     own = {name.removeprefix(prefix): value for name, value in point.metrics.items() if name.startswith(prefix)}
     shape = _shape_here(str(point.labels.get("model", "")))
-    named = baselines_of(snapshot.sweep, shape) if shape else {}
+    named = baseline_energies(snapshot.sweep.resolve(point.params), shape) if shape else {}
     groups = snapshot.view.groups
     scored = [*groups.feasible, *groups.violating]
     levels = {level for each in scored if isinstance(level := each.labels.get("noise_level"), int | float)}

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import groupby
-from math import isfinite, nan
+from math import log10
 from types import MappingProxyType
 from typing import Any
 
@@ -22,9 +22,9 @@ _MOST_SHOWN = 5000
 """Dominated trials drawn; beyond that the best are."""
 _UNDECIDED = 0.05
 """Probability of being on the front from which a dominated trial is shown as one that might be."""
-_NEUTRAL = "#808080"  # seen on white and on black
+NEUTRAL = "#808080"  # seen on white and on black
 MARK_COLOUR = "#CC79A7"
-_PLAIN_STYLES = (
+PLAIN_STYLES = (
     ("#0072B2", "circle"),
     ("#E69F00", "square"),
     ("#009E73", "diamond"),
@@ -63,10 +63,10 @@ def front_chart(
     sure = [p for p in dominated if view.probability[p.number] < _UNDECIDED]
     if others:
         pale = _trials(others[:most], "does not qualify", "", view, _Style(opacity=0.35, size=6, bars=False))
-        pale["marker"] |= {"symbol": "circle-open", "color": _NEUTRAL}
+        pale["marker"] |= {"symbol": "circle-open", "color": NEUTRAL}
         data.append(pale)
     if view.members:
-        data.append(staircase(view.members, upwards, _NEUTRAL))
+        data.append(staircase(view.members, upwards, NEUTRAL))
     for group, name, style in (
         (sure, "dominated", _Style(opacity=0.5, size=7, bars=False)),
         (maybe, "perhaps on the front", _Style(opacity=0.75, size=9)),
@@ -85,11 +85,11 @@ def front_chart(
         broken["marker"] |= {"symbol": "x-thin", "line": {"width": 2, "color": "#D55E00"}}
         data.append(broken)
     if view.knee:
-        data.append(_ring([view.knee], f"knee: trial {view.knee.number}", upwards, _NEUTRAL, 20))
+        data.append(_ring([view.knee], f"knee: trial {view.knee.number}", upwards, NEUTRAL, 20))
     if marked:
         data.append(_ring(marked, "shortlist", upwards, MARK_COLOUR, 26))
     what = "accuracy under noise (95 % interval)" if upwards == "accuracy" else upwards.replace("_", " ")
-    return {"data": data, "layout": _layout("energy per token (µJ)", what, log_x=True)}
+    return _with_room({"data": data, "layout": chart_layout("energy per token (µJ)", what, log_x=True)})
 
 
 def staircase(members: Sequence[TrialPoint], upwards: str, colour: str) -> Chart:
@@ -108,7 +108,7 @@ def staircase(members: Sequence[TrialPoint], upwards: str, colour: str) -> Chart
 def fronts_chart(fronts: Mapping[str, FrontView], reference: tuple[float, float]) -> Chart:
     """Several fronts and the accuracy and energy their hypervolumes are measured from."""
     data: list[Chart] = []
-    for (name, view), (colour, symbol) in zip(fronts.items(), _PLAIN_STYLES * len(fronts), strict=False):
+    for (name, view), (colour, symbol) in zip(fronts.items(), PLAIN_STYLES * len(fronts), strict=False):
         if view.members:
             data.append(staircase(view.members, "accuracy", colour))
             trace = _trials(view.members, name, "", view, _Style(opacity=1.0, size=9, filled=True))
@@ -121,11 +121,11 @@ def fronts_chart(fronts: Mapping[str, FrontView], reference: tuple[float, float]
             "name": "reference point",
             "x": [reference[1]],
             "y": [reference[0]],
-            "marker": {"symbol": "cross-thin", "size": 12, "line": {"width": 2, "color": _NEUTRAL}},
+            "marker": {"symbol": "cross-thin", "size": 12, "line": {"width": 2, "color": NEUTRAL}},
             "hovertemplate": "accuracy %{y:.4f}, %{x:.4g} µJ<extra>reference point</extra>",
         }
     )
-    return {"data": data, "layout": _layout("energy per token (µJ)", "accuracy under noise", log_x=True)}
+    return {"data": data, "layout": chart_layout("energy per token (µJ)", "accuracy under noise", log_x=True)}
 
 
 def noise_chart(points: Sequence[TrialPoint], field: str, title: str, *, marked: Sequence[TrialPoint] = ()) -> Chart:
@@ -154,7 +154,7 @@ def noise_chart(points: Sequence[TrialPoint], field: str, title: str, *, marked:
     rings = [(x, p) for x, p in known if p in marked]
     for x, p in rings:
         data.append(_ring([p], f"trial {p.number}", "accuracy", MARK_COLOUR, 18) | {"x": [x]})
-    return {"data": data, "layout": _layout(title, "accuracy under noise")}
+    return _with_room({"data": data, "layout": chart_layout(title, "accuracy under noise")})
 
 
 def energy_chart(view: FrontView) -> Chart:
@@ -174,7 +174,7 @@ def energy_chart(view: FrontView) -> Chart:
         }
         for i, name in enumerate(components)
     ]
-    layout = _layout("", "energy per token (µJ)") | {"barmode": "stack"}
+    layout = chart_layout("", "energy per token (µJ)") | {"barmode": "stack"}
     layout["xaxis"] |= {"type": "category"}
     return {"data": data, "layout": layout}
 
@@ -197,65 +197,26 @@ def importance_chart(summary: SweepSummary) -> Chart:
         for (metric, shares), colour in zip(summary.importance.items(), _COMPONENT_COLOURS, strict=False)
         if shares
     ]
-    layout = _layout("share of the importance", "") | {"barmode": "group", "height": 140 + 44 * len(paths)}
+    layout = chart_layout("share of the importance", "") | {"barmode": "group", "height": 140 + 44 * len(paths)}
     layout["yaxis"] |= {"type": "category"}
     return {"data": data, "layout": layout}
 
 
 def hypervolume_chart(volumes: Sequence[float]) -> Chart:
     """The hypervolume over finished trials, in the order they ended."""
+    colour = "#0072B2"
     line = {
         "type": "scatter",
         "mode": "lines" if len(volumes) > 1 else "markers",
-        "line": {"shape": "hv", "color": "#0072B2"},
+        "line": {"shape": "hv", "color": colour},
+        "marker": {"size": 9, "color": colour},
+        "cliponaxis": False,
     }
     data = [{**line, "x": list(range(1, len(volumes) + 1)), "y": list(volumes), "showlegend": False}]
-    layout = _layout("trials finished", "hypervolume (accuracy × µJ)")
+    layout = chart_layout("trials finished", "hypervolume (accuracy × µJ)")
     layout["yaxis"] |= {"rangemode": "tozero"}
+    layout["xaxis"] |= {"tickformat": "d", "nticks": min(len(volumes) + 2, 12), "rangemode": "nonnegative"}
     return {"data": data, "layout": layout}
-
-
-def loss_chart(reports: Sequence[tuple[int, Mapping[str, float]]]) -> Chart:
-    """Training losses over optimiser steps, and the noise trained under on an axis of its own."""
-    names = {"train_loss": "loss", "train_task_loss": "task loss", "train_reg_loss": "regulariser"}
-    data = []
-    for (metric, name), (colour, _) in zip(names.items(), _PLAIN_STYLES, strict=False):
-        known = [(step, metrics[metric]) for step, metrics in reports if isfinite(metrics.get(metric, nan))]
-        if known:
-            line = {"x": [step for step, _ in known], "y": [value for _, value in known], "line": {"color": colour}}
-            mode = "lines+markers" if len(known) < 30 else "lines"
-            data.append({"type": "scatter", "mode": mode, "name": name, **line})
-    return {"data": data, "layout": _layout("optimiser step", "loss (nats)")}
-
-
-def beside_chart(own_uj: Mapping[str, float], named_uj: Mapping[str, float], name: str) -> Chart:
-    """Energy per token by component, as one bar, over those of named baselines on the same logarithmic axis.
-
-    Args:
-        own_uj: Microjoule per token by component.
-        named_uj: Microjoule per token by baseline.
-        name: What the components are of.
-    """
-    rows = {f"{name}: {part}": value for part, value in own_uj.items() if value > 0}
-    rows = dict(sorted(rows.items(), key=lambda item: item[1]))
-    rows |= {f"{name}: total": sum(own_uj.values())} | dict(sorted(named_uj.items(), key=lambda item: item[1]))
-    colours = [_NEUTRAL if text in named_uj else "#0072B2" if text.endswith(": total") else "#56B4E9" for text in rows]
-    bar = {
-        "type": "bar",
-        "orientation": "h",
-        "x": list(rows.values()),
-        "y": [escape(text) for text in rows],
-        "marker": {"color": colours},
-        "text": [f"{value:.3g}" for value in rows.values()],
-        "textposition": "outside",
-        "cliponaxis": False,
-        "hovertemplate": "%{y}<br>%{x:.4g} µJ<extra></extra>",
-        "showlegend": False,
-    }
-    layout = _layout("energy per token (µJ)", "", log_x=True) | {"height": 90 + 26 * len(rows)}
-    layout["yaxis"] |= {"type": "category"}
-    layout["margin"] |= {"r": 60}
-    return {"data": [bar], "layout": layout}
 
 
 def by_method(points: Sequence[TrialPoint]) -> list[tuple[str, list[TrialPoint]]]:
@@ -276,7 +237,7 @@ def label_styles(points: Sequence[TrialPoint], label: str) -> dict[str, tuple[st
     if label == "method":
         return {method: (METHOD_COLOURS[method], _SYMBOLS[method]) for method in METHOD_COLOURS}
     names = sorted({str(point.labels.get(label, "other")) for point in points})
-    return {name: _PLAIN_STYLES[place % len(_PLAIN_STYLES)] for place, name in enumerate(names)}
+    return {name: PLAIN_STYLES[place % len(PLAIN_STYLES)] for place, name in enumerate(names)}
 
 
 def described(point: TrialPoint) -> str:
@@ -350,11 +311,30 @@ def _trials(
     return trace
 
 
-def _layout(x: str, y: str, *, log_x: bool = False) -> Chart:
+def _with_room(chart: Chart) -> Chart:
+    """The chart with a narrow range around values that are all the same, where Plotly's own is two units wide."""
+    shown: dict[str, set[float]] = {"x": set(), "y": set()}
+    for trace in chart["data"]:
+        shown["x"] |= set(trace["x"])
+        shown["y"] |= set(trace["y"])
+        if bars := trace.get("error_y"):
+            shown["y"] |= {y + up for y, up in zip(trace["y"], bars["array"], strict=True)}
+            shown["y"] |= {y - down for y, down in zip(trace["y"], bars["arrayminus"], strict=True)}
+    for name, values in shown.items():
+        if len(values) == 1 and (value := values.pop()):
+            axis = chart["layout"][f"{name}axis"]
+            ends = sorted((0.9 * value, 1.1 * value))
+            axis["range"] = [log10(end) for end in ends] if axis.get("type") == "log" else ends
+    return chart
+
+
+def chart_layout(x: str, y: str, *, log_x: bool = False) -> Chart:
+    """How every chart looks, with the titles of its axes."""
     grid = {"gridcolor": "#e6e6e6", "zerolinecolor": "#cccccc", "automargin": True}
     return {
         "template": "none",
         "height": 420,
+        "showlegend": True,
         "margin": {"l": 70, "r": 20, "t": 20, "b": 60},
         "font": {"family": "system-ui, sans-serif", "size": 13},
         "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},

@@ -80,13 +80,17 @@ def knee(members: Sequence[TrialPoint], objectives: Sequence[Objective] = DEFAUL
     With objectives scaled to the front's own range that is the one with the largest sum of gains. None where fewer
     than three different points leave nothing between the extremes.
     """
-    table = values(members, objectives)
-    if len(np.unique(table, axis=0)) < 3:
+    if len(np.unique(values(members, objectives), axis=0)) < 3:
         return None
-    losses = table * [-1 if each.maximise else 1 for each in objectives]
+    return members[int(knee_gains(members, objectives).argmax())]
+
+
+def knee_gains(members: Sequence[TrialPoint], objectives: Sequence[Objective] = DEFAULT_OBJECTIVES) -> np.ndarray:
+    """What each member of a front gains over its worst in every objective, scaled to the front's range and summed."""
+    losses = values(members, objectives) * [-1 if each.maximise else 1 for each in objectives]
     span = np.ptp(losses, axis=0)
-    gains = (losses.max(axis=0) - losses) / np.where(span > 0, span, 1)
-    return members[int(gains.sum(axis=1).argmax())]
+    gains: np.ndarray = ((losses.max(axis=0) - losses) / np.where(span > 0, span, 1)).sum(axis=1)
+    return gains
 
 
 def best(points: Sequence[TrialPoint]) -> TrialPoint | None:

@@ -9,7 +9,7 @@ import warnings
 
 import typer
 
-from halora.cli import dashboard, doctor, energy, front, noise, space, sweep, train, trial
+from halora.cli import adapter, dashboard, doctor, energy, front, noise, space, sweep, train, trial
 from halora.cli.output import talk
 from halora.errors import UnreachableError, UserError
 
@@ -23,6 +23,7 @@ app.add_typer(sweep.app, name="sweep")
 app.add_typer(space.app, name="space")
 app.add_typer(front.app, name="front")
 app.add_typer(trial.app, name="trial")
+app.add_typer(adapter.app, name="adapter")
 app.add_typer(noise.app, name="noise")
 app.command("train")(train.train)
 app.command("evaluate")(train.evaluate)

@@ -38,8 +38,8 @@ def train(
 
     from halora.files import write_json
     from halora.sweep.executor import ray_session
-    from halora.trainable import Workbench, adapter_folder
-    from halora.trial import RESULT_FILE, trial_energy
+    from halora.trainable import Workbench
+    from halora.trial import RESULT_FILE, adapter_folder, trial_energy
 
     workbench, num_peers = Workbench(), config.training.workers - 1
     try:
@@ -139,8 +139,7 @@ def _adapter_and_trial(adapter: Path) -> tuple[Path, dict[str, Any]]:
     Raises:
         UserError: There is no adapter.
     """
-    from halora.trainable import adapter_folder
-    from halora.trial import TRIAL_FILE
+    from halora.trial import TRIAL_FILE, adapter_folder
 
     folder = adapter_folder(adapter) or adapter
     weights, described = folder / "adapter_model.safetensors", folder / "adapter_config.json"

@@ -80,24 +80,25 @@ def _find(trial: str, folder: Path | None) -> "tuple[Store, str, TrialPoint]":
 
 
 def _agrees(store: Store, sweep: str, point: "TrialPoint") -> bool:
+    from halora.evaluation.agreement import agreement, as_scored
     from halora.records import names, queries
     from halora.records.tracking import open_client
-    from halora.sweep.recompute import recompute
+    from halora.trainable import Workbench
     from halora.trial import trial_energy
 
     client = open_client(store)
     run = queries.trial_run(client, sweep, point.number)
     config = queries.logged_config(client, run.info.run_id)
-    logged = queries.logged_json(client, run.info.run_id, names.SCORES_FILE)
+    logged = queries.logged_scores(client, run.info.run_id)
     energy = trial_energy(config).total_uj_per_token
     with TemporaryDirectory() as folder:
         adapter = queries.download_adapter(client, run, Path(folder))
-        again = recompute(config, adapter, logged)
+        again = agreement(config, logged, Workbench().evaluate(as_scored(config, logged), adapter))
     recorded = run.data.metrics[names.ENERGY]
     energy_agrees = abs(energy - recorded) <= 1e-9 * energy
     for what, ok, text in (
         ("energy", energy_agrees, f"{recorded:.6f} logged, {energy:.6f} µJ/token again"),
-        ("accuracy", again.agrees, again.describe()),
+        ("accuracy", again.agrees, str(again)),
     ):
         talk.print(
             f"{what}: {'agrees' if ok else 'DISAGREES'}: {text}",

@@ -56,6 +56,25 @@ FRONT_PNG = "front.png"
 REPORT_FILE = "report.html"
 COMPARISON_FILE = "comparison.json"
 
+# Selection: artifacts of the trial's run, below a folder of their own for each certification.
+CERTIFICATION_FOLDER = "selection/attempt-{attempt:02d}"
+CERTIFICATION_FILE = "certification.json"  # certificate, gates, robustness; the scores are in SCORES_FILE beside it
+
+# Selection: the model registry.
+CANDIDATE = "candidate"  # alias: passed every gate
+CHAMPION = "champion"  # alias: promoted by a person
+ATTEMPT = "halora.attempt"
+ADAPTER_SHA256 = "halora.adapter_sha256"
+GATE = "halora.gate.{gate}"
+YIELD_BOUND = "halora.yield_bound"
+REPLACED = "halora.replaced"  # version that was champion before this one
+
+
+def registered_name(model: str, task: str, chip: str, chip_hash: str) -> str:
+    """Name of a registered model: one chip's champion never stands in the way of another's."""
+    parts = (model, task, f"{chip}-{chip_hash[:8]}")
+    return "halora." + ".".join(re.sub(r"[^A-Za-z0-9_-]+", "-", part).strip("-") for part in parts)
+
 
 def identity(sweep: str, number: int | None) -> dict[str, str]:
     """Tags by which the run of a trial is found again, or the parent run of its sweep."""

@@ -21,6 +21,7 @@ from halora.records.ledger import Ledger
 from halora.records.store import SweepFolder
 from halora.spaces.sweep import SweepConfig
 from halora.training.models import model_shape
+from halora.trial import TrialConfig
 
 _RENEWAL_S = 30.0
 
@@ -38,7 +39,7 @@ def summarise(sweep: SweepConfig, ledger: Ledger) -> SweepSummary:
         front=view,
         importance=importance_of(view),
         hypervolume=volumes(view, (corner.accuracy, corner.energy_uj_per_token)),
-        baselines={model: _baselines(sweep, model) for model in sorted(models)},
+        baselines={model: baseline_energies(sweep.resolve({"model": model})) for model in sorted(models)},
         comparison=ledger.comparison,
         time=time.strftime("%Y-%m-%d %H:%M:%S %Z"),
     )
@@ -103,18 +104,19 @@ def front_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     return text.getvalue()
 
 
-def baselines_of(sweep: SweepConfig, shape: ModelShape) -> dict[str, float]:
-    """Energy per token of the named baselines that have a figure for the model, in microjoule."""
-    trial = sweep.resolve({})
+def baseline_energies(config: TrialConfig, shape: ModelShape | None = None) -> dict[str, float]:
+    """Energy per token of the named baselines that have a figure for a trial's model, in microjoule.
+
+    Args:
+        config: The trial.
+        shape: Dimensions of its model; looked up where they are not given, on the hub if need be.
+    """
+    try:
+        shape = shape or model_shape(config.model)
+    except UserError:
+        return {}
     found = {
-        name: baseline.energy_uj_per_token(shape, trial.chip.boundary, trial.evaluation.context_tokens)
+        name: baseline.energy_uj_per_token(shape, config.chip.boundary, config.evaluation.context_tokens)
         for name, baseline in baselines().items()
     }
     return {name: energy for name, energy in found.items() if energy is not None}
-
-
-def _baselines(sweep: SweepConfig, model: str) -> dict[str, float]:
-    try:
-        return baselines_of(sweep, model_shape(model))
-    except UserError:
-        return {}

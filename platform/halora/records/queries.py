@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
@@ -14,6 +14,9 @@ from mlflow.exceptions import MlflowException
 from halora.errors import UserError
 from halora.records import names
 from halora.trial import TrialConfig
+
+if TYPE_CHECKING:
+    from halora.evaluation.chips import ChipScores
 
 
 def trial_run(client: MlflowClient, sweep: str, number: int) -> Run:
@@ -45,17 +48,30 @@ def logged_config(client: MlflowClient, run_id: str) -> TrialConfig:
     return TrialConfig.model_validate_json(_text(client, run_id, names.CONFIG_FILE))
 
 
+def logged_scores(client: MlflowClient, run_id: str, name: str = names.SCORES_FILE) -> "ChipScores":
+    """Scores of a trial: by default those the search took."""
+    from halora.evaluation.chips import ChipScores
+
+    return ChipScores.from_json(logged_json(client, run_id, name))
+
+
 def logged_json(client: MlflowClient, run_id: str, name: str) -> Any:
     """A JSON artifact of a run."""
     return json.loads(_text(client, run_id, name))
 
 
+def adapter_model_id(run: Run) -> str | None:
+    """The logged model that holds a trial's adapter; None if the trial has none."""
+    outputs = run.outputs.model_outputs if run.outputs else ()
+    return str(outputs[0].model_id) if outputs else None
+
+
 def download_adapter(client: MlflowClient, run: Run, folder: Path) -> Path | None:
     """Copy a trial's adapter into `folder`; None if the trial has none."""
-    outputs = run.outputs.model_outputs if run.outputs else ()
-    if not outputs:
+    model_id = adapter_model_id(run)
+    if model_id is None:
         return None
-    location = client.get_logged_model(outputs[0].model_id).artifact_location
+    location = client.get_logged_model(model_id).artifact_location
     copy = download_artifacts(artifact_uri=location, dst_path=str(folder), tracking_uri=client.tracking_uri)
     return Path(copy)
 

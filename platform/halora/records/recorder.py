@@ -215,13 +215,14 @@ def _datasets(config: TrialConfig) -> list[dict[str, str]]:
     """The rows a trial trains on and is scored on, each with the digest of their text."""
     limits: dict[Split, int | None] = {"train": config.training.train_rows, "validation": config.evaluation.rows}
     try:
-        return [_dataset(config.task, split, limit) for split, limit in limits.items()]
+        return [dataset(config.task, split, limit) for split, limit in limits.items()]
     except UserError:
         return []  # the trial fails by the same mistake, and says so
 
 
 @lru_cache(maxsize=64)
-def _dataset(task: str, split: Split, limit: int | None) -> dict[str, str]:
+def dataset(task: str, split: Split, limit: int | None) -> dict[str, str]:
+    """The first rows of a split, by `name`, `split`, `rows` and the `digest` of their text."""
     rows = load_rows(task, split, limit)
     digest = hashlib.sha256("\n".join(map(repr, rows)).encode("utf-8", "surrogatepass")).hexdigest()[:32]
     return {"name": task, "split": split, "rows": str(len(rows)), "digest": digest}

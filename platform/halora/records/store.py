@@ -157,6 +157,11 @@ class SweepFolder:
         return self.root / "published"
 
     @property
+    def selection(self) -> Path:
+        """Certifications of its trials, and the scores they rest on."""
+        return self.root / "selection"
+
+    @property
     def lock_file(self) -> Path:
         """Locked by the process that runs the sweep."""
         return self.root / "driver.lock"

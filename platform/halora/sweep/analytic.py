@@ -15,7 +15,8 @@ import numpy as np
 from halora.hardware.addressing import derive_seed
 from halora.spaces.language import Distribution, Range
 from halora.spaces.search import Constraint, SearchSettings
-from halora.sweep.problem import Level, Problem
+from halora.sweep.problem import Problem
+from halora.trial import Goal
 
 _Point = tuple[float, ...]
 
@@ -99,7 +100,7 @@ class AnalyticCurves:
         }
         energy, loss = self.function.reference
         settings = {
-            "levels": lambda values: [Level(self.steps, chip_instances)],
+            "levels": lambda values: [Goal(self.steps, chip_instances)],
             "settings": SearchSettings(skip_unreachable=False),
             "accuracy_floor": 1 - loss - self.gap,
             "constraints": [Constraint.model_validate(f"{metric} >= 0") for metric in self.function.constraints],

@@ -14,6 +14,7 @@ from halora.evaluation.intervals import Interval, crossed_bootstrap
 from halora.records.store import SweepFolder
 from halora.spaces.sweep import Comparison, SweepConfig
 from halora.sweep.core import DecisionCore
+from halora.trial import adapter_folder
 
 UNTRAINED = "untrained"
 """The bare base among the contestants."""
@@ -106,7 +107,7 @@ def compare(
     Ray has to run, see `halora.sweep.executor.ray_session`.
     """
     from halora.sweep.executor import score_on_workers
-    from halora.trainable import ScoringJob, adapter_folder
+    from halora.trainable import ScoringJob
 
     comparison = sweep.comparison
     assert comparison is not None

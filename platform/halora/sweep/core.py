@@ -21,13 +21,15 @@ from halora.analysis.promotion import promotion_order
 from halora.analysis.racing import chip_estimates, front_probabilities, value_of_a_chip
 from halora.spaces.language import grid, size
 from halora.spaces.search import ENERGY
-from halora.sweep.problem import Level, Problem
+from halora.sweep.problem import Problem
 from halora.sweep.samplers import History, Proposal, make_sampler, propose
 from halora.sweep.study import Scores, State, SweepStudy, Trial, point_key
+from halora.trial import Goal
 
 _RE_ASKS = 20  # points that are skipped, or known already, before one is drawn at random
 _RANDOM_DRAWS = 200
 _ENOUGH_TRIALS = 10  # finished ones, before a configuration is called unreachable
+_MOST_LOST = 3  # workers a trial may lose without a report between; the last of them fails it
 _DECIDED = 0.01  # a place on the front is decided when its probability is this close to 0 or 1
 
 
@@ -49,16 +51,14 @@ class Job:
         energy_uj_per_token: Its energy, known before it is trained.
         goal: What to bring it to.
         final: Whether its training ends there.
-        first_chip: First chip instance to score; those before it are scored already.
         name: Tells it from the trial's other jobs.
     """
 
     number: int
     values: Mapping[str, Any]
     energy_uj_per_token: float
-    goal: Level
+    goal: Goal
     final: bool
-    first_chip: int
     name: str
 
 
@@ -82,7 +82,7 @@ class DecisionCore:
         self._problem, self._study = problem, study
         self._history = History(problem.settings.history, problem.reference[0], earlier)
         self._in_flight: dict[int, Job] = {}
-        self._levels: dict[int, Sequence[Level]] = {}
+        self._levels: dict[int, Sequence[Goal]] = {}
         self._clock_s, self._looked_s = clock_s, clock_s()
         self._over = False
         self._out_of_race: set[int] = set()
@@ -122,6 +122,8 @@ class DecisionCore:
 
     def on_report(self, number: int, report: Mapping[str, Any]) -> Decision:
         """Judge a trial's report on its way to a level."""
+        if (trial := self.trial(number)).lost_workers:
+            self._study.count_lost_workers(trial, 0)
         return Decision.PAUSE if self._study.stopping else Decision.CONTINUE
 
     def on_scores(self, number: int, scores: Scores) -> None:
@@ -144,6 +146,15 @@ class DecisionCore:
             if job.final:
                 self._finish(trial, scores)
         self._spend_time()
+
+    def on_loss(self, number: int) -> bool:
+        """Take the end of the worker that had a trial. Whether the trial goes on from its checkpoint; else it fails."""
+        trial = self.trial(number)
+        if trial.state is State.FINISHED or trial.lost_workers + 1 >= _MOST_LOST:
+            return False
+        self._study.count_lost_workers(trial, trial.lost_workers + 1)
+        self._in_flight.pop(number)
+        return True
 
     def on_failure(self, number: int) -> None:
         """Take a trial's failure. A finished trial whose race failed stays as it was."""
@@ -193,10 +204,6 @@ class DecisionCore:
         """Why fewer trials were begun than the sweep asks for; else empty."""
         return self._study.ended
 
-    def front_probability(self) -> dict[int, float]:
-        """How likely each finished trial that keeps its constraints lies on the front for its rows, by number."""
-        return _front_probability(_feasible(self.trials()))
-
     def steps_taken(self) -> int:
         """Optimiser steps over all trials, those of running jobs counted whole."""
         return self._steps(self.trials())
@@ -213,11 +220,8 @@ class DecisionCore:
 
     def _promotion(self, trials: Sequence[Trial], *, search_ends: bool = False) -> Job | None:
         """The best paused trial of the highest rung that has one among those to go on."""
-        rungs = max((len(trial.scores) for trial in trials if trial.state is not State.SKIPPED), default=0)
-        for rung in reversed(range(rungs)):
+        for rung in sorted({trial.level for trial in trials if trial.state is State.PAUSED}, reverse=True):
             reached = [t for t in trials if len(t.scores) > rung and t.state is not State.FAILED]
-            if not any(t.state is State.PAUSED and t.level == rung for t in reached):
-                continue
             quota = (ceil if search_ends else floor)(self._problem.keep * len(reached))
             if sum(trial.level > rung for trial in reached) >= quota:
                 continue  # else every newcomer that reorders the best would promote one more
@@ -317,12 +321,16 @@ class DecisionCore:
         racing = self._problem.racing
         if racing is None:
             return None
-        finished = _feasible(trials)
-        spent = sum(_chips(trial) - self._levels_of(trial)[-1].chip_instances for trial in finished)
-        chance = _front_probability(finished)
-        if spent >= racing.extra or all(min(p, 1 - p) < _DECIDED for p in chance.values()):
+        finished = [trial for trial in trials if trial.state is State.FINISHED and trial.violation <= 0]
+        if not finished:
             return None
-        values = value_of_a_chip(*_estimates(finished), np.array([_chips(trial) for trial in finished]))
+        spent = sum(_chips(trial) - self._levels_of(trial)[-1].chip_instances for trial in finished)
+        means, errors = chip_estimates([trial.scores[-1]["accuracy_by_chip"] for trial in finished])
+        energies = np.array([trial.energy_uj_per_token for trial in finished])
+        chances = front_probabilities(means, errors, energies)
+        if spent >= racing.extra or (np.minimum(chances, 1 - chances) < _DECIDED).all():
+            return None
+        values = value_of_a_chip(means, errors, energies, np.array([_chips(trial) for trial in finished]))
         racers = {
             i: values[i]
             for i, trial in enumerate(finished)
@@ -333,17 +341,17 @@ class DecisionCore:
         trial = finished[max(racers, key=racers.__getitem__)]
         whole = self._levels_of(trial)[-1]
         chips = min(_chips(trial) + racing.at_once, racing.most, _chips(trial) + racing.extra - spent)
-        goal = replace(whole, chip_instances=chips)
+        goal = replace(whole, chip_instances=chips, first_chip=_chips(trial))
         name = f"{trial.number:05d}-chips-{chips}"
-        return Job(trial.number, trial.values, trial.energy_uj_per_token, goal, True, _chips(trial), name)
+        return Job(trial.number, trial.values, trial.energy_uj_per_token, goal, True, name)
 
     def _job(self, trial: Trial) -> Job:
         levels = self._levels_of(trial)
         final = trial.level == len(levels) - 1
         name = f"{trial.number:05d}" if final else f"{trial.number:05d}-rung-{trial.level}"
-        return Job(trial.number, trial.values, trial.energy_uj_per_token, levels[trial.level], final, 0, name)
+        return Job(trial.number, trial.values, trial.energy_uj_per_token, levels[trial.level], final, name)
 
-    def _levels_of(self, trial: Trial) -> Sequence[Level]:
+    def _levels_of(self, trial: Trial) -> Sequence[Goal]:
         if trial.number not in self._levels:
             self._levels[trial.number] = self._problem.levels(trial.values)
         return self._levels[trial.number]
@@ -376,20 +384,3 @@ class DecisionCore:
 
 def _chips(trial: Trial) -> int:
     return len(trial.scores[-1]["accuracy_by_chip"])
-
-
-def _feasible(trials: Sequence[Trial]) -> list[Trial]:
-    return [trial for trial in trials if trial.state is State.FINISHED and trial.violation <= 0]
-
-
-def _front_probability(trials: Sequence[Trial]) -> dict[int, float]:
-    if not trials:
-        return {}
-    chances = front_probabilities(*_estimates(trials))
-    return {trial.number: float(chance) for trial, chance in zip(trials, chances, strict=True)}
-
-
-def _estimates(trials: Sequence[Trial]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Accuracies, their standard errors, and energies."""
-    means, errors = chip_estimates([trial.scores[-1]["accuracy_by_chip"] for trial in trials])
-    return means, errors, np.array([trial.energy_uj_per_token for trial in trials])

@@ -1,14 +1,16 @@
 """The Ray Tune adapter of the decision core. Ray runs trials and keeps nothing: storage is the truth."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import ray
 import torch
-from ray import tune
+from ray import cloudpickle, tune
+from ray.exceptions import RayTaskError
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
@@ -17,7 +19,7 @@ from halora.records.store import SweepFolder
 from halora.spaces.sweep import SweepConfig
 from halora.sweep.core import Decision, DecisionCore
 from halora.sweep.running import RunningJobs, TrialEvents
-from halora.trainable import Goal, HaloraTrainable, ScoringJob
+from halora.trainable import HaloraTrainable, ScoringJob
 
 # Read by Ray when it starts.
 _RAY_SETTINGS = {
@@ -42,26 +44,26 @@ class _CoreSearcher(Searcher):
         job = self._running.begin(trial_id)
         if job is None:
             return None if self._running.core.waiting else Searcher.FINISHED
-        goal = Goal(job.goal.steps, job.goal.chip_instances, job.goal.rows, job.first_chip)
         return {
             "job": job.name,
             "number": job.number,
             "folder": str(self._folder.trial(job.number)),
             "trial": self._sweep.resolve(job.values).model_dump(mode="json"),
-            "goal": asdict(goal),
+            "goal": asdict(job.goal),
         }
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
-        """A job ended, was stopped, or lost its worker; one that was paused or interrupted stays unfinished."""
+        """A job ended or was stopped; one that was paused or interrupted stays unfinished."""
         job, report = self._running.job(trial_id), result or {}
         if job is None:
             return
         stage = report.get("stage")
         if stage == "evaluated":
             self._running.scored(trial_id, report)
-        elif error or stage == "failed":
-            log = self._folder.root / "ray" / job.name / "error.txt"
-            self._running.failed(trial_id, str(report.get("cause") or f"its worker ended; see {log}"))
+        elif stage == "failed":
+            self._running.failed(trial_id, str(report["cause"]))
+        elif stage == "lost":
+            self._running.lost(trial_id, str(report["cause"]))
         else:
             self._running.left(trial_id)
 
@@ -74,16 +76,27 @@ class _CoreSearcher(Searcher):
 
 
 class _CoreScheduler(FIFOScheduler):
-    """Tune's scheduler: asks the core after every report."""
+    """Tune's scheduler: asks the core after every report, and tells it of workers that end."""
 
-    def __init__(self, running: RunningJobs) -> None:
+    def __init__(self, running: RunningJobs, folder: SweepFolder) -> None:
         super().__init__()
-        self._running = running
+        self._running, self._folder = running, folder
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> Any:
         """Stop a trial that the core wants paused: its own checkpoint stays."""
         paused = result["stage"] == "training" and self._running.report(trial.trial_id, result) is Decision.PAUSE
         return TrialScheduler.STOP if paused else TrialScheduler.CONTINUE
+
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        """A worker ended, or raised an error that no trial is meant to raise; before the searcher hears of it."""
+        job = self._running.job(trial.trial_id)
+        if job is None:
+            return
+        logs = f"see `halora trial logs {self._folder.name}/{job.number}`"
+        if _raised(trial):
+            self._running.failed(trial.trial_id, f"an error in its worker; {logs}")
+        else:
+            self._running.lost(trial.trial_id, f"its worker ended; {logs}")
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
@@ -120,7 +133,7 @@ def run_trials(sweep: SweepConfig, folder: SweepFolder, core: DecisionCore, even
         tune.with_resources(HaloraTrainable, tune.PlacementGroupFactory([worker] * sweep.workers)),
         tune_config=tune.TuneConfig(
             search_alg=_CoreSearcher(running, sweep, folder),
-            scheduler=_CoreScheduler(running),
+            scheduler=_CoreScheduler(running, folder),
             num_samples=-1,
             max_concurrent_trials=sweep.concurrent,
             reuse_actors=True,
@@ -138,14 +151,38 @@ def run_trials(sweep: SweepConfig, folder: SweepFolder, core: DecisionCore, even
     ).fit()
 
 
-def score_on_workers(sweep: SweepConfig, jobs: Sequence[ScoringJob]) -> list[ChipScores]:
-    """Carry out scoring jobs on the workers, side by side."""
+def score_on_workers(
+    sweep: SweepConfig,
+    jobs: Sequence[ScoringJob],
+    scored: Callable[[int, ChipScores], None] = lambda place, scores: None,
+) -> list[ChipScores]:
+    """Carry out scoring jobs on the workers, side by side.
+
+    Args:
+        sweep: Says how many run at once.
+        jobs: The jobs.
+        scored: Told the place of a job among them and its scores, as soon as it is done.
+    """
     score = ray.remote(num_cpus=1, num_gpus=_gpus_per_worker(sweep))(ScoringJob.run)
-    return list(ray.get([score.remote(job) for job in jobs]))
+    places = {score.remote(job): place for place, job in enumerate(jobs)}
+    found: dict[int, ChipScores] = {}
+    waiting = list(places)
+    while waiting:
+        (ended,), waiting = ray.wait(waiting)
+        place = places[ended]
+        found[place] = ray.get(ended)
+        scored(place, found[place])
+    return [found[place] for place in range(len(jobs))]
 
 
 def _gpus_per_worker(sweep: SweepConfig) -> float:
     return min(torch.cuda.device_count() / (sweep.concurrent * sweep.workers), 1)
+
+
+def _raised(trial: Any) -> bool:
+    """Whether a trial of Tune's ended by an error raised in its worker, and not with the worker."""
+    written = trial.pickled_error_file
+    return bool(written) and isinstance(cloudpickle.loads(Path(written).read_bytes()), RayTaskError)
 
 
 def _trial_name(trial: Any) -> str:

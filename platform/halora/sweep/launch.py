@@ -13,6 +13,7 @@ import yaml
 from halora.analysis.trials import TrialPoint, grouped
 from halora.records.names import ENERGY, VIOLATION
 from halora.records.store import Store, SweepFolder
+from halora.spaces.search import total_violation
 from halora.spaces.sweep import SweepConfig, load_sweep
 from halora.sweep.comparison import ClosingComparison, check_rows_left, compare, contestants
 from halora.sweep.core import DecisionCore, Job
@@ -21,7 +22,7 @@ from halora.sweep.simulator import SimulatedClock, simulate
 from halora.sweep.state import check_not_launched, only_driver, open_core
 from halora.sweep.table import read_table
 from halora.training.models import check_available
-from halora.trial import RESULT_FILE, trial_energy
+from halora.trial import RESULT_FILE, adapter_folder, past_reports, trial_energy
 
 if TYPE_CHECKING:
     from halora.records.recorder import SweepRecorder
@@ -175,15 +176,13 @@ class _Recording:
         return grouped(self._recorder.points).feasible
 
     def began(self, job: Job) -> None:
-        from halora.trainable import past_reports
-
-        if job.number not in self._begun and not job.first_chip:
+        if job.number not in self._begun and not job.goal.first_chip:
             config = self._sweep.resolve(job.values)
             self._recorder.begin_trial(job.number, config, job.values, trial_energy(config))
             # A worker may have gone on for a moment after an earlier driver ended.
             self._recorder.report_missed(job.number, past_reports(self._folder.trial(job.number)))
             self._begun.add(job.number)
-        goal = f"up to step {job.goal.steps}" if not job.first_chip else f"on {job.goal.chip_instances} chips"
+        goal = f"up to step {job.goal.steps}" if not job.goal.first_chip else f"on {job.goal.chip_instances} chips"
         self._watcher.trial(job.number, "running", f"{goal}, {job.energy_uj_per_token:.2f} µJ/token")
 
     def reported(self, job: Job, report: Mapping[str, Any]) -> None:
@@ -192,17 +191,15 @@ class _Recording:
         self._watcher.trial(job.number, "training", f"step {report['step']}/{job.goal.steps}{loss}")
 
     def evaluated(self, job: Job, report: Mapping[str, Any]) -> None:
-        from halora.trainable import adapter_folder
-
         if not job.final:
             self._recorder.report_rung(job.number, job.goal.steps, report)
             self._watcher.trial(job.number, "paused", f"accuracy {report['accuracy']:.3f} at step {job.goal.steps}")
             return
         metrics = {**report, ENERGY: job.energy_uj_per_token}
-        violation = sum(max(constraint.violation(metrics), 0.0) for constraint in self._sweep.constraints)
+        violation = total_violation(constraint.violation(metrics) for constraint in self._sweep.constraints)
         scores = {**report, **({VIOLATION: violation} if self._sweep.constraints else {})}
         folder = self._folder.trial(job.number)
-        adapter = None if job.first_chip else adapter_folder(folder)
+        adapter = None if job.goal.first_chip else adapter_folder(folder)
         point = self._recorder.finish_trial(
             job.number, job.goal.steps, scores, folder / RESULT_FILE, adapter if adapter and adapter.exists() else None
         )
@@ -210,9 +207,13 @@ class _Recording:
             job.number, "finished", f"accuracy {point.accuracy:.3f}, {point.energy_uj_per_token:.2f} µJ/token"
         )
 
+    def lost(self, job: Job, cause: str) -> None:
+        self._begun.discard(job.number)  # its last report may not have been heard
+        self._watcher.say(f"trial {job.number} goes on from its checkpoint: {cause}")
+
     def failed(self, job: Job, cause: str) -> None:
-        if job.first_chip:
-            self._watcher.say(f"trial {job.number} stays on {job.first_chip} chips: {cause}")
+        if job.goal.first_chip:
+            self._watcher.say(f"trial {job.number} stays on {job.goal.first_chip} chips: {cause}")
             return
         self._recorder.fail_trial(job.number, cause)
         self._watcher.trial(job.number, "failed", cause)

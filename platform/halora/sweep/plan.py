@@ -18,10 +18,10 @@ import psutil
 
 from halora.hardware.shapes import ModelShape
 from halora.spaces.sweep import SweepConfig
-from halora.sweep.problem import Level, problem_of
+from halora.sweep.problem import problem_of
 from halora.training.models import model_shape
 from halora.training.tasks import load_rows
-from halora.trial import TrialConfig
+from halora.trial import Goal, TrialConfig
 
 _PROCESS_BYTES = 1.2 * 2**30  # Python with torch, transformers and DeepSpeed loaded, measured
 _ACTIVATION_BYTES = 40  # per token, layer and hidden feature: what the backward keeps in float32
@@ -40,7 +40,7 @@ class LevelPlan:
         seconds: From the level before it, training and scoring.
     """
 
-    level: Level
+    level: Goal
     trials: int
     seconds: float
 
@@ -110,7 +110,7 @@ def _training_flops(config: TrialConfig, steps: int) -> float:
     return steps * tokens * 2 * passes * _weights(model_shape(config.model))
 
 
-def _scoring_flops(config: TrialConfig, level: Level) -> float:
+def _scoring_flops(config: TrialConfig, level: Goal) -> float:
     rows = level.rows or len(load_rows(config.task, "validation"))
     ideal = config.chip.adc.lossless and config.chip.dac.lossless
     passes = 1 + level.chip_instances * (1 if ideal else _CONVERSION_FACTOR)

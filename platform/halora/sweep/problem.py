@@ -8,22 +8,7 @@ from halora.spaces.language import Distribution
 from halora.spaces.recipes import first_points
 from halora.spaces.search import Budget, Constraint, Racing, SearchSettings
 from halora.spaces.sweep import SweepConfig
-from halora.trial import trial_energy
-
-
-@dataclass(frozen=True)
-class Level:
-    """A budget a trial is brought to before it is compared with others.
-
-    Attributes:
-        steps: Optimiser steps taken by then.
-        chip_instances: Chip instances it is scored on, 0 .. n-1.
-        rows: Validation rows it is scored on; all of them for none.
-    """
-
-    steps: int
-    chip_instances: int
-    rows: int | None = None
+from halora.trial import Goal, trial_energy
 
 
 @dataclass(frozen=True)
@@ -36,7 +21,7 @@ class Problem:
         trials: Configurations to try.
         space: Searched fields by path.
         energy: Energy per token in microjoule of the values of a point.
-        levels: Levels of a point, the last one its whole training.
+        levels: Goals a point is brought to in turn, the last one its whole training.
         reference: Accuracy and energy that hypervolumes are measured from.
         first: Points to try first.
         settings: Sampler and what it sees.
@@ -52,7 +37,7 @@ class Problem:
     trials: int
     space: Mapping[str, Distribution]
     energy: Callable[[Mapping[str, Any]], float]
-    levels: Callable[[Mapping[str, Any]], Sequence[Level]]
+    levels: Callable[[Mapping[str, Any]], Sequence[Goal]]
     reference: tuple[float, float]
     first: Sequence[Mapping[str, Any]] = ()
     settings: SearchSettings = field(default_factory=SearchSettings)
@@ -69,14 +54,14 @@ def problem_of(sweep: SweepConfig) -> Problem:
     point = sweep.reference_point
     floor = stopping.accuracy_floor if stopping else None
 
-    def levels(values: Mapping[str, Any]) -> list[Level]:
+    def levels(values: Mapping[str, Any]) -> list[Goal]:
         config = sweep.resolve(values)
         own = config.evaluation
         rungs = [
-            Level(rung.steps, rung.chip_instances or own.chip_instances, rung.rows or own.rows)
+            Goal(rung.steps, rung.chip_instances or own.chip_instances, rung.rows or own.rows)
             for rung in (stopping.rungs if stopping else ())
         ]
-        return [*rungs, Level(config.training.steps, own.chip_instances, own.rows)]
+        return [*rungs, Goal(config.training.steps, own.chip_instances, own.rows)]
 
     return Problem(
         name=sweep.name,

@@ -22,7 +22,10 @@ class TrialEvents(Protocol):
         """A trial was brought to its goal and scored."""
 
     def failed(self, job: Job, cause: str) -> None:
-        """A trial failed by its own fault or lost its worker."""
+        """A trial failed."""
+
+    def lost(self, job: Job, cause: str) -> None:
+        """The worker of a trial ended; the trial goes on from its checkpoint."""
 
 
 class RunningJobs:
@@ -66,6 +69,16 @@ class RunningJobs:
         if self._events:
             self._events.failed(job, cause)
         self.core.on_failure(job.number)
+
+    def lost(self, key: str, cause: str) -> None:
+        """Close a job whose worker ended. The core hands it out again, unless the trial lost too many."""
+        job = self._jobs[key]
+        if not self.core.on_loss(job.number):
+            self.failed(key, cause)
+            return
+        del self._jobs[key]
+        if self._events:
+            self._events.lost(job, cause)
 
     def left(self, key: str) -> None:
         """Let go of a job that was paused or interrupted; its trial stays unfinished."""

@@ -21,7 +21,7 @@ from optuna.trial import FrozenTrial, TrialState
 from halora.analysis.front import ranks
 from halora.hardware.addressing import derive_seed
 from halora.spaces.language import Categorical, Distribution, chosen_values
-from halora.spaces.search import ENERGY, Sampler
+from halora.spaces.search import ENERGY, Sampler, total_violation
 from halora.sweep.problem import Problem
 from halora.sweep.study import State, Trial
 
@@ -227,7 +227,7 @@ def _moved_here(problem: Problem, trial: Trial, proposal: Proposal) -> Trial:
         distributions=proposal.distributions,
         constraints=constraints or None,
     )
-    violation = sum(max(value, 0.0) for value in constraints.values())
+    violation = total_violation(constraints.values())
     return replace(
         trial, values=proposal.values, energy_uj_per_token=energy, violation=violation, frozen=frozen, level=0
     )

@@ -11,7 +11,7 @@ from halora.files import write_json
 from halora.records.store import SweepFolder
 from halora.sweep.core import Decision, DecisionCore, Job
 from halora.sweep.running import RunningJobs, TrialEvents
-from halora.trial import REPORTS_FILE, RESULT_FILE
+from halora.trial import REPORTS_FILE, RESULT_FILE, latest_checkpoint
 
 
 class Curves(Protocol):
@@ -86,7 +86,7 @@ def simulate(
             taken = min(report_every or left, left)
             event = _Event(clock() + taken * curves.step_s(job.values), handed_out, job, step + taken, False)
         else:
-            chips = job.goal.chip_instances - job.first_chip
+            chips = job.goal.chip_instances - job.goal.first_chip
             event = _Event(clock() + chips * curves.chip_s(job.values), handed_out, job, step, True)
         heapq.heappush(agenda, event)
 
@@ -148,8 +148,6 @@ def _scores(curves: Curves, job: Job, step: int) -> dict[str, Any]:
 
 
 def _steps_kept(folder: SweepFolder | None, job: Job) -> int:
-    from halora.training.checkpoint import latest_checkpoint
-
     checkpoint = latest_checkpoint(folder.trial(job.number)) if folder else None
     return int(json.loads((checkpoint / "progress.json").read_text())["step"]) if checkpoint else 0
 

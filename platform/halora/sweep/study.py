@@ -20,6 +20,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from halora.errors import UnreachableError, UserError
 from halora.records.store import SweepFolder
+from halora.spaces.search import total_violation
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -30,7 +31,8 @@ _ENERGY = "energy_uj_per_token"
 _LEVEL = "level"  # index of the level a trial heads for
 _SCORES = "scores {index}"  # what a level gave
 _SKIPPED = "skipped"  # why a trial was never trained
-_RACED = "raced {number}"  # of the study: scores of a finished trial on more chips
+_LOST = "lost_workers"  # that a trial lost since its last report
+_RACED = "raced "  # and a number, of the study: scores of a finished trial on more chips
 _STOP = "stop_requested"
 _HOURS = "hours"
 _ENDED = "ended"
@@ -66,6 +68,7 @@ class Trial:
         level: Index of the level it heads for or has ended at.
         scores: What each level it reached gave; for a finished trial the last with all chips scored since.
         skipped: Why it was never trained, else empty.
+        lost_workers: How many ended under it since its last report.
         violation: Sum by which it breaks its constraints, as far as known.
         frozen: Optuna's own record.
     """
@@ -77,6 +80,7 @@ class Trial:
     level: int
     scores: tuple[Scores, ...]
     skipped: str
+    lost_workers: int
     violation: float
     frozen: FrozenTrial
 
@@ -85,7 +89,7 @@ class Trial:
         """The same for two trials of the same values."""
         return point_key(self.values)
 
-    @property
+    @cached_property
     def accuracy(self) -> float | None:
         """Mean accuracy over chips at the last level reached."""
         return float(self.scores[-1]["accuracy"]) if self.scores else None
@@ -132,26 +136,36 @@ class SweepStudy:
             self._study = optuna.create_study(
                 study_name=name, storage=storage, directions=["maximize", "minimize"], load_if_exists=True
             )
-        self._read: dict[int, tuple[object, Trial]] = {}
+        self._known: dict[int, Trial] = {}
+        self._open: dict[int, object] = {}
+        """What was last seen of each trial that has not ended, by its number; those that have ended never change."""
 
     def trials(self) -> list[Trial]:
         """Every trial, by number."""
-        raced = self._study.user_attrs
-        return [self._trial(frozen, raced) for frozen in self._study.get_trials(deepcopy=False)]
+        frozen = self._study.get_trials(deepcopy=False)
+        for number in (*self._open, *range(len(self._known), len(frozen))):
+            self._look_at(frozen[number])
+        trials = list(self._known.values())
+        for name, scores in self._study.user_attrs.items():
+            if name.startswith(_RACED):
+                trial = trials[int(name.removeprefix(_RACED))]
+                trials[trial.number] = replace(trial, scores=(*trial.scores[:-1], scores))
+        return trials
 
     def trial(self, number: int) -> Trial:
         """One trial."""
-        return self._trial(self._study.get_trials(deepcopy=False)[number], self._study.user_attrs)
+        return self.trials()[number]
 
-    def _trial(self, frozen: FrozenTrial, raced: Mapping[str, Scores]) -> Trial:
-        version = (frozen.state, len(frozen.user_attrs), frozen.user_attrs[_LEVEL])
-        known = self._read.get(frozen.number)
-        if known is None or known[0] != version:
-            known = self._read[frozen.number] = version, _read(frozen)
-        trial = known[1]
-        if again := raced.get(_RACED.format(number=trial.number)):
-            return replace(trial, scores=(*trial.scores[:-1], again))
-        return trial
+    def _look_at(self, frozen: FrozenTrial) -> None:
+        attrs = frozen.user_attrs
+        seen = (len(attrs), attrs[_LEVEL], attrs.get(_LOST))
+        if frozen.state.is_finished():
+            self._open.pop(frozen.number, None)
+        elif self._open.get(frozen.number) == seen:
+            return
+        else:
+            self._open[frozen.number] = seen
+        self._known[frozen.number] = _read(frozen)
 
     def begin(
         self,
@@ -180,19 +194,23 @@ class SweepStudy:
 
     def head_for(self, trial: Trial, level: int) -> None:
         """Promote a paused trial."""
-        self._open(trial).set_user_attr(_LEVEL, level)
+        self._opened(trial).set_user_attr(_LEVEL, level)
 
     def scored(self, trial: Trial, scores: Scores) -> None:
         """Keep what the level a trial headed for gave."""
-        self._open(trial).set_user_attr(_SCORES.format(index=trial.level), dict(scores))
+        self._opened(trial).set_user_attr(_SCORES.format(index=trial.level), dict(scores))
+
+    def count_lost_workers(self, trial: Trial, count: int) -> None:
+        """Keep how many workers a trial lost since its last report."""
+        self._opened(trial).set_user_attr(_LOST, count)
 
     def raced(self, trial: Trial, scores: Scores) -> None:
         """Keep a finished trial's scores on more chips."""
-        self._study.set_user_attr(_RACED.format(number=trial.number), dict(scores))
+        self._study.set_user_attr(f"{_RACED}{trial.number}", dict(scores))
 
     def finished(self, trial: Trial, accuracy: float, constraints: Mapping[str, float]) -> None:
         """Tell a trial complete with its objectives."""
-        opened = self._open(trial)
+        opened = self._opened(trial)
         known = opened.constraints
         for name, violation in constraints.items():
             if name not in known:
@@ -236,7 +254,7 @@ class SweepStudy:
         if self.ended != reason:
             self._study.set_user_attr(_ENDED, reason)
 
-    def _open(self, trial: Trial) -> optuna.Trial:
+    def _opened(self, trial: Trial) -> optuna.Trial:
         return optuna.Trial(self._study, trial.frozen._trial_id)
 
 
@@ -261,7 +279,8 @@ def _read(frozen: FrozenTrial) -> Trial:
         level=level,
         scores=scores,
         skipped=str(attrs.get(_SKIPPED, "")),
-        violation=sum(max(value, 0.0) for value in frozen.constraints.values()),
+        lost_workers=int(attrs.get(_LOST, 0)),
+        violation=total_violation(frozen.constraints.values()),
         frozen=frozen,
     )
 

@@ -1,7 +1,7 @@
 """How a sweep searches: sampler, constraints, early stopping, racing, budget."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -66,6 +66,11 @@ class Constraint(Frozen):
         """How far the metrics are beyond the bound; 0 or less where they keep it."""
         excess = metrics[self.metric] - self.bound
         return excess if self.comparison == "<=" else -excess
+
+
+def total_violation(violations: Iterable[float]) -> float:
+    """Sum by which constraints are broken; what is kept counts nothing."""
+    return sum(max(violation, 0.0) for violation in violations)
 
 
 class SearchSettings(Frozen):

@@ -12,6 +12,7 @@ from halora.errors import UserError, attempt, nearest
 from halora.hardware.chip import Chip, load_chip
 from halora.hardware.description import Frozen
 from halora.spaces.checks import file_problems, model_and_task_problems, sweep_problems
+from halora.spaces.gates import Gates
 from halora.spaces.language import Categorical, Distribution, with_values
 from halora.spaces.mistakes import describe
 from halora.spaces.resolving import formula, named_chip, resolve_trial
@@ -76,6 +77,8 @@ class SweepConfig(Frozen):
     budget: Budget = Budget()
     reference_point: ReferencePoint
     comparison: Comparison | None = None
+    gates: Gates = Gates()
+    """What an adapter of this sweep has to pass before it may be deployed, see `halora adapter select`."""
 
     @property
     def workers(self) -> int:

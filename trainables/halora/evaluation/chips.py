@@ -21,6 +21,7 @@ from halora.training.reads import calibrate
 from halora.training.rram import RramArray
 from halora.training.tasks import Row
 
+_BY_CHIP = ("chip_seeds", "noisy", "noisy_correct", "noise_db")
 _NO_NOISE_DB = -300.0  # stands for none, as JSON has no infinity
 
 
@@ -88,8 +89,12 @@ class ChipScores:
     def with_chips_after(self, kept: int, more: "ChipScores") -> "ChipScores":
         """The first `kept` chips of these scores, and then those of another evaluation on the same rows."""
         assert more.row_ids == self.row_ids
-        by_chip = ("chip_seeds", "noisy", "noisy_correct", "noise_db")
-        return replace(self, **{name: getattr(self, name)[:kept] + getattr(more, name) for name in by_chip})
+        first = self.first_chips(kept)
+        return replace(first, **{name: getattr(first, name) + getattr(more, name) for name in _BY_CHIP})
+
+    def first_chips(self, count: int) -> "ChipScores":
+        """The scores of the first chips alone."""
+        return replace(self, **{name: getattr(self, name)[:count] for name in _BY_CHIP})
 
     def to_json(self) -> dict[str, Any]:
         """Plain lists, for a JSON file."""

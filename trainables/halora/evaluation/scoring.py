@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from halora.training.batches import PackedRow, lay_out
+from halora.training.batches import PackedRow, encode, lay_out
 from halora.training.rram import RramArray
+from halora.training.tasks import Row
 
 
 @torch.no_grad()
@@ -22,6 +23,18 @@ def option_scores(causal_lm: Any, array: RramArray, rows: Sequence[PackedRow], b
         batch = _score_batch(causal_lm, array, [rows[i] for i in indices])
         for i, row_scores in zip(indices, batch, strict=True):
             scores[i] = row_scores
+    return scores
+
+
+@torch.no_grad()
+def plain_option_scores(causal_lm: Any, tokenizer: Any, row: Row) -> list[float]:
+    """Log-likelihood in nats of every option of a row, each behind the whole prompt, by the model's own forward."""
+    prompt, options = encode(row, tokenizer)
+    scores = []
+    for option in options:
+        logits = causal_lm(input_ids=torch.tensor([prompt + option])).logits[0, len(prompt) - 1 : -1].float()
+        chosen = logits.log_softmax(dim=-1).gather(1, torch.tensor(option)[:, None])
+        scores.append(float(chosen.sum()))
     return scores
 
 

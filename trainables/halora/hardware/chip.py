@@ -263,8 +263,9 @@ def expand_chip(value: Any) -> Any:
 
 
 def _read(name: str) -> dict[str, Any]:
+    """The mapping of a preset or of a file, which may itself lay overrides over a preset."""
     if name in preset_names():
-        return dict(yaml.safe_load((PRESETS / f"{name}.yaml").read_text()))
+        return _preset(name)
     if name.endswith((".yaml", ".yml")) and Path(name).is_file():
         try:
             content = yaml.safe_load(Path(name).read_text())
@@ -272,9 +273,16 @@ def _read(name: str) -> dict[str, Any]:
             raise UserError(f"chip '{name}' is not YAML: {' '.join(str(error).split())}") from None
         if not isinstance(content, dict):
             raise UserError(f"chip '{name}': a chip is a mapping of keys to values, got {type(content).__name__}")
-        return content
+        base = content.pop("preset", None)
+        if base is not None and base not in preset_names():
+            raise UserError(f"chip '{name}': no preset '{base}'{nearest(str(base), preset_names())}")
+        return content if base is None else merge(_preset(base), content)
     known = ", ".join(preset_names())
     raise UserError(f"no chip '{name}': neither a preset ({known}) nor a YAML file{nearest(name, preset_names())}")
+
+
+def _preset(name: str) -> dict[str, Any]:
+    return dict(yaml.safe_load((PRESETS / f"{name}.yaml").read_text()))
 
 
 def merge(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:

@@ -140,12 +140,6 @@ def stored_name(name: str) -> str:
     return name.replace(".default.", ".")
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint below a trial's folder."""
-    found = sorted(folder.glob("step-*/progress.json"))
-    return found[-1].parent if found else None
-
-
 def _shape(parameter: Tensor) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)
 

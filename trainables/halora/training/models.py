@@ -123,8 +123,26 @@ def _hub_config(model: str, source: str) -> dict[str, Any]:
     return dict(_load(model, lambda: AutoConfig.from_pretrained(source).to_dict()))
 
 
-def load_base(model: str, dtype: Dtype) -> BaseModel:
-    """Load a base model, every parameter frozen.
+def model_id(model: str) -> str:
+    """What a model is called anywhere: its known name or hub id, or the name of its folder without the path."""
+    return Path(model).resolve().name if Path(model).is_dir() else model
+
+
+def weights_digest(causal_lm: Any) -> str:
+    """SHA-256 of a plain model's weights: name, dtype, shape and bytes of each, in the order of their names."""
+    import hashlib
+
+    import torch
+
+    digest = hashlib.sha256()
+    for name, weight in sorted(causal_lm.named_parameters()):
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
+        digest.update(weight.detach().contiguous().cpu().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def plain_base(model: str, dtype: Dtype) -> BaseModel:
+    """A base model as `transformers` alone loads it, every parameter frozen.
 
     Raises:
         UserError: See `find_model` and `model_shape`.
@@ -132,9 +150,6 @@ def load_base(model: str, dtype: Dtype) -> BaseModel:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
-
-    from halora.training.attention import use_row_attention
-    from halora.training.frozen import FrozenLinear
 
     disable_progress_bar()
     shape = model_shape(model)
@@ -150,11 +165,26 @@ def load_base(model: str, dtype: Dtype) -> BaseModel:
             f"model '{model}' lacks {len(missing)} weights, the first '{missing[0]}'", "save it again whole"
         )
     causal_lm.eval().requires_grad_(False)
-    use_row_attention(causal_lm)
-    causal_lm.set_output_embeddings(FrozenLinear(causal_lm.get_output_embeddings()))
-    if torch.cuda.is_available():
-        causal_lm.cuda()
     return BaseModel(model, causal_lm, tokenizer, shape)
+
+
+def load_base(model: str, dtype: Dtype) -> BaseModel:
+    """Load a base model for training and scoring, every parameter frozen: rows packed, on the GPU where there is one.
+
+    Raises:
+        UserError: See `find_model` and `model_shape`.
+    """
+    import torch
+
+    from halora.training.attention import use_row_attention
+    from halora.training.frozen import FrozenLinear
+
+    base = plain_base(model, dtype)
+    use_row_attention(base.causal_lm)
+    base.causal_lm.set_output_embeddings(FrozenLinear(base.causal_lm.get_output_embeddings()))
+    if torch.cuda.is_available():
+        base.causal_lm.cuda()
+    return base
 
 
 def _load[T](model: str, load: Callable[[], T]) -> T:

@@ -163,6 +163,11 @@ def _check_single(task: str) -> None:
         )
 
 
+def task_id(task: str) -> str:
+    """What a task is called anywhere: its name, or that of its folder without the path; of a mixture, all of them."""
+    return "+".join(Path(part).resolve().name if Path(part).is_dir() else part for part in task.split("+"))
+
+
 def load_rows(task: str, split: Split, limit: int | None = None) -> list[Row]:
     """Rows of a split in a fixed shuffled order, the same in every process.
 

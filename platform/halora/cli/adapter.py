@@ -1,0 +1,363 @@
+"""`halora adapter`: from a sweep to a certified, registered, exported and verified adapter."""
+
+from collections.abc import Iterable, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from halora.cli.arguments import overrides_from
+from halora.cli.output import Format, FormatOption, ServerOption, StoreOption, open_store, show_rows, talk
+from halora.errors import UserError
+from halora.records.store import Store
+
+if TYPE_CHECKING:
+    from halora.records.registry import RegisteredAdapter
+    from halora.records.tracking import MlflowClient
+    from halora.selection.candidates import Standing
+    from halora.selection.certification import Certification
+    from halora.spaces.gates import Gates
+    from halora.spaces.sweep import SweepConfig
+
+app = typer.Typer(help="Adapters: choose, certify, register, export, verify.", no_args_is_help=True)
+
+
+class Preference(StrEnum):
+    """Which candidate comes first."""
+
+    KNEE = "knee"
+    ACCURACY = "accuracy"
+    ENERGY = "energy"
+
+
+SweepArgument = Annotated[str, typer.Argument(metavar="SWEEP", help="Name of a launched sweep.")]
+AdapterArgument = Annotated[
+    str, typer.Argument(metavar="ADAPTER", help="NAME@ALIAS or NAME/VERSION, as `halora adapter list` shows them.")
+]
+
+
+@app.command()
+def select(
+    sweep: SweepArgument,
+    min_accuracy: Annotated[
+        float | None, typer.Option(help="Accuracy a chip needs, on the test rows.", show_default=False)
+    ] = None,
+    max_energy: Annotated[float | None, typer.Option(help="Most uJ per token.", show_default=False)] = None,
+    yield_: Annotated[
+        float | None, typer.Option("--yield", help="Share of chips that has to reach it.", show_default=False)
+    ] = None,
+    confidence: Annotated[float | None, typer.Option(help="Of that share.", show_default=False)] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="GATE=VALUE", help="Any other of the sweep's gates, e.g. max_drop=0.1."),
+    ] = None,
+    prefer: Annotated[Preference, typer.Option(help="Which candidate is certified first.")] = Preference.KNEE,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say who qualifies and what certifying takes; touch nothing.")
+    ] = False,
+    form: FormatOption = Format.TABLE,
+    store: StoreOption = None,
+) -> None:
+    """Certify the preferred candidate of a sweep on chips no search saw, and register it as `candidate`.
+
+    What is not given here is taken from the sweep's `gates`. Exit code 1 if no candidate passes every gate.
+    """
+    from halora.records.index import read_ledger
+    from halora.selection.candidates import standings
+    from halora.selection.selecting import select as select_adapter
+    from halora.sweep.state import load_sweep_of
+
+    place = open_store(store).serving(sweep)
+    config = load_sweep_of(place.existing(sweep))
+    asked = {
+        "min_accuracy": min_accuracy,
+        "max_energy_uj_per_token": max_energy,
+        "min_yield": yield_,
+        "confidence": confidence,
+    }
+    asked = {name: value for name, value in asked.items() if value is not None}
+    gates = _gates(config, overrides_from(set_, example="max_drop=0.1") | asked)
+    points = read_ledger(place, sweep).points()
+    if not points:
+        raise UserError(f"sweep '{sweep}' has no trial yet")
+    if not gates.min_accuracy:
+        raise UserError(
+            "gates.min_accuracy: 0, which every chip reaches; a certificate says something only above it",
+            f"halora adapter select {sweep} --min-accuracy 0.5, or set gates.min_accuracy in the sweep file",
+        )
+    _tell_chips(gates)
+    if dry_run:
+        show_rows(_standing_rows(standings(points, gates, prefer.value), form), form, f"candidates of {sweep}")
+        return
+    found = select_adapter(place, config, points, gates, prefer.value, _say)
+    if form is Format.TABLE:
+        show_rows(_standing_rows(found.standings, form), form, f"candidates of {sweep}")
+        for certification in found.certifications:
+            _show_certification(certification)
+    else:
+        show_rows([each.to_json() for each in found.certifications], form)
+    if found.registered is None:
+        _say("no candidate passed every gate" if found.certifications else "no trial qualifies")
+        raise typer.Exit(1)
+    state = "registered" if found.changed else "registered already, nothing changed"
+    _say(f"{state}: {found.registered.name}@candidate (version {found.registered.version})")
+    _say(f"next: halora adapter export {found.registered.name}@candidate FOLDER")
+
+
+@app.command("list")
+def list_(form: FormatOption = Format.TABLE, store: StoreOption = None, tracking_uri: ServerOption = None) -> None:
+    """Registered adapters."""
+    from halora.records.registry import registered_adapters
+
+    rows = [_registered_row(each) for each in registered_adapters(_client(store, tracking_uri)[1])]
+    if rows or form is not Format.TABLE:
+        show_rows(rows, form)
+    else:
+        talk.print("no adapter is registered yet; `halora adapter select SWEEP` certifies one", markup=False)
+
+
+@app.command()
+def show(
+    adapter: AdapterArgument,
+    form: FormatOption = Format.TABLE,
+    store: StoreOption = None,
+    tracking_uri: ServerOption = None,
+) -> None:
+    """A registered adapter: certificate, gates, robustness."""
+    from halora.records.registry import find_adapter
+
+    _, client = _client(store, tracking_uri)
+    found = find_adapter(client, adapter)
+    certification = _certification(client, found)
+    if form is Format.TABLE:
+        show_rows([{"name": name, "value": value} for name, value in _registered_row(found).items()], form)
+        _show_certification(certification)
+    else:
+        show_rows([_registered_row(found) | certification.to_json()], form)
+
+
+@app.command()
+def compare(
+    one: AdapterArgument,
+    other: AdapterArgument,
+    form: FormatOption = Format.TABLE,
+    store: StoreOption = None,
+    tracking_uri: ServerOption = None,
+) -> None:
+    """Two registered adapters side by side: certificate, scores, gates, energy, and the settings they differ in."""
+    from halora.records.queries import logged_config
+    from halora.records.registry import find_adapter
+
+    _, client = _client(store, tracking_uri)
+    sides = []
+    for reference in (one, other):
+        found = find_adapter(client, reference)
+        facts = _facts(_certification(client, found))
+        facts |= _flat(logged_config(client, found.run_id).model_dump(mode="json"))
+        sides.append({"trial": f"{found.sweep}/{found.trial}", **facts})
+    names = list(dict.fromkeys([*sides[0], *sides[1]]))
+    rows = [{"name": name, one: sides[0].get(name), other: sides[1].get(name)} for name in names]
+    show_rows([row for row in rows if row[one] != row[other]], form, "where they differ")
+
+
+@app.command()
+def register(
+    trial: Annotated[str, typer.Argument(metavar="TRIAL", help="SWEEP/NUMBER of a trial that was certified.")],
+    store: StoreOption = None,
+) -> None:
+    """Register a certified trial as `candidate`, for instance after its alias was moved away."""
+    from halora.records.tracking import open_client
+    from halora.selection.certification import certifications_of
+    from halora.selection.selecting import register_certified
+
+    sweep, _, number = trial.rpartition("/")
+    place = open_store(store).serving(sweep)
+    found = certifications_of(place.existing(sweep)).values()
+    own = [each for each in found if str(each.certificate.trial) == number]
+    if not own:
+        certified = ", ".join(f"{sweep}/{each.certificate.trial}" for each in found) or "none yet"
+        raise UserError(
+            f"trial '{trial}' is not certified (certified: {certified})", f"certify: halora adapter select {sweep}"
+        )
+    adapter, changed = register_certified(place, open_client(place), own[-1])
+    _say(f"{'registered' if changed else 'nothing changed'}: {adapter.name}@candidate (version {adapter.version})")
+
+
+@app.command()
+def promote(adapter: AdapterArgument, store: StoreOption = None, tracking_uri: ServerOption = None) -> None:
+    """Move the alias `champion` to an adapter; the version it replaces is kept in a tag."""
+    from halora.records.names import CHAMPION
+    from halora.records.registry import find_adapter
+    from halora.records.registry import promote as promote_adapter
+
+    _, client = _client(store, tracking_uri)
+    found = find_adapter(client, adapter)
+    if CHAMPION in found.aliases:
+        _say(f"{found.name}/{found.version} is the champion already")
+        return
+    before = promote_adapter(client, found)
+    replaced = "no champion before it" if before is None else f"it replaces version {before}"
+    _say(f"{found.name}@champion is version {found.version} now; {replaced}")
+
+
+@app.command()
+def export(
+    adapter: AdapterArgument,
+    folder: Annotated[Path, typer.Argument(help="A new folder.")],
+    store: StoreOption = None,
+    tracking_uri: ServerOption = None,
+) -> None:
+    """Write a registered adapter as a bundle: PEFT files, chip, energy, certificate, model card, checksums."""
+    from halora.records.registry import find_adapter
+    from halora.selection.bundle import FILES
+    from halora.selection.bundle import export as export_bundle
+
+    _, client = _client(store, tracking_uri)
+    export_bundle(client, find_adapter(client, adapter), folder)
+    _say(f"{len(FILES) + 1} files in '{folder}'; check them anywhere with: halora adapter verify {folder}")
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="A bundle, as `halora adapter export` writes it.")],
+    base: Annotated[
+        str | None, typer.Option(help="Its base model: a name, hub id or folder.", show_default=False)
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="Its task, likewise.", show_default=False)] = None,
+    chips: Annotated[
+        int | None, typer.Option(min=1, help="Score only the first chips again.", show_default=False)
+    ] = None,
+    form: FormatOption = Format.TABLE,
+) -> None:
+    """Check a bundle's files, base and adapter, and score its certified chips again; exit code 1 if they disagree."""
+    from halora.selection.verify import verify as verify_bundle
+
+    checks = verify_bundle(folder, base=base, task=task, chips=chips, say=_say)
+    rows = [{"check": check.name, "verdict": _verdict(check.passed), "figures": check.text} for check in checks]
+    show_rows(rows, form)
+    if not all(check.passed for check in checks):
+        raise typer.Exit(1)
+
+
+def _gates(sweep: "SweepConfig", asked: dict[str, Any]) -> "Gates":
+    from pydantic import ValidationError
+
+    from halora.spaces.gates import Gates
+    from halora.spaces.mistakes import describe
+
+    try:
+        return Gates.model_validate(sweep.gates.model_dump() | asked)
+    except ValidationError as error:
+        raise UserError([f"gates.{problem}" for problem in describe(error, Gates)]) from None
+
+
+def _client(folder: Path | None, server: str | None) -> "tuple[Store, MlflowClient]":
+    from halora.records.tracking import open_client
+
+    place = open_store(folder, server)
+    return place, open_client(place)
+
+
+def _certification(client: "MlflowClient", adapter: "RegisteredAdapter") -> "Certification":
+    from halora.records import names, queries
+    from halora.selection.certification import Certification
+
+    file = f"{names.CERTIFICATION_FOLDER.format(attempt=adapter.attempt)}/{names.CERTIFICATION_FILE}"
+    return Certification.from_json(queries.logged_json(client, adapter.run_id, file))
+
+
+def _tell_chips(gates: "Gates") -> None:
+    """Say how many chips the wanted yield takes."""
+    from halora.selection.attempts import chips_by_failures
+    from halora.selection.certificate import error_per_attempt
+
+    needed = ", ".join(f"{chips} with {failures}" for failures, chips in chips_by_failures(gates).items())
+    error = error_per_attempt(gates.confidence, gates.candidates)
+    _say(
+        f"a yield of {gates.min_yield:g} at an error level of {error:.3g} per certification takes this many chips with "
+        f"so many failing: {needed}; {gates.failures} may fail"
+    )
+
+
+def _standing_rows(standings: Sequence["Standing"], form: Format) -> list[dict[str, Any]]:
+    rows = []
+    for each in standings:
+        row: dict[str, Any] = {"trial": each.point.number, "qualifies": each.qualifies}
+        for name in ("accuracy", "energy_uj_per_token"):
+            value = each.point.metrics.get(name)
+            row[name] = value if value is None else round(value, 4)
+        row["why_not"] = "; ".join(each.reasons) if form is not Format.JSON else list(each.reasons)
+        rows.append(row)
+    return rows
+
+
+def _show_certification(certification: "Certification") -> None:
+    certificate = certification.certificate
+    print()
+    gates = [
+        {
+            "gate": gate.name,
+            "measured": f"{gate.value:.4g}",
+            "asked": f"{gate.comparison} {gate.threshold:g} {gate.unit}".strip(),
+            "verdict": _verdict(gate.passed),
+        }
+        for gate in certification.gates
+    ]
+    show_rows(gates, Format.TABLE, f"gates of trial {certificate.sweep}/{certificate.trial}")
+    if certification.robustness:
+        print()
+        show_rows([_line(line) for line in certification.robustness], Format.TABLE, "robustness")
+    print()
+    print(certificate.statement())
+
+
+def _line(line: Any) -> dict[str, Any]:
+    if line.reason:
+        return {"asked": line.name, "chips": f"not said: {line.reason}"}
+    return {
+        "asked": line.name,
+        "chips": f"{line.meeting_spec} of {line.chips}",
+        "share_low": round(line.bound, 3),
+        "accuracy": round(line.accuracy, 4),
+        "worst": round(line.accuracy_worst, 4),
+    }
+
+
+def _registered_row(adapter: "RegisteredAdapter") -> dict[str, Any]:
+    from halora.records import names
+
+    return {
+        "name": adapter.name,
+        "version": adapter.version,
+        "aliases": " ".join(adapter.aliases),
+        "trial": f"{adapter.sweep}/{adapter.trial}",
+        "yield_bound": float(adapter.tags[names.YIELD_BOUND]),
+        "replaced": adapter.tags.get(names.REPLACED, ""),
+    }
+
+
+def _facts(certification: "Certification") -> dict[str, Any]:
+    certificate = certification.certificate
+    facts: dict[str, Any] = {"certificate": certificate.statement(), "yield_bound": round(certificate.bound, 4)}
+    facts |= {name: round(value, 4) for name, value in certification.scores.items()}
+    facts["energy_uj_per_token"] = round(certification.energy["energy_uj_per_token"], 4)
+    facts |= {f"gate {gate.name}": _verdict(gate.passed) for gate in certification.gates}
+    facts["adapter_sha256"] = certification.adapter_sha256[:12]
+    return facts
+
+
+def _flat(content: Any, path: str = "") -> dict[str, Any]:
+    """Leaves of nested mappings by dotted path."""
+    if not isinstance(content, dict):
+        return {path: content}
+    pairs: Iterable[tuple[str, Any]] = content.items()
+    return {at: leaf for key, value in pairs for at, leaf in _flat(value, f"{path}.{key}".lstrip(".")).items()}
+
+
+def _verdict(passed: bool) -> str:
+    return "pass" if passed else "FAIL"
+
+
+def _say(text: str) -> None:
+    talk.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,127 @@
+"""The bundle: everything about a certified adapter in one folder, the adapter as PEFT stores it.
+
+`PeftModel.from_pretrained(base, FOLDER)` loads it as it is. The base is named by its id and the digest of its weights;
+no path of the machine that made it is inside.
+"""
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from halora.errors import UserError
+from halora.files import write_json, write_whole
+from halora.records import names
+from halora.selection.card import model_card
+from halora.selection.certification import Certification
+from halora.selection.lightning import lightning_settings
+from halora.training.models import model_id
+from halora.training.tasks import task_id
+from halora.trial import TrialConfig
+
+if TYPE_CHECKING:
+    from halora.evaluation.chips import ChipScores
+    from halora.records.registry import RegisteredAdapter
+    from halora.records.tracking import MlflowClient
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+TRIAL_FILE = "trial.json"
+CHIP_FILE = "chip.json"
+ENERGY_FILE = "energy.json"
+CERTIFICATION_FILE = "certification.json"
+SCORES_FILE = "scores.json"
+LIGHTNING_FILE = "aihwkit-lightning.json"
+CARD_FILE = "README.md"
+CHECKSUMS_FILE = "SHA256SUMS"
+FILES = (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    TRIAL_FILE,
+    CHIP_FILE,
+    ENERGY_FILE,
+    CERTIFICATION_FILE,
+    SCORES_FILE,
+    LIGHTNING_FILE,
+    CARD_FILE,
+)
+"""All files but the checksums."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """What a bundle says of its adapter.
+
+    Attributes:
+        config: The trial that made it; model and task by their ids.
+        certification: Gates, certificate, robustness.
+        scores: Margins and answers behind the certificate.
+    """
+
+    config: TrialConfig
+    certification: Certification
+    scores: "ChipScores"
+
+
+def export(client: "MlflowClient", adapter: "RegisteredAdapter", folder: Path) -> Bundle:
+    """Write the bundle of a registered adapter into a new folder, which appears whole or not at all.
+
+    Raises:
+        UserError: The folder exists, or MLflow no longer has what was certified.
+    """
+    from halora.records import queries
+
+    if folder.exists():
+        raise UserError(f"'{folder}' exists", "name a new folder")
+    run = client.get_run(adapter.run_id)
+    of_attempt = names.CERTIFICATION_FOLDER.format(attempt=adapter.attempt)
+    config = queries.logged_config(client, adapter.run_id)
+    scores = queries.logged_scores(client, adapter.run_id, f"{of_attempt}/{names.SCORES_FILE}")
+    bundle = Bundle(
+        config=config.model_copy(update={"model": model_id(config.model), "task": task_id(config.task)}),
+        certification=Certification.from_json(
+            queries.logged_json(client, adapter.run_id, f"{of_attempt}/{names.CERTIFICATION_FILE}")
+        ),
+        scores=replace(scores, tasks=tuple(map(task_id, scores.tasks))),
+    )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
+        source = queries.download_adapter(client, run, Path(scratch) / "source")
+        made = Path(scratch) / "bundle"
+        made.mkdir()
+        assert source is not None  # it was registered
+        shutil.copyfile(source / ADAPTER_WEIGHTS, made / ADAPTER_WEIGHTS)
+        if sha256_of(made / ADAPTER_WEIGHTS) != bundle.certification.adapter_sha256:
+            raise UserError(
+                f"the adapter of '{adapter.name}/{adapter.version}' in MLflow is not the one that was certified",
+                "select again: `halora adapter select`",
+            )
+        described = json.loads((source / ADAPTER_CONFIG).read_text())
+        write_json(made / ADAPTER_CONFIG, described | {"base_model_name_or_path": bundle.certification.base})
+        _describe(made, bundle)
+        write_checksums(made)
+        made.rename(folder)
+    return bundle
+
+
+def _describe(folder: Path, bundle: Bundle) -> None:
+    certification = bundle.certification
+    write_json(folder / TRIAL_FILE, bundle.config.model_dump(mode="json"))
+    write_json(folder / CHIP_FILE, bundle.config.chip.model_dump(mode="json"))
+    write_json(folder / ENERGY_FILE, dict(certification.energy))
+    write_json(folder / CERTIFICATION_FILE, certification.to_json())
+    write_json(folder / SCORES_FILE, bundle.scores.to_json())
+    write_json(folder / LIGHTNING_FILE, lightning_settings(bundle.config.chip).to_json())
+    write_whole(folder / CARD_FILE, model_card(bundle.config, certification))
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def write_checksums(folder: Path) -> None:
+    """Write the digests of all files, as `sha256sum --check` reads them."""
+    write_whole(folder / CHECKSUMS_FILE, "".join(f"{sha256_of(folder / name)}  {name}\n" for name in FILES))

@@ -1,0 +1,79 @@
+"""Which trials of a sweep may be certified, in the order they are preferred, and why the others may not. Pure."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from halora.analysis.front import front, knee_gains
+from halora.analysis.trials import TrialPoint, grouped
+from halora.selection.gates import Gate, search_gates
+from halora.spaces.gates import Gates
+
+Preference = Literal["knee", "accuracy", "energy"]
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How a trial stands before certification.
+
+    Attributes:
+        point: The trial.
+        gates: What the search can say; none for a trial that has no score.
+        reasons: Why it is no candidate; none for a candidate.
+    """
+
+    point: TrialPoint
+    gates: tuple[Gate, ...]
+    reasons: tuple[str, ...]
+
+    @property
+    def qualifies(self) -> bool:
+        """Whether it may be certified."""
+        return not self.reasons
+
+
+def standings(points: Sequence[TrialPoint], gates: Gates, prefer: Preference = "knee") -> list[Standing]:
+    """All trials: candidates first, the preferred ones first among them, then the others by number.
+
+    A trial that another candidate beats in accuracy and energy is a candidate like any other, but comes after those
+    of the front. `knee` prefers what lies furthest beyond the line through the front's extremes (see
+    `halora.analysis.front.knee`), `accuracy` the most accurate, `energy` the cheapest.
+    """
+    groups = grouped(points)
+    feasible = {point.number for point in groups.feasible}
+    found = {point.number: _standing(point, gates, point.number in feasible) for point in points}
+    chosen = [each.point for each in found.values() if each.qualifies]
+    ordered = _ordered(chosen, prefer)
+    others = sorted(number for number, each in found.items() if not each.qualifies)
+    return [found[point.number] for point in ordered] + [found[number] for number in others]
+
+
+def _ordered(chosen: Sequence[TrialPoint], prefer: Preference) -> list[TrialPoint]:
+    """Candidates from the most preferred to the least, front after front."""
+    ordered: list[TrialPoint] = []
+    rest = list(chosen)
+    while rest:
+        members = front(rest)
+        match prefer:
+            case "accuracy":
+                members = sorted(members, key=lambda point: -point.accuracy)
+            case "knee":
+                gains = dict(zip((point.number for point in members), knee_gains(members), strict=True))
+                members = sorted(members, key=lambda point: -gains[point.number])
+            case "energy":
+                pass  # a front comes by rising energy
+        ordered += members
+        taken = {point.number for point in members}
+        rest = [point for point in rest if point.number not in taken]
+    return ordered
+
+
+def _standing(point: TrialPoint, gates: Gates, feasible: bool) -> Standing:
+    if point.state != "finished":
+        return Standing(point, (), (f"it is {point.state}" + (f": {point.cause}" if point.cause else ""),))
+    found = tuple(search_gates(point, gates))
+    reasons = [str(gate) for gate in found if not gate.passed]
+    reasons += [f"breaks {name} by {by:.3g}" for name, by in point.violated.items()]
+    if not feasible and not reasons:
+        reasons.append("it has no score")
+    return Standing(point, found, tuple(reasons))

@@ -1,0 +1,107 @@
+"""From a sweep to its registered candidate: the preferred of those that qualify is certified, then the next."""
+
+import fcntl
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from halora.analysis.trials import TrialPoint
+from halora.errors import UserError
+from halora.records import names
+from halora.records.store import Store
+from halora.selection.attempts import ErrorSpent, only_selection
+from halora.selection.candidates import Preference, Standing, standings
+from halora.selection.certification import Certification, certify
+from halora.spaces.gates import Gates
+from halora.spaces.sweep import SweepConfig
+
+if TYPE_CHECKING:
+    from halora.records.registry import RegisteredAdapter
+    from halora.records.tracking import MlflowClient
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How a selection ended.
+
+    Attributes:
+        standings: All trials, candidates first in the order they are preferred.
+        certifications: Those of the candidates that were certified, in that order.
+        registered: The registered adapter; none if no candidate passed every gate.
+        changed: Whether the registry was changed.
+    """
+
+    standings: tuple[Standing, ...]
+    certifications: tuple[Certification, ...] = ()
+    registered: "RegisteredAdapter | None" = None
+    changed: bool = False
+
+
+def select(
+    store: Store,
+    sweep: SweepConfig,
+    points: list[TrialPoint],
+    gates: Gates,
+    prefer: Preference = "knee",
+    say: Callable[[str], None] = lambda text: None,
+) -> Selection:
+    """Certify candidates in their order until one passes every gate, and register that one.
+
+    Raises:
+        UserError: Certification is refused, see `certify`.
+        UnreachableError: MLflow does not answer.
+    """
+    found = tuple(standings(points, gates, prefer))
+    chosen = [standing.point for standing in found if standing.qualifies]
+    if not chosen:
+        return Selection(found)
+
+    from halora.records.tracking import open_client
+
+    client, folder = open_client(store), store.sweep(sweep.name)
+    tried: list[Certification] = []
+    with only_selection(folder, lambda: say("another selection of this sweep is running; waiting for it")):
+        for point in chosen:
+            try:
+                tried.append(certify(client, sweep, folder, point, gates, say))
+            except ErrorSpent:
+                if not tried:
+                    raise
+                break
+            if tried[-1].passed:
+                registered, changed = register_certified(store, client, tried[-1])
+                return Selection(found, tuple(tried), registered, changed)
+    return Selection(found, tuple(tried))
+
+
+def register_certified(
+    store: Store, client: "MlflowClient", certification: Certification
+) -> "tuple[RegisteredAdapter, bool]":
+    """Register a certified adapter as `candidate`; the second time changes nothing.
+
+    Returns:
+        The version, and whether anything was changed.
+
+    Raises:
+        UserError: It did not pass every gate.
+    """
+    from halora.records import queries, registry
+
+    if not certification.passed:
+        raise UserError(
+            f"trial '{certification.certificate.sweep}/{certification.certificate.trial}' did not pass: "
+            + "; ".join(str(gate) for gate in certification.gates if not gate.passed)
+        )
+    certificate = certification.certificate
+    run = queries.trial_run(client, certificate.sweep, certificate.trial)
+    name = names.registered_name(certification.base, certificate.task, certificate.chip, certificate.chip_hash)
+    tags = {names.GATE.format(gate=gate.name): str(gate) for gate in certification.gates}
+    tags |= {
+        names.ATTEMPT: str(certificate.attempt),
+        names.ADAPTER_SHA256: certification.adapter_sha256,
+        names.YIELD_BOUND: f"{certificate.bound:.6f}",
+    }
+    with closing((store.root / "registry.lock").open("a")) as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return registry.register(client, name, run, tags, certificate.statement())

@@ -1,0 +1,41 @@
+"""What an adapter has to pass before it may be deployed."""
+
+from pydantic import Field, model_validator
+
+from halora.hardware.description import Frozen
+
+
+class Gates(Frozen):
+    """Bounds on a candidate, and how many chips they are shown on."""
+
+    min_accuracy: float = Field(default=0.0, ge=0, le=1)
+    """Accuracy that a chip needs; a trial is a candidate if its mean over the search's chips reaches it."""
+    min_accuracy_at: dict[float, float] = Field(default_factory=dict)
+    """Mean accuracy needed at other strengths of the chip's noise, by the strength in the noise model's own measure."""
+    max_drop: float | None = Field(default=None, ge=0, le=1)
+    """Clean accuracy less the mean over chips."""
+    max_energy_uj_per_token: float | None = Field(default=None, gt=0)
+    max_adapter_kb: float | None = Field(default=None, gt=0)
+    """Size of the adapter's weights as stored, in units of 1,000 bytes."""
+    max_ci_halfwidth: float | None = Field(default=None, gt=0, le=1)
+    """Half of the 95 % interval of the accuracy over test rows and certified chips."""
+    min_chips: int = Field(default=1, ge=1)
+    """Chip instances that a certificate rests on at least; the wanted yield may ask for more."""
+    min_yield: float = Field(default=0.95, gt=0, lt=1)
+    """Share of chips that has to reach `min_accuracy`, shown by the certificate's lower bound."""
+    failures: int = Field(default=0, ge=0)
+    """Certified chips that may miss it all the same; more of them ask for more chips."""
+    confidence: float = Field(default=0.95, gt=0, lt=1)
+    """Of all bounds that a sweep's candidates are certified with, together."""
+    candidates: int = Field(default=1, ge=1)
+    """Certifications that the sweep may ever try: they share the error level."""
+    test_rows: int | None = Field(default=None, ge=2)
+    """Rows of the test split, in a fixed shuffled order; all of them when left out."""
+    robustness_chips: int = Field(default=5, ge=0)
+    """Chip instances for every line of the robustness table, over noise, time and kinds of noise; none for 0."""
+
+    @model_validator(mode="after")
+    def _levels_are_measured(self) -> "Gates":
+        if self.min_accuracy_at and not self.robustness_chips:
+            raise ValueError("min_accuracy_at is measured for the robustness table: set robustness_chips to 1 or more")
+        return self

@@ -1,0 +1,255 @@
+"""Oracles: the binomial distribution, brute force over chip counts, 1,000 simulated selections, orderings by hand."""
+
+from math import nan
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+from scipy.stats import binom
+
+from halora.analysis.trials import TrialPoint
+from halora.errors import UserError
+from halora.hardware.chip import load_chip
+from halora.records.names import registered_name
+from halora.records.store import SweepFolder
+from halora.selection.attempts import ErrorSpent, attempts_of, open_attempt
+from halora.selection.certificate import Certificate, chips_needed, error_per_attempt, yield_lower_bound
+from halora.selection.certification import certifications_of
+from halora.selection.gates import Gate, certified_gates, search_gates
+from halora.selection.robustness import scenarios
+from halora.spaces.gates import Gates
+
+
+@pytest.mark.parametrize("error", [0.05, 0.05 / 3, 1e-4])
+@pytest.mark.parametrize(("chips", "failures"), [(1, 0), (59, 0), (59, 1), (93, 1), (200, 13), (20, 19)])
+def test_at_the_bound_so_few_failures_are_seen_with_the_error_level(chips, failures, error):
+    bound = yield_lower_bound(chips, failures, error)
+    assert binom.cdf(failures, chips, 1 - bound) == pytest.approx(error, abs=1e-9)
+
+
+def test_no_chip_that_passes_bounds_nothing():
+    assert yield_lower_bound(7, 7, 0.05) == 0.0
+
+
+def test_chips_needed():
+    assert [chips_needed(0.95, 0.05, failures) for failures in range(3)] == [59, 93, 124]
+    for wanted, error, failures in [(0.5, 0.1, 0), (0.9, 0.01, 2), (0.8, 0.05 / 3, 1), (0.05, 0.5, 0)]:
+        fewest = next(n for n in range(failures + 1, 1000) if yield_lower_bound(n, failures, error) >= wanted)
+        assert chips_needed(wanted, error, failures) == fewest
+    with pytest.raises(UserError, match="more than 100,000 chips"):
+        chips_needed(0.9999999, 0.05)
+
+
+def certificate(failures=0, attempts=3, chips=81, **changes):
+    content = {
+        "sweep": "s", "trial": 4, "attempt": 1, "attempts": attempts, "confidence": 0.95, "min_accuracy": 0.4,
+        "min_yield": 0.95, "chips": chips, "first_chip": 0, "failures": failures, "task": "arc-easy", "rows": 100,
+        "rows_digest": "d", "chip": "c", "chip_hash": "h", "noise": "gaussian",
+    }  # fmt: skip
+    return Certificate(**content | changes)
+
+
+def test_a_thousand_selections_keep_the_confidence():
+    """Candidates that just miss the yield are tried in turn until one passes: at most 5 % of the sweeps may err."""
+    rng = np.random.default_rng(0)
+    share, attempts, sweeps = 0.9499, 3, 1000
+    chips = chips_needed(0.95, error_per_attempt(0.95, attempts))
+    wrong = {attempts: 0, 1: 0}  # with the error level split over the attempts, and by mistake not
+    bounds_above = failed_first = 0
+    for _ in range(sweeps):
+        failures = rng.binomial(chips, 1 - share, size=attempts)
+        tried = [certificate(int(k), attempts, chips) for k in failures]
+        passed = [each.passed for each in tried]
+        wrong[attempts] += any(passed)
+        failed_first += any(passed) and not passed[0]
+        bounds_above += any(each.bound > share for each in tried)
+        smaller = rng.binomial(59, 1 - share, size=attempts)
+        wrong[1] += any(certificate(int(k), 1, 59).passed for k in smaller)
+    assert failed_first > 0
+    spread = 3 * np.sqrt(0.05 * 0.95 / sweeps)
+    assert 0.05 - spread < wrong[attempts] / sweeps < 0.05 + spread
+    assert bounds_above / sweeps < 0.05 + spread
+    assert wrong[1] / sweeps > 0.05 + 3 * spread
+
+
+def test_a_certificate_states_its_conditions_and_comes_back_from_json():
+    one = certificate(failures=1)
+    again = Certificate.from_json(one.to_json())
+    assert again == one
+    assert not one.passed
+    assert "80 of 81 chip instances" in one.statement()
+    assert "on this test set (100 rows of arc-easy)" in one.statement()
+    assert "attempt 1 of 3" in one.statement()
+    assert "attempt" not in certificate(attempts=1).statement()
+
+
+SCORES = {
+    "accuracy": 0.5, "accuracy_low": 0.4375, "accuracy_high": 0.5625, "clean_accuracy": 0.5625, "margin": 0.1,
+}  # fmt: skip
+
+
+def gates_by_name(gates, **changes):
+    measured = {
+        "energy_uj_per_token": 4.0, "adapter_bytes": 2_000_000, "chips": 59, "yield_bound": 0.9505,
+        "accuracy_at": {0.02: 0.4}, "reload_difference_nats": 0.0, "reload_tolerance_nats": 0.01,
+    }  # fmt: skip
+    return {
+        gate.name: gate for gate in certified_gates(SCORES | changes.pop("scores", {}), gates, **measured | changes)
+    }
+
+
+ALL_GATES = Gates(
+    min_accuracy=0.5, max_drop=0.0625, max_energy_uj_per_token=4.0, max_adapter_kb=2000, max_ci_halfwidth=0.0625,
+    min_chips=59, min_accuracy_at={0.02: 0.4},
+)  # fmt: skip
+
+
+def test_a_gate_at_its_threshold_passes_and_beyond_it_fails():
+    assert all(gate.passed for gate in gates_by_name(ALL_GATES).values())
+    beyond = {
+        "no_nan": {"scores": {"margin": nan}},
+        "min_accuracy": {"scores": {"accuracy": 0.499, "clean_accuracy": 0.5}},
+        "max_drop": {"scores": {"clean_accuracy": 0.563}},
+        "max_energy_uj_per_token": {"energy_uj_per_token": 4.01},
+        "max_adapter_kb": {"adapter_bytes": 2_000_001},
+        "max_ci_halfwidth": {"scores": {"accuracy_high": 0.563}},
+        "min_chips": {"chips": 58},
+        "min_accuracy_at_0.02": {"accuracy_at": {0.02: 0.399}},
+        "min_yield": {"yield_bound": 0.9499},
+        "reload_reproduces": {"reload_difference_nats": 0.011},
+    }
+    assert gates_by_name(ALL_GATES).keys() == beyond.keys()
+    for name, change in beyond.items():
+        assert [gate.name for gate in gates_by_name(ALL_GATES, **change).values() if not gate.passed] == [name]
+
+
+def test_a_gate_tells_value_threshold_and_unit_and_no_number_fails():
+    gate = Gate("max_energy_uj_per_token", 4.5, "<=", 4.0, "uJ/token")
+    assert str(gate) == "max_energy_uj_per_token 4.5 > 4 uJ/token"
+    assert str(Gate("min_accuracy", 0.5, ">=", 0.4)) == "min_accuracy 0.5 >= 0.4"
+    strange = Gate("min_accuracy", nan, ">=", 0.4)
+    assert not strange.passed
+    assert not Gate.from_json(strange.to_json()).passed
+
+
+def test_what_the_search_recorded_is_enough_for_its_gates():
+    gates = Gates(min_accuracy=0.4, max_drop=0.2, max_energy_uj_per_token=3)
+    point = TrialPoint(number=0, metrics={"accuracy": 0.5, "energy_uj_per_token": 3.5, "margin": nan})
+    verdicts = {gate.name: gate.passed for gate in search_gates(point, gates)}
+    assert verdicts == {"no_nan": False, "min_accuracy": True, "max_drop": False, "max_energy_uj_per_token": False}
+
+
+def _point(number, accuracy, energy, **more):
+    metrics = {"accuracy": accuracy, "energy_uj_per_token": energy, "clean_accuracy": accuracy}
+    return TrialPoint(number=number, metrics=metrics | more.pop("metrics", {}), **more)
+
+
+POINTS = [
+    _point(0, 0.30, 1.0),  # the cheapest
+    _point(1, 0.48, 1.5),  # the knee
+    _point(2, 0.50, 4.0),  # the most accurate
+    _point(3, 0.47, 2.0),  # dominated by 1
+    _point(4, 0.10, 0.5),  # too inaccurate
+    _point(5, 0.60, 9.0),  # too much energy
+    _point(6, 0.40, 1.2, metrics={"constraint_violation.area": 0.5}),
+    TrialPoint(number=7, state="failed", cause="NaN loss"),
+    _point(8, 0.49, 1.6, metrics={"margin": nan}),
+]
+
+
+@pytest.mark.parametrize(
+    ("prefer", "order"),
+    [("knee", [1, 0, 2, 3]), ("accuracy", [2, 1, 0, 3]), ("energy", [0, 1, 2, 3])],
+)
+def test_candidates_come_front_by_front_in_the_preferred_order(prefer, order):
+    from halora.selection.candidates import standings
+
+    found = standings(POINTS, Gates(min_accuracy=0.25, max_energy_uj_per_token=5), prefer)
+    assert [each.point.number for each in found if each.qualifies] == order
+    reasons = {each.point.number: each.reasons for each in found if not each.qualifies}
+    assert reasons == {
+        4: ("min_accuracy 0.1 < 0.25",),
+        5: ("max_energy_uj_per_token 9 > 5 uJ/token",),
+        6: ("breaks area by 0.5",),
+        7: ("it is failed: NaN loss",),
+        8: ("no_nan 1 > 0 metrics",),
+    }
+
+
+def test_without_trials_nobody_stands():
+    from halora.selection.candidates import standings
+
+    assert standings([], Gates()) == []
+
+
+def test_attempts_share_the_error_level_and_have_chips_of_their_own(tmp_path):
+    folder = SweepFolder(tmp_path / "s")
+    folder.selection.mkdir(parents=True)
+    gates = Gates(min_accuracy=0.4, min_yield=0.5, confidence=0.9, candidates=2, test_rows=8)
+
+    def begin(trial, adapter="a", gates=gates):
+        return open_attempt(folder, "s", trial, adapter, gates)
+
+    first = begin(3)
+    assert (first.number, first.first_chip, first.chips) == (1, 0, chips_needed(0.5, 0.05))
+    second = begin(1)
+    assert (second.number, second.first_chip) == (2, first.chips)
+    assert begin(3, gates=gates.model_copy(update={"max_drop": 0.1})) == first  # the same chips and rows answer that
+    for trial, adapter, asked in [
+        (2, "a", gates),
+        (3, "b", gates),
+        (3, "a", gates.model_copy(update={"test_rows": 9})),
+    ]:
+        with pytest.raises(ErrorSpent, match=r"2 of 2 certifications begun \(trial 3, trial 1\)"):
+            begin(trial, adapter, asked)
+    with pytest.raises(UserError, match=r"fixed with the first of them: confidence 0\.9 over 2, not 0\.9 over 5"):
+        begin(3, gates=gates.model_copy(update={"candidates": 5}))
+    assert attempts_of(folder) == [first, second]
+    assert certifications_of(folder) == {}
+
+
+def test_more_chips_than_the_yield_takes_can_be_asked_for(tmp_path):
+    folder = SweepFolder(tmp_path / "s")
+    folder.selection.mkdir(parents=True)
+    gates = Gates(min_yield=0.5, confidence=0.9, min_chips=30)
+    assert open_attempt(folder, "s", 0, "a", gates).chips == 30
+
+
+def test_robustness_is_asked_over_noise_time_and_kinds():
+    chip = load_chip("neurram-2022")
+    lines = {line.name: line for line in scenarios(chip)}
+    assert {line.group for line in lines.values()} == {"noise", "time", "kind"}
+    assert lines["1 day"].chip == chip
+    assert lines["1 second"].chip.retention.refresh_interval_s == 1
+    assert lines["10 years"].chip is None  # measured up to two days
+    assert "172800" in lines["10 years"].reason.replace(",", "")
+    own, twice = lines["wan-2022 1"].chip, lines["wan-2022 2"].chip
+    assert own == chip
+    assert twice.noise.level == 2 * chip.noise.level
+    stuck = next(line.chip for name, line in lines.items() if name.startswith("stuck"))
+    assert stuck.faults.occur
+    assert stuck.noise == chip.noise
+
+
+def test_a_chip_without_ageing_says_nothing_over_time():
+    chip = load_chip("halora-2026")
+    lines = scenarios(chip, levels=[0.03])
+    assert [line.reason for line in lines if line.group == "time"] == ["the chip's description has no ageing"]
+    assert [line.name for line in lines if line.group == "noise"] == [
+        f"gaussian {level}" for level in (0.005, 0.01, 0.02, 0.03)
+    ]
+    kinds = [line for line in lines if line.group == "kind"]
+    assert len(kinds) == 2  # its own kind is a line above
+    assert all(line.chip is not None for line in kinds)
+
+
+def test_gates_that_cannot_be_measured_are_refused():
+    with pytest.raises(ValidationError, match="set robustness_chips"):
+        Gates(min_accuracy_at={0.02: 0.3}, robustness_chips=0)
+    with pytest.raises(ValidationError):
+        Gates(min_yield=1.0)
+
+
+def test_a_registered_name_tells_base_task_and_chip():
+    name = registered_name("meta-llama/Llama-3.2-1B", "arc-easy+2*openbookqa", "halora-2026", "0123456789ab")
+    assert name == "halora.meta-llama-Llama-3-2-1B.arc-easy-2-openbookqa.halora-2026-01234567"
