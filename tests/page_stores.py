@@ -1,13 +1,24 @@
 """A store with a sweep for every state a page can meet, made up and recorded without training."""
 
+import hashlib
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from recorded_sweeps import begin, finish, generated_journal, made_up_sweep
 
+from halora.files import write_json
+from halora.records.index import read_ledger
+from halora.records.names import CERTIFICATION_FILE
 from halora.records.recorder import SweepRecorder
 from halora.records.store import Store
+from halora.selection.attempts import open_attempt
+from halora.selection.certificate import Certificate
+from halora.selection.certification import Certification, RobustnessLine
+from halora.selection.gates import certified_gates
+from halora.spaces.gates import Gates
 from halora.spaces.sweep import SweepConfig
 
 HOSTILE = "</script><script>document.title='broken in'</script> <img src=http://203.0.113.1/x onerror=alert(1)> \"'&‮🤖"
@@ -25,9 +36,9 @@ _SPACE = {
 }
 
 
-def fill(store: Store, model: str, task: str) -> None:
-    """Make the sweeps of `STORIES`."""
-    for name in STORIES:
+def fill(store: Store, model: str, task: str, stories: Sequence[str] = STORIES) -> None:
+    """Make the sweeps of these stories."""
+    for name in stories:
         description = HOSTILE * 80 if name == "hostile" else "what it is for"  # 10 kB
         chip = {"preset": "halora-2026", "name": HOSTILE} if name == "hostile" else "halora-2026"
         trial = {"model": model, "task": task, "chip": chip, "training": {"steps": 16}}
@@ -71,6 +82,64 @@ def _record(name: str, recorder: SweepRecorder, sweep: SweepConfig, folder: Path
             for number in range(4):
                 begin(recorder, sweep, number, lora__rank=2 ** (number + 1), lora__variant="plain")
                 finish(recorder, folder, number, 0.3 + number / 20)
+
+
+def certify_made_up(store: Store, sweep: str, number: int, *, failures: int = 0, adapter: bytes | None = None) -> None:
+    """Keep a certification of a trial as `halora adapter select` keeps it; it is passed without failures.
+
+    Args:
+        store: The store.
+        sweep: The sweep.
+        number: The trial.
+        failures: Certified chips that missed the spec.
+        adapter: The adapter's file; without one the certification is only begun, with eight chips scored.
+    """
+    folder, gates = store.sweep(sweep), Gates(min_accuracy=0.3, min_yield=0.9, candidates=3)
+    point = read_ledger(store, sweep).point(number)
+    folder.selection.mkdir(exist_ok=True)
+    digest = hashlib.sha256(adapter or b"").hexdigest()
+    attempt = open_attempt(folder, sweep, number, digest, gates)
+    if adapter is None:
+        (attempt.folder(folder) / "chips-00000.json").write_text(json.dumps({"chip_seeds": list(range(8))}))
+        return
+    certificate = Certificate(
+        sweep=sweep,
+        trial=number,
+        attempt=attempt.number,
+        attempts=gates.candidates,
+        confidence=gates.confidence,
+        min_accuracy=gates.min_accuracy,
+        min_yield=gates.min_yield,
+        chips=attempt.chips,
+        first_chip=attempt.first_chip,
+        failures=failures,
+        task="tiny",
+        rows=24,
+        rows_digest="d",
+        chip="halora-2026",
+        chip_hash="0123456789ab",
+        noise="gaussian",
+    )
+    energy = point.energy_uj_per_token
+    found = certified_gates(
+        point.metrics,
+        gates,
+        energy_uj_per_token=energy,
+        adapter_bytes=len(adapter),
+        chips=attempt.chips,
+        yield_bound=certificate.bound,
+        accuracy_at={},
+        reload_difference_nats=0.001,
+        reload_tolerance_nats=0.01,
+    )
+    lines = (
+        RobustnessLine("noise", "twice the noise", 5, 4, 0.4, 0.25, 0.34),
+        RobustnessLine("time", "10 years", reason=HOSTILE),
+    )
+    certification = Certification(
+        certificate, tuple(found), lines, {}, {"energy_uj_per_token": energy}, "tiny-llama", "b", "fp32", digest
+    )
+    write_json(attempt.folder(folder) / CERTIFICATION_FILE, certification.to_json())
 
 
 def varied_trial(recorder: SweepRecorder, sweep: SweepConfig, folder: Path, number: int) -> None:

@@ -10,7 +10,6 @@ import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -391,16 +390,13 @@ def test_recompute_agrees_and_notices_other_weights(zoo, store, tmp_path):
 
 def test_the_dashboard_serves_the_store(zoo, store):
     with background(store, "dashboard", "--port", "0") as page:
-        end = time.monotonic() + 120
-        while not (told := re.search(r"http://127\.0\.0\.1:\d+/", page.said)):
-            assert page.process.poll() is None, page.said
-            assert time.monotonic() < end, page.said
-            time.sleep(0.1)
+        page.wait_for("http://127.0.0.1:", 120)
+        (url,) = re.findall(r"http://127\.0\.0\.1:\d+/", page.said)
         for trial in (f"sweeps/zoo/trials/{number}" for number in range(TRIALS)):
-            assert urllib.request.urlopen(told[0] + trial, timeout=60).status == 200
-        shown = urllib.request.urlopen(f"{told[0]}sweeps/zoo", timeout=60).read().decode()
+            assert urllib.request.urlopen(url + trial, timeout=60).status == 200
+        shown = urllib.request.urlopen(f"{url}sweeps/zoo", timeout=60).read().decode()
         assert f"{TRIALS} of {TRIALS}</b>trials finished" in shown
-        taken = halora(store, "dashboard", "--port", told[0].rpartition(":")[2].strip("/"))
+        taken = halora(store, "dashboard", "--port", url.rpartition(":")[2].strip("/"))
         assert (taken.returncode, "--port 0 takes a free one" in taken.stderr) == (2, True)
         family = page.family()
         os.kill(page.process.pid, signal.SIGTERM)

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
-from page_stores import HOSTILE, LARGE, STORIES, fill, varied_trial
+from page_stores import HOSTILE, LARGE, STORIES, certify_made_up, fill, varied_trial
 from recorded_sweeps import begin
 from starlette.datastructures import QueryParams
 from starlette.testclient import TestClient
@@ -19,6 +19,7 @@ from halora.dashboard.query import SweepQuery
 from halora.records.index import read_ledger
 from halora.records.recorder import SweepRecorder
 from halora.records.store import Store
+from halora.selection.certificate import chips_needed
 from halora.sweep.state import load_sweep_of
 
 
@@ -371,7 +372,7 @@ def test_looking_changes_nothing_but_the_index(client, store):
 
 def test_a_page_follows_a_running_sweep(tmp_path, tiny_models, tiny_task):
     store = Store(tmp_path / "store")
-    fill(store, tiny_models["llama"], tiny_task)
+    fill(store, tiny_models["llama"], tiny_task, ["zero"])
     folder = store.sweep("zero")
     client = TestClient(create_app(store), base_url="http://127.0.0.1")
     assert "every 5s" not in client.get("/sweeps/zero").text
@@ -417,3 +418,76 @@ def test_the_way_to_mlflow_is_told_where_it_has_no_page_or_does_not_answer(clien
         client = TestClient(create_app(away), base_url="http://127.0.0.1")
         assert "cannot be opened" in _page(client, "/sweeps/dozen/trials/0/mlflow", 503).text
         assert _page(client, "/sweeps/dozen")  # all else is there without it
+
+
+@pytest.fixture
+def certified(tmp_path, tiny_models, tiny_task):
+    """A store whose sweep has a trial that is certified (4), one that failed (6), one under way (8)."""
+    store = Store(tmp_path / "store")
+    fill(store, tiny_models["llama"], tiny_task, ["dozen"])
+    certify_made_up(store, "dozen", 4, adapter=b"weights")
+    certify_made_up(store, "dozen", 6, failures=9, adapter=b"weights")
+    certify_made_up(store, "dozen", 8)
+    return store
+
+
+def test_a_card_tells_gates_certificate_and_how_far_it_is(certified):
+    client = TestClient(create_app(certified), base_url="http://127.0.0.1")
+    passed, failed, begun, none = (_page(client, f"/sweeps/dozen/trials/{number}") for number in (4, 6, 8, 0))
+    verdicts = {row[0]: row[3] for row in passed.rows if len(row) == 4 and row[3] in ("pass", "FAIL")}
+    assert verdicts.keys() >= {"no_nan", "min_accuracy", "min_chips", "min_yield", "reload_reproduces"}
+    assert set(verdicts.values()) == {"pass"}
+    assert "certified" in passed.text
+    chips = chips_needed(0.9, 0.05 / 3)
+    assert f"{chips} of {chips} chip instances that no search saw did" in passed.text
+    assert f"not said: {HOSTILE}" in passed.text
+    assert "halora adapter register dozen/4" in passed.text
+    assert "failed its certification" in failed.text
+    assert ["min_yield", "FAIL"] in [[row[0], row[3]] for row in failed.rows if len(row) == 4]
+    assert f"8 of {chips} chips scored" in begun.text
+    assert "begun 3 of 1 certifications" in none.text
+    assert "halora adapter select dozen --dry-run" in none.text
+    for page in (passed, failed, begun, none):
+        assert "button" in page.opened
+        assert page.text.count("Register") == 0  # this server was not asked to
+    shortlist = _page(client, "/sweeps/dozen?pick=4&pick=5")
+    reasons = {row[0].split()[1]: row[9] for row in shortlist.rows if row and row[0].startswith("trial ")}
+    assert reasons == {"4": "candidate", "5": "breaks clean_accuracy by 0.1"}
+
+
+def test_damaged_certifications_are_told(certified):
+    (certified.sweep("dozen").selection / "attempts.json").write_text("{")
+    client = TestClient(create_app(certified), base_url="http://127.0.0.1")
+    assert "certifications cannot be read" in _page(client, "/sweeps/dozen/trials/4").text
+
+
+OWN = "http://127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    ("allowed", "origin", "number", "change", "status", "reason"),
+    [
+        (False, OWN, 4, {}, 403, "without --allow-register"),
+        (True, "http://evil.example", 4, {}, 403, "only this page itself"),
+        (True, OWN, 4, {"token": "wrong"}, 403, "another run of this server"),
+        (True, OWN, 4, {"token": ""}, 403, "another run of this server"),
+        (True, OWN, 4, {"confirm": ""}, 409, "mark the box"),
+        (True, OWN, 6, {}, 409, "did not pass: min_yield"),
+        (True, OWN, 8, {}, 409, "trial 8 is not certified"),
+        (True, OWN, 99, {}, 404, "no trial 99"),
+        (True, OWN, 4, {"confirm": "x" * 5000}, 413, "too large"),
+    ],
+)
+def test_registering_is_refused_without_all_that_it_takes(certified, allowed, origin, number, change, status, reason):
+    app = create_app(certified, allow_register=allowed)
+    client = TestClient(app, base_url=OWN)
+    page = client.get("/sweeps/dozen/trials/4")
+    tokens = re.findall(r'name="token" value="([^"]+)"', page.text)
+    assert bool(tokens) == allowed
+    form = {"token": tokens[0] if tokens else "", "confirm": "yes", **change}
+    path = f"/sweeps/dozen/trials/{number}/register"
+    answer = client.post(path, data=form, headers={"origin": origin})
+    assert answer.status_code == status
+    assert reason in answer.text
+    assert client.get(path).status_code == 405
+    assert not (certified.root / "mlflow.db").exists()

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import uvicorn
-from page_stores import STORIES, fill, varied_trial
-from recorded_sweeps import begin
+from page_stores import STORIES, certify_made_up, fill, varied_trial
+from recorded_sweeps import begin, finish, made_up_sweep
 from selenium.webdriver import ActionChains, Keys
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.wait import WebDriverWait
@@ -25,7 +25,9 @@ from halora.dashboard.app import create_app
 from halora.dashboard.reading import NOISY
 from halora.records.index import read_ledger
 from halora.records.recorder import SweepRecorder
+from halora.records.sender import recording
 from halora.records.store import Store
+from halora.records.tracking import open_client
 from halora.sweep.state import load_sweep_of
 
 WIDE, NARROW = 1280, 420
@@ -38,17 +40,25 @@ def store(tmp_path_factory, tiny_models, tiny_task):
     return found
 
 
-@pytest.fixture(scope="module")
-def address(store):
-    """A server of the page on a free loopback port."""
+@contextlib.contextmanager
+def serving(store, **options):
+    """A server of the page on a free loopback port; its address."""
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(create_app(store), log_level="warning", lifespan="off"))
+    server = uvicorn.Server(uvicorn.Config(create_app(store, **options), log_level="warning", lifespan="off"))
     thread = threading.Thread(target=server.run, args=([listening],))
     thread.start()
-    yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-    server.should_exit = True
-    thread.join(30)
+    try:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(30)
+
+
+@pytest.fixture(scope="module")
+def address(store):
+    with serving(store) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +75,7 @@ def browser(shared, address):
     _requests(shared), shared.get_log("browser")
     yield shared
     assert [entry["message"] for entry in shared.get_log("browser")] == []
-    foreign = [url for url in _requests(shared) if not url.startswith((address, "data:", "about:", "blob:"))]
-    assert foreign == []
+    assert _foreign(shared, address) == []
 
 
 def _look(browser, width, scheme, height=900):
@@ -79,6 +88,11 @@ def _look(browser, width, scheme, height=900):
 def _requests(browser):
     told = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     return [event["params"]["request"]["url"] for event in told if event["method"] == "Network.requestWillBeSent"]
+
+
+def _foreign(browser, address):
+    """Requests that did not go to the server."""
+    return [url for url in _requests(browser) if not url.startswith((address, "data:", "about:", "blob:"))]
 
 
 def _ready(browser, times=1):
@@ -342,3 +356,39 @@ def test_forms_and_tables_work_without_javascript(browser, address, store):
         assert "/compare?" in browser.current_url
     finally:
         browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
+
+
+def test_an_adapter_is_picked_and_registered(browser, tmp_path, tiny_models, tiny_task):
+    """From the front over shortlist and card to the alias in MLflow's registry."""
+    store = Store(tmp_path / "store")
+    sweep = made_up_sweep(store, "whole", tiny_models["llama"], tiny_task, trials=3, gates={"min_accuracy": 0.3})
+    folder = store.sweep("whole")
+    with recording(store, sweep, print) as recorder:
+        for number in range(3):
+            begin(recorder, sweep, number, lora__rank=2 ** (number + 1))
+            finish(recorder, folder.root, number, 0.4 + number / 10)
+        recorder.finish(interrupted=False)
+    adapter = (folder.trial(1) / "adapter" / "adapter_model.safetensors").read_bytes()
+    certify_made_up(store, "whole", 1, adapter=adapter)
+    client = open_client(store)
+    assert client.search_registered_models() == []
+    with serving(store, allow_register=True) as address:
+        _open(browser, f"{address}/sweeps/whole")
+        point = read_ledger(store, "whole").point(1)
+        with _redrawn(browser):
+            _in_plane(browser, [_pixel(browser, point.energy_uj_per_token, point.accuracy)])
+        browser.find_element(By.CSS_SELECTOR, "#shortlist + .scroll tbody th a").click()
+        _ready(browser)
+        assert "certified" in _text(browser, "#gates")
+        browser.find_element(By.CSS_SELECTOR, "form[method=post] button").click()
+        assert browser.current_url.endswith("/trials/1")  # the box beside it is not marked
+        browser.find_element(By.NAME, "confirm").click()
+        browser.find_element(By.CSS_SELECTOR, "form[method=post] button").click()
+        name, _, alias = _text(browser, "#registered").partition("@")
+        assert alias == "candidate"
+        assert _foreign(browser, address) == []
+        browser.get("about:blank")
+    version = client.get_model_version_by_alias(name, "candidate")
+    assert version.tags["halora.trial"] == "1"
+    assert version.tags["halora.gate.min_yield"].startswith("min_yield ")
+    assert "chip instances that no search saw did" in version.description

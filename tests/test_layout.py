@@ -27,6 +27,7 @@ LAYERS = (
     {"cli"},
 )
 """A module imports from its own layer and from those before it."""
+PAGES = ("chip", "compare", "readiness", "sweep", "sweeps", "trial")
 
 
 def _modules():
@@ -68,7 +69,10 @@ def test_imports_run_one_way():
         ("mlflow", {"records.queries", "records.registry", "records.tracking", "dashboard.mlflow_app"}),
         (
             "fastapi",
-            {f"dashboard.{page}" for page in ["app", "chip", "compare", "mlflow_app", "sweep", "sweeps", "trial"]},
+            {
+                f"dashboard.{page}"
+                for page in ["app", "chip", "compare", "mlflow_app", "readiness", "sweep", "sweeps", "trial"]
+            },
         ),
         ("optuna", {"sweep.study", "sweep.samplers", "analysis.importance"}),
         ("moocore", {"analysis.front"}),

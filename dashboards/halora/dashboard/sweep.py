@@ -13,6 +13,7 @@ from halora.analysis.summary import FrontView, narrowed
 from halora.analysis.trials import TrialPoint, condition_parts, filtered
 from halora.dashboard.parallel_view import ParallelView, parallel_view
 from halora.dashboard.query import SweepQuery, page_of, sort_direction
+from halora.dashboard.readiness import failed_gates
 from halora.dashboard.reading import Snapshot
 from halora.dashboard.site import Site, is_fragment
 from halora.errors import UserError
@@ -52,6 +53,7 @@ def routes(site: Site) -> APIRouter:
             "choice": choice,
             "columns": COLUMNS,
             "direction": sort_direction,
+            "why_not": {point.number: failed_gates(snapshot, point) for point in choice.picked},
             "failures": failures(snapshot),
             "progress": hypervolume_chart(snapshot.volumes) if len(snapshot.volumes) > 1 else None,
         }

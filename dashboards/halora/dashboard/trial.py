@@ -12,6 +12,7 @@ from starlette.responses import RedirectResponse, Response
 from halora.analysis.charts import Chart, noise_chart
 from halora.analysis.trial_charts import beside_chart, loss_chart
 from halora.analysis.trials import Answers, TrialPoint
+from halora.dashboard.readiness import readiness
 from halora.dashboard.reading import Snapshot
 from halora.dashboard.site import Site
 from halora.dashboard.sweep import log_tail
@@ -39,6 +40,7 @@ def routes(site: Site) -> APIRouter:
             snapshot=snapshot,
             point=point,
             card=card(snapshot, point),
+            ready=readiness(snapshot, point),
             against=against,
             problem=problem,
             different=differences(point, against) if against else [],
