@@ -14,8 +14,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from glob import glob
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from selenium import webdriver
 
 STARTING_S = 240.0
 
@@ -130,6 +134,37 @@ def mlflow_server(backend: str, folder: Path) -> Iterator[MlflowServer]:
         yield server
     finally:
         server.kill()
+
+
+AXE_CORE = Path(__file__).parents[1] / ".cache" / "axe-core" / "axe.min.js"
+
+
+@contextmanager
+def chrome(log_folder: Path) -> Iterator["webdriver.Chrome"]:
+    """Headless Chromium that knows no host but this machine's addresses, driven by Selenium."""
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = required("Chromium", shutil.which("chromium"))
+    driver = required("Chromium's driver", shutil.which("chromedriver"))
+    for flag in ("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"):
+        options.add_argument(flag)
+    options.add_argument("--disable-component-update")
+    options.add_argument("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    browser = webdriver.Chrome(options, Service(driver, log_output=str(log_folder / "chromedriver.log")))
+    try:
+        yield browser
+    finally:
+        browser.quit()
+
+
+def axe_core() -> str:
+    """The code of axe-core; a test is skipped where it is not there."""
+    if not AXE_CORE.exists():
+        pytest.skip(f"axe-core is not at {AXE_CORE}; `make services` fetches it where there is npm")
+    return AXE_CORE.read_text()
 
 
 def browse(page: Path, picture: Path, *, height: int = 3000) -> Sequence[str]:

@@ -415,7 +415,7 @@ def test_charts_are_valid_plotly_figures_and_hold_every_trial(count):
         charts.noise_chart(points, "noise_db", "dB"),
         charts.energy_chart(summary.front),
         charts.importance_chart(summary),
-        charts.hypervolume_chart(summary),
+        charts.hypervolume_chart(summary.hypervolume),
     ]
     for chart in drawn:
         plotly.graph_objects.Figure(chart)

@@ -27,6 +27,7 @@ LAYERS = (
     {"cli"},
 )
 """A module imports from its own layer and from those before it."""
+PAGES = ("chip", "compare", "readiness", "sweep", "sweeps", "trial")
 
 
 def _modules():
@@ -65,7 +66,14 @@ def test_imports_run_one_way():
     ("library", "importers"),
     [
         ("ray", {"peers", "trainable", "sweep.executor"}),
-        ("mlflow", {"records.queries", "records.registry", "records.tracking"}),
+        ("mlflow", {"records.queries", "records.registry", "records.tracking", "dashboard.mlflow_app"}),
+        (
+            "fastapi",
+            {
+                f"dashboard.{page}"
+                for page in ["app", "chip", "compare", "mlflow_app", "readiness", "sweep", "sweeps", "trial"]
+            },
+        ),
         ("optuna", {"sweep.study", "sweep.samplers", "analysis.importance"}),
         ("moocore", {"analysis.front"}),
         ("sklearn", {"sweep.table"}),

@@ -1,10 +1,11 @@
 """Charts of a sweep as Plotly figures in plain values; texts that a user chose are escaped, as Plotly reads HTML."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import groupby
 from math import log10
+from types import MappingProxyType
 from typing import Any
 
 from halora.analysis.figures import METHOD_COLOURS, OTHER_COLOUR
@@ -21,59 +22,117 @@ _MOST_SHOWN = 5000
 """Dominated trials drawn; beyond that the best are."""
 _UNDECIDED = 0.05
 """Probability of being on the front from which a dominated trial is shown as one that might be."""
+NEUTRAL = "#808080"  # seen on white and on black
+MARK_COLOUR = "#CC79A7"
+PLAIN_STYLES = (
+    ("#0072B2", "circle"),
+    ("#E69F00", "square"),
+    ("#009E73", "diamond"),
+    ("#CC79A7", "triangle-up"),
+    ("#56B4E9", "cross"),
+    ("#D55E00", "star"),
+    ("#999999", "hexagon"),
+)
+"""Colours of Okabe and Ito with a shape each."""
 
 
-def front_chart(view: FrontView) -> Chart:
-    """Every feasible trial by energy and accuracy, the front with its intervals, and those that break constraints."""
+def front_chart(
+    view: FrontView,
+    *,
+    others: Sequence[TrialPoint] = (),
+    marked: Sequence[TrialPoint] = (),
+    by: str = "method",
+    most: int = _MOST_SHOWN,
+) -> Chart:
+    """Every feasible trial by energy and accuracy, the front with its intervals, and those that break constraints.
+
+    Args:
+        view: A front over an accuracy, which is drawn upwards, and energy.
+        others: Feasible trials that do not take part, drawn pale.
+        marked: Trials to draw a ring around.
+        by: Label that colour and shape tell apart.
+        most: Dominated trials drawn; beyond that the best are.
+    """
+    upwards = view.objectives[0].metric
     members = {point.number for point in view.members}
+    styles = label_styles([*view.groups.feasible, *view.groups.violating, *others], by)
     data: list[Chart] = []
     dominated = [p for p in view.groups.feasible if p.number not in members]
-    dominated = sorted(dominated, key=lambda p: -p.accuracy)[:_MOST_SHOWN]
+    dominated = sorted(dominated, key=lambda p: -p.metrics[upwards])[:most]
     maybe = [p for p in dominated if view.probability[p.number] >= _UNDECIDED]
     sure = [p for p in dominated if view.probability[p.number] < _UNDECIDED]
+    if others:
+        pale = _trials(others[:most], "does not qualify", "", view, _Style(opacity=0.35, size=6, bars=False))
+        pale["marker"] |= {"symbol": "circle-open", "color": NEUTRAL}
+        data.append(pale)
     if view.members:
-        data.append(
-            {
-                "type": "scatter",
-                "mode": "lines",
-                "x": [p.energy_uj_per_token for p in view.members],
-                "y": [p.accuracy for p in view.members],
-                "line": {"shape": "hv", "color": "#888888", "width": 1},
-                "hoverinfo": "skip",
-                "showlegend": False,
-            }
-        )
+        data.append(staircase(view.members, upwards, NEUTRAL))
     for group, name, style in (
         (sure, "dominated", _Style(opacity=0.5, size=7, bars=False)),
         (maybe, "perhaps on the front", _Style(opacity=0.75, size=9)),
         (view.members, "on the front", _Style(opacity=1.0, size=11, filled=True)),
     ):
-        data += [_trials(own, f"{method}, {name}", method, view, style) for method, own in by_method(group)]
+        for label, own in by_label(group, by):
+            trace = _trials(own, f"{label}, {name}", label, view, style, styles)
+            trace |= {"legendgroup": escape(label), "showlegend": False}
+            data.append(trace)
+    for trace in {trace["legendgroup"]: trace for trace in data if "legendgroup" in trace}.values():
+        trace |= {"name": trace["legendgroup"], "showlegend": True}  # one entry for a label: its trials on the front
     if view.groups.violating:
         broken = _trials(
-            view.groups.violating, "breaks a constraint", "", view, _Style(opacity=0.8, size=8, bars=False)
+            view.groups.violating[:most], "breaks a constraint", "", view, _Style(opacity=0.8, size=8, bars=False)
         )
         broken["marker"] |= {"symbol": "x-thin", "line": {"width": 2, "color": "#D55E00"}}
         data.append(broken)
     if view.knee:
-        data.append(
-            {
-                "type": "scatter",
-                "mode": "markers",
-                "x": [view.knee.energy_uj_per_token],
-                "y": [view.knee.accuracy],
-                "name": f"knee: trial {view.knee.number}",
-                "marker": {"symbol": "circle-open", "size": 20, "color": "#000000", "line": {"width": 1.5}},
-                "hoverinfo": "skip",
-            }
-        )
-    layout = _layout("energy per token (µJ)", "accuracy under noise (95 % interval)", log_x=True)
-    layout["height"] += 12 * len(data)  # room for the legend
-    return _with_room({"data": data, "layout": layout})
+        data.append(_ring([view.knee], f"knee: trial {view.knee.number}", upwards, NEUTRAL, 20))
+    if marked:
+        data.append(_ring(marked, "shortlist", upwards, MARK_COLOUR, 26))
+    what = "accuracy under noise (95 % interval)" if upwards == "accuracy" else upwards.replace("_", " ")
+    return _with_room({"data": data, "layout": chart_layout("energy per token (µJ)", what, log_x=True)})
 
 
-def noise_chart(points: Sequence[TrialPoint], field: str, title: str) -> Chart:
-    """Accuracy over `noise_level`, at all levels a trial was scored at, or over the metric `noise_db`."""
+def staircase(members: Sequence[TrialPoint], upwards: str, colour: str) -> Chart:
+    """The border of what a front's members, by rising energy, dominate."""
+    return {
+        "type": "scatter",
+        "mode": "lines",
+        "x": [p.energy_uj_per_token for p in members],
+        "y": [p.metrics[upwards] for p in members],
+        "line": {"shape": "hv", "color": colour, "width": 1},
+        "hoverinfo": "skip",
+        "showlegend": False,
+    }
+
+
+def fronts_chart(fronts: Mapping[str, FrontView], reference: tuple[float, float]) -> Chart:
+    """Several fronts and the accuracy and energy their hypervolumes are measured from."""
+    data: list[Chart] = []
+    for (name, view), (colour, symbol) in zip(fronts.items(), PLAIN_STYLES * len(fronts), strict=False):
+        if view.members:
+            data.append(staircase(view.members, "accuracy", colour))
+            trace = _trials(view.members, name, "", view, _Style(opacity=1.0, size=9, filled=True))
+            trace["marker"] |= {"color": colour, "symbol": symbol}
+            data.append(trace)
+    data.append(
+        {
+            "type": "scatter",
+            "mode": "markers",
+            "name": "reference point",
+            "x": [reference[1]],
+            "y": [reference[0]],
+            "marker": {"symbol": "cross-thin", "size": 12, "line": {"width": 2, "color": NEUTRAL}},
+            "hovertemplate": "accuracy %{y:.4f}, %{x:.4g} µJ<extra>reference point</extra>",
+        }
+    )
+    return {"data": data, "layout": chart_layout("energy per token (µJ)", "accuracy under noise", log_x=True)}
+
+
+def noise_chart(points: Sequence[TrialPoint], field: str, title: str, *, marked: Sequence[TrialPoint] = ()) -> Chart:
+    """Accuracy over `noise_level`, at all levels a trial was scored at, or over the metric `noise_db`.
+
+    The `marked` trials get a ring.
+    """
     data = []
     for method, own in by_method(points):
         placed = sorted((x, y, p.number) for p in own for x, y in _accuracies_over(p, field))
@@ -95,7 +154,11 @@ def noise_chart(points: Sequence[TrialPoint], field: str, title: str) -> Chart:
         if 1 < len(tops) <= len(placed) / 2:  # several trials at each level: their best, joined
             line = {"x": [x for x, _, _ in tops], "y": [y for _, y, _ in tops], "line": {"color": colour}}
             data.append({"type": "scatter", "mode": "lines", "name": f"{escape(method)}, best", **line})
-    return _with_room({"data": data, "layout": _layout(title, "accuracy under noise")})
+    for p in marked:
+        places = _accuracies_over(p, field)
+        ring = _ring([p], f"trial {p.number}", "accuracy", MARK_COLOUR, 18)
+        data.append(ring | {"x": [x for x, _ in places], "y": [y for _, y in places]})
+    return _with_room({"data": data, "layout": chart_layout(title, "accuracy under noise")})
 
 
 def _accuracies_over(point: TrialPoint, field: str) -> list[tuple[float, float]]:
@@ -121,7 +184,7 @@ def energy_chart(view: FrontView) -> Chart:
         }
         for i, name in enumerate(components)
     ]
-    layout = _layout("", "energy per token (µJ)") | {"barmode": "stack"}
+    layout = chart_layout("", "energy per token (µJ)") | {"barmode": "stack"}
     layout["xaxis"] |= {"type": "category"}
     return {"data": data, "layout": layout}
 
@@ -144,35 +207,47 @@ def importance_chart(summary: SweepSummary) -> Chart:
         for (metric, shares), colour in zip(summary.importance.items(), _COMPONENT_COLOURS, strict=False)
         if shares
     ]
-    layout = _layout("share of the importance", "") | {"barmode": "group", "height": 140 + 44 * len(paths)}
+    layout = chart_layout("share of the importance", "") | {"barmode": "group", "height": 140 + 44 * len(paths)}
     layout["yaxis"] |= {"type": "category"}
     return {"data": data, "layout": layout}
 
 
-def hypervolume_chart(summary: SweepSummary) -> Chart:
+def hypervolume_chart(volumes: Sequence[float]) -> Chart:
     """The hypervolume over finished trials, in the order they ended."""
-    y = summary.hypervolume
     colour = "#0072B2"
     line = {
         "type": "scatter",
-        "mode": "lines" if len(y) > 1 else "markers",
+        "mode": "lines" if len(volumes) > 1 else "markers",
         "line": {"shape": "hv", "color": colour},
         "marker": {"size": 9, "color": colour},
         "cliponaxis": False,
     }
-    data = [{**line, "x": list(range(1, len(y) + 1)), "y": y, "showlegend": False}]
-    layout = _layout("trials finished", "hypervolume (accuracy × µJ)")
+    data = [{**line, "x": list(range(1, len(volumes) + 1)), "y": list(volumes), "showlegend": False}]
+    layout = chart_layout("trials finished", "hypervolume (accuracy × µJ)")
     layout["yaxis"] |= {"rangemode": "tozero"}
-    layout["xaxis"] |= {"tickformat": "d", "nticks": min(len(y) + 2, 12), "rangemode": "nonnegative"}
+    layout["xaxis"] |= {"tickformat": "d", "nticks": min(len(volumes) + 2, 12), "rangemode": "nonnegative"}
     return {"data": data, "layout": layout}
 
 
 def by_method(points: Sequence[TrialPoint]) -> list[tuple[str, list[TrialPoint]]]:
     """Trials by training method, the known methods first."""
+    return by_label(points, "method")
+
+
+def by_label(points: Sequence[TrialPoint], label: str) -> list[tuple[str, list[TrialPoint]]]:
+    """Trials by one of their labels, the known training methods first."""
     groups: dict[str, list[TrialPoint]] = {method: [] for method in METHOD_COLOURS}
     for point in points:
-        groups.setdefault(str(point.labels.get("method", "other")), []).append(point)
-    return [(method, own) for method, own in groups.items() if own]
+        groups.setdefault(str(point.labels.get(label, "other")), []).append(point)
+    return [(name, own) for name, own in groups.items() if own]
+
+
+def label_styles(points: Sequence[TrialPoint], label: str) -> dict[str, tuple[str, str]]:
+    """Colour and shape of each value of a label; those of the methods are the same everywhere."""
+    if label == "method":
+        return {method: (METHOD_COLOURS[method], _SYMBOLS[method]) for method in METHOD_COLOURS}
+    names = sorted({str(point.labels.get(label, "other")) for point in points})
+    return {name: PLAIN_STYLES[place % len(PLAIN_STYLES)] for place, name in enumerate(names)}
 
 
 def described(point: TrialPoint) -> str:
@@ -192,14 +267,35 @@ class _Style:
     bars: bool = True
 
 
-def _trials(points: Sequence[TrialPoint], name: str, method: str, view: FrontView, style: _Style) -> Chart:
-    symbol = _SYMBOLS.get(method, "diamond")
+def _ring(points: Sequence[TrialPoint], name: str, upwards: str, colour: str, size: int) -> Chart:
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "x": [p.energy_uj_per_token for p in points],
+        "y": [p.metrics[upwards] for p in points],
+        "name": escape(name),
+        "marker": {"symbol": "circle-open", "size": size, "color": colour, "line": {"width": 1.5}},
+        "hoverinfo": "skip",
+    }
+
+
+def _trials(
+    points: Sequence[TrialPoint],
+    name: str,
+    label: str,
+    view: FrontView,
+    style: _Style,
+    styles: Mapping[str, tuple[str, str]] = MappingProxyType({}),
+) -> Chart:
+    upwards = view.objectives[0].metric
+    colour, symbol = styles.get(label, (OTHER_COLOUR, "diamond"))
     trace: Chart = {
         "type": "scatter",
         "mode": "markers",
         "name": escape(name),
         "x": [p.energy_uj_per_token for p in points],
-        "y": [p.accuracy for p in points],
+        "y": [p.metrics[upwards] for p in points],
+        "customdata": [p.number for p in points],
         "text": [
             f"trial {p.number}, on the front with probability {view.probability.get(p.number, 0):.2f}"
             f"<br>{escape(described(p))[:300]}"
@@ -208,12 +304,12 @@ def _trials(points: Sequence[TrialPoint], name: str, method: str, view: FrontVie
         "hovertemplate": "%{text}<br>accuracy %{y:.4f}, %{x:.4g} µJ<extra></extra>",
         "marker": {
             "symbol": symbol if style.filled else f"{symbol}-open",
-            "color": METHOD_COLOURS.get(method, OTHER_COLOUR),
+            "color": colour,
             "size": style.size,
         },
         "opacity": style.opacity,
     }
-    if style.bars:
+    if style.bars and upwards == "accuracy":
         trace["error_y"] = {
             "type": "data",
             "symmetric": False,
@@ -242,7 +338,8 @@ def _with_room(chart: Chart) -> Chart:
     return chart
 
 
-def _layout(x: str, y: str, *, log_x: bool = False) -> Chart:
+def chart_layout(x: str, y: str, *, log_x: bool = False) -> Chart:
+    """How every chart looks, with the titles of its axes."""
     grid = {"gridcolor": "#e6e6e6", "zerolinecolor": "#cccccc", "automargin": True}
     return {
         "template": "none",
@@ -251,7 +348,7 @@ def _layout(x: str, y: str, *, log_x: bool = False) -> Chart:
         "margin": {"l": 70, "r": 20, "t": 20, "b": 60},
         "font": {"family": "system-ui, sans-serif", "size": 13},
         "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
-        "xaxis": {"title": {"text": x}, "type": "log" if log_x else "-", **grid},
-        "yaxis": {"title": {"text": y}, **grid},
+        "xaxis": {"title": {"text": x, "font": {"size": 13}}, "type": "log" if log_x else "-", **grid},
+        "yaxis": {"title": {"text": y, "font": {"size": 13}}, **grid},
         "hovermode": "closest",
     }

@@ -30,7 +30,7 @@ def render_report(summary: SweepSummary) -> str:
         "noise_db": charts.noise_chart(scored, "noise_db", "realised noise to signal of the weights (dB)"),
         "energy": charts.energy_chart(view),
         "importance": charts.importance_chart(summary),
-        "hypervolume": charts.hypervolume_chart(summary) if summary.hypervolume else None,
+        "hypervolume": charts.hypervolume_chart(summary.hypervolume) if summary.hypervolume else None,
     }
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"number": _number, "described": charts.described}

@@ -85,6 +85,13 @@ def view_front(points: Sequence[TrialPoint], objectives: Sequence[Objective] = D
     return FrontView(tuple(objectives), groups, members, probability, knee(members, objectives))
 
 
+def narrowed(view: FrontView, points: Sequence[TrialPoint]) -> FrontView:
+    """The front of some of a view's trials; their probabilities stay those among all."""
+    groups = grouped(points, view.objectives)
+    members = front(groups.feasible, view.objectives)
+    return FrontView(view.objectives, groups, members, view.probability, knee(members, view.objectives))
+
+
 def volumes(view: FrontView, reference: Sequence[float]) -> list[float]:
     """The hypervolume after each feasible trial, in the order they ended."""
     ended = sorted(view.groups.feasible, key=lambda point: (point.ended_ms, point.number))

@@ -70,6 +70,12 @@ class TrialPoint:
         return found
 
     @property
+    def drop(self) -> float | None:
+        """What noise costs: clean less noisy accuracy; none where one of them is not recorded."""
+        clean, noisy = self.metrics.get("clean_accuracy"), self.metrics.get("accuracy")
+        return None if clean is None or noisy is None else clean - noisy
+
+    @property
     def violated(self) -> dict[str, float]:
         """Constraints that the trial breaks, by name, and by how much."""
         broken = {name: value for name, value in self.metrics.items() if name.startswith(VIOLATION) and value > 0}
@@ -190,38 +196,60 @@ _COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
 def filtered(points: Sequence[TrialPoint], conditions: Sequence[str]) -> list[TrialPoint]:
     """Trials that meet every condition `FIELD OP VALUE`, such as `method=halora`, `rank>=4` or `noise_level<0.02`.
 
-    A field is a label, a searched value by its dotted path or the last part of it, or a metric. Numbers compare as
-    numbers. A trial without the field meets only `!=`.
+    A field is a label, a searched value by its dotted path or the last part of it, a metric, or `drop` (clean less
+    noisy accuracy). `=` and `!=` take several values, as `rank=4|8`. Numbers compare as numbers. A trial without the
+    field meets only `!=`.
 
     Raises:
         UserError: A condition is malformed, or no trial has its field.
     """
+    if not conditions:
+        return list(points)
     problems: list[str] = []
     tests = []
+    fields = [_fields(point) for point in points]
+    known = {key for own in fields for key in own}
     for condition in conditions:
-        match = re.fullmatch(r"\s*(.+?)\s*(<=|>=|!=|=|<|>)\s*(.*?)\s*", condition)
-        if not match:
+        parts = condition_parts(condition)
+        if not parts:
             problems.append(f"filter '{condition}': write FIELD=VALUE, or with one of != < <= > >=")
             continue
-        name, comparison, wanted = match.groups()
-        known = {key for point in points for key in _fields(point)}
+        name, comparison, wanted = parts
         if points and name not in known:
             problems.append(f"filter '{condition}': no trial has a field '{name}'{nearest(name, known)}")
         tests.append((name, comparison, wanted))
     if problems:
         raise UserError(problems)
-    return [point for point in points if all(_meets(_fields(point), *test) for test in tests)]
+    return [point for point, own in zip(points, fields, strict=True) if all(_meets(own, *test) for test in tests)]
+
+
+def condition_parts(condition: str) -> tuple[str, str, str] | None:
+    """Field, comparison and value of a condition; none where it is malformed."""
+    match = re.fullmatch(r"\s*(.+?)\s*(<=|>=|!=|=|<|>)\s*(.*?)\s*", condition)
+    return (match[1], match[2], match[3]) if match else None
 
 
 def _fields(point: TrialPoint) -> dict[str, Any]:
     short = {path.rpartition(".")[2]: value for path, value in point.params.items()}
-    return {**point.metrics, **short, **point.params, **point.labels, "trial": point.number, "state": point.state}
+    drop = {} if point.drop is None else {"drop": point.drop}
+    return {
+        **point.metrics,
+        **drop,
+        **short,
+        **point.params,
+        **point.labels,
+        "trial": point.number,
+        "state": point.state,
+    }
 
 
 def _meets(fields: Mapping[str, Any], name: str, comparison: str, wanted: str) -> bool:
     value = fields.get(name)
     if value is None:
         return comparison == "!="
+    if comparison in ("=", "!=") and "|" in wanted and str(value) != wanted:
+        same = any(_meets(fields, name, "=", each) for each in wanted.split("|"))
+        return same == (comparison == "=")
     if not isinstance(value, bool) and (isinstance(value, int | float) or comparison not in ("=", "!=")):
         try:
             return _COMPARISONS[comparison](float(value), float(wanted))

@@ -88,23 +88,6 @@ def _reconcile(place: Store, form: Format) -> None:
         talk.print("the records say of every trial what its study says")
 
 
-def dashboard(
-    port: Annotated[int, typer.Option(help="Port on the loopback interface.")] = 5000,
-    store: StoreOption = None,
-) -> None:
-    """Browse the store in MLflow's own page, on this machine only, until Ctrl-C."""
-    from halora.dashboard.mlflow_page import serve
-
-    place = open_store(store)
-    if not place.sweeps():
-        raise UserError(f"no sweep in '{place.root}' yet", "launch one: halora sweep launch quickstart")
-    if place.tracking_uri.startswith("http"):
-        talk.print(f"MLflow's page is at {place.tracking_uri}", markup=False)
-        return
-    talk.print(f"MLflow on http://127.0.0.1:{port} in half a minute; Ctrl-C ends it", markup=False)
-    raise typer.Exit(serve(place, port))
-
-
 def _python() -> Finding:
     version = ".".join(map(str, sys.version_info[:3]))
     return Finding("Python", sys.version_info >= (3, 12), version, "" if sys.version_info >= (3, 12) else "use 3.12")

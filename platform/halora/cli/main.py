@@ -9,7 +9,7 @@ import warnings
 
 import typer
 
-from halora.cli import adapter, doctor, energy, front, noise, space, sweep, train, trial
+from halora.cli import adapter, dashboard, doctor, energy, front, noise, space, sweep, train, trial
 from halora.cli.output import talk
 from halora.errors import UnreachableError, UserError
 
@@ -29,7 +29,7 @@ app.command("train")(train.train)
 app.command("evaluate")(train.evaluate)
 app.command("energy")(energy.energy)
 app.command("doctor")(doctor.doctor)
-app.command("dashboard")(doctor.dashboard)
+app.command("dashboard")(dashboard.dashboard)
 
 
 def main() -> None:

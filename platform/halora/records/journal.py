@@ -6,6 +6,7 @@ appended; a machine that loses power loses nothing up to the last `sync`.
 
 import json
 import os
+import re
 import uuid
 from collections.abc import Mapping
 from contextlib import suppress
@@ -102,6 +103,30 @@ def read(path: Path, offset: int = 0, limit: int | None = None) -> tuple[list[En
     except (ValueError, TypeError):
         raise UserError(f"journal '{path}' is damaged at byte {offset}", "restore the file from a backup") from None
     return entries, offset
+
+
+def entries_of(path: Path, trial: int) -> list[Entry]:
+    """The entries of one trial; only their lines are parsed. None where the file is not there.
+
+    Raises:
+        UserError: The file cannot be read, or one of these lines is no entry.
+    """
+    wanted = re.compile(rb'"trial": ?%d[,}]' % trial)
+    entries = []
+    try:
+        with path.open("rb") as file:
+            for line in file:
+                if line.endswith(b"\n") and wanted.search(line):
+                    entry = json.loads(line.decode("utf-8", "surrogatepass"))
+                    if entry.get("trial") == trial:  # not merely in a text of another's
+                        entries.append(entry)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"journal '{path}' cannot be read: {error.strerror}") from None
+    except (ValueError, TypeError, AttributeError):
+        raise UserError(f"journal '{path}' is damaged", "restore the file from a backup") from None
+    return entries
 
 
 def identity(path: Path) -> str:

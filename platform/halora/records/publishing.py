@@ -15,6 +15,7 @@ from halora.analysis.summary import SweepSummary, view_front, volumes
 from halora.errors import UserError
 from halora.files import write_whole
 from halora.hardware.baselines import baselines
+from halora.hardware.shapes import ModelShape
 from halora.records import names
 from halora.records.ledger import Ledger
 from halora.records.store import SweepFolder
@@ -103,10 +104,15 @@ def front_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     return text.getvalue()
 
 
-def baseline_energies(config: TrialConfig) -> dict[str, float]:
-    """Energy per token of the named baselines that have a figure for a trial's model, in microjoule."""
+def baseline_energies(config: TrialConfig, shape: ModelShape | None = None) -> dict[str, float]:
+    """Energy per token of the named baselines that have a figure for a trial's model, in microjoule.
+
+    Args:
+        config: The trial.
+        shape: Dimensions of its model; looked up where they are not given, on the hub if need be.
+    """
     try:
-        shape = model_shape(config.model)
+        shape = shape or model_shape(config.model)
     except UserError:
         return {}
     found = {

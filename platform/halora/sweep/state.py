@@ -59,9 +59,12 @@ def check_not_launched(folder: SweepFolder) -> None:
 def is_running(folder: SweepFolder) -> bool:
     """Whether a process of this machine is running the sweep."""
     try:
-        with only_driver(folder):
+        with folder.lock_file.open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
             return False
-    except UserError:
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
         return True
 
 

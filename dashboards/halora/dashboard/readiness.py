@@ -1,0 +1,136 @@
+"""Whether an adapter may be deployed: gates, certificates, and the one action that changes anything, registering it."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import parse_qs
+
+from fastapi import APIRouter, Request
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from halora.analysis.trials import TrialPoint
+from halora.dashboard.reading import Snapshot
+from halora.dashboard.security import is_token
+from halora.dashboard.site import Site
+from halora.errors import UserError
+from halora.selection.attempts import Attempt, attempts_of
+from halora.selection.candidates import Standing, standings
+from halora.selection.certification import Certification, certifications_of
+from halora.selection.gates import Gate
+
+_LARGEST_FORM = 4096  # bytes
+
+
+@dataclass(frozen=True)
+class Readiness:
+    """How far an adapter is on its way to deployment.
+
+    Attributes:
+        standing: What the search can say of it.
+        certification: Its last finished certification; none before there is one.
+        attempt: Its certification that is under way; none where there is none.
+        scored: Chips of that attempt that are scored.
+        attempts: Certifications that the sweep has begun.
+        problem: Why what is kept of certifications cannot be read; empty otherwise.
+    """
+
+    standing: Standing
+    certification: Certification | None
+    attempt: Attempt | None
+    scored: int
+    attempts: int
+    problem: str = ""
+
+    @property
+    def gates(self) -> tuple[Gate, ...]:
+        """The gates of its certification, or those that the search can say."""
+        return self.certification.gates if self.certification else self.standing.gates
+
+
+def readiness(snapshot: Snapshot, point: TrialPoint) -> Readiness:
+    """How a trial's adapter stands."""
+    (standing,) = standings([point], snapshot.sweep.gates)
+    try:
+        attempts = attempts_of(snapshot.folder)
+        finished = certifications_of(snapshot.folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return Readiness(standing, None, None, 0, 0, f"certifications cannot be read: {type(error).__name__}: {error}")
+    own = [attempt for attempt in attempts if attempt.trial == point.number]
+    certified = [finished[attempt.number] for attempt in own if attempt.number in finished]
+    under_way = next((attempt for attempt in own if attempt.number not in finished), None)
+    scored = _scored(snapshot, under_way) if under_way else 0
+    return Readiness(standing, certified[-1] if certified else None, under_way, scored, len(attempts))
+
+
+def failed_gates(snapshot: Snapshot, point: TrialPoint) -> tuple[str, ...]:
+    """Why a trial is no candidate, by the sweep's gates; none for a candidate."""
+    return standings([point], snapshot.sweep.gates)[0].reasons
+
+
+def routes(site: Site) -> APIRouter:
+    """The address that registers."""
+    router = APIRouter()
+
+    @router.post("/sweeps/{name}/trials/{number}/register")
+    async def register(request: Request, name: str, number: int) -> Response:
+        form = await _form(request)
+        return await run_in_threadpool(_register, site, request, name, number, form)
+
+    return router
+
+
+def _register(site: Site, request: Request, name: str, number: int, form: Mapping[str, str]) -> Response:
+    from halora.records.tracking import open_client
+    from halora.selection.selecting import register_certified
+
+    if not site.allow_register:
+        raise HTTPException(403, "this server was started without --allow-register")
+    if not is_token(form.get("token", ""), site.token):
+        raise HTTPException(403, "the form is from another run of this server: load the page again")
+    snapshot = site.reader.snapshot(name)
+    point = snapshot.point(number)
+    found = readiness(snapshot, point)
+    problems: list[str] = []
+    if found.certification is None:
+        problems.append(f"trial {number} is not certified")
+    elif not found.certification.passed:
+        problems += [f"it did not pass: {gate}" for gate in found.gates if not gate.passed]
+    if form.get("confirm") != "yes":
+        problems.append("mark the box beside the button: registering moves the alias `candidate`")
+    if found.certification is None or problems:
+        return site.page(request, "registered", 409, snapshot=snapshot, point=point, problems=problems, adapter=None)
+    store = site.store.serving(name)
+    try:
+        adapter, changed = register_certified(store, open_client(store), found.certification)
+    except UserError as error:
+        return site.page(
+            request, "registered", 409, snapshot=snapshot, point=point, problems=error.problems, adapter=None
+        )
+    return site.page(
+        request, "registered", snapshot=snapshot, point=point, problems=[], adapter=adapter, changed=changed
+    )
+
+
+async def _form(request: Request) -> dict[str, str]:
+    body = b""
+    async for part in request.stream():
+        body += part
+        if len(body) > _LARGEST_FORM:
+            raise HTTPException(413, "the form is too large")
+    fields: dict[str, list[str]] = parse_qs(body.decode("utf-8", "replace"), max_num_fields=16)
+    return {name: values[-1] for name, values in fields.items()}
+
+
+def _scored(snapshot: Snapshot, attempt: Attempt) -> int:
+    """Chips of an attempt that are scored, by the files it keeps."""
+    scored = 0
+    for file in attempt.folder(snapshot.folder).glob("chips-*.json"):
+        try:
+            content: dict[str, Any] = json.loads(file.read_text())
+            scored += len(content["chip_seeds"])
+        except (OSError, ValueError, KeyError):  # being written
+            continue
+    return scored

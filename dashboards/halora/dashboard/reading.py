@@ -1,0 +1,166 @@
+"""Sweeps of a store as the pages show them, kept in memory until their journals grow."""
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import yaml
+
+from halora.analysis.summary import FrontView, view_front, volumes
+from halora.analysis.trials import ACCURACY, ENERGY, Objective, TrialPoint
+from halora.errors import UserError
+from halora.records import journal
+from halora.records.index import read_ledger
+from halora.records.ledger import Ledger
+from halora.records.store import Store, SweepFolder
+from halora.spaces.sweep import SweepConfig
+from halora.sweep.state import is_running, load_sweep_of
+
+_MOST_KEPT = 32
+"""Sweeps in memory."""
+CLEAN = (Objective("clean_accuracy", maximise=True), ENERGY)
+NOISY = (ACCURACY, ENERGY)
+
+
+class Snapshot:
+    """A sweep as its journal had it at one moment.
+
+    Args:
+        folder: Where it is.
+        sweep: The sweep as launched.
+        ledger: What its journal adds up to; not changed any more.
+        version: Differs once there is anything new.
+        running: Whether a process ran it.
+    """
+
+    def __init__(self, folder: SweepFolder, sweep: SweepConfig, ledger: Ledger, version: str, running: bool) -> None:
+        self.folder, self.sweep, self.ledger, self.version, self.running = folder, sweep, ledger, version, running
+        self.points = ledger.points()
+        self.by_number = {point.number: point for point in self.points}
+
+    @property
+    def name(self) -> str:
+        """Name of the sweep."""
+        return self.folder.name
+
+    @property
+    def state(self) -> str:
+        """running, finished or interrupted; launched before there is a record."""
+        return "running" if self.running else self.ledger.sweep_state.replace("running", "interrupted") or "launched"
+
+    @cached_property
+    def view(self) -> FrontView:
+        """The front of accuracy under noise against energy."""
+        return view_front(self.points, NOISY)
+
+    @cached_property
+    def clean_view(self) -> FrontView:
+        """The front of clean accuracy against energy."""
+        return view_front(self.points, CLEAN)
+
+    @property
+    def reference(self) -> tuple[float, float]:
+        """Accuracy and energy that the hypervolume is measured from."""
+        return self.sweep.reference_point.accuracy, self.sweep.reference_point.energy_uj_per_token
+
+    @cached_property
+    def volumes(self) -> list[float]:
+        """The hypervolume after each feasible trial, in the order they ended."""
+        return volumes(self.view, self.reference)
+
+    @cached_property
+    def spent_s(self) -> float:
+        """Seconds from begin to end, summed over trials that ended."""
+        return sum(max(p.ended_ms - p.began_ms, 0) for p in self.points if p.began_ms and p.ended_ms) / 1000
+
+    @cached_property
+    def counts(self) -> Mapping[str, int]:
+        """Number of trials by state, and of those on the front."""
+        groups = self.view.groups
+        return {
+            "finished": len(groups.feasible) + len(groups.violating) + len(groups.unscored),
+            "failed": len(groups.failed),
+            "stopped": len(groups.stopped),
+            "open": len(groups.open),
+            "front": len(self.view.members),
+        }
+
+    def point(self, number: int) -> TrialPoint:
+        """A trial.
+
+        Raises:
+            UserError: There is none of that number.
+        """
+        if number not in self.by_number:
+            raise UserError(f"no trial {number} in sweep '{self.name}'")
+        return self.by_number[number]
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A sweep whose files cannot be read.
+
+    Attributes:
+        name: Its name.
+        problem: Why.
+    """
+
+    name: str
+    problem: str
+
+
+class SweepReader:
+    """Reads a store's sweeps; used by many threads.
+
+    Args:
+        store: The store.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self._kept: dict[str, Snapshot] = {}
+        self._lock = threading.Lock()
+
+    def snapshot(self, name: str) -> Snapshot:
+        """A sweep as it stands.
+
+        Raises:
+            UserError: There is none of that name, or its files are damaged.
+        """
+        folder = self.store.existing(name)
+        running = is_running(folder)
+        version = f"{journal.identity(folder.journal_file)}-{_size(folder)}-{int(running)}"
+        with self._lock:
+            kept = self._kept.pop(name, None)
+            if kept is None or kept.version != version:
+                kept = Snapshot(folder, _sweep_of(folder), read_ledger(self.store, name), version, running)
+            self._kept[name] = kept
+            while len(self._kept) > _MOST_KEPT:
+                del self._kept[next(iter(self._kept))]
+        return kept
+
+    def all(self) -> list[Snapshot | Unreadable]:
+        """All sweeps, newest first."""
+        found: list[Snapshot | Unreadable] = []
+        for name in reversed(self.store.sweeps()):
+            try:
+                found.append(self.snapshot(name))
+            except UserError as error:
+                found.append(Unreadable(name, "; ".join(error.problems)))
+        return found
+
+
+def _size(folder: SweepFolder) -> int:
+    try:
+        return folder.journal_file.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def _sweep_of(folder: SweepFolder) -> SweepConfig:
+    try:
+        return load_sweep_of(folder)
+    except (ValueError, yaml.YAMLError, OSError) as error:
+        first = (str(error).splitlines() or [""])[0]
+        raise UserError(f"'{folder.sweep_file}' is not a sweep this version reads: {first}") from None

@@ -1,0 +1,134 @@
+"""What all pages share: the store, its sweeps in memory, and how a template becomes an answer."""
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.resources import files
+from math import floor, isfinite, log10
+from pathlib import Path
+from time import localtime, strftime
+from typing import Any
+from urllib.parse import quote
+
+import plotly
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from starlette.requests import Request
+from starlette.responses import HTMLResponse
+
+from halora.analysis.charts import described
+from halora.dashboard.reading import SweepReader
+from halora.dashboard.security import new_token
+from halora.records.store import Store
+
+STATIC = Path(str(files("halora.dashboard") / "static"))
+PLOTLY = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
+
+
+@dataclass(frozen=True)
+class Site:
+    """What the pages are of.
+
+    Attributes:
+        store: The store.
+        allow_register: Whether the pages may change anything.
+        reader: Its sweeps.
+        token: What a form that changes something has to bring along.
+    """
+
+    store: Store
+    allow_register: bool
+    reader: SweepReader = field(init=False)
+    token: str = field(default_factory=new_token)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "reader", SweepReader(self.store))
+
+    def page(self, request: Request, template: str, status: int = 200, **content: Any) -> HTMLResponse:
+        """A page from a template."""
+        shared = {"base": request.scope.get("root_path", ""), "site": self, "versions": _versions(), "path": ""}
+        text = _environment().get_template(f"{template}.html.jinja").render(shared | content)
+        return HTMLResponse(text.encode("utf-8", "replace"), status)
+
+
+def is_fragment(request: Request) -> bool:
+    """Whether htmx asks for the part of the page that depends on the form."""
+    return request.headers.get("hx-request") == "true" and "hx-history-restore-request" not in request.headers
+
+
+def script_json(content: Any) -> Markup:
+    """JSON that cannot end the script element it stands in; what is not a number becomes null."""
+    text = json.dumps(_finite(content), allow_nan=False, ensure_ascii=True, separators=(",", ":"))
+    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
+
+
+def number(value: Any, digits: int = 4) -> str:
+    """A number as a table shows it; a dash for none, and for what is not a number."""
+    if value is None or (isinstance(value, float) and not isfinite(value)):
+        return "–"
+    if not 1e-4 <= abs(value) < 1e6:
+        return f"{value:.{digits}g}"
+    decimals = max(digits - 1 - floor(log10(abs(value))), 0)
+    text = f"{value:.{decimals}f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def decibel(value: float | None) -> str:
+    """A ratio in dB; `none` for no noise."""
+    if value is None or value != value:
+        return "–"
+    return f"{value:.1f}" if value > -200 else "none"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit a person would choose."""
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def moment(time_ms: int) -> str:
+    """A time of day on a date; a dash where none is recorded."""
+    return strftime("%Y-%m-%d %H:%M", localtime(time_ms / 1000)) if time_ms else "–"
+
+
+def shortened(text: Any, length: int = 200) -> str:
+    """The beginning of a long text."""
+    text = str(text)
+    return text if len(text) <= length else f"{text[:length]}…"
+
+
+@cache
+def _environment() -> Environment:
+    loader = PackageLoader("halora.dashboard")
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {
+        "number": number,
+        "db": decibel,
+        "duration": duration,
+        "moment": moment,
+        "described": described,
+        "json_script": script_json,
+        "short": shortened,
+        "segment": lambda text: quote(str(text), safe="", errors="replace"),
+    }
+    return environment
+
+
+@cache
+def _versions() -> dict[str, str]:
+    """A short digest of each static file, for its address."""
+    served = {path.name: path for path in STATIC.iterdir()} | {PLOTLY.name: PLOTLY}
+    return {name: hashlib.sha256(path.read_bytes()).hexdigest()[:12] for name, path in served.items()}
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not isfinite(content) else content

@@ -1,0 +1,186 @@
+"""One sweep: choose an adapter by constraints, on the front, in a table and over the searched fields."""
+
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import HTMLResponse, Response
+
+from halora.analysis.charts import Chart, front_chart, hypervolume_chart
+from halora.analysis.front import hypervolume
+from halora.analysis.summary import FrontView, narrowed
+from halora.analysis.trials import TrialPoint, condition_parts, filtered
+from halora.dashboard.parallel_view import ParallelView, parallel_view
+from halora.dashboard.query import SweepQuery, page_of, sort_direction
+from halora.dashboard.readiness import failed_gates
+from halora.dashboard.reading import Snapshot
+from halora.dashboard.site import Site, is_fragment
+from halora.errors import UserError
+
+_ROWS = 50
+_MOST_DRAWN = 2000
+_TAIL_LINES = 12
+_MOST_FAILURES = 20
+
+COLUMNS: dict[str, str] = {
+    "number": "trial",
+    "energy_uj_per_token": "µJ per token",
+    "accuracy": "accuracy",
+    "clean_accuracy": "clean",
+    "drop": "drop",
+    "margin": "margin (nats)",
+    "p_front": "P(front)",
+    "noise_db": "noise (dB)",
+}
+"""Columns of the tables that can be sorted by, with their headings."""
+
+
+def routes(site: Site) -> APIRouter:
+    """Its addresses."""
+    router = APIRouter()
+
+    @router.get("/sweeps/{name}")
+    def sweep(request: Request, name: str) -> Response:
+        snapshot = site.reader.snapshot(name)
+        query = SweepQuery.of(request.query_params)
+        if request.query_params.get("version") == snapshot.version:
+            return Response(status_code=204)  # htmx leaves the page as it is
+        choice = choose(snapshot, query)
+        content: dict[str, Any] = {
+            "snapshot": snapshot,
+            "query": query,
+            "choice": choice,
+            "columns": COLUMNS,
+            "direction": sort_direction,
+            "why_not": {point.number: failed_gates(snapshot, point) for point in choice.picked},
+            "failures": failures(snapshot),
+            "progress": hypervolume_chart(snapshot.volumes) if len(snapshot.volumes) > 1 else None,
+        }
+        if not is_fragment(request):
+            return site.page(request, "sweep", fields=form_fields(snapshot), **content)
+        answer: HTMLResponse = site.page(request, "sweep_view", **content)
+        if "version" not in request.query_params:
+            answer.headers["hx-push-url"] = request.url.path + (query.url() if query != SweepQuery() else "")
+        return answer
+
+    return router
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a sweep's page shows for a state of its form.
+
+    Attributes:
+        problems: What is wrong with the constraints.
+        view: Front of the trials that qualify.
+        finished: Number of finished trials.
+        chart: The front.
+        volume: Hypervolume of the front of all trials, and of those that qualify.
+        parallel: The searched fields; none where there is nothing to draw.
+        rows: Trials of the table's page.
+        page: Its number.
+        pages: Number of pages.
+        picked: The shortlist.
+        hidden: Shortlisted trials that the table's page does not have.
+    """
+
+    problems: list[str]
+    view: FrontView
+    finished: int
+    chart: Chart | None
+    volume: tuple[float, float]
+    parallel: ParallelView | None
+    rows: list[TrialPoint]
+    page: int
+    pages: int
+    picked: list[TrialPoint]
+    hidden: list[int]
+
+
+def choose(snapshot: Snapshot, query: SweepQuery) -> Choice:
+    """What qualifies, and how it is shown."""
+    whole = snapshot.clean_view if query.shown == "clean_accuracy" else snapshot.view
+    scored = [*whole.groups.feasible, *whole.groups.violating]
+    problems, chosen = list(query.problems), snapshot.points
+    if query.conditions:
+        try:
+            chosen = [] if problems else filtered(snapshot.points, query.conditions)
+        except UserError as error:
+            problems, chosen = [*problems, *error.problems], []
+    view = narrowed(whole, chosen) if query.conditions else whole
+    qualified = {point.number for point in view.groups.feasible}
+    others = [point for point in whole.groups.feasible if point.number not in qualified]
+    picked = [snapshot.by_number[number] for number in query.pick if number in snapshot.by_number]
+    drawn = [point for point in picked if all(isfinite(_value(point, each.metric)) for each in view.objectives)]
+    ordered = _sorted(view.groups.feasible, query, whole)
+    rows, page, pages = page_of(ordered, query.page, _ROWS)
+    shown = {point.number for point in rows}
+    conditions = [parts for text in query.conditions if (parts := condition_parts(text))]
+    chart = front_chart(view, others=others, marked=drawn, by=query.colour, most=_MOST_DRAWN) if scored else None
+    return Choice(
+        problems=problems,
+        view=view,
+        finished=snapshot.counts["finished"],
+        chart=chart,
+        volume=(_volume(whole, snapshot), _volume(view, snapshot)),
+        parallel=parallel_view(scored, view, conditions, query.colour),
+        rows=list(rows),
+        page=page,
+        pages=pages,
+        picked=picked,
+        hidden=[point.number for point in picked if point.number not in shown],
+    )
+
+
+def form_fields(snapshot: Snapshot) -> dict[str, list[str]]:
+    """What the constraint form offers: values of labels, and names of fields to filter by."""
+    labels = {
+        label: sorted({str(point.labels[label]) for point in snapshot.points if label in point.labels})
+        for label in ("method", "model", "chip")
+    }
+    paths = sorted({path for point in snapshot.points for path in point.params})
+    metrics = sorted({name for point in snapshot.view.groups.feasible[:50] for name in point.metrics})
+    return {**labels, "fields": [*paths, *metrics], "rank": [path for path in paths if path.endswith("rank")]}
+
+
+def failures(snapshot: Snapshot, most: int = _MOST_FAILURES) -> list[tuple[TrialPoint, str]]:
+    """The last failed trials, each with the end of what its worker printed."""
+    failed = sorted(snapshot.view.groups.failed, key=lambda point: -point.ended_ms)[:most]
+    return [(point, log_tail(snapshot, point.number, _TAIL_LINES)) for point in failed]
+
+
+def log_tail(snapshot: Snapshot, number: int, lines: int) -> str:
+    """The last lines of the logs of a trial; empty where it left none."""
+    tails = []
+    for path in snapshot.folder.logs(number):
+        with path.open("rb") as file:
+            file.seek(max(path.stat().st_size - 64 * 1024, 0))
+            text = file.read().decode("utf-8", "replace")
+        if text.strip():
+            tails.append(f"{path.name}:\n" + "\n".join(text.splitlines()[-lines:]))
+    return "\n".join(tails)
+
+
+def _volume(view: FrontView, snapshot: Snapshot) -> float:
+    return hypervolume(view.members, snapshot.reference, view.objectives)
+
+
+def _value(point: TrialPoint, column: str) -> float:
+    return float(point.metrics.get(column, float("nan")))
+
+
+def _sorted(points: list[TrialPoint], query: SweepQuery, whole: FrontView) -> list[TrialPoint]:
+    """Trials in the order asked for; those without a value come last."""
+    column, falling = query.sort.removeprefix("-"), query.sort.startswith("-")
+    if column not in COLUMNS:
+        column = SweepQuery.sort
+
+    def key(point: TrialPoint) -> tuple[bool, float, int]:
+        own = {"number": point.number, "drop": point.drop, "p_front": whole.probability.get(point.number)}
+        value = own[column] if column in own else point.metrics.get(column)
+        if value is None or not isfinite(value):
+            return True, 0.0, point.number
+        return False, -value if falling else value, point.number
+
+    return sorted(points, key=key)

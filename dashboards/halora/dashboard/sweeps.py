@@ -1,0 +1,51 @@
+"""The list of a store's sweeps."""
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import HTMLResponse
+
+from halora.dashboard.reading import Snapshot
+from halora.dashboard.site import Site, is_fragment
+from halora.records.position import undelivered
+
+_WIDTH, _HEIGHT = 96, 22
+
+
+def routes(site: Site) -> APIRouter:
+    """Its address."""
+    router = APIRouter()
+
+    @router.get("/")
+    def index(request: Request) -> HTMLResponse:
+        found = site.reader.all()
+        rows = [_row(site, each) if isinstance(each, Snapshot) else each for each in found]
+        template = "sweeps_view" if is_fragment(request) else "sweeps"
+        live = any(isinstance(each, Snapshot) and each.running for each in found)
+        return site.page(request, template, path="/", rows=rows, live=live)
+
+    return router
+
+
+def _row(site: Site, snapshot: Snapshot) -> dict[str, Any]:
+    members = snapshot.view.members
+    return {
+        "name": snapshot.name,
+        "snapshot": snapshot,
+        "counts": snapshot.counts,
+        "best": max((p.accuracy for p in members), default=None),
+        "cheapest": members[0].energy_uj_per_token if members else None,
+        "spark": sparkline(snapshot.volumes),
+        "undelivered": undelivered(site.store, snapshot.name),
+    }
+
+
+def sparkline(values: list[float], width: int = _WIDTH, height: int = _HEIGHT) -> str:
+    """The points of a small line over the values, for an SVG of that size; empty for fewer than two values."""
+    if len(values) < 2:
+        return ""
+    every = max(len(values) // width, 1)
+    shown = [*values[::every], values[-1]]
+    top = max(shown) or 1.0
+    step = (width - 2) / (len(shown) - 1)
+    return " ".join(f"{1 + i * step:.1f},{height - 2 - v / top * (height - 4):.1f}" for i, v in enumerate(shown))

@@ -1,0 +1,195 @@
+"""The card of one trial: what it is, what it takes, how it stands the noise, and where it comes from."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from fastapi import APIRouter, Request
+from starlette.responses import RedirectResponse, Response
+
+from halora.analysis.charts import Chart, noise_chart
+from halora.analysis.trial_charts import beside_chart, loss_chart
+from halora.analysis.trials import Answers, TrialPoint
+from halora.dashboard.readiness import readiness
+from halora.dashboard.reading import Snapshot
+from halora.dashboard.site import Site
+from halora.dashboard.sweep import log_tail
+from halora.errors import UserError
+from halora.hardware.shapes import ModelShape, known_shape
+from halora.records.journal import Entry, entries_of
+from halora.records.names import ENERGY, SCORE_METRICS, VIOLATION
+from halora.records.publishing import baseline_energies
+
+_TAIL_LINES = 60
+
+
+def routes(site: Site) -> APIRouter:
+    """Its addresses."""
+    router = APIRouter()
+
+    @router.get("/sweeps/{name}/trials/{number}")
+    def trial(request: Request, name: str, number: int) -> Response:
+        snapshot = site.reader.snapshot(name)
+        point = snapshot.point(number)
+        against, problem = _against(request.query_params.get("against", ""), snapshot, point)
+        return site.page(
+            request,
+            "trial",
+            snapshot=snapshot,
+            point=point,
+            card=card(snapshot, point),
+            ready=readiness(snapshot, point),
+            against=against,
+            problem=problem,
+            different=differences(point, against) if against else [],
+            members=[each.number for each in snapshot.view.members if each is not point],
+        )
+
+    @router.get("/sweeps/{name}/mlflow")
+    @router.get("/sweeps/{name}/trials/{number}/mlflow")
+    def in_mlflow(request: Request, name: str, number: int | None = None) -> Response:
+        """To the run in MLflow's own page."""
+        snapshot = site.reader.snapshot(name)
+        if number is not None:
+            snapshot.point(number)
+        return RedirectResponse(mlflow_address(site, name, number), 303)
+
+    return router
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a trial's card shows besides the trial.
+
+    Attributes:
+        scores: Its scores by name.
+        by_chip: Accuracy on each chip instance.
+        charts: Charts by name; those without data are left out.
+        config: Its resolved configuration.
+        facts: Where it comes from, by name.
+        log: The end of what its worker printed.
+        adapter: Folder of its adapter, in the sweep's folder; empty where there is none.
+    """
+
+    scores: Mapping[str, float]
+    by_chip: list[float]
+    charts: Mapping[str, Chart]
+    config: Mapping[str, Any]
+    facts: Mapping[str, str]
+    log: str
+    adapter: str
+
+
+def card(snapshot: Snapshot, point: TrialPoint) -> Card:
+    """The card of a trial."""
+    entries = entries_of(snapshot.folder.journal_file, point.number)
+    begin: Entry = next((entry for entry in entries if entry["kind"] == "begin"), {})
+    scored: Entry = next((entry for entry in reversed(entries) if entry["kind"] == "scores"), {})
+    reports = [(int(entry["step"]), entry["metrics"]) for entry in entries if entry["kind"] == "report"]
+    return Card(
+        scores={name: value for name, value in point.metrics.items() if _is_score(name)},
+        by_chip=accuracy_by_chip(point.correct) if point.correct else [],
+        charts={name: chart for name, chart in _charts(snapshot, point, reports).items() if chart["data"]},
+        config=begin.get("config", {}),
+        facts=_facts(begin, scored),
+        log=log_tail(snapshot, point.number, _TAIL_LINES),
+        adapter=str(scored.get("adapter") or ""),
+    )
+
+
+def accuracy_by_chip(correct: Answers) -> list[float]:
+    """Accuracy on each chip instance."""
+    chips, rows = correct.shape
+    bits = np.unpackbits(np.frombuffer(correct.packed, dtype=np.uint8), count=chips * rows)
+    return [float(share) for share in bits.reshape(chips, rows).mean(axis=1)]
+
+
+def differences(one: TrialPoint, other: TrialPoint) -> list[tuple[str, Any, Any]]:
+    """What two trials differ in: labels, searched values, and scores."""
+    rows = []
+    for own, others in ((one.labels, other.labels), (one.params, other.params), (one.metrics, other.metrics)):
+        for name in sorted({*own, *others}):
+            if own.get(name) != others.get(name) and (own is not one.metrics or _is_score(name) or name == ENERGY):
+                rows.append((name, own.get(name), others.get(name)))
+    return rows
+
+
+def mlflow_address(site: Site, sweep: str, number: int | None) -> str:
+    """Address of a run in MLflow's page.
+
+    Raises:
+        UserError: It is not known: the records are in a database without a page, or MLflow has no such run.
+        UnreachableError: MLflow does not answer.
+    """
+    from halora.records.queries import parent_run, trial_run
+    from halora.records.tracking import open_client
+
+    store = site.store.serving(sweep)
+    if not store.tracking_uri.startswith("http"):
+        command = f"mlflow server --app-name halora --backend-store-uri '{store.tracking_uri}'"
+        raise UserError(f"sweep '{sweep}' is recorded in a database, which has no page of its own", f"run {command}")
+    client = open_client(store)
+    run = parent_run(client, sweep) if number is None else trial_run(client, sweep, number)
+    return f"{store.tracking_uri.rstrip('/')}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
+
+
+def _against(text: str, snapshot: Snapshot, point: TrialPoint) -> tuple[TrialPoint | None, str]:
+    """The second trial that a card asks for, or what is wrong with it."""
+    if not text.strip():
+        return None, ""
+    number = int(text) if text.isdecimal() and len(text) < 9 else -1
+    if number not in snapshot.by_number or number == point.number:
+        return None, f"there is no other trial {text[:40]}"
+    return snapshot.by_number[number], ""
+
+
+def _is_score(name: str) -> bool:
+    return name in SCORE_METRICS or name.startswith(("accuracy.", "clean_accuracy.", VIOLATION))
+
+
+def _charts(
+    snapshot: Snapshot, point: TrialPoint, reports: list[tuple[int, Mapping[str, float]]]
+) -> Mapping[str, Chart]:
+    prefix = f"{ENERGY}."
+    own = {name.removeprefix(prefix): value for name, value in point.metrics.items() if name.startswith(prefix)}
+    shape = _shape_here(str(point.labels.get("model", "")))
+    named = baseline_energies(snapshot.sweep.resolve(point.params), shape) if shape else {}
+    groups = snapshot.view.groups
+    scored = [*groups.feasible, *groups.violating]
+    levels = {level for each in scored for level in each.accuracy_by_level}
+    field, title = (
+        ("noise_level", "noise level of the chip (unit of its model)")
+        if len(levels) > 1
+        else ("noise_db", "noise to signal of the weights (dB)")
+    )
+    shown = sorted(scored, key=lambda each: -each.accuracy)[:1000]
+    shown += [point] if point in scored and point not in shown else []
+    return {
+        "energy": beside_chart(own, named, f"trial {point.number}") if own else {"data": []},
+        "loss": loss_chart(reports),
+        "noise": noise_chart(shown, field, title, marked=[point] if point in scored else []),
+    }
+
+
+def _shape_here(model: str) -> ModelShape | None:
+    """Dimensions of a model, if this machine knows them: a page asks no hub."""
+    folder = Path(model) / "config.json"
+    try:
+        return known_shape(model) or (known_shape(str(folder)) if model and folder.is_file() else None)
+    except (UserError, OSError, ValueError):  # no such family; a name that is no path
+        return None
+
+
+def _facts(begin: Entry, scored: Entry) -> dict[str, str]:
+    config = begin.get("config", {})
+    facts = {
+        "seed": str(config.get("seed", "")),
+        "chip hash": str(begin.get("chip_hash", "")),
+        "scores": str(scored.get("scores_file") or ""),
+        "adapter": str(scored.get("adapter") or ""),
+    }
+    for dataset in begin.get("datasets", ()):
+        facts[f"{dataset['split']} rows"] = f"{dataset['rows']} of {dataset['name']}, digest {dataset['digest']}"
+    return {name: text for name, text in facts.items() if text}

@@ -1,0 +1,50 @@
+"""Charts of a single trial, or of a chip before there is any, in the manner of `halora.analysis.charts`."""
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from math import isfinite, nan
+
+from halora.analysis.charts import NEUTRAL, PLAIN_STYLES, Chart, chart_layout
+
+
+def loss_chart(reports: Sequence[tuple[int, Mapping[str, float]]]) -> Chart:
+    """Training losses over optimiser steps, and the noise trained under on an axis of its own."""
+    names = {"train_loss": "loss", "train_task_loss": "task loss", "train_reg_loss": "regulariser"}
+    data = []
+    for (metric, name), (colour, _) in zip(names.items(), PLAIN_STYLES, strict=False):
+        known = [(step, metrics[metric]) for step, metrics in reports if isfinite(metrics.get(metric, nan))]
+        if known:
+            line = {"x": [step for step, _ in known], "y": [value for _, value in known], "line": {"color": colour}}
+            mode = "lines+markers" if len(known) < 30 else "lines"
+            data.append({"type": "scatter", "mode": mode, "name": name, **line})
+    return {"data": data, "layout": chart_layout("optimiser step", "loss (nats)")}
+
+
+def beside_chart(own_uj: Mapping[str, float], named_uj: Mapping[str, float], name: str) -> Chart:
+    """Energy per token by component, as one bar, over those of named baselines on the same logarithmic axis.
+
+    Args:
+        own_uj: Microjoule per token by component.
+        named_uj: Microjoule per token by baseline.
+        name: What the components are of.
+    """
+    rows = {f"{name}: {part}": value for part, value in own_uj.items() if value > 0}
+    rows = dict(sorted(rows.items(), key=lambda item: item[1]))
+    rows |= {f"{name}: total": sum(own_uj.values())} | dict(sorted(named_uj.items(), key=lambda item: item[1]))
+    colours = [NEUTRAL if text in named_uj else "#0072B2" if text.endswith(": total") else "#56B4E9" for text in rows]
+    bar = {
+        "type": "bar",
+        "orientation": "h",
+        "x": list(rows.values()),
+        "y": [escape(text) for text in rows],
+        "marker": {"color": colours},
+        "text": [f"{value:.3g}" for value in rows.values()],
+        "textposition": "outside",
+        "cliponaxis": False,
+        "hovertemplate": "%{y}<br>%{x:.4g} µJ<extra></extra>",
+        "showlegend": False,
+    }
+    layout = chart_layout("energy per token (µJ)", "", log_x=True) | {"height": 90 + 26 * len(rows)}
+    layout["yaxis"] |= {"type": "category"}
+    layout["margin"] |= {"r": 60}
+    return {"data": [bar], "layout": layout}

@@ -1,0 +1,394 @@
+"""Oracles: headless Chromium (its console, its requests, what it lays out), axe-core; brute force over the trials.
+
+$HALORA_SCREENSHOTS names a folder that keeps the pictures.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import threading
+from pathlib import Path
+
+import pytest
+import uvicorn
+from page_stores import STORIES, certify_made_up, fill, varied_trial
+from recorded_sweeps import begin, finish, made_up_sweep
+from selenium.webdriver import ActionChains, Keys
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.wait import WebDriverWait
+from services import axe_core, chrome
+
+from halora.analysis.parallel import parallel_axes
+from halora.dashboard.app import create_app
+from halora.dashboard.reading import NOISY
+from halora.records.index import read_ledger
+from halora.records.recorder import SweepRecorder
+from halora.records.sender import recording
+from halora.records.store import Store
+from halora.records.tracking import open_client
+from halora.sweep.state import load_sweep_of
+
+WIDE, NARROW = 1280, 420
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory, tiny_models, tiny_task):
+    found = Store(tmp_path_factory.mktemp("page") / "store")
+    fill(found, tiny_models["llama"], tiny_task)
+    return found
+
+
+@contextlib.contextmanager
+def serving(store, **options):
+    """A server of the page on a free loopback port; its address."""
+    listening = socket.socket()
+    listening.bind(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(create_app(store, **options), log_level="warning", lifespan="off"))
+    thread = threading.Thread(target=server.run, args=([listening],))
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(30)
+
+
+@pytest.fixture(scope="module")
+def address(store):
+    with serving(store) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    with chrome(tmp_path_factory.mktemp("chrome")) as browser:
+        yield browser
+
+
+@pytest.fixture
+def browser(shared, address):
+    """The browser, wide and light; after the test its console is silent and all requests went to the server."""
+    _look(shared, WIDE, "light")
+    shared.get("about:blank")
+    _requests(shared), shared.get_log("browser")
+    yield shared
+    assert [entry["message"] for entry in shared.get_log("browser")] == []
+    assert _foreign(shared, address) == []
+
+
+def _look(browser, width, scheme, height=900):
+    scheme = [{"name": "prefers-color-scheme", "value": scheme}]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": scheme})
+    size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+
+
+def _requests(browser):
+    told = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    return [event["params"]["request"]["url"] for event in told if event["method"] == "Network.requestWillBeSent"]
+
+
+def _foreign(browser, address):
+    """Requests that did not go to the server."""
+    return [url for url in _requests(browser) if not url.startswith((address, "data:", "about:", "blob:"))]
+
+
+def _ready(browser, times=1):
+    """Wait until the figures were drawn, since the page was opened, so many times."""
+    WebDriverWait(browser, 15).until(
+        lambda b: int(b.execute_script("return document.body && document.body.dataset.ready || '0'")) >= times
+    )
+
+
+def _open(browser, url):
+    browser.get(url)
+    _ready(browser)
+
+
+def _draws(browser):
+    return int(browser.execute_script("return document.body.dataset.ready"))
+
+
+@contextlib.contextmanager
+def _redrawn(browser):
+    """What is done inside changes the page in place."""
+    before = _draws(browser)
+    yield
+    _ready(browser, before + 1)
+
+
+def _text(browser, selector):
+    return browser.find_element(By.CSS_SELECTOR, selector).text
+
+
+def _picked(browser):
+    rows = browser.find_elements(By.CSS_SELECTOR, "#shortlist + .scroll tbody th a")
+    return {int(row.text.removeprefix("trial ")) for row in rows}
+
+
+def _pixel(browser, x, y):
+    """Where a point of the front is, from the upper left corner of the figure's plane."""
+    return browser.execute_script(
+        "const {xaxis, yaxis} = document.getElementById('chart-front')._fullLayout;"
+        "return [xaxis.d2p(arguments[0]), yaxis.d2p(arguments[1])]",
+        x,
+        y,
+    )
+
+
+def _in_plane(browser, places, hold=False):
+    """Click at a place of the front's plane, or drag from the first to the second."""
+    plane = browser.find_element(By.CSS_SELECTOR, "#chart-front .nsewdrag")
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", plane)
+    box = plane.rect
+    at = [(round(x - box["width"] / 2), round(y - box["height"] / 2)) for x, y in places]
+    actions = ActionChains(browser, duration=30).move_to_element_with_offset(plane, *at[0])
+    if hold:
+        actions.click_and_hold().move_to_element_with_offset(plane, *at[1]).release()
+    else:
+        actions.pause(0.3).click()  # Plotly takes a click where it shows the point's text
+    actions.perform()
+
+
+VIEWS = {
+    "list": "/",
+    **{name: f"/sweeps/{name}" for name in STORIES},
+    "picked": "/sweeps/dozen?pick=2&pick=4&filter=bits%3E%3D7",
+    "card": "/sweeps/dozen/trials/8?against=4",
+    "failed-card": "/sweeps/dozen/trials/3",
+    "hostile-card": "/sweeps/hostile/trials/0",
+    "compare": "/compare?sweep=dozen&sweep=large",
+    "chip": "/chip",
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_every_view_fits_wide_and_light_as_well_as_narrow_and_dark(browser, address, view, tmp_path):
+    folder = Path(os.environ.get("HALORA_SCREENSHOTS", tmp_path))
+    pictures = {}
+    for scheme, width in (("light", WIDE), ("dark", NARROW)):
+        _look(browser, width, scheme)
+        _open(browser, address + VIEWS[view])
+        shown = browser.execute_script(
+            "const root = document.documentElement; const ground = getComputedStyle(root).backgroundColor;"
+            "const wide = [...document.querySelectorAll('main > *, #view > *, .chart')].filter("
+            "  (each) => each.getBoundingClientRect().right > root.clientWidth + 1);"
+            "return [root.scrollWidth - root.clientWidth, wide.map((each) => each.outerHTML.slice(0, 80)), ground,"
+            "  root.scrollHeight, document.title]"
+        )
+        assert shown[:2] == [0, []]
+        assert (shown[2] == "rgb(255, 255, 255)") == (scheme == "light")
+        assert shown[4].endswith("HaLoRA Sweep")
+        _look(browser, width, scheme, height=min(shown[3], 5000))
+        pictures[scheme, width] = browser.get_screenshot_as_png()
+        folder.mkdir(exist_ok=True)
+        (folder / f"{view}-{scheme}-{width}.png").write_bytes(pictures[scheme, width])
+    assert len(set(pictures.values())) == 2
+
+
+@pytest.mark.parametrize("view", [*sorted(VIEWS.keys() - {"one", "large", "numberless", "hostile-card"}), "error"])
+def test_axe_finds_no_serious_violation(shared, address, view):
+    code = axe_core()
+    _look(shared, WIDE, "dark")
+    _open(shared, address + (VIEWS | {"error": "/sweeps/none"})[view])
+    shared.execute_cdp_cmd("Runtime.evaluate", {"expression": code})
+    found = shared.execute_async_script("axe.run(document, {}).then(arguments[0])")
+    shared.get_log("browser")
+    serious = [each for each in found["violations"] if each["impact"] in ("serious", "critical")]
+    assert [(each["id"], each["nodes"][0]["html"]) for each in serious] == []
+    assert len(found["passes"]) > 5
+
+
+def test_a_click_on_the_front_leads_to_the_shortlist_and_the_card(browser, address, store):
+    _open(browser, f"{address}/sweeps/dozen")
+    point = max((p for p in read_ledger(store, "dozen").points() if p.state == "finished"), key=lambda p: p.accuracy)
+    with _redrawn(browser):
+        _in_plane(browser, [_pixel(browser, point.energy_uj_per_token, point.accuracy)])
+    assert _picked(browser) == {point.number}
+    assert browser.current_url == f"{address}/sweeps/dozen?pick={point.number}"
+    _open(browser, browser.current_url)  # a shared link
+    assert _picked(browser) == {point.number}
+    with _redrawn(browser):  # again: not any more
+        _in_plane(browser, [_pixel(browser, point.energy_uj_per_token, point.accuracy)])
+    assert _picked(browser) == set()
+    browser.back()
+    _ready(browser)
+    assert _picked(browser) == {point.number}
+    browser.find_element(By.CSS_SELECTOR, "#shortlist + .scroll tbody th a").click()
+    _ready(browser)
+    assert browser.current_url == f"{address}/sweeps/dozen/trials/{point.number}"
+    assert _text(browser, "h1").startswith(f"Trial {point.number}")
+
+
+def test_a_box_on_the_front_shortlists_what_is_in_it(browser, address, store):
+    _open(browser, f"{address}/sweeps/dozen")
+    points = [p for p in read_ledger(store, "dozen").points() if p.state == "finished"]
+    places = {p.number: _pixel(browser, p.energy_uj_per_token, p.accuracy) for p in points}
+    plane = browser.find_element(By.CSS_SELECTOR, "#chart-front .nsewdrag").rect
+    corner = (plane["width"] * 0.45, plane["height"] - 3)
+    with _redrawn(browser):
+        _in_plane(browser, [(2, 2), corner], hold=True)
+    inside = {number for number, (x, _) in places.items() if x < corner[0]}
+    assert 1 < len(inside) < len(points)
+    assert _picked(browser) == inside
+
+
+def test_the_form_answers_while_it_is_typed_in_and_the_address_follows(browser, address, store):
+    _open(browser, f"{address}/sweeps/large")
+    field = browser.find_element(By.NAME, "accuracy")
+    with _redrawn(browser):
+        field.send_keys("0.75")
+    wanted = [p for p in read_ledger(store, "large").points() if p.accuracy >= 0.75]
+    assert int(_text(browser, "#qualifying")) == len(wanted)
+    assert browser.current_url == f"{address}/sweeps/large?accuracy=0.75"
+    assert browser.switch_to.active_element == field
+    with _redrawn(browser):
+        further = browser.find_element(By.CSS_SELECTOR, "input[list]")
+        further.send_keys("rank=4|8", Keys.ENTER)
+    assert int(_text(browser, "#qualifying")) == len([p for p in wanted if p.params["lora.rank"] in (4, 8)])
+    _open(browser, browser.current_url)
+    assert browser.find_element(By.NAME, "accuracy").get_attribute("value") == "0.75"
+    assert _text(browser, ".chips bdi") == "rank=4|8"
+
+
+def test_the_keyboard_alone_shortlists(browser, address):
+    _open(browser, f"{address}/sweeps/dozen")
+    first = browser.find_element(By.CSS_SELECTOR, "td input[name=pick]")
+    for _ in range(60):
+        if browser.switch_to.active_element == first:
+            break
+        ActionChains(browser).send_keys(Keys.TAB).perform()
+    assert browser.switch_to.active_element == first
+    outline = browser.execute_script("return getComputedStyle(arguments[0]).outlineStyle", first)
+    assert outline == "solid"
+    number = int(first.get_attribute("value"))
+    with _redrawn(browser):
+        ActionChains(browser).send_keys(Keys.SPACE).perform()
+    assert _picked(browser) == {number}
+
+
+def test_a_brush_on_an_axis_filters_every_view(browser, address, store):
+    _open(browser, f"{address}/sweeps/large")
+    points = read_ledger(store, "large").points()
+    axis = next(a for a in parallel_axes(points, NOISY) if a.field == "training.learning_rate")
+    grabs = browser.find_elements(By.CSS_SELECTOR, "[data-axis]")
+    (grab,) = [each for each in grabs if json.loads(each.get_attribute("data-axis"))["field"] == axis.field]
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", grab)
+    height = grab.rect["height"]
+    with _redrawn(browser):
+        moves = ActionChains(browser, duration=30).move_to_element_with_offset(grab, 0, round(-height * 0.3))
+        moves.click_and_hold().move_by_offset(0, round(height * 0.4)).release().perform()
+    chips = [chip.text for chip in browser.find_elements(By.CSS_SELECTOR, ".chips bdi")]
+    low, high = (float(chip.split(sign)[1]) for chip, sign in zip(chips, (">=", "<="), strict=True))
+    places = axis.place(low), axis.place(high)
+    assert places == pytest.approx((0.4 - 0.03, 0.8 + 0.06), abs=0.08)  # the hit area reaches a little past the axis
+    inside = [p for p in points if low <= p.params[axis.field] <= high]
+    assert int(_text(browser, "#qualifying")) == len(inside)
+    pale = browser.execute_script(
+        "return document.getElementById('chart-front').data.find((trace) => trace.name == 'does not qualify').x.length"
+    )
+    assert pale == len(points) - len(inside)
+    assert browser.find_elements(By.CSS_SELECTOR, "svg.coordinates rect.brush")
+    (grab,) = [
+        each
+        for each in browser.find_elements(By.CSS_SELECTOR, "[data-axis]")
+        if json.loads(each.get_attribute("data-axis"))["field"] == axis.field
+    ]
+    with _redrawn(browser):
+        ActionChains(browser, duration=30).click(grab).perform()
+    assert not browser.find_elements(By.CSS_SELECTOR, ".chips bdi")
+    assert int(_text(browser, "#qualifying")) == len(points)
+
+
+def test_a_running_sweep_renews_itself_and_keeps_the_zoom(browser, address, store):
+    folder = store.sweep("zero")
+    sweep = load_sweep_of(folder)
+    with folder.lock_file.open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        recorder = SweepRecorder(folder, sweep)
+        for number in range(2):
+            varied_trial(recorder, sweep, folder.root, number)
+        _open(browser, f"{address}/sweeps/zero")
+        assert _text(browser, "#qualifying") == "2"
+        browser.execute_script("Plotly.relayout('chart-front', {'yaxis.range': [0.1, 0.9]})")
+        with _redrawn(browser):
+            varied_trial(recorder, sweep, folder.root, 2)
+            begin(recorder, sweep, 3)
+        assert _text(browser, "#qualifying") in ("2", "3")
+        WebDriverWait(browser, 20).until(lambda b: _text(b, "#qualifying") == "3")
+        kept = browser.execute_script("return document.getElementById('chart-front')._fullLayout.yaxis.range")
+        assert kept == [0.1, 0.9]
+        assert len([url for url in _requests(browser) if url.endswith("/sweeps/zero")]) == 1
+        recorder.close()
+    WebDriverWait(browser, 20).until(lambda b: not b.find_elements(By.ID, "poll"))  # it has ended: no more renewal
+
+
+def test_the_chip_s_sliders_answer_at_once(browser, address):
+    _open(browser, f"{address}/chip")
+    before = float(_text(browser, ".big"))
+    slider = browser.find_element(By.NAME, "bits")
+    with _redrawn(browser):
+        slider.send_keys(Keys.ARROW_LEFT)
+    assert float(_text(browser, ".big")) < before
+    assert "bits=7" in browser.current_url
+    with _redrawn(browser):
+        chosen = browser.find_element(By.NAME, "preset")
+        chosen.send_keys("isaac")
+    assert "--chip isaac --rank 4 --tokens 512" in _text(browser, "pre.command")
+
+
+def test_forms_and_tables_work_without_javascript(browser, address, store):
+    browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
+    try:
+        browser.get(f"{address}/sweeps/dozen")
+        browser.find_element(By.NAME, "accuracy").send_keys("0.4")
+        browser.find_element(By.CSS_SELECTOR, "td input[name=pick]").click()
+        browser.find_element(By.CSS_SELECTOR, "form button").click()
+        points = [p for p in read_ledger(store, "dozen").points() if p.state == "finished" and not p.violated]
+        assert int(_text(browser, "#qualifying")) == len([p for p in points if p.accuracy >= 0.4])
+        assert len(_picked(browser)) == 1
+        browser.get(f"{address}/")
+        for box in browser.find_elements(By.NAME, "sweep")[:2]:
+            box.click()
+        browser.find_element(By.CSS_SELECTOR, "form button").click()
+        assert "/compare?" in browser.current_url
+    finally:
+        browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
+
+
+def test_an_adapter_is_picked_and_registered(browser, tmp_path, tiny_models, tiny_task):
+    """From the front over shortlist and card to the alias in MLflow's registry."""
+    store = Store(tmp_path / "store")
+    sweep = made_up_sweep(store, "whole", tiny_models["llama"], tiny_task, trials=3, gates={"min_accuracy": 0.3})
+    folder = store.sweep("whole")
+    with recording(store, sweep, print) as recorder:
+        for number in range(3):
+            begin(recorder, sweep, number, lora__rank=2 ** (number + 1))
+            finish(recorder, folder.root, number, 0.4 + number / 10)
+        recorder.finish(interrupted=False)
+    adapter = (folder.trial(1) / "adapter" / "adapter_model.safetensors").read_bytes()
+    certify_made_up(store, "whole", 1, adapter=adapter)
+    client = open_client(store)
+    assert client.search_registered_models() == []
+    with serving(store, allow_register=True) as address:
+        _open(browser, f"{address}/sweeps/whole")
+        point = read_ledger(store, "whole").point(1)
+        with _redrawn(browser):
+            _in_plane(browser, [_pixel(browser, point.energy_uj_per_token, point.accuracy)])
+        browser.find_element(By.CSS_SELECTOR, "#shortlist + .scroll tbody th a").click()
+        _ready(browser)
+        assert "certified" in _text(browser, "#gates")
+        browser.find_element(By.CSS_SELECTOR, "form[method=post] button").click()
+        assert browser.current_url.endswith("/trials/1")  # the box beside it is not marked
+        browser.find_element(By.NAME, "confirm").click()
+        browser.find_element(By.CSS_SELECTOR, "form[method=post] button").click()
+        name, _, alias = _text(browser, "#registered").partition("@")
+        assert alias == "candidate"
+        assert _foreign(browser, address) == []
+        browser.get("about:blank")
+    version = client.get_model_version_by_alias(name, "candidate")
+    assert version.tags["halora.trial"] == "1"
+    assert version.tags["halora.gate.min_yield"].startswith("min_yield ")
+    assert "chip instances that no search saw did" in version.description
