@@ -11,7 +11,7 @@ import pytest
 from halora.errors import UserError
 from halora.records import journal
 from halora.records.index import read_ledger, recorded_trial
-from halora.records.journal import Journal, read
+from halora.records.journal import Journal, entries_of, read
 from halora.records.ledger import Ledger
 from halora.records.position import Position, undelivered
 from halora.records.store import Store
@@ -53,6 +53,27 @@ def test_what_is_appended_is_read_back_from_any_place(tmp_path):
     assert len(first) == 1
     _write(path, [_state(0, "running")])
     assert [entry["kind"] for entry in read(path, end)[0]] == ["state"]
+
+
+def test_the_entries_of_a_trial_are_those_of_the_whole_journal(tmp_path):
+    path = tmp_path / "records.jsonl"
+    entries = [
+        _begin(1, text='"trial":11,'),
+        _begin(11),
+        _state(1, "failed"),
+        _begin(111, x={"trial": 11}),
+        _state(11, "x"),
+    ]
+    _write(path, [{"kind": "state", "trial": None, "state": "running"}, *entries])
+    for number in (1, 11, 111, 2):
+        assert entries_of(path, number) == [entry for entry in entries if entry["trial"] == number]
+    with path.open("a") as file:
+        file.write('{"kind": "state", "trial": 11')  # torn
+    assert len(entries_of(path, 11)) == 2
+    assert entries_of(tmp_path / "none", 11) == []
+    path.write_text('{"trial":11,\n')
+    with pytest.raises(UserError, match="damaged"):
+        entries_of(path, 11)
 
 
 @pytest.mark.parametrize("torn", [b'{"kind":"report","trial":0,"st', b'{"kind":"state","trial":0}', b"\xff\x00"])
