@@ -129,8 +129,7 @@ def certify_made_up(store: Store, sweep: str, number: int, *, failures: int = 0,
         chips=attempt.chips,
         yield_bound=certificate.bound,
         accuracy_at={},
-        reload_difference_nats=0.001,
-        reload_tolerance_nats=0.01,
+        reload_share=0.1,
     )
     lines = (
         RobustnessLine("noise", "twice the noise", 5, 4, 0.4, 0.25, 0.34),

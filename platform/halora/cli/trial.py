@@ -26,7 +26,7 @@ def show(
         typer.Option(
             "--recompute",
             help="Compute energy and accuracy again from the logged configuration, adapter and seeds; exit code 1 if "
-            "the energy differs at all, or margins by more than 0.01 nats in the mean (bf16: 0.1).",
+            "the energy differs at all, or margins by more than another order of sums explains.",
         ),
     ] = False,
     form: FormatOption = Format.TABLE,

@@ -271,8 +271,7 @@ class _Work:
             chips=attempt.chips,
             yield_bound=certificate.bound,
             accuracy_at={level: by_name[level_name(chip, level)] for level in gates.min_accuracy_at},
-            reload_difference_nats=reload.difference_nats,
-            reload_tolerance_nats=reload.tolerance_nats,
+            reload_share=reload.share,
         )
         return Certification(
             certificate=certificate,

@@ -63,8 +63,7 @@ def certified_gates(
     chips: int,
     yield_bound: float,
     accuracy_at: Mapping[float, float],
-    reload_difference_nats: float,
-    reload_tolerance_nats: float,
+    reload_share: float,
 ) -> list[Gate]:
     """All gates of a candidate, measured on test rows and on chips that no search saw.
 
@@ -76,9 +75,8 @@ def certified_gates(
         chips: Chip instances tried.
         yield_bound: The certificate's lower bound.
         accuracy_at: Mean accuracy by strength of the noise, for those of `gates.min_accuracy_at`.
-        reload_difference_nats: Mean absolute difference between margins that the sweep logged and those of the
-            adapter as read back from the records.
-        reload_tolerance_nats: Largest difference that still agrees.
+        reload_share: How far margins that the sweep recorded are from those of the adapter as read back from the
+            records, as a share of what is allowed, see `halora.evaluation.agreement`.
     """
     measured = {**scores, "energy_uj_per_token": energy_uj_per_token}
     strange = [name for name, value in measured.items() if not isfinite(value)]
@@ -96,7 +94,7 @@ def certified_gates(
         *found,
         Gate("min_chips", float(chips), ">=", gates.min_chips),
         Gate("min_yield", yield_bound, ">=", gates.min_yield),
-        Gate("reload_reproduces", reload_difference_nats, "<=", reload_tolerance_nats, "nats"),
+        Gate("reload_reproduces", reload_share, "<=", 1, "of the difference allowed"),
     ]
 
 
