@@ -201,6 +201,19 @@ def test_axe_finds_no_serious_violation(shared, address, view):
     assert len(found["passes"]) > 5
 
 
+def test_figures_keep_their_height_as_the_window_changes(browser, address):
+    _open(browser, f"{address}/sweeps/dozen/trials/8")
+    sizes = "const both = (chart) => [chart.clientHeight, chart.querySelector('svg').clientHeight];"
+    sizes += "return [...document.querySelectorAll('.chart')].map(both)"
+    before = browser.execute_script(sizes)
+    _look(browser, NARROW, "light")
+    WebDriverWait(browser, 15).until(
+        lambda b: b.execute_script("return document.querySelector('.chart svg').clientWidth") < NARROW
+    )
+    assert browser.execute_script(sizes) == before
+    assert all(own == drawn > 200 for own, drawn in before)
+
+
 def test_a_click_on_the_front_leads_to_the_shortlist_and_the_card(browser, address, store):
     _open(browser, f"{address}/sweeps/dozen")
     point = max((p for p in read_ledger(store, "dozen").points() if p.state == "finished"), key=lambda p: p.accuracy)
