@@ -179,7 +179,8 @@ def _sorted(points: list[TrialPoint], query: SweepQuery, whole: FrontView) -> li
     def key(point: TrialPoint) -> tuple[bool, float, int]:
         own = {"number": point.number, "drop": point.drop, "p_front": whole.probability.get(point.number)}
         value = own[column] if column in own else point.metrics.get(column)
-        known = value is not None and isfinite(value)
-        return not known, (-value if falling else value) if known else 0.0, point.number
+        if value is None or not isfinite(value):
+            return True, 0.0, point.number
+        return False, -value if falling else value, point.number
 
     return sorted(points, key=key)
