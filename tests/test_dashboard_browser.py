@@ -119,6 +119,13 @@ def _redrawn(browser):
     _ready(browser, before + 1)
 
 
+def _follow(browser, element, part):
+    """Click what leads to another page, whose address has this part."""
+    assert part not in browser.current_url
+    element.click()
+    WebDriverWait(browser, 15).until(lambda b: part in b.current_url)
+
+
 def _text(browser, selector):
     return browser.find_element(By.CSS_SELECTOR, selector).text
 
@@ -201,6 +208,19 @@ def test_axe_finds_no_serious_violation(shared, address, view):
     assert len(found["passes"]) > 5
 
 
+def test_figures_keep_their_height_as_the_window_changes(browser, address):
+    _open(browser, f"{address}/sweeps/dozen/trials/8")
+    sizes = "const both = (chart) => [chart.clientHeight, chart.querySelector('svg').clientHeight];"
+    sizes += "return [...document.querySelectorAll('.chart')].map(both)"
+    before = browser.execute_script(sizes)
+    _look(browser, NARROW, "light")
+    WebDriverWait(browser, 15).until(
+        lambda b: b.execute_script("return document.querySelector('.chart svg').clientWidth") < NARROW
+    )
+    assert browser.execute_script(sizes) == before
+    assert all(own == drawn > 200 for own, drawn in before)
+
+
 def test_a_click_on_the_front_leads_to_the_shortlist_and_the_card(browser, address, store):
     _open(browser, f"{address}/sweeps/dozen")
     point = max((p for p in read_ledger(store, "dozen").points() if p.state == "finished"), key=lambda p: p.accuracy)
@@ -214,10 +234,9 @@ def test_a_click_on_the_front_leads_to_the_shortlist_and_the_card(browser, addre
         _in_plane(browser, [_pixel(browser, point.energy_uj_per_token, point.accuracy)])
     assert _picked(browser) == set()
     browser.back()
-    _ready(browser)
-    assert _picked(browser) == {point.number}
-    browser.find_element(By.CSS_SELECTOR, "#shortlist + .scroll tbody th a").click()
-    _ready(browser)
+    WebDriverWait(browser, 15).until(lambda b: _picked(b) == {point.number})
+    card = browser.find_element(By.CSS_SELECTOR, "#shortlist + .scroll tbody th a")
+    _follow(browser, card, "/trials/")
     assert browser.current_url == f"{address}/sweeps/dozen/trials/{point.number}"
     assert _text(browser, "h1").startswith(f"Trial {point.number}")
 
@@ -345,15 +364,14 @@ def test_forms_and_tables_work_without_javascript(browser, address, store):
         browser.get(f"{address}/sweeps/dozen")
         browser.find_element(By.NAME, "accuracy").send_keys("0.4")
         browser.find_element(By.CSS_SELECTOR, "td input[name=pick]").click()
-        browser.find_element(By.CSS_SELECTOR, "form button").click()
+        _follow(browser, browser.find_element(By.CSS_SELECTOR, "form button"), "accuracy=0.4")
         points = [p for p in read_ledger(store, "dozen").points() if p.state == "finished" and not p.violated]
         assert int(_text(browser, "#qualifying")) == len([p for p in points if p.accuracy >= 0.4])
         assert len(_picked(browser)) == 1
         browser.get(f"{address}/")
         for box in browser.find_elements(By.NAME, "sweep")[:2]:
             box.click()
-        browser.find_element(By.CSS_SELECTOR, "form button").click()
-        assert "/compare?" in browser.current_url
+        _follow(browser, browser.find_element(By.CSS_SELECTOR, "form button"), "/compare?")
     finally:
         browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
 
@@ -377,13 +395,12 @@ def test_an_adapter_is_picked_and_registered(browser, tmp_path, tiny_models, tin
         point = read_ledger(store, "whole").point(1)
         with _redrawn(browser):
             _in_plane(browser, [_pixel(browser, point.energy_uj_per_token, point.accuracy)])
-        browser.find_element(By.CSS_SELECTOR, "#shortlist + .scroll tbody th a").click()
-        _ready(browser)
+        _follow(browser, browser.find_element(By.CSS_SELECTOR, "#shortlist + .scroll tbody th a"), "/trials/1")
         assert "certified" in _text(browser, "#gates")
         browser.find_element(By.CSS_SELECTOR, "form[method=post] button").click()
         assert browser.current_url.endswith("/trials/1")  # the box beside it is not marked
         browser.find_element(By.NAME, "confirm").click()
-        browser.find_element(By.CSS_SELECTOR, "form[method=post] button").click()
+        _follow(browser, browser.find_element(By.CSS_SELECTOR, "form[method=post] button"), "/register")
         name, _, alias = _text(browser, "#registered").partition("@")
         assert alias == "candidate"
         assert _foreign(browser, address) == []

@@ -38,12 +38,12 @@ def test_a_bit_of_the_converter_is_worth_about_six_decibel():
 def test_read_noise_is_that_of_reads_drawn_cell_by_cell():
     chip = load_chip({"preset": "ideal", "read": {"white_us": 2.0, "averaged": 2}, "cells": {"g_max_us": 40.0}})
     found = expected_noise(chip, inputs=512, outputs=64)
-    key = NoiseKey(role=Role.SEARCH, chip_seed=1)
-    weight = torch.from_numpy(key.part("w").standard_normal((64, 512)))
+    key = NoiseKey(role=Role.SEARCH, chip_seed=0, module="stand-in")  # of the same weight, whose largest sets the scale
+    weight = torch.from_numpy(key.part("weight").standard_normal((64, 512)))
     x = torch.from_numpy(key.part("x").standard_normal((128, 512)))
     power = torch.stack([(x @ sampled_read_error(weight, chip, key.part(f"{i}")).T).square().sum() for i in range(4)])
     drawn_db = 10 * log10(float(power.mean() / (x @ weight.T).square().sum()))
-    assert found.reads_db == pytest.approx(drawn_db, abs=0.5)
+    assert found.reads_db == pytest.approx(drawn_db, abs=0.2)
     assert found.product_db == pytest.approx(found.reads_db, abs=0.5)
 
 

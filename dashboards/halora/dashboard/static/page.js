@@ -27,12 +27,14 @@
     const selectable = "selectable" in place.dataset;
     const config = { responsive: true, displaylogo: false, showTips: false, displayModeBar: selectable,
       modeBarButtons: [["select2d", "zoom2d", "pan2d", "resetScale2d"]], doubleClick: "reset" };
-    const layout = coloured({ ...chart.layout, selectable });
+    const { height, ...rest } = chart.layout;
+    const layout = coloured({ ...rest, selectable, autosize: true });
     const old = drawn.get(place.id);
     if (old && old !== place) {  // the figure was there before: keep its zoom
       place.replaceWith(old);
       place = old;
     }
+    place.style.height = `${height}px`;  // of the place, not of the layout: Plotly forgets that one as the window changes
     const fresh = !place.classList.contains("js-plotly-plot");
     return Plotly.react(place, chart.data, layout, config).then(() => {
       drawn.set(place.id, place);
