@@ -2,8 +2,9 @@
 
 A suggestion is a function of (sweep seed, trial number, the trials before it): the sampler is made anew for each, over
 a view of the study held in memory. The view is bounded, so that a suggestion takes as long after 5,000 trials as after
-200; it gives a trial paused or stopped at a rung the accuracy it reached there, which the study itself must not, and a
-configuration that was never trained for its energy the worst accuracy.
+200; it gives a trial paused or stopped at a rung an accuracy, which the study itself must not, and a configuration that
+was never trained for its energy the worst one. At a rung that is the accuracy reached plus the median gain of those
+that went on: without it whole trainings look better than they are, and the search stays around them.
 """
 
 from collections.abc import Callable, Container, Mapping, Sequence
