@@ -107,7 +107,7 @@ class History:
     def __init__(self, limit: int, worst_accuracy: float, earlier: Sequence[Trial] = ()) -> None:
         self._limit, self._worst = limit, worst_accuracy
         self._earlier = earlier
-        self._entries: dict[tuple[int, float | None], FrozenTrial] = {}
+        self._entries: dict[tuple[int, int, float | None], FrozenTrial] = {}
 
     def seen(self, trials: Sequence[Trial]) -> list[FrozenTrial]:
         """What the sampler sees of these trials."""
@@ -119,7 +119,8 @@ class History:
         accuracies = [self._accuracy(trial, to_come) for _, trial in shown]
         latest = range(max(len(shown) - self._limit // 2, 0), len(shown))
         bounded = sorted({*self._best([trial for _, trial in shown], accuracies), *latest})
-        self._entries = {(shown[i][0], accuracies[i]): self._entry(*shown[i], accuracies[i]) for i in bounded}
+        view = [(*shown[i], accuracies[i]) for i in bounded]
+        self._entries = {(n, len(trial.scores), value): self._entry(n, trial, value) for n, trial, value in view}
         return list(self._entries.values())
 
     def _accuracy(self, trial: Trial, to_come: Sequence[float]) -> float | None:
@@ -139,8 +140,8 @@ class History:
         return [valued[i] for i in by_rank[: self._limit // 2]]
 
     def _entry(self, number: int, trial: Trial, accuracy: float | None) -> FrozenTrial:
-        if (number, accuracy) in self._entries:
-            return self._entries[number, accuracy]
+        if known := self._entries.get((number, len(trial.scores), accuracy)):
+            return known
         entry = optuna.create_trial(
             state=TrialState.RUNNING if accuracy is None else TrialState.COMPLETE,
             values=None if accuracy is None else [accuracy, trial.energy_uj_per_token],
