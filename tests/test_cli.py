@@ -648,40 +648,40 @@ def test_early_stopping_pauses_promotes_and_races(store, tiny_models, tiny_task,
 
 
 def _kill_and_resume(store, name, file, kills, chance):
-    """Launch, kill at random moments what `kills` names, resume after a driver's end; lines of all drivers.
+    """Launch, kill at random moments what `kills` names, and resume after a driver's end; lines of all drivers.
 
     A trial that lost its worker reports before the next worker is killed, as three losses in a row would fail it.
     """
-    arguments, left, said, mourning = ["launch", file], list(kills), [], ""
+    arguments, left, said = ["launch", file], list(kills), []
     while left:
         with background(store, "sweep", *arguments) as driver:
             driver.wait_for("starting 2 workers")
             while left:
-                end = time.monotonic() + chance.uniform(0, 20 if left[0] == "driver" else 8)
-                while time.monotonic() < end or (left[0] == "worker" and not _mourned(driver, mourning)):
-                    assert driver.process.poll() is None, f"ended with {left} to come: {driver.said}"
-                    time.sleep(0.1)
-                if left[0] == "driver":
+                if chance.random() < 0.5:  # else perhaps while it starts
+                    driver.wait_for("training", after=len(driver.lines))
+                time.sleep(chance.uniform(0, 8))
+                if left.pop(0) == "driver":
                     driver.process.kill()
                     driver.end()
-                    left.pop(0)
                     break
+                while not driver.workers() or _mourning("".join([*said, *driver.lines])):
+                    assert driver.process.poll() is None, driver.said
+                    time.sleep(0.1)
                 heard = len(driver.lines)
                 chance.choice(driver.workers()).kill()
-                left.pop(0)
                 driver.wait_for("goes on from its checkpoint", after=heard)
-                mourning = re.findall(r"trial (\d+) goes on from its checkpoint", driver.said)[-1]
             said += driver.lines
         arguments = ["resume", name]
     last = halora(store, "sweep", "resume", name)
     assert last.returncode == 0, last.stderr
-    return said + last.stderr.splitlines()
+    return said
 
 
-def _mourned(driver, number):
-    """Whether there is a worker, and the trial that lost the last one has reported since."""
-    since = driver.said.rpartition(f"trial {number} goes on from its checkpoint")[2]
-    return driver.workers() and (not number or bool(re.search(rf"trial +{number} (training|paused|finished)", since)))
+def _mourning(said):
+    """Whether the trial that lost the last worker has not reported since."""
+    lost = re.findall(r"trial (\d+) goes on from its checkpoint", said)
+    since = said.rpartition("goes on from its checkpoint")[2]
+    return bool(lost) and not re.search(rf"trial +{lost[-1]} (training|finished)", since)
 
 
 @pytest.mark.slow
