@@ -629,51 +629,54 @@ def test_early_stopping_pauses_promotes_and_races(store, tiny_models, tiny_task,
 
 
 def _kill_and_resume(store, name, file, kills, chance):
-    """Launch, kill at random moments what `kills` names, resume after a driver's end; lines of all drivers.
+    """Launch, kill at random moments what `kills` names, and resume after a driver's end; lines of all drivers.
 
     A trial that lost its worker reports before the next worker is killed, as three losses in a row would fail it.
     """
-    arguments, left, said, mourning = ["launch", file], list(kills), [], ""
+    arguments, left, said = ["launch", file], list(kills), []
     while left:
         with background(store, "sweep", *arguments) as driver:
             driver.wait_for("starting 2 workers")
             while left:
-                end = time.monotonic() + chance.uniform(0, 20)
-                while time.monotonic() < end or (left[0] == "worker" and not _mourned(driver, mourning)):
-                    assert driver.process.poll() is None, f"ended with {left} to come: {driver.said}"
-                    time.sleep(0.1)
-                if left[0] == "driver":
+                if chance.random() < 0.5:  # else perhaps while it starts
+                    driver.wait_for("training", after=len(driver.lines))
+                time.sleep(chance.uniform(0, 8))
+                if left.pop(0) == "driver":
                     driver.process.kill()
                     driver.end()
-                    left.pop(0)
                     break
+                while not driver.workers() or _mourning("".join([*said, *driver.lines])):
+                    assert driver.process.poll() is None, driver.said
+                    time.sleep(0.1)
                 heard = len(driver.lines)
                 chance.choice(driver.workers()).kill()
-                left.pop(0)
                 driver.wait_for("goes on from its checkpoint", after=heard)
-                mourning = re.findall(r"trial (\d+) goes on from its checkpoint", driver.said)[-1]
             said += driver.lines
         arguments = ["resume", name]
     last = halora(store, "sweep", "resume", name)
     assert last.returncode == 0, last.stderr
-    return said + last.stderr.splitlines()
+    return said
 
 
-def _mourned(driver, number):
-    """Whether there is a worker, and the trial that lost the last one has reported since."""
-    since = driver.said.rpartition(f"trial {number} goes on from its checkpoint")[2]
-    return driver.workers() and (not number or bool(re.search(rf"trial +{number} (training|paused|finished)", since)))
+def _mourning(said):
+    """Whether the trial that lost the last worker has not reported since."""
+    lost = re.findall(r"trial (\d+) goes on from its checkpoint", said)
+    since = said.rpartition("goes on from its checkpoint")[2]
+    return bool(lost) and not re.search(rf"trial +{lost[-1]} (training|finished)", since)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["llama", "smollm2-135m-instruct"])
-def test_twenty_kills_of_drivers_and_workers_lose_and_repeat_nothing(store, model, tiny_models, tiny_task, tmp_path):
+@pytest.mark.parametrize(("model", "steps", "every"), [("llama", 200, 10), ("smollm2-135m-instruct", 40, 4)])
+def test_twenty_kills_of_drivers_and_workers_lose_and_repeat_nothing(
+    store, model, steps, every, tiny_models, tiny_task, tmp_path
+):
     """Oracle: the same sweep without kills; MLflow's tables beside the journal; Optuna's own storage."""
     names, chance = [f"{model}-{kind}" for kind in ("never-killed", "killed")], random.Random(20)
     for name in names:
         content = _with_rungs(name, {"llama": tiny_models.get(model, model)}, tiny_task)
         del content["early_stopping"], content["racing"]
-        content |= {"trials": 10}
+        content["trials"] = 12
+        content["trial"]["training"] |= {"steps": steps, "report_every": every}
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(content))
     quiet = halora(store, "sweep", "launch", tmp_path / f"{names[0]}.yaml")
     assert quiet.returncode == 0, quiet.stderr
@@ -683,19 +686,19 @@ def test_twenty_kills_of_drivers_and_workers_lose_and_repeat_nothing(store, mode
     assert sum("goes on from its checkpoint: its worker ended" in line for line in said) == 10
 
     whole, killed = (runs(store, name) for name in names)
-    assert [run.data.tags["halora.trial"] for run in killed] == [str(number) for number in range(10)]
+    assert [run.data.tags["halora.trial"] for run in killed] == [str(number) for number in range(12)]
     assert [run.data.params for run in killed] == [run.data.params for run in whole]
     assert {run.info.status for run in [*killed, *runs(store, names[1], kind="sweep")]} == {"FINISHED"}
     for one, other in zip(killed, whole, strict=True):
-        steps, losses = ([pair[i] for pair in loss_history(store, one)] for i in (0, 1))
-        assert steps == list(range(1, 7))
+        told, losses = ([pair[i] for pair in loss_history(store, one)] for i in (0, 1))
+        assert told == list(range(every, steps + 1, every))
         assert losses == pytest.approx([loss for _, loss in loss_history(store, other)], abs=1e-4)
         assert one.data.metrics["margin"] == pytest.approx(other.data.metrics["margin"], abs=1e-3)
     folder = store / "sweeps" / names[1]
     assert differences(f"sqlite:///{store / 'mlflow.db'}", names[1], folder / "records.jsonl") == []
     journal = optuna.storages.journal.JournalFileBackend(str(folder / "study.journal"))
     study = optuna.load_study(study_name=names[1], storage=optuna.storages.JournalStorage(journal))
-    assert [(trial.number, trial.state.name) for trial in study.trials] == [(i, "COMPLETE") for i in range(10)]
+    assert [(trial.number, trial.state.name) for trial in study.trials] == [(i, "COMPLETE") for i in range(12)]
 
 
 # What a user can get wrong, and what needs no sweep.

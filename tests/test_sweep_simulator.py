@@ -253,10 +253,15 @@ def test_the_sampler_sees_the_best_and_the_latest_of_many_trials():
     assert len(History(400, worst_accuracy=0.0).seen(trials)) == 150
 
 
-def test_the_sampler_sees_what_a_paused_trial_reached():
+def test_the_sampler_sees_what_a_paused_trial_reached_and_what_others_gained_from_there():
     core, _ = _run(_problem(levels=lambda values: LEVELS, keep=1 / 3))
-    seen = History(200, worst_accuracy=0.0).seen(core.trials())
-    assert [entry.values[0] for entry in seen] == [trial.accuracy for trial in core.trials()]
+    trials = core.trials()
+    seen = History(200, worst_accuracy=0.0).seen(trials)
+    reached = [[scores["accuracy"] for scores in trial.scores] for trial in trials]
+    first, second = ([own[i + 1] - own[i] for own in reached if len(own) > i + 1] for i in (0, 1))
+    to_come = {1: np.median(first) + np.median(second), 2: np.median(second), 3: 0.0}
+    assert {len(own) for own in reached} == {1, 2, 3}
+    assert [entry.values[0] for entry in seen] == pytest.approx([own[-1] + to_come[len(own)] for own in reached])
     assert {entry.state.name for entry in seen} == {"COMPLETE"}
 
 

@@ -22,7 +22,7 @@ from halora.analysis.racing import chip_estimates, front_probabilities, value_of
 from halora.spaces.language import grid, size
 from halora.spaces.search import ENERGY
 from halora.sweep.problem import Problem
-from halora.sweep.samplers import History, Proposal, make_sampler, propose
+from halora.sweep.samplers import BLIND, History, Proposal, make_sampler, propose
 from halora.sweep.study import Scores, State, SweepStudy, Trial, point_key
 from halora.trial import Goal
 
@@ -280,7 +280,8 @@ class DecisionCore:
         problem, number = self._problem, len(trials)
         sampler = make_sampler(problem.settings.sampler, problem.space, problem.seed, number, attempt)
         first = problem.first[number] if number < len(problem.first) else None
-        return propose(problem.space, sampler, self._history.seen(trials), fixed=first)
+        seen = () if problem.settings.sampler in BLIND else self._history.seen(trials)
+        return propose(problem.space, sampler, seen, fixed=first)
 
     def _begin(self, proposal: Proposal, energy: float, skipped: str) -> int:
         constraints = {str(c): c.violation({ENERGY: energy}) for c in self._problem.constraints if c.metric == ENERGY}

@@ -2,12 +2,14 @@
 
 A suggestion is a function of (sweep seed, trial number, the trials before it): the sampler is made anew for each, over
 a view of the study held in memory. The view is bounded, so that a suggestion takes as long after 5,000 trials as after
-200; it gives a trial paused or stopped at a rung the accuracy it reached there, which the study itself must not, and a
-configuration that was never trained for its energy the worst accuracy.
+200; it gives a trial paused or stopped at a rung an accuracy, which the study itself must not, and a configuration that
+was never trained for its energy the worst one. At a rung that is the accuracy reached plus the median gain of those
+that went on: without it whole trainings look better than they are, and the search stays around them.
 """
 
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,9 @@ from halora.spaces.language import Categorical, Distribution, chosen_values
 from halora.spaces.search import ENERGY, Sampler, total_violation
 from halora.sweep.problem import Problem
 from halora.sweep.study import State, Trial
+
+BLIND: frozenset[Sampler] = frozenset({"random", "qmc"})
+"""Samplers that look at no trial."""
 
 _NEVER_SEEN = {State.FAILED}
 _FIXED = "fixed_params"  # Optuna's own note of a point it was told to take
@@ -110,25 +115,33 @@ class History:
         shown = [(1 + place, trial) for place, trial in enumerate(self._earlier)]
         first = 1 + len(shown)
         shown += [(first + trial.number, trial) for trial in trials if trial.state not in _NEVER_SEEN]
+        to_come = _gains_to_come(trials)
+        accuracies = [self._accuracy(trial, to_come) for _, trial in shown]
         latest = range(max(len(shown) - self._limit // 2, 0), len(shown))
-        bounded = [shown[i] for i in sorted({*self._best([trial for _, trial in shown]), *latest})]
-        entries = {(number, len(t.scores), t.accuracy): self._entry(number, t) for number, t in bounded}
-        self._entries = entries
-        return list(entries.values())
+        bounded = sorted({*self._best([trial for _, trial in shown], accuracies), *latest})
+        view = [(*shown[i], accuracies[i]) for i in bounded]
+        self._entries = {(n, len(trial.scores), value): self._entry(n, trial, value) for n, trial, value in view}
+        return list(self._entries.values())
 
-    def _best(self, shown: Sequence[Trial]) -> list[int]:
+    def _accuracy(self, trial: Trial, to_come: Sequence[float]) -> float | None:
+        """The accuracy a trial is taken to end with: at a rung what it reached, and what others gained from there."""
+        if trial.state is State.SKIPPED:
+            return self._worst
+        if trial.accuracy is None or trial.state is State.FINISHED:
+            return trial.accuracy
+        return trial.accuracy + to_come[len(trial.scores) - 1]
+
+    def _best(self, shown: Sequence[Trial], accuracies: Sequence[float | None]) -> list[int]:
         if len(shown) <= self._limit:
             return list(range(len(shown)))
-        valued = [i for i, trial in enumerate(shown) if trial.accuracy is not None and trial.violation <= 0]
-        table = np.array([(shown[i].accuracy, shown[i].energy_uj_per_token) for i in valued], dtype=float)
+        valued = [i for i, trial in enumerate(shown) if trial.scores and trial.violation <= 0]
+        table = np.array([(accuracies[i], shown[i].energy_uj_per_token) for i in valued], dtype=float)
         by_rank = np.argsort(ranks(table), kind="stable")
         return [valued[i] for i in by_rank[: self._limit // 2]]
 
-    def _entry(self, number: int, trial: Trial) -> FrozenTrial:
-        key = (number, len(trial.scores), trial.accuracy)
-        if key in self._entries:
-            return self._entries[key]
-        accuracy = self._worst if trial.state is State.SKIPPED else trial.accuracy
+    def _entry(self, number: int, trial: Trial, accuracy: float | None) -> FrozenTrial:
+        if known := self._entries.get((number, len(trial.scores), accuracy)):
+            return known
         entry = optuna.create_trial(
             state=TrialState.RUNNING if accuracy is None else TrialState.COMPLETE,
             values=None if accuracy is None else [accuracy, trial.energy_uj_per_token],
@@ -139,6 +152,17 @@ class History:
         )
         entry.number = entry._trial_id = number
         return entry
+
+
+def _gains_to_come(trials: Sequence[Trial]) -> list[float]:
+    """Median gain in accuracy from each level to the last, of the trials that went on from it."""
+    levels = max((len(trial.scores) for trial in trials), default=0)
+    gains = [
+        [t.scores[level + 1]["accuracy"] - t.scores[level]["accuracy"] for t in trials if len(t.scores) > level + 1]
+        for level in range(levels)
+    ]
+    medians = [median(gain) if gain else 0.0 for gain in gains]
+    return [sum(medians[level:]) for level in range(levels)]
 
 
 class _View(optuna.Study):
