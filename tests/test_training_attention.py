@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from halora.training import attention, frozen
-from halora.training.attention import attend_on_cpu
+from halora.training.attention import RowLayout, attend_on_cpu
 from halora.training.batches import PackedRow, lay_out
 from halora.training.frozen import FrozenLinear
 from halora.training.models import load_base
@@ -47,18 +47,19 @@ def test_called_without_rows_the_model_attends_as_any_other(tiny_models):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_plain_products_are_torchs_attention_and_gradient(dtype):
-    rows, longest, heads, groups, dim = 3, 11, 6, 2, 8
+    lengths, heads, groups, dim = [7, 11, 4], 6, 2, 8
     generator = torch.Generator().manual_seed(0)
-    shapes = [(rows, longest, count, dim) for count in (heads, groups, groups)]
+    taken = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    seen = torch.rand(3, 1, max(lengths), max(lengths), generator=generator) < 0.5
+    layout = RowLayout(taken.flatten().nonzero()[:, 0], (seen & taken[:, None, None]) | torch.eye(11, dtype=torch.bool))
+    shapes = [(1, count, sum(lengths), dim) for count in (heads, groups, groups)]
     states = [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
-    visible = torch.rand(rows, 1, longest, longest, generator=generator) < 0.5
-    visible |= torch.eye(longest, dtype=torch.bool)
-    upstream = torch.randn(shapes[0], generator=generator).to(dtype)
+    upstream = torch.randn(1, sum(lengths), heads, dim, generator=generator).to(dtype)
     found = []
     for attend in (attend_on_cpu, attention._attend):
-        block = attend(*states, visible, 0.3)
-        assert block.dtype == dtype
-        found.append([block, *torch.autograd.grad(block, states, upstream)])
+        output = attend(*states, layout, 0.3)
+        assert output.dtype == dtype
+        found.append([output, *torch.autograd.grad(output, states, upstream)])
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 4e-2}[dtype]
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
