@@ -1,5 +1,5 @@
-"""Oracles: each row alone through the stock attention of `transformers`; torch's own attention on the padded block; and
-plain products in float32 or float64 for linear layers in bfloat16.
+"""Oracles: each row alone through the stock attention of `transformers`; torch's own attention on the padded block; the
+norm of `transformers`; and plain products in float32 or float64 for linear layers in bfloat16.
 """
 
 from math import prod
@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from halora.training import attention, frozen
 from halora.training.attention import RowLayout, attend_on_cpu
 from halora.training.batches import PackedRow, lay_out
-from halora.training.frozen import FrozenLinear
+from halora.training.frozen import FrozenLinear, FrozenNorm
 from halora.training.models import load_base
 
 
@@ -79,6 +80,21 @@ def test_a_frozen_bf16_layer_computes_in_the_dtype_the_cpu_is_fast_at(monkeypatc
     assert output.dtype == gradient.dtype == torch.bfloat16
     torch.testing.assert_close(output.double(), exact, rtol=2e-2, atol=2e-2)
     torch.testing.assert_close(gradient.double(), upstream.double() @ linear.weight.double(), rtol=2e-2, atol=4e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_and_its_gradient_are_those_of_transformers(dtype):
+    stock = LlamaRMSNorm(96, eps=1e-3).to(dtype).requires_grad_(False)
+    stock.weight.uniform_(0.2, 2)
+    x, upstream = (0.1 * torch.randn(2, 5, 96)).to(dtype).requires_grad_(), torch.randn(2, 5, 96).to(dtype)
+    found = []
+    for norm in (FrozenNorm(stock), stock):
+        output = norm(x)
+        found.append([output, *torch.autograd.grad(output, x, upstream)])
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.dtype == dtype
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
 def test_a_widened_weight_is_not_kept_for_the_backward(monkeypatch):

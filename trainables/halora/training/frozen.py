@@ -1,4 +1,4 @@
-"""Linear layers of the frozen base, and the products they do together with a trained low-rank branch.
+"""Layers of the frozen base in few passes over memory: linear ones, with their trained low-rank branch, and norms.
 
 A CPU without bfloat16 instructions multiplies bfloat16 matrices several times slower than float32 ones. There the
 weights stay in bfloat16 in memory, and each is widened when it is used, in the forward and again in the backward.
@@ -93,6 +93,42 @@ class _Product(torch.autograd.Function):
         if input_gradient is not None:
             input_gradient = input_gradient.view(*gradient.shape[:-1], -1)
         return input_gradient, None, a_gradient, b_gradient, None
+
+
+class FrozenNorm(nn.Module):
+    """A frozen root-mean-square norm: that of `transformers`, with its backward written out."""
+
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        self.weight, self.eps = norm.weight, norm.variance_epsilon
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """w x / rms(x) over the last axis, the quotient in float32."""
+        return cast(Tensor, _Norm.apply(hidden_states, self.weight, self.eps))
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.float()
+        square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
+        factor = square.div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, factor)
+        return (wide * factor).to(x.dtype) * weight
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        x, weight, factor = ctx.saved_tensors
+        scaled, wide = (gradient * weight).float(), x.float()
+        along = torch.linalg.vecdot(scaled, wide).unsqueeze(-1).mul_(factor.pow(3)).div_(-x.shape[-1])
+        return (scaled * factor).addcmul_(wide, along).to(x.dtype), None, None
+
+
+def install_norms(causal_lm: Any) -> None:
+    """Replace the norms of a `transformers` model of the LLaMA or Qwen family, in place."""
+    norms = {name: module for name, module in causal_lm.named_modules() if hasattr(module, "variance_epsilon")}
+    for name, norm in norms.items():
+        causal_lm.set_submodule(name, FrozenNorm(norm))
 
 
 @cache

@@ -134,7 +134,7 @@ def load_base(model: str, dtype: Dtype) -> BaseModel:
     from transformers.utils.logging import disable_progress_bar
 
     from halora.training.attention import use_row_attention
-    from halora.training.frozen import FrozenLinear
+    from halora.training.frozen import FrozenLinear, install_norms
 
     disable_progress_bar()
     shape = model_shape(model)
@@ -151,6 +151,7 @@ def load_base(model: str, dtype: Dtype) -> BaseModel:
         )
     causal_lm.eval().requires_grad_(False)
     use_row_attention(causal_lm)
+    install_norms(causal_lm)
     causal_lm.set_output_embeddings(FrozenLinear(causal_lm.get_output_embeddings()))
     if torch.cuda.is_available():
         causal_lm.cuda()
