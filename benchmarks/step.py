@@ -72,9 +72,9 @@ def register_padded_attention() -> None:
     def attend(
         module: Any, query: Tensor, key: Tensor, value: Tensor, mask: RowLayout, *, scaling: float, **others: Any
     ) -> tuple[Tensor, None]:
-        end_to_end = (states.transpose(0, 1).flatten(1, 2)[None] for states in (query, key, value))
-        found = attend_on_cpu(*end_to_end, mask, scaling)
-        return found.view(query.shape[0], -1, *found.shape[2:]), None
+        query, key, value = (states.transpose(0, 1).flatten(1, 2)[None] for states in (query, key, value))
+        found = attend_on_cpu(query, key, value, mask, scaling)
+        return found.view(len(mask.visible), -1, *found.shape[2:]), None
 
     def layout(*arguments: Any, **settings: Any) -> RowLayout:
         visible = sdpa_mask(*arguments, **settings | {"allow_is_causal_skip": False})

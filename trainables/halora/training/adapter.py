@@ -48,7 +48,7 @@ def _fused_lora() -> type[nn.Module]:
     """PEFT's LoRA layer, its branch computed together with the frozen layer; imports PEFT, which takes a second."""
     from peft.tuners.lora import Linear
 
-    class FusedLora(Linear):  # type: ignore[misc]
+    class FusedLora(Linear):
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             (adapter,) = self.active_adapters
             if self.disable_adapters or self.lora_variant:
