@@ -70,11 +70,13 @@ def attach_saved(base: BaseModel, folder: Path, weight_bits: int = 16) -> Any:
     Raises:
         UserError: The folder holds no adapter in safetensors.
     """
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
 
     if not (folder / "adapter_model.safetensors").is_file():
         raise UserError(f"no adapter_model.safetensors in '{folder}'")
-    peft_model = PeftModel.from_pretrained(base.causal_lm, folder)
+    config: Any = PeftConfig.from_pretrained(folder)
+    config._register_custom_module({FrozenLinear: _fused_lora()})
+    peft_model = PeftModel.from_pretrained(base.causal_lm, folder, config=config)
     if weight_bits < 16:
         with torch.no_grad():
             for a, b in lora_pairs(peft_model):
