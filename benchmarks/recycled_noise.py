@@ -4,7 +4,7 @@ For every seed two trainings share initialisation, data order and noise level; t
 training draws it (a stretch of a table with random signs) and truly. Both adapters are scored on the same rows and chip
 instances, whose draws are always true. docs/lab.md has the result.
 
-    python -m benchmarks.recycled_noise --steps 16 --seeds 5
+    python -m benchmarks.recycled_noise --steps 12 --seeds 6
 """
 
 import argparse
@@ -28,9 +28,9 @@ from halora.trial import TrialConfig
 def main() -> None:
     """Run and print."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=16)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--seeds", type=int, default=6)
+    parser.add_argument("--rows", type=int, default=48)
     parser.add_argument("--chips", type=int, default=2)
     arguments = parser.parse_args()
     workbench = Workbench()
