@@ -30,7 +30,8 @@ def _commit() -> str:
         asked = ["git", "-C", str(FOLDER), *arguments]
         return subprocess.run(asked, capture_output=True, text=True).stdout.strip()
 
-    changed = git("status", "--porcelain", "--untracked-files=no")
+    not_results = ["--", ":/", f":!{RESULTS_FILE}", f":!{README_FILE}"]  # a benchmark before this one wrote those
+    changed = git("status", "--porcelain", "--untracked-files=no", *not_results)
     return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
 
 

@@ -10,6 +10,7 @@ given to it.
 from math import isclose
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
@@ -17,7 +18,7 @@ from transformers.masking_utils import sdpa_mask
 from benchmarks.harness import Way, interleave, parser, record, save, use_threads
 from benchmarks.ways import CLEAN, OurSteps, PlainSteps, trial
 from halora.hardware.addressing import derive_seed
-from halora.training.attention import attend_on_cpu
+from halora.training.attention import RowLayout, attend_on_cpu
 from halora.trial import TrialConfig
 
 PADDED_ATTENTION = "halora_padded"
@@ -69,16 +70,18 @@ def register_padded_attention() -> None:
     """Offer our attention to any model of `transformers`, for batches padded to their longest row."""
 
     def attend(
-        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, scaling: float, **others: Any
+        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: RowLayout, *, scaling: float, **others: Any
     ) -> tuple[Tensor, None]:
-        query, key, value = (states.transpose(1, 2) for states in (query, key, value))
-        return attend_on_cpu(query, key, value, mask, scaling), None
+        query, key, value = (states.transpose(0, 1).flatten(1, 2)[None] for states in (query, key, value))
+        found = attend_on_cpu(query, key, value, mask, scaling)
+        return found.view(len(mask.visible), -1, *found.shape[2:]), None
 
-    def whole_mask(*arguments: Any, **settings: Any) -> Tensor:
-        return sdpa_mask(*arguments, **settings | {"allow_is_causal_skip": False})
+    def layout(*arguments: Any, **settings: Any) -> RowLayout:
+        visible = sdpa_mask(*arguments, **settings | {"allow_is_causal_skip": False})
+        return RowLayout(torch.arange(visible.shape[0] * visible.shape[2]), visible)
 
     AttentionInterface.register(PADDED_ATTENTION, attend)
-    AttentionMaskInterface.register(PADDED_ATTENTION, whole_mask)
+    AttentionMaskInterface.register(PADDED_ATTENTION, layout)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,13 @@ from benchmarks import harness, plain
 from benchmarks.eval import OurScores, PlainScores, check_equal_margins, make_adapter
 from benchmarks.harness import Work, interleave, record, save
 from benchmarks.memory import peak_gib
+from benchmarks.recycled_noise import true_draws
 from benchmarks.step import PADDED_ATTENTION, check_equal_losses, register_padded_attention
 from benchmarks.turnaround import OurSweep, PlainSweep, short_sweep
 from benchmarks.ways import CHIP, CLEAN, OurSteps, PlainSteps
+from halora.hardware.addressing import NoiseKey, Role
 from halora.hardware.chip import load_chip
+from halora.hardware.draws import standard_normal
 from halora.training.models import find_model
 
 WORK = Work(rows=8, dtype="fp32", threads=1, loss_tokens=40)
@@ -120,6 +123,13 @@ def test_a_noisy_step_of_either_way_does_the_same_work(tiny_trial):
         assert work == its_work
         assert work.rows == config.training.batch_size
     ours.close()
+
+
+def test_a_training_chip_draws_as_a_scored_one_while_true_draws_are_asked_for():
+    key, like = NoiseKey(role=Role.TRAIN, chip_seed=1, module="layer", purpose="programming"), torch.empty(40, 30)
+    with true_draws():
+        np.testing.assert_array_equal(standard_normal(key, like).numpy(), key.standard_normal((40, 30)))
+    assert not np.array_equal(standard_normal(key, like).numpy(), key.standard_normal((40, 30)))
 
 
 @pytest.mark.slow

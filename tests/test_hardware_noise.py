@@ -94,6 +94,18 @@ def test_plain_gaussian_noise_is_one_draw_per_weight_and_nothing_else(weight, dt
     assert torch.equal(programmed_weight(frozen, _gaussian("tensor_max"), KEY, 0.07), expected)
 
 
+@pytest.mark.parametrize("reference", ["tensor_max", "channel_max", "block_max"])
+def test_recycled_noise_on_bf16_weights_is_that_of_float32_rounded(weight, reference):
+    """The draw and its deviation are rounded to 8 bits, then the sum is."""
+    key, chip, frozen = replace(KEY, role=Role.TRAIN), _gaussian(reference), weight.bfloat16()
+    exact = programmed_weight(frozen.float(), chip, key, 0.3)
+    found = programmed_weight(frozen, chip, key, 0.3)
+    error = exact - frozen.float()
+    assert found.dtype == torch.bfloat16
+    assert ((found.float() - exact).abs() <= (error.abs() * 2.02 + exact.abs() * 1.02) * 2**-8).all()
+    assert (found.float() - frozen.float()).std() == pytest.approx(error.std().item(), rel=2e-3)
+
+
 @pytest.mark.parametrize("sections", [{"noise": {"sigma": 0.1, "reference": "std"}}, {"noise": {"kind": "wan-2022"}}])
 def test_errors_of_all_rows_are_independent(sections):
     """Rows are worked on some at a time."""

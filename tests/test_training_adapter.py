@@ -1,9 +1,10 @@
-"""Oracles: closed forms of both norms and of their gradients; the variants' effective weights, written out."""
+"""Oracles: closed forms of both norms and of their gradients; PEFT's own layer; the variants' weights, written out."""
 
 import json
 
 import pytest
 import torch
+from peft.tuners.lora import Linear
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from training_runs import run_losses
@@ -75,10 +76,40 @@ def test_bf16_weights_are_measured_in_float32():
     assert value.item() == pytest.approx(regulariser([(pair[0].float(), pair[1].float())], "frobenius").item())
 
 
+def test_modules_of_all_shapes_count_alike():
+    pairs = [(_random(3, d_in), _random(d_out, 3)) for d_in, d_out in ((8, 20), (12, 9), (8, 20), (20, 8))]
+    by_hand = sum((a @ a.T).norm() + (b.T @ b).norm() for a, b in pairs) / 4
+    assert regulariser(pairs, "frobenius").item() == pytest.approx(by_hand.item(), rel=1e-6)
+
+
 @pytest.fixture(scope="module")
 def workbench() -> Workbench:
     """One process's workbench."""
     return Workbench()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+def test_a_branch_computed_with_its_layer_is_peft_s(workbench, tiny_trial, architecture):
+    """Outputs and all gradients of every adapted layer, on noisy weights made again in the backward."""
+    config = tiny_trial(architecture, lora={"variant": "rslora"})
+    base, array = workbench.base(config)
+    array.program(ChipInstance(config.chip, NoiseKey(role=Role.TRAIN, chip_seed=5), 0.05), regenerate=True)
+    peft_model = attach(base, config.lora, config.seed)
+    layers = [module for module in peft_model.modules() if isinstance(module, Linear)]
+    assert len(layers) == 5 * 2
+    for layer in layers:
+        x, b = _random(1, 7, layer.in_features), layer.lora_B["default"].weight
+        with torch.no_grad():
+            b.copy_(_random(*b.shape))
+        upstream = torch.randn(1, 7, layer.out_features, generator=GENERATOR)
+        inputs = (x, layer.lora_A["default"].weight, b)
+        ours, theirs = layer(x), Linear.forward(layer, x)
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        gradients = (torch.autograd.grad(output, inputs, upstream) for output in (ours, theirs))
+        for found, expected in zip(*gradients, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    array.clear()
+    detach(peft_model)
 
 
 def test_rslora_scales_by_the_root_of_the_rank(workbench, tiny_trial, tmp_path):

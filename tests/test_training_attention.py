@@ -1,5 +1,5 @@
-"""Oracles: each row alone through the stock attention of `transformers`; torch's own attention on the padded block; and
-plain products in float32 or float64 for linear layers in bfloat16.
+"""Oracles: each row alone through the stock attention of `transformers`; torch's own attention on the padded block; the
+norm of `transformers`; and plain products in float32 or float64 for linear layers in bfloat16.
 """
 
 from math import prod
@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from halora.training import attention, frozen
-from halora.training.attention import attend_on_cpu
+from halora.training.attention import RowLayout, attend_on_cpu
 from halora.training.batches import PackedRow, lay_out
-from halora.training.frozen import FrozenLinear
+from halora.training.frozen import FrozenLinear, FrozenNorm
 from halora.training.models import load_base
 
 
@@ -47,18 +48,19 @@ def test_called_without_rows_the_model_attends_as_any_other(tiny_models):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_plain_products_are_torchs_attention_and_gradient(dtype):
-    rows, longest, heads, groups, dim = 3, 11, 6, 2, 8
+    lengths, heads, groups, dim = [7, 11, 4], 6, 2, 8
     generator = torch.Generator().manual_seed(0)
-    shapes = [(rows, longest, count, dim) for count in (heads, groups, groups)]
+    taken = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    seen = torch.rand(3, 1, max(lengths), max(lengths), generator=generator) < 0.5
+    layout = RowLayout(taken.flatten().nonzero()[:, 0], (seen & taken[:, None, None]) | torch.eye(11, dtype=torch.bool))
+    shapes = [(1, count, sum(lengths), dim) for count in (heads, groups, groups)]
     states = [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
-    visible = torch.rand(rows, 1, longest, longest, generator=generator) < 0.5
-    visible |= torch.eye(longest, dtype=torch.bool)
-    upstream = torch.randn(shapes[0], generator=generator).to(dtype)
+    upstream = torch.randn(1, sum(lengths), heads, dim, generator=generator).to(dtype)
     found = []
     for attend in (attend_on_cpu, attention._attend):
-        block = attend(*states, visible, 0.3)
-        assert block.dtype == dtype
-        found.append([block, *torch.autograd.grad(block, states, upstream)])
+        output = attend(*states, layout, 0.3)
+        assert output.dtype == dtype
+        found.append([output, *torch.autograd.grad(output, states, upstream)])
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 4e-2}[dtype]
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
@@ -78,6 +80,21 @@ def test_a_frozen_bf16_layer_computes_in_the_dtype_the_cpu_is_fast_at(monkeypatc
     assert output.dtype == gradient.dtype == torch.bfloat16
     torch.testing.assert_close(output.double(), exact, rtol=2e-2, atol=2e-2)
     torch.testing.assert_close(gradient.double(), upstream.double() @ linear.weight.double(), rtol=2e-2, atol=4e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_and_its_gradient_are_those_of_transformers(dtype):
+    stock = LlamaRMSNorm(96, eps=1e-3).to(dtype).requires_grad_(False)
+    stock.weight.uniform_(0.2, 2)
+    x, upstream = (0.1 * torch.randn(2, 5, 96)).to(dtype).requires_grad_(), torch.randn(2, 5, 96).to(dtype)
+    found = []
+    for norm in (FrozenNorm(stock), stock):
+        output = norm(x)
+        found.append([output, *torch.autograd.grad(output, x, upstream)])
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.dtype == dtype
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
 def test_a_widened_weight_is_not_kept_for_the_backward(monkeypatch):

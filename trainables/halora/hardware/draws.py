@@ -24,17 +24,17 @@ def normal_rows(key: NoiseKey, like: Tensor, rows: int) -> Iterator[tuple[Tensor
 
     Args:
         key: Their address.
-        like: `(d_out, d_in)`; its shape and device are taken.
+        like: `(d_out, d_in)`; its shape and device are taken, and by recycled draws its dtype.
         rows: Rows of a block; true draws do not depend on it, recycled ones do.
 
     Yields:
-        Draws `(rows, d_in)`, not to be written to, and their signs, `(rows, 1)` or a scalar; float32.
+        Draws `(rows, d_in)`, not to be written to, and their signs, `(rows, 1)` or a scalar; true draws in float32.
     """
     generator, columns = key.generator(), like.shape[1]
     for start in range(0, like.shape[0], rows):
         shape = (min(rows, like.shape[0] - start), columns)
         if key.role is Role.TRAIN:
-            yield _recycled(generator, shape, like.device)
+            yield _recycled(generator, shape, like)
         else:
             draws = torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
             yield draws.to(like.device), torch.ones((), device=like.device)
@@ -46,15 +46,15 @@ def standard_normal(key: NoiseKey, like: Tensor) -> Tensor:
     return draws * signs if key.role is Role.TRAIN else draws
 
 
-def _recycled(generator: np.random.Generator, shape: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+def _recycled(generator: np.random.Generator, shape: tuple[int, int], like: Tensor) -> tuple[Tensor, Tensor]:
     rows, columns = shape
     count = rows * columns
-    table = _table(device, max(_TABLE, 2 * count))
+    table = _table(like.device, like.dtype, max(_TABLE, 2 * count))
     start = int(generator.integers(len(table) - count + 1))
     signs = torch.from_numpy(generator.integers(0, 2, (rows, 1)).astype(np.float32)).mul_(2).sub_(1)
-    return table[start : start + count].view(shape), signs.to(device)
+    return table[start : start + count].view(shape), signs.to(table)
 
 
 @cache
-def _table(device: torch.device, length: int) -> Tensor:
-    return torch.from_numpy(_TABLE_KEY.standard_normal((length,))).to(device)
+def _table(device: torch.device, dtype: torch.dtype, length: int) -> Tensor:
+    return torch.from_numpy(_TABLE_KEY.standard_normal((length,))).to(device, dtype)

@@ -82,6 +82,11 @@ class Programming:
         """Whether it is worth keeping: the spread of `block_max` noise takes as much memory as the weight."""
         return self.spread is None or self.spread.ndim < 2 or self.spread.shape[1] == 1
 
+    @property
+    def only_adds(self) -> bool:
+        """Whether the weights get an error added and nothing else happens to them."""
+        return self.spread is not None and all(part is None for part in (self.limit, self.scale, self.row_gain))
+
     def held(
         self, weight: Tensor, key: NoiseKey, dtype: torch.dtype | None = None, into: Tensor | None = None
     ) -> Tensor:
@@ -103,7 +108,12 @@ class Programming:
         held = into
         if held is None or compensation == "global":
             held = torch.empty_like(weight, dtype=torch.float32 if compensation == "global" else dtype)
-        units = normal_rows(_address(key, self.noise), weight, block_rows(weight))
+        units = normal_rows(_address(key, self.noise), held, block_rows(weight))
+        if self.only_adds and self.spread is not None:
+            for rows in _row_blocks(weight):
+                unit, signs = next(units)
+                torch.addcmul(weight[rows], unit, (_at(self.spread, rows) * signs).to(unit.dtype), out=held[rows])
+            return held.to(dtype)
         before = after = torch.zeros((), device=weight.device)
         for rows in _row_blocks(weight):
             block = held[rows] if held.dtype == torch.float32 else None

@@ -1,7 +1,9 @@
 """The LoRA branch: attached with PEFT, regularised by HaLoRA's L_reg, stored as a standard PEFT folder."""
 
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from halora.errors import UserError
 from halora.hardware.addressing import derive_seed
 from halora.training.config import LoraSettings
+from halora.training.frozen import Branch, FrozenLinear
 from halora.training.models import BaseModel
 
 
@@ -36,7 +39,24 @@ def attach(base: BaseModel, lora: LoraSettings, seed: int) -> Any:
         use_rslora=lora.variant == "rslora",
         use_dora=lora.variant == "dora",
     )
+    config._register_custom_module({FrozenLinear: _fused_lora()})
     return get_peft_model(base.causal_lm, config)
+
+
+@cache
+def _fused_lora() -> type[nn.Module]:
+    """PEFT's LoRA layer, its branch computed together with the frozen layer; imports PEFT, which takes a second."""
+    from peft.tuners.lora import Linear
+
+    class FusedLora(Linear):
+        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            (adapter,) = self.active_adapters
+            if self.disable_adapters or self.lora_variant:
+                return cast(Tensor, super().forward(x, *args, **kwargs))
+            a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+            return cast(Tensor, self.base_layer(x, Branch(a, b, self.scaling[adapter])))
+
+    return FusedLora
 
 
 def attach_saved(base: BaseModel, folder: Path, weight_bits: int = 16) -> Any:
@@ -50,11 +70,13 @@ def attach_saved(base: BaseModel, folder: Path, weight_bits: int = 16) -> Any:
     Raises:
         UserError: The folder holds no adapter in safetensors.
     """
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
 
     if not (folder / "adapter_model.safetensors").is_file():
         raise UserError(f"no adapter_model.safetensors in '{folder}'")
-    peft_model = PeftModel.from_pretrained(base.causal_lm, folder)
+    config: Any = PeftConfig.from_pretrained(folder)
+    config._register_custom_module({FrozenLinear: _fused_lora()})
+    peft_model = PeftModel.from_pretrained(base.causal_lm, folder, config=config)
     if weight_bits < 16:
         with torch.no_grad():
             for a, b in lora_pairs(peft_model):
@@ -82,7 +104,7 @@ def lora_pairs(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
     return [(layer.lora_A["default"].weight, layer.lora_B["default"].weight) for layer in layers]
 
 
-def regulariser(pairs: list[tuple[Tensor, Tensor]], norm: Literal["frobenius", "spectral"]) -> Tensor:
+def regulariser(pairs: Sequence[tuple[Tensor, Tensor]], norm: Literal["frobenius", "spectral"]) -> Tensor:
     """HaLoRA's L_reg = ||A A^T|| + ||B^T B||, the mean over modules, so that mu means the same for any model.
 
     The paper writes a norm with subscript 2, which is ambiguous: both readings are offered (arXiv 2502.19747).
@@ -95,8 +117,9 @@ def regulariser(pairs: list[tuple[Tensor, Tensor]], norm: Literal["frobenius", "
         A scalar in float32; its gradient is finite at B = 0.
     """
     order = {"frobenius": "fro", "spectral": 2}[norm]
-    total = torch.zeros((), device=pairs[0][0].device)
-    for a, b in pairs:
-        for gram in (a.float() @ a.float().T, b.float().T @ b.float()):
-            total = total + torch.linalg.matrix_norm(gram, ord=order)
-    return total / len(pairs)
+    by_shape: dict[torch.Size, list[Tensor]] = {}
+    for matrix in (each for a, b in pairs for each in (a, b.T)):
+        by_shape.setdefault(matrix.shape, []).append(matrix)
+    stacks = [torch.stack(matrices).float() for matrices in by_shape.values()]  # (modules, r, d) each
+    norms = torch.cat([torch.linalg.matrix_norm(stack @ stack.mT, ord=order) for stack in stacks])
+    return norms.sum() / len(pairs)

@@ -6,7 +6,8 @@ name, see `use_row_attention`.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -27,9 +28,54 @@ class RowLayout:
     places: Tensor
     visible: Tensor
 
-    def arguments(self, device: torch.device) -> dict[str, Tensor]:
+    def arguments(self, device: torch.device) -> dict[str, Any]:
         """What a model with row attention is to be called with, next to tokens and positions."""
-        return {"attention_mask": self.visible.to(device), "row_places": self.places.to(device)}
+        layout = RowLayout(self.places.to(device), self.visible.to(device))
+        return {"attention_mask": layout.visible, "row_layout": layout}
+
+    @property
+    def num_places(self) -> int:
+        """Places of all rows, taken or not."""
+        return self.visible.shape[0] * self.visible.shape[2]
+
+    @cached_property
+    def hidden(self) -> Tensor:
+        """What is added to the scores so that they see what is visible, `(rows, 1, longest, longest)`, float32."""
+        return torch.zeros(self.visible.shape).masked_fill_(~self.visible, torch.finfo(torch.float32).min)
+
+    def by_head(self, heads: int) -> "HeadOrder":
+        """The order in which the states of so many heads stand in a block; made once."""
+        if heads not in self._orders:
+            self._orders[heads] = HeadOrder.of(self, heads)
+        return self._orders[heads]
+
+    @cached_property
+    def _orders(self) -> dict[int, "HeadOrder"]:
+        return {}
+
+
+@dataclass(frozen=True)
+class HeadOrder:
+    """Between states token by token, and a block of them row by row, in it head by head, in it place by place.
+
+    Attributes:
+        into: For each place of the block, the state it takes, `token * heads + head`; any where no token stands.
+        back: For each state, its place in the block.
+        empty: Places where no token stands.
+    """
+
+    into: Tensor
+    back: Tensor
+    empty: Tensor
+
+    @classmethod
+    def of(cls, layout: RowLayout, heads: int) -> "HeadOrder":
+        """The order for a batch."""
+        rows, _, longest, _ = layout.visible.shape
+        row, position = layout.places.div(longest, rounding_mode="floor")[:, None], layout.places[:, None] % longest
+        back = ((row * heads + torch.arange(heads)) * longest + position).flatten()
+        into = torch.full((rows * heads * longest,), -1).index_copy_(0, back, torch.arange(len(back)))
+        return cls(into.clamp_min(0), back, (into < 0).nonzero()[:, 0])
 
 
 def use_row_attention(causal_lm: Any) -> None:
@@ -50,54 +96,90 @@ def _row_attention(
     attention_mask: Tensor | None,
     *,
     scaling: float,
-    row_places: Tensor | None = None,
+    row_layout: RowLayout | None = None,
     **others: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """What `transformers` asks of an attention: query (1, heads, tokens, dim) -> (1, tokens, heads, dim)."""
-    if row_places is None or attention_mask is None:
+    if row_layout is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
-    rows, _, longest, _ = attention_mask.shape
-    query, key, value = (_padded(states, row_places, rows, longest) for states in (query, key, value))
     attend = attend_on_cpu if query.device.type == "cpu" else _attend
-    found = attend(query, key, value, attention_mask, scaling)
-    return found.flatten(0, 1).index_select(0, row_places)[None], None
+    return attend(query, key, value, row_layout, scaling), None
 
 
-def _padded(states: Tensor, places: Tensor, rows: int, longest: int) -> Tensor:
-    """`(1, heads, tokens, dim)` -> `(rows, longest, heads, dim)`, zero where there is no token."""
-    by_token = states[0].transpose(0, 1)
-    block = by_token.new_zeros(rows * longest, *by_token.shape[1:]).index_copy(0, places, by_token)
-    return block.view(rows, longest, *by_token.shape[1:])
+def _attend(query: Tensor, key: Tensor, value: Tensor, layout: RowLayout, scaling: float) -> Tensor:
+    """Torch's own, see `attend_on_cpu`."""
+    rows, _, longest, _ = layout.visible.shape
+
+    def padded(states: Tensor) -> Tensor:  # (rows, heads, longest, dim), zero where there is no token
+        by_token = states[0].transpose(0, 1)
+        block = by_token.new_zeros(layout.num_places, *by_token.shape[1:]).index_copy(0, layout.places, by_token)
+        return block.view(rows, longest, *by_token.shape[1:]).transpose(1, 2)
+
+    found = F.scaled_dot_product_attention(
+        padded(query), padded(key), padded(value), layout.visible, scale=scaling, enable_gqa=True
+    )
+    return found.transpose(1, 2).flatten(0, 1).index_select(0, layout.places)[None]
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scaling: float) -> Tensor:
-    """Torch's own; every block is `(rows, longest, heads, dim)`."""
-    query, key, value = (block.transpose(1, 2) for block in (query, key, value))
-    found = F.scaled_dot_product_attention(query, key, value, visible, scale=scaling, enable_gqa=True)
-    return found.transpose(1, 2)
-
-
-def attend_on_cpu(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scaling: float) -> Tensor:
+def attend_on_cpu(query: Tensor, key: Tensor, value: Tensor, layout: RowLayout, scaling: float) -> Tensor:
     """The same by plain products in float32: the backward of torch's own takes ten times as long in bfloat16.
 
     Args:
-        query: `(rows, longest, heads, dim)`.
-        key: `(rows, longest, groups, dim)`; the heads of a group share it.
+        query: `(1, heads, tokens, dim)`.
+        key: `(1, groups, tokens, dim)`; the heads of a group share it.
         value: As `key`.
-        visible: See `RowLayout`.
+        layout: Which token is of which row and sees which.
         scaling: Of the scores.
 
     Returns:
-        `(rows, longest, heads, dim)` in the query's dtype.
+        `(1, tokens, heads, dim)` in the query's dtype.
     """
-    (rows, longest, heads, dim), dtype = query.shape, query.dtype
-    groups = key.shape[2]  # heads of one group share a key and a value
-    query = query.view(rows, longest, groups, -1, dim).permute(0, 2, 3, 1, 4).reshape(rows * groups, -1, dim).float()
-    key, value = (block.transpose(1, 2).reshape(rows * groups, longest, dim).float() for block in (key, value))
-    scores = torch.bmm(query * scaling, key.transpose(1, 2)).view(rows, heads, longest, longest)
-    hidden = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
-    weights = torch.softmax(scores + hidden, dim=-1).view(rows * groups, -1, longest)
-    found = torch.bmm(weights, value).view(rows, groups, -1, longest, dim)
-    return found.permute(0, 3, 1, 2, 4).reshape(rows, longest, heads, dim).to(dtype)
+    return cast(Tensor, _Attention.apply(query, key, value, layout, scaling))
+
+
+class _Attention(torch.autograd.Function):
+    """Softmax attention, every tensor copied once on its way into and out of the block of its heads."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: RowLayout, scaling: float) -> Tensor:
+        (_, heads, tokens, dim), groups = query.shape, key.shape[1]
+        rows, _, longest, _ = layout.visible.shape
+        of_heads, of_groups = layout.by_head(heads), layout.by_head(groups)
+
+        def block(states: Tensor, order: HeadOrder) -> Tensor:
+            by_token = states[0].transpose(0, 1).reshape(-1, dim)
+            return by_token.index_select(0, order.into).float().view(rows * groups, -1, dim)
+
+        q, k, v = block(query, of_heads).mul_(scaling), block(key, of_groups), block(value, of_groups)
+        scores = torch.bmm(q, k.transpose(1, 2)).view(rows, heads, longest, longest).add_(layout.hidden)
+        weights = torch.softmax(scores, dim=-1).view(rows * groups, -1, longest)
+        found = torch.bmm(weights, v).view(-1, dim).index_select(0, of_heads.back)
+        ctx.save_for_backward(q, k, v, weights)
+        ctx.orders, ctx.scaling = (of_heads, of_groups), scaling
+        return found.to(query.dtype).view(1, tokens, heads, dim)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        q, k, v, weights = ctx.saved_tensors
+        (of_heads, of_groups), dim = ctx.orders, q.shape[-1]
+        g = gradient.reshape(-1, dim).index_select(0, of_heads.into).float().index_fill_(0, of_heads.empty, 0)
+        g = g.view_as(q)
+        v_gradient = torch.bmm(weights.transpose(1, 2), g)
+        weight_gradient = torch.bmm(g, v.transpose(1, 2))
+        score_gradient = torch._softmax_backward_data(weight_gradient, weights, -1, torch.float32)
+        q_gradient = torch.bmm(score_gradient, k).mul_(ctx.scaling)
+        k_gradient = torch.bmm(score_gradient.transpose(1, 2), q)
+
+        def by_token(block: Tensor, order: HeadOrder) -> Tensor:
+            states = block.view(-1, dim).index_select(0, order.back).to(gradient.dtype)
+            return states.view(gradient.shape[1], -1, dim).transpose(0, 1)[None]
+
+        return (
+            by_token(q_gradient, of_heads),
+            by_token(k_gradient, of_groups),
+            by_token(v_gradient, of_groups),
+            None,
+            None,
+        )

@@ -1,15 +1,35 @@
-"""Linear layers of the frozen base.
+"""Layers of the frozen base in few passes over memory: linear ones, with their trained low-rank branch, and norms.
 
 A CPU without bfloat16 instructions multiplies bfloat16 matrices several times slower than float32 ones. There the
 weights stay in bfloat16 in memory, and each is widened when it is used, in the forward and again in the backward.
 """
 
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A trained low-rank branch beside a frozen layer: its output is scale x A^T B^T.
+
+    Attributes:
+        a: `(r, in_features)`.
+        b: `(out_features, r)`.
+        scale: Of the output.
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+    def output(self, input: Tensor) -> Tensor:
+        """What it adds to the layer's output."""
+        return F.linear(F.linear(input, self.a.to(input.dtype)), self.b.to(input.dtype)) * self.scale
 
 
 class FrozenLinear(nn.Linear):
@@ -29,34 +49,86 @@ class FrozenLinear(nn.Linear):
         """The weight that inputs meet, in `product_dtype`."""
         return self.weight.to(self.product_dtype)
 
-    @property
-    def weight_stays(self) -> bool:
-        """Whether the effective weight is in memory until the backward; otherwise it is made again there."""
-        return self.weight.dtype == self.product_dtype
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Input (batch, tokens, in_features) -> (batch, tokens, out_features)."""
-        product = self.product(input.to(self.product_dtype))
+    def forward(self, input: Tensor, branch: Branch | None = None) -> Tensor:
+        """Input (batch, tokens, in_features) -> (batch, tokens, out_features), with the branch's output where given."""
+        product = self.product(input.to(self.product_dtype), branch)
         return (product if self.bias is None else product + self.bias).to(input.dtype)
 
-    def product(self, input: Tensor) -> Tensor:
-        """x W^T, without the bias."""
-        if self.weight_stays:
-            return F.linear(input, self.effective_weight())
-        return cast(Tensor, _PassingWeightProduct.apply(input, self))
+    def product(self, input: Tensor, branch: Branch | None = None) -> Tensor:
+        """x W^T, and the branch's output, without the bias."""
+        a, b, scale = (branch.a, branch.b, branch.scale) if branch else (None, None, 0.0)
+        return cast(Tensor, _Product.apply(input, self, a, b, scale))
 
 
-class _PassingWeightProduct(torch.autograd.Function):
-    """x W^T, with the effective weight made in the forward and made again in the backward instead of being kept."""
+class _Product(torch.autograd.Function):
+    """x W^T + scale x A^T B^T, every thin product added in place to the thick one.
 
-    @staticmethod
-    def forward(ctx: Any, input: Tensor, layer: FrozenLinear) -> Tensor:
-        ctx.layer = layer
-        return F.linear(input, layer.effective_weight())
+    The weight is asked for again in the backward, where the layer has kept it or makes it anew.
+    """
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient @ ctx.layer.effective_weight(), None
+    def forward(
+        ctx: Any, input: Tensor, layer: FrozenLinear, a: Tensor | None, b: Tensor | None, scale: float
+    ) -> Tensor:
+        ctx.layer, ctx.scale, ctx.adapted = layer, scale, a is not None
+        x = input.flatten(0, -2)
+        output = x @ layer.effective_weight().T
+        if a is not None and b is not None:
+            reduced = (x @ a.to(x.dtype).T).mul_(scale)
+            output.addmm_(reduced, b.to(x.dtype).T)
+            ctx.save_for_backward(x, reduced, a, b)
+        return output.view(*input.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, None]:
+        g = gradient.flatten(0, -2)
+        input_gradient = g @ ctx.layer.effective_weight() if ctx.needs_input_grad[0] else None
+        a_gradient = b_gradient = None
+        if ctx.adapted:
+            x, reduced, a, b = ctx.saved_tensors
+            reduced_gradient = (g @ b.to(x.dtype)).mul_(ctx.scale)
+            a_gradient, b_gradient = (reduced_gradient.T @ x).to(a.dtype), (g.T @ reduced).to(b.dtype)
+            if input_gradient is not None:
+                input_gradient.addmm_(reduced_gradient, a.to(x.dtype))
+        if input_gradient is not None:
+            input_gradient = input_gradient.view(*gradient.shape[:-1], -1)
+        return input_gradient, None, a_gradient, b_gradient, None
+
+
+class FrozenNorm(nn.Module):
+    """A frozen root-mean-square norm: that of `transformers`, with its backward written out."""
+
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        self.weight, self.eps = norm.weight, norm.variance_epsilon
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """w x / rms(x) over the last axis, the quotient in float32."""
+        return cast(Tensor, _Norm.apply(hidden_states, self.weight, self.eps))
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.float()
+        square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
+        factor = square.div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, factor)
+        return (wide * factor).to(x.dtype) * weight
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        x, weight, factor = ctx.saved_tensors
+        scaled, wide = (gradient * weight).float(), x.float()
+        along = torch.linalg.vecdot(scaled, wide).unsqueeze(-1).mul_(factor.pow(3)).div_(-x.shape[-1])
+        return (scaled * factor).addcmul_(wide, along).to(x.dtype), None, None
+
+
+def install_norms(causal_lm: Any) -> None:
+    """Replace the norms of a `transformers` model of the LLaMA or Qwen family, in place."""
+    norms = {name: module for name, module in causal_lm.named_modules() if hasattr(module, "variance_epsilon")}
+    for name, norm in norms.items():
+        causal_lm.set_submodule(name, FrozenNorm(norm))
 
 
 @cache

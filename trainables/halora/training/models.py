@@ -177,10 +177,11 @@ def load_base(model: str, dtype: Dtype) -> BaseModel:
     import torch
 
     from halora.training.attention import use_row_attention
-    from halora.training.frozen import FrozenLinear
+    from halora.training.frozen import FrozenLinear, install_norms
 
     base = plain_base(model, dtype)
     use_row_attention(base.causal_lm)
+    install_norms(base.causal_lm)
     base.causal_lm.set_output_embeddings(FrozenLinear(base.causal_lm.get_output_embeddings()))
     if torch.cuda.is_available():
         base.causal_lm.cuda()

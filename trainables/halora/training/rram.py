@@ -26,7 +26,7 @@ from halora.hardware.instance import ChipInstance
 from halora.hardware.mapping import Place
 from halora.hardware.noise import Programming, noise_to_signal_db
 from halora.training.config import LINEAR_NAMES
-from halora.training.frozen import FrozenLinear
+from halora.training.frozen import Branch, FrozenLinear
 
 Reads = ExactReads | ConverterModel
 """How a layer is read: every conversion carried out, or their statistical model."""
@@ -72,11 +72,6 @@ class RramLinear(FrozenLinear):
         """Whether a chip instance lies under the model and keeps this layer in RRAM."""
         return self._wiring.instance is not None and self._wiring.places[self.name] is Place.RRAM
 
-    @property
-    def weight_stays(self) -> bool:
-        """See `FrozenLinear`."""
-        return not self._wiring.regenerate if self.noisy else super().weight_stays
-
     def effective_weight(self) -> Tensor:
         """The weight under the current chip instance; the frozen weight where it is not in RRAM."""
         if not self.noisy:
@@ -101,11 +96,15 @@ class RramLinear(FrozenLinear):
         self._programming = programming if programming.is_small else None
         return programming
 
-    def product(self, input: Tensor) -> Tensor:
-        """The product as it is read."""
+    def product(self, input: Tensor, branch: Branch | None = None) -> Tensor:
+        """The product as it is read, and the branch's output, which is computed off the array."""
         reads = self._wiring.reads.get(self.name) if self.noisy else None
         if reads is None:
-            return super().product(input)
+            return super().product(input, branch)
+        read = self._read(input, reads)
+        return read if branch is None else read + branch.output(input)
+
+    def _read(self, input: Tensor, reads: Reads) -> Tensor:
         if isinstance(reads, ExactReads):
             return reads.product(input, self.effective_weight(), self._read_noise)
         driven = reads.drive(input)
