@@ -328,13 +328,13 @@ def long_studies() -> None:
             core = DecisionCore(changed, SweepStudy("d", storage))
             asks = []
             for _ in range(21):
-                began = time.perf_counter(), time.process_time()
+                wall, processor = time.perf_counter(), time.process_time()
                 job = core.suggest()
-                asks.append((time.perf_counter() - began[0], time.process_time() - began[1]))
+                asks.append((time.perf_counter() - wall, time.process_time() - processor))
                 assert job is not None
                 core.on_failure(job.number)
-            told, processor = (spread([1000 * ask[clock] for ask in asks[1:]], ".1f") for clock in (0, 1))
-            print(f"  an ask that looks at {history} of them: {told} ms, processor time {processor} ms", flush=True)
+            told, of_it = (spread([1000 * ask[clock] for ask in asks[1:]], ".1f") for clock in (0, 1))
+            print(f"  an ask that looks at {history} of them: {told} ms, processor time {of_it} ms", flush=True)
     volumes: dict[int, list[float]] = {50: [], 100: [], 200: [], 10_000: []}
     for seed in range(5):
         for history in volumes:

@@ -4,14 +4,18 @@ import os
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ray
 import torch
+from ray import cloudpickle
+from ray.exceptions import RayError
 from safetensors.torch import load_file
 
 from halora.errors import UserError
 from halora.peers import WorkerLostError
+from halora.sweep.executor import _raised
 from halora.trainable import HaloraTrainable, Training, Workbench, adapter_folder
 from halora.trial import TrialConfig
 
@@ -166,3 +170,25 @@ def test_a_lost_worker_ends_the_job_and_not_the_trainable(workbench, tiny_trial,
     trainable.reset_config({"number": 1, "folder": str(tmp_path / "next"), **job})
     assert trainable.step()["stage"] == "training"
     trainable.cleanup()
+
+
+def test_an_error_raised_in_a_worker_is_told_from_the_end_of_the_worker(workbench, tmp_path):
+    """Oracle: an actor that raises, and one that exits, with the errors that Ray hands its Tune."""
+
+    @ray.remote(num_cpus=0)
+    class Worker:
+        def raise_error(self):
+            raise RuntimeError("its own")
+
+        def end(self):
+            os._exit(1)
+
+    worker, file = Worker.remote(), tmp_path / "error.pkl"
+    for call, raised in ((worker.raise_error, True), (worker.end, False)):
+        with pytest.raises(RayError) as told:
+            ray.get(call.remote())
+        file.write_bytes(cloudpickle.dumps(told.value))
+        assert _raised(SimpleNamespace(pickled_error_file=str(file))) is raised
+    file.write_bytes(b"no pickle")
+    assert _raised(SimpleNamespace(pickled_error_file=str(file)))
+    assert not _raised(SimpleNamespace(pickled_error_file=None))

@@ -181,8 +181,12 @@ def _gpus_per_worker(sweep: SweepConfig) -> float:
 
 def _raised(trial: Any) -> bool:
     """Whether a trial of Tune's ended by an error raised in its worker, and not with the worker."""
-    written = trial.pickled_error_file
-    return bool(written) and isinstance(cloudpickle.loads(Path(written).read_bytes()), RayTaskError)
+    if not (written := trial.pickled_error_file):
+        return False
+    try:
+        return isinstance(cloudpickle.loads(Path(written).read_bytes()), RayTaskError)
+    except Exception:  # a library's own error, which may not unpickle; Ray's do
+        return True
 
 
 def _trial_name(trial: Any) -> str:
