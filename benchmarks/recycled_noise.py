@@ -21,8 +21,8 @@ from torch import Tensor
 from benchmarks.ways import trial
 from halora.evaluation.intervals import crossed_bootstrap
 from halora.hardware import draws
-from halora.trainable import Workbench, adapter_folder
-from halora.trial import TrialConfig
+from halora.trainable import Workbench
+from halora.trial import TrialConfig, adapter_folder
 
 
 def main() -> None:
