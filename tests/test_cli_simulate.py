@@ -151,10 +151,10 @@ def _kill_and_resume(store, name, launch, kills, seed):
     while True:
         process = _start(store, *arguments)
         if killed < kills:
-            began = time.monotonic()
-            while not (store / "sweeps" / name / "study.journal").exists() and process.poll() is None:
-                time.sleep(0.02)
-            time.sleep(chance.uniform(0, 3.0) + 0.3 * (time.monotonic() - began))
+            recorded = store / "sweeps" / name / "records.jsonl"
+            until = _lines(recorded) + chance.randint(1, 20)  # in facts, as a machine's speed is its own
+            while _lines(recorded) < until and process.poll() is None:
+                time.sleep(chance.uniform(0, 0.01))
             if process.poll() is None:
                 process.kill()
                 killed += 1
@@ -165,6 +165,10 @@ def _kill_and_resume(store, name, launch, kills, seed):
         _, err = process.communicate(timeout=600)
         assert process.returncode == 0, err
         return killed
+
+
+def _lines(path):
+    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def _check_disturbed(store, name, whole, count=TRIALS):

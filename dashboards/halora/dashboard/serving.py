@@ -25,6 +25,7 @@ def serve(store: Store, host: str, port: int, *, allow_register: bool = False) -
         UserError: The address is taken, or not of this machine.
     """
     listening = _listen(host, port)
+    listening.listen()  # whoever reads the address below may come at once
     names = {host, socket.gethostname(), socket.getfqdn()}
     app = create_app(store, hosts=names, allow_register=allow_register)
     shown = f"[{host}]" if ":" in host else host
