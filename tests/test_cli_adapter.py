@@ -16,8 +16,9 @@ import yaml
 from mlflow import MlflowClient
 from safetensors.torch import load_file, save_file
 
-from halora.selection.bundle import ADAPTER_WEIGHTS, CERTIFICATION_FILE, CHECKSUMS_FILE, FILES, write_checksums
-from halora.selection.bundle import sha256_of as digest
+from halora.files import sha256_of
+from halora.records.names import CERTIFICATION_FILE
+from halora.selection.bundle import ADAPTER_WEIGHTS, CHECKSUMS_FILE, FILES, write_checksums
 from halora.training.tasks import load_rows
 
 HALORA = Path(sys.executable).parent / "halora"
@@ -261,7 +262,7 @@ def test_a_bundle_verifies(exported, verify):
 def _resum(folder):
     """Make a forged bundle consistent, as a careful forger would."""
     content = json.loads((folder / CERTIFICATION_FILE).read_text())
-    content["adapter_sha256"] = digest(folder / ADAPTER_WEIGHTS)
+    content["adapter_sha256"] = sha256_of(folder / ADAPTER_WEIGHTS)
     (folder / CERTIFICATION_FILE).write_text(json.dumps(content))
     write_checksums(folder)
 

@@ -1,5 +1,6 @@
-"""Files that appear whole or not at all, whatever happens to their writer."""
+"""Files that appear whole or not at all, whatever happens to their writer; and their digests."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -15,3 +16,8 @@ def write_whole(path: Path, text: str) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file."""
     write_whole(path, json.dumps(content, indent=1))
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()

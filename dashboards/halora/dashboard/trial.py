@@ -19,7 +19,7 @@ from halora.dashboard.sweep import log_tail
 from halora.errors import UserError
 from halora.hardware.shapes import ModelShape, known_shape
 from halora.records.journal import Entry, entries_of
-from halora.records.names import ENERGY, SCORE_METRICS, VIOLATION
+from halora.records.names import ENERGY, is_score
 from halora.records.publishing import baseline_energies
 
 _TAIL_LINES = 60
@@ -89,7 +89,7 @@ def card(snapshot: Snapshot, point: TrialPoint) -> Card:
     scored: Entry = next((entry for entry in reversed(entries) if entry["kind"] == "scores"), {})
     reports = [(int(entry["step"]), entry["metrics"]) for entry in entries if entry["kind"] == "report"]
     return Card(
-        scores={name: value for name, value in point.metrics.items() if _is_score(name)},
+        scores={name: value for name, value in point.metrics.items() if is_score(name)},
         by_chip=accuracy_by_chip(point.correct) if point.correct else [],
         charts={name: chart for name, chart in _charts(snapshot, point, reports).items() if chart["data"]},
         config=begin.get("config", {}),
@@ -111,7 +111,7 @@ def differences(one: TrialPoint, other: TrialPoint) -> list[tuple[str, Any, Any]
     rows = []
     for own, others in ((one.labels, other.labels), (one.params, other.params), (one.metrics, other.metrics)):
         for name in sorted({*own, *others}):
-            if own.get(name) != others.get(name) and (own is not one.metrics or _is_score(name) or name == ENERGY):
+            if own.get(name) != others.get(name) and (own is not one.metrics or is_score(name) or name == ENERGY):
                 rows.append((name, own.get(name), others.get(name)))
     return rows
 
@@ -143,10 +143,6 @@ def _against(text: str, snapshot: Snapshot, point: TrialPoint) -> tuple[TrialPoi
     if number not in snapshot.by_number or number == point.number:
         return None, f"there is no other trial {text[:40]}"
     return snapshot.by_number[number], ""
-
-
-def _is_score(name: str) -> bool:
-    return name in SCORE_METRICS or name.startswith(("accuracy.", "clean_accuracy.", VIOLATION))
 
 
 def _charts(

@@ -126,10 +126,11 @@ def show(
 ) -> None:
     """A registered adapter: certificate, gates, robustness."""
     from halora.records.registry import find_adapter
+    from halora.selection.certification import logged_certification
 
     _, client = _client(store, tracking_uri)
     found = find_adapter(client, adapter)
-    certification = _certification(client, found)
+    certification = logged_certification(client, found)
     if form is Format.TABLE:
         show_rows([{"name": name, "value": value} for name, value in _registered_row(found).items()], form)
         _show_certification(certification)
@@ -148,12 +149,13 @@ def compare(
     """Two registered adapters side by side: certificate, scores, gates, energy, and the settings they differ in."""
     from halora.records.queries import logged_config
     from halora.records.registry import find_adapter
+    from halora.selection.certification import logged_certification
 
     _, client = _client(store, tracking_uri)
     sides = []
     for reference in (one, other):
         found = find_adapter(client, reference)
-        facts = _facts(_certification(client, found))
+        facts = _facts(logged_certification(client, found))
         facts |= _flat(logged_config(client, found.run_id).model_dump(mode="json"))
         sides.append({"trial": f"{found.sweep}/{found.trial}", **facts})
     names = list(dict.fromkeys([*sides[0], *sides[1]]))
@@ -257,14 +259,6 @@ def _client(folder: Path | None, server: str | None) -> "tuple[Store, MlflowClie
 
     place = open_store(folder, server)
     return place, open_client(place)
-
-
-def _certification(client: "MlflowClient", adapter: "RegisteredAdapter") -> "Certification":
-    from halora.records import names, queries
-    from halora.selection.certification import Certification
-
-    file = f"{names.CERTIFICATION_FOLDER.format(attempt=adapter.attempt)}/{names.CERTIFICATION_FILE}"
-    return Certification.from_json(queries.logged_json(client, adapter.run_id, file))
 
 
 def _tell_chips(gates: "Gates") -> None:

@@ -78,6 +78,11 @@ def registered_name(model: str, task: str, chip: str, chip_hash: str) -> str:
     return "halora." + ".".join(re.sub(r"[^A-Za-z0-9_-]+", "-", part).strip("-") for part in parts)
 
 
+def is_score(name: str) -> bool:
+    """Whether a metric is one of an evaluated trial: a score, or by how much it breaks a constraint."""
+    return name in SCORE_METRICS or name.startswith((*TASK_METRICS, LEVEL_METRIC, VIOLATION))
+
+
 def identity(sweep: str, number: int | None) -> dict[str, str]:
     """Tags by which the run of a trial is found again, or the parent run of its sweep."""
     tags = {SWEEP: sweep, KIND: "sweep" if number is None else "trial"}

@@ -89,8 +89,7 @@ class SweepRecorder:
         A trial can be scored again on more chips or rows; the same scores again are left as they are.
         """
         answers = _answers(json.loads(scores_file.read_text()))
-        prefixes = (*names.TASK_METRICS, names.LEVEL_METRIC, names.VIOLATION)
-        chosen = [name for name in scores if name in names.SCORE_METRICS or name.startswith(prefixes)]
+        chosen = filter(names.is_score, scores)
         metrics = {names.metric(name): float(scores[name]) for name in chosen}
         if not self._scored_so(number, answers, metrics):
             self._write(

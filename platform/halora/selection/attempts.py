@@ -89,7 +89,7 @@ def open_attempt(folder: SweepFolder, sweep: str, trial: int, adapter_sha256: st
     """
     book = _book(folder)
     shared = {"confidence": gates.confidence, "candidates": gates.candidates}
-    begun = attempts_of(folder)
+    begun = [Attempt(**content) for content in book.get("attempts", ())]
     if begun and book["shared"] != shared:
         was = book["shared"]
         raise UserError(

@@ -4,7 +4,6 @@
 no path of the machine that made it is inside.
 """
 
-import hashlib
 import json
 import shutil
 from dataclasses import dataclass, replace
@@ -13,14 +12,14 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from halora.errors import UserError
-from halora.files import write_json, write_whole
-from halora.records import names
+from halora.files import sha256_of, write_json, write_whole
+from halora.records.names import CERTIFICATION_FILE, CERTIFICATION_FOLDER, SCORES_FILE
 from halora.selection.card import model_card
-from halora.selection.certification import Certification
+from halora.selection.certification import Certification, logged_certification
 from halora.selection.lightning import lightning_settings
 from halora.training.models import model_id
 from halora.training.tasks import task_id
-from halora.trial import TrialConfig
+from halora.trial import TRIAL_FILE, TrialConfig
 
 if TYPE_CHECKING:
     from halora.evaluation.chips import ChipScores
@@ -28,11 +27,8 @@ if TYPE_CHECKING:
     from halora.records.tracking import MlflowClient
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-TRIAL_FILE = "trial.json"
 CHIP_FILE = "chip.json"
 ENERGY_FILE = "energy.json"
-CERTIFICATION_FILE = "certification.json"
-SCORES_FILE = "scores.json"
 LIGHTNING_FILE = "aihwkit-lightning.json"
 CARD_FILE = "README.md"
 CHECKSUMS_FILE = "SHA256SUMS"
@@ -76,14 +72,12 @@ def export(client: "MlflowClient", adapter: "RegisteredAdapter", folder: Path) -
     if folder.exists():
         raise UserError(f"'{folder}' exists", "name a new folder")
     run = client.get_run(adapter.run_id)
-    of_attempt = names.CERTIFICATION_FOLDER.format(attempt=adapter.attempt)
     config = queries.logged_config(client, adapter.run_id)
-    scores = queries.logged_scores(client, adapter.run_id, f"{of_attempt}/{names.SCORES_FILE}")
+    scores_file = f"{CERTIFICATION_FOLDER.format(attempt=adapter.attempt)}/{SCORES_FILE}"
+    scores = queries.logged_scores(client, adapter.run_id, scores_file)
     bundle = Bundle(
         config=config.model_copy(update={"model": model_id(config.model), "task": task_id(config.task)}),
-        certification=Certification.from_json(
-            queries.logged_json(client, adapter.run_id, f"{of_attempt}/{names.CERTIFICATION_FILE}")
-        ),
+        certification=logged_certification(client, adapter),
         scores=replace(scores, tasks=tuple(map(task_id, scores.tasks))),
     )
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -115,11 +109,6 @@ def _describe(folder: Path, bundle: Bundle) -> None:
     write_json(folder / SCORES_FILE, bundle.scores.to_json())
     write_json(folder / LIGHTNING_FILE, lightning_settings(bundle.config.chip).to_json())
     write_whole(folder / CARD_FILE, model_card(bundle.config, certification))
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def write_checksums(folder: Path) -> None:

@@ -4,18 +4,17 @@ Scores are kept as they come, in the attempt's folder, so a crash costs only tho
 answered from what is kept.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from functools import reduce
+from functools import cached_property, reduce
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from halora.analysis.trials import TrialPoint
 from halora.errors import UserError
-from halora.files import write_json
+from halora.files import sha256_of, write_json
 from halora.hardware.addressing import Role
 from halora.records import names
 from halora.records.publishing import baseline_energies
@@ -32,6 +31,7 @@ from halora.trial import TrialConfig, trial_energy
 
 if TYPE_CHECKING:
     from halora.evaluation.chips import ChipScores
+    from halora.records.registry import RegisteredAdapter
     from halora.records.tracking import MlflowClient
     from halora.trainable import ScoringJob
 
@@ -126,6 +126,14 @@ def certifications_of(folder: SweepFolder) -> dict[int, Certification]:
     }
 
 
+def logged_certification(client: "MlflowClient", adapter: "RegisteredAdapter") -> Certification:
+    """The certification that a registered adapter passed, as MLflow has it."""
+    from halora.records.queries import logged_json
+
+    file = f"{names.CERTIFICATION_FOLDER.format(attempt=adapter.attempt)}/{names.CERTIFICATION_FILE}"
+    return Certification.from_json(logged_json(client, adapter.run_id, file))
+
+
 def certify(
     client: "MlflowClient",
     sweep: SweepConfig,
@@ -158,12 +166,13 @@ def certify(
         adapter = download_adapter(client, run, Path(scratch))
         if adapter is None:
             raise UserError(f"trial '{sweep.name}/{point.number}' has no adapter in MLflow: it was simulated")
-        weights = (adapter / "adapter_model.safetensors").read_bytes()
+        weights = adapter / "adapter_model.safetensors"
+        adapter_bytes = weights.stat().st_size
         rows = test_rows(config, gates)
-        attempt = open_attempt(folder, sweep.name, point.number, hashlib.sha256(weights).hexdigest(), gates)
+        attempt = open_attempt(folder, sweep.name, point.number, sha256_of(weights), gates)
         work = _Work(sweep, config, adapter, attempt, attempt.folder(folder), int(rows["rows"]), say)
         work.carry_out(logged_scores(client, run.info.run_id), gates)
-    found = work.result(gates, rows, len(weights))
+    found = work.result(gates, rows, adapter_bytes)
     file = attempt.folder(folder) / names.CERTIFICATION_FILE
     if not file.exists() or json.loads(file.read_text()) != json.loads(json.dumps(found.to_json())):
         write_json(file, found.to_json())
@@ -240,8 +249,9 @@ class _Work:
         """What the scores add up to."""
         from halora.evaluation.agreement import agreement
 
-        attempt, chip, scores = self._attempt, self._config.chip, self.certified
-        reached = [accuracy >= gates.min_accuracy for accuracy in scores.accuracy_by_chip]
+        attempt, chip = self._attempt, self._config.chip
+        scores, energy = self.certified.summary(), _priced(self._config)
+        reached = [accuracy >= gates.min_accuracy for accuracy in self.certified.accuracy_by_chip]
         certificate = Certificate(
             sweep=self._sweep.name,
             trial=attempt.trial,
@@ -264,9 +274,9 @@ class _Work:
         by_name = {line.name: line.accuracy for line in lines if line.accuracy is not None}
         reload = agreement(self._config, self._read("recorded"), self._read("reload"))
         found = certified_gates(
-            scores.summary(),
+            scores,
             gates,
-            energy_uj_per_token=trial_energy(self._config).total_uj_per_token,
+            energy_uj_per_token=energy["energy_uj_per_token"],
             adapter_bytes=adapter_bytes,
             chips=attempt.chips,
             yield_bound=certificate.bound,
@@ -277,15 +287,15 @@ class _Work:
             certificate=certificate,
             gates=tuple(found),
             robustness=tuple(lines),
-            scores=scores.summary(),
-            energy=_priced(self._config),
+            scores=scores,
+            energy=energy,
             base=model_id(self._config.model),
             base_sha256=json.loads(self._file("base").read_text())["sha256"],
             dtype=self._config.training.dtype,
             adapter_sha256=attempt.adapter_sha256,
         )
 
-    @property
+    @cached_property
     def certified(self) -> "ChipScores":
         """Scores on all certified chips."""
         parts = [self._read(name) for name, _, _ in self._chip_parts()]

@@ -12,22 +12,20 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from halora.errors import UserError
+from halora.files import sha256_of
 from halora.hardware.addressing import Role
+from halora.records.names import CERTIFICATION_FILE, SCORES_FILE
 from halora.selection.bundle import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
-    CERTIFICATION_FILE,
     CHECKSUMS_FILE,
     CHIP_FILE,
     FILES,
-    SCORES_FILE,
-    TRIAL_FILE,
     Bundle,
-    sha256_of,
 )
 from halora.selection.certification import Certification
 from halora.training.models import BaseModel, plain_base, weights_digest
-from halora.trial import TrialConfig
+from halora.trial import TRIAL_FILE, TrialConfig
 
 if TYPE_CHECKING:
     from halora.evaluation.chips import ChipScores
