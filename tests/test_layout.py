@@ -13,10 +13,10 @@ import yaml
 ROOT = Path(__file__).parents[1]
 SOURCE_ROOTS = ("trainables", "search_spaces", "platform", "dashboards")
 LAYERS = (
-    {"errors", "files"},
+    {"errors", "files", "url_folder"},
     {"hardware"},
     {"training", "evaluation", "trial"},
-    {"peers"},
+    {"peers", "storage"},
     {"trainable"},
     {"spaces"},
     {"analysis"},

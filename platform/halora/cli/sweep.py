@@ -11,6 +11,7 @@ from halora.cli.output import (
     Format,
     FormatOption,
     ServerOption,
+    StorageOption,
     StoreOption,
     SweepProgress,
     open_store,
@@ -46,6 +47,7 @@ def launch(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what it would take, and launch nothing.")] = False,
     store: StoreOption = None,
     tracking_uri: ServerOption = None,
+    storage: StorageOption = None,
 ) -> None:
     """Run a sweep on this machine to its end, and print its front."""
     from halora.spaces.sweep import load_sweep
@@ -53,7 +55,7 @@ def launch(
     overrides = overrides_from(set_)
     overrides |= {key: value for key, value in (("name", name), ("seed", seed)) if value is not None}
     config = load_sweep(sweep, overrides)
-    place = open_store(store, tracking_uri)
+    place = open_store(store, tracking_uri, storage)
     _tell_free_knobs(config)
     if dry_run:
         _print_plan(config)
@@ -67,11 +69,16 @@ def launch(
 
 
 @app.command()
-def resume(name: NameArgument, store: StoreOption = None, tracking_uri: ServerOption = None) -> None:
+def resume(
+    name: NameArgument,
+    store: StoreOption = None,
+    tracking_uri: ServerOption = None,
+    storage: StorageOption = None,
+) -> None:
     """Go on with a sweep: unfinished trials from their checkpoints, then the rest, and records MLflow lacks."""
     from halora.sweep.state import load_core
 
-    place = open_store(store, tracking_uri)
+    place = open_store(store, tracking_uri, storage)
     config, core = load_core(name, place)
 
     from halora.sweep import launch as launching

@@ -17,6 +17,7 @@ from ray.tune.search import Searcher
 from halora.evaluation.chips import ChipScores
 from halora.records.store import SweepFolder
 from halora.spaces.sweep import SweepConfig
+from halora.storage import read_adapter
 from halora.sweep.core import Decision, DecisionCore
 from halora.sweep.running import RunningJobs, TrialEvents
 from halora.trainable import HaloraTrainable, ScoringJob
@@ -48,6 +49,7 @@ class _CoreSearcher(Searcher):
             "job": job.name,
             "number": job.number,
             "folder": str(self._folder.trial(job.number)),
+            "storage": self._folder.trial_url(job.number),
             "trial": self._sweep.resolve(job.values).model_dump(mode="json"),
             "goal": asdict(job.goal),
         }
@@ -164,7 +166,11 @@ def score_on_workers(
         scored: Told the place of a job among them and its scores, as soon as it is done.
     """
     score = ray.remote(num_cpus=1, num_gpus=_gpus_per_worker(sweep))(ScoringJob.run)
-    places = {score.remote(job): place for place, job in enumerate(jobs)}
+    adapters = {job.adapter for job in jobs if job.adapter}
+    contents: dict[Path | None, Any] = {
+        adapter: ray.put(read_adapter(adapter)) for adapter in adapters
+    }  # workers may be where no file is
+    places = {score.remote(job, contents.get(job.adapter)): place for place, job in enumerate(jobs)}
     found: dict[int, ChipScores] = {}
     waiting = list(places)
     while waiting:

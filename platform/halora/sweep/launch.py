@@ -4,6 +4,7 @@ MLflow, Ray and torch are imported once nothing is left to refuse.
 """
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import yaml
 
 from halora.analysis.trials import TrialPoint, grouped
+from halora.errors import StorageError, UserError
 from halora.records.names import ENERGY, VIOLATION
 from halora.records.store import Store, SweepFolder
 from halora.spaces.search import total_violation
@@ -21,8 +23,9 @@ from halora.sweep.reconcile import record_as_studied
 from halora.sweep.simulator import SimulatedClock, simulate
 from halora.sweep.state import check_not_launched, only_driver, open_core
 from halora.sweep.table import read_table
+from halora.sweep.trial_files import TrialFiles, check_storage
 from halora.training.models import check_available
-from halora.trial import RESULT_FILE, adapter_folder, past_reports, trial_energy
+from halora.trial import RESULT_FILE, adapter_folder, trial_energy
 
 if TYPE_CHECKING:
     from halora.records.recorder import SweepRecorder
@@ -65,7 +68,7 @@ def launch(sweep: SweepConfig, store: Store, watcher: Watcher, curves: Path | No
     Raises:
         UserError: The name is taken, the store cannot be written, the table does not fit, a model cannot be loaded, or
             the comparison would have no rows.
-        UnreachableError: MLflow does not answer.
+        UnreachableError: MLflow does not answer, or the storage cannot be written.
     """
     folder = store.sweep(sweep.name)
     store.check_writable()
@@ -76,6 +79,8 @@ def launch(sweep: SweepConfig, store: Store, watcher: Watcher, curves: Path | No
         for model in sweep.values_of("model"):
             check_available(str(model))
         check_rows_left(sweep)
+        if store.storage:
+            check_storage(store.storage)
     for name in sweep.search.warm_start:
         store.existing(name)
 
@@ -96,8 +101,12 @@ def resume(name: str, store: Store, watcher: Watcher) -> Outcome:
 
     Raises:
         UserError: There is no such sweep, or another process is running it.
+        UnreachableError: The storage cannot be written.
     """
     folder = store.existing(name)
+    url = store.storage or folder.storage_url
+    if url and not folder.curves_file.exists():
+        check_storage(url)
     if store.server:
         folder.server_file.write_text(store.server)
     return _run(load_sweep(str(folder.sweep_file)), store.serving(name), watcher)
@@ -111,8 +120,11 @@ def _run(sweep: SweepConfig, store: Store, watcher: Watcher) -> Outcome:
         simulated, clock = folder.curves_file.exists(), SimulatedClock()
         core = open_core(sweep, store, clock) if simulated else open_core(sweep, store)
         core.request_stop(False)
+        files = TrialFiles(folder)
+        if store.storage and not simulated:
+            files.keep_at(store.storage, core.unfinished)
         with recording(store, sweep, watcher.say) as recorder:
-            events = _Recording(sweep, recorder, watcher, folder)
+            events = _Recording(sweep, core, recorder, watcher, files, folder)
             comparison = None
             try:
                 if simulated:
@@ -127,6 +139,7 @@ def _run(sweep: SweepConfig, store: Store, watcher: Watcher) -> Outcome:
             finally:
                 _tell_end(sweep, core, watcher)
                 record_as_studied(core.trials(), recorder)
+                events.prune()
                 recorder.finish(interrupted=not core.over)
         return Outcome(core.over, core.counts()["failed"], comparison)
 
@@ -167,21 +180,48 @@ def _train(
 class _Recording:
     """Passes what happens to trials on to the records and to whoever watches."""
 
-    def __init__(self, sweep: SweepConfig, recorder: "SweepRecorder", watcher: Watcher, folder: SweepFolder) -> None:
-        self._sweep, self._recorder, self._watcher, self._folder = sweep, recorder, watcher, folder
+    def __init__(
+        self,
+        sweep: SweepConfig,
+        core: DecisionCore,
+        recorder: "SweepRecorder",
+        watcher: Watcher,
+        files: TrialFiles,
+        folder: SweepFolder,
+    ) -> None:
+        self._sweep, self._core, self._recorder, self._watcher = sweep, core, recorder, watcher
+        self._files, self._folder = files, folder
         self._begun: set[int] = set()
+        self._to_prune, self._cannot_prune = True, ""
 
     def points(self) -> list[TrialPoint]:
         """Finished trials of this sweep that break no constraint, earlier runs included."""
         return grouped(self._recorder.points).feasible
 
+    def prune(self) -> None:
+        """Remove what nobody needs again of trials that ended; what cannot be removed now is left for the next time."""
+        settled = not self._sweep.racing or self._core.over
+        try:
+            self._files.prune(self._core.trials(), self.points(), settled=settled)
+            self._to_prune = False
+        except StorageError as error:
+            if str(error) != self._cannot_prune:
+                self._watcher.say(f"checkpoints are not pruned: {error}")
+            self._cannot_prune = str(error)
+
     def began(self, job: Job) -> None:
+        if self._to_prune:  # the study has by now what the events were told
+            self.prune()
+        if job.goal.first_chip:
+            with suppress(StorageError):  # its worker will say so
+                self._files.provide(job)
         if job.number not in self._begun and not job.goal.first_chip:
             config = self._sweep.resolve(job.values)
             self._recorder.begin_trial(job.number, config, job.values, trial_energy(config))
             # A worker may have gone on for a moment after an earlier driver ended.
-            self._recorder.report_missed(job.number, past_reports(self._folder.trial(job.number)))
-            self._begun.add(job.number)
+            with suppress(UserError):  # its worker will say so
+                self._recorder.report_missed(job.number, self._files.reports(job.number))
+                self._begun.add(job.number)
         goal = f"up to step {job.goal.steps}" if not job.goal.first_chip else f"on {job.goal.chip_instances} chips"
         self._watcher.trial(job.number, "running", f"{goal}, {job.energy_uj_per_token:.2f} µJ/token")
 
@@ -195,6 +235,8 @@ class _Recording:
             self._recorder.report_rung(job.number, job.goal.steps, report)
             self._watcher.trial(job.number, "paused", f"accuracy {report['accuracy']:.3f} at step {job.goal.steps}")
             return
+        self._files.fetch(job)
+        self._to_prune = True
         metrics = {**report, ENERGY: job.energy_uj_per_token}
         violation = total_violation(constraint.violation(metrics) for constraint in self._sweep.constraints)
         scores = {**report, **({VIOLATION: violation} if self._sweep.constraints else {})}
@@ -216,4 +258,5 @@ class _Recording:
             self._watcher.say(f"trial {job.number} stays on {job.goal.first_chip} chips: {cause}")
             return
         self._recorder.fail_trial(job.number, cause)
+        self._to_prune = True
         self._watcher.trial(job.number, "failed", cause)
