@@ -166,11 +166,9 @@ def score_on_workers(
         scored: Told the place of a job among them and its scores, as soon as it is done.
     """
     score = ray.remote(num_cpus=1, num_gpus=_gpus_per_worker(sweep))(ScoringJob.run)
-    adapters = {job.adapter for job in jobs if job.adapter}
-    contents: dict[Path | None, Any] = {
-        adapter: ray.put(read_adapter(adapter)) for adapter in adapters
-    }  # workers may be where no file is
-    places = {score.remote(job, contents.get(job.adapter)): place for place, job in enumerate(jobs)}
+    # An adapter's folder may not be where a worker is.
+    files = {adapter: ray.put(read_adapter(adapter) if adapter else None) for adapter in {job.adapter for job in jobs}}
+    places = {score.remote(job, files[job.adapter]): place for place, job in enumerate(jobs)}
     found: dict[int, ChipScores] = {}
     waiting = list(places)
     while waiting:
