@@ -706,13 +706,12 @@ def test_a_sweep_with_a_storage_goes_on_where_no_file_of_it_is(
     store, s3, tiny_models, tiny_task, tmp_path, monkeypatch
 ):
     """Oracle: every step recorded once, of trials whose driver and workers were killed, and whose scratch is gone."""
-    content = _content("afar", tiny_models, tiny_task, steps=60, report_every=5, schedule={"redraw_steps": 7})
+    content = _content("afar", tiny_models, tiny_task, steps=24, report_every=4, schedule={"redraw_steps": 7})
     content |= {
         "trials": 3,
         "concurrent": 2,
         "space": {"lora.rank": {"choices": [2, 4, 8]}},
         "first": [{"lora.rank": rank} for rank in (8, 2, 4)],
-        "racing": {"extra": 2, "most": 4},
         "comparison": {"rows": 8, "chip_instances": 2},
     }
     path, scratch = tmp_path / "afar.yaml", [tmp_path / "one", tmp_path / "two"]
@@ -722,7 +721,7 @@ def test_a_sweep_with_a_storage_goes_on_where_no_file_of_it_is(
         folder.mkdir()
     monkeypatch.setenv("TMPDIR", str(scratch[0]))
     with background(store, "sweep", "launch", path, "--storage", "s3://bucket/sweeps/") as driver:
-        driver.wait_for("step 20/60")
+        driver.wait_for("step 8/24")
         family = driver.family()
         driver.process.kill()
         driver.end()
@@ -734,20 +733,17 @@ def test_a_sweep_with_a_storage_goes_on_where_no_file_of_it_is(
     monkeypatch.setenv("TMPDIR", str(scratch[1]))
     resumed = halora(store, "sweep", "resume", "afar")
     assert resumed.returncode == 0, resumed.stderr
-    (number,) = {int(found) for found in re.findall(r"trial +(\d+) training +step 20/60", driver.said)} & {0, 1} or {0}
-    assert training_steps(resumed.stderr, number)[0] > 20 - 5  # from its checkpoint
+    number = int(re.search(r"trial +(\d+) training +step 8/24", driver.said)[1])
+    assert training_steps(resumed.stderr, number)[0] > 8  # from its checkpoint
     for run in runs(store, "afar"):
-        assert [step for step, _ in loss_history(store, run)] == list(range(5, 61, 5))
+        assert [step for step, _ in loss_history(store, run)] == list(range(4, 25, 4))
     assert differences(f"sqlite:///{store / 'mlflow.db'}", "afar", store / "sweeps" / "afar" / "records.jsonl") == []
     assert "best adapter (trial" in resumed.stderr
     kept = {str(file.relative_to(trials)) for file in trials.rglob("*") if file.is_file()}
     assert {name.partition("/")[0] for name in kept if name.endswith("adapter_model.safetensors")} == {
         f"{number:05d}" for number in range(3)
     }
-    chips = [
-        len(json.loads((trials / f"{number:05d}" / "result.json").read_text())["chip_seeds"]) for number in range(3)
-    ]
-    assert sum(chips) == 3 * 2 + 2  # the race's, scored by whoever was free
+    assert {f"{number:05d}/result.json" for number in range(3)} < kept
     assert not [name for name in kept if "optimizer" in name or "partial" in name]
     assert not list(scratch[1].glob("halora-trial-*"))
 

@@ -16,11 +16,15 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from optuna.trial import create_trial
 from services import s3_server
 
+from halora.analysis.trials import TrialPoint
 from halora.errors import StorageError, UnreachableError, UserError
 from halora.records.store import Store, SweepFolder
 from halora.storage import TrialStorage, WorkFolder, read_adapter
+from halora.sweep.core import Job
+from halora.sweep.study import State, Trial
 from halora.sweep.trial_files import TrialFiles, check_storage
 from halora.trial import OPTIMIZER_FILE, Goal, adapter_folder, latest_checkpoint
 from halora.url_folder import UrlFolder, checked_url
@@ -321,6 +325,50 @@ def test_unfinished_trials_move_with_their_sweep(base, tmp_path):
         TrialStorage(folder.trial_url(1)).fetch_checkpoint(tmp_path / "there")
         assert _content(tmp_path / "there") == whole
         shutil.rmtree(folder.trial(1))
+
+
+def test_a_trial_that_ended_keeps_what_a_race_needs_and_no_more(base, tmp_path):
+    """Two finished trials, one of them better in both, a failed and a running one."""
+    folder = SweepFolder(tmp_path / "sweeps" / "ended")
+    folder.root.mkdir(parents=True)
+    files, trials, points = TrialFiles(folder), [], []
+    files.keep_at(base, [])
+    states = (State.FINISHED, State.FINISHED, State.FAILED, State.RUNNING)
+    jobs = [Job(number, {}, 1.0 + number, Goal(4, 2), True, "") for number in range(4)]
+    for job, state in zip(jobs, states, strict=True):
+        worker = _checkpoint(tmp_path / f"worker-{job.number}", 4)
+        (worker / "result.json").write_text(json.dumps({"of": job.number}))
+        TrialStorage(folder.trial_url(job.number)).put_checkpoint(worker)
+        TrialStorage(folder.trial_url(job.number)).put_result(worker, 4, 2)
+        trials.append(Trial(job.number, {}, job.energy_uj_per_token, state, 0, (), "", 0, 0.0, create_trial(value=0.0)))
+        if state is State.FINISHED:
+            files.fetch(job)
+            metrics = {"accuracy": 0.9 - job.number / 10, "energy_uj_per_token": job.energy_uj_per_token}
+            points.append(TrialPoint(number=job.number, metrics=metrics))
+
+    def kept(number):
+        return {name.rpartition("/")[2] for name in _objects(folder.trial_url(number))}
+
+    whole = kept(3)
+    files.prune(trials, points, settled=False)
+    assert [kept(number) for number in range(4)] == [whole - {OPTIMIZER_FILE}, whole - {OPTIMIZER_FILE}, set(), whole]
+    for driver in (files, TrialFiles(folder)):  # the second of a resume
+        driver.prune(trials, points, settled=True)
+        assert [kept(number) for number in range(4)] == [whole - {OPTIMIZER_FILE}, set(), set(), whole]
+    race = Job(1, {}, 2.0, Goal(4, 3, first_chip=2), True, "")
+    files.provide(race)
+    work = WorkFolder(tmp_path / "none", folder.trial_url(1))
+    there = work.fetch(race.goal)
+    assert json.loads((there / "result.json").read_text()) == {"of": 1}
+    assert read_adapter(adapter_folder(there)) == read_adapter(adapter_folder(tmp_path / "worker-1"))
+    work.close()
+    own = SweepFolder(tmp_path / "sweeps" / "without")  # no storage: the sweep's folder alone
+    for trial in trials:
+        _checkpoint(own.trial(trial.number), 4)
+    TrialFiles(own).prune(trials, points, settled=True)
+    moments = {int(path.parts[-3]) for path in own.root.rglob(OPTIMIZER_FILE)}
+    adapters = {number for number in range(4) if adapter_folder(own.trial(number))}
+    assert (moments, adapters) == ({3}, {0, 1, 3})
 
 
 def test_an_adapter_is_sent_by_its_content(tmp_path):

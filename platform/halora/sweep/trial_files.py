@@ -104,15 +104,22 @@ class TrialFiles:
         """
         ended = [trial for trial in trials if trial.state in (State.FINISHED, State.FAILED, State.STOPPED)]
         members = {point.number for point in (front(points) if settled else points)}
+        there = self._stored_trials() if ended and not self._pruned else None  # of earlier drivers, by one listing
         for trial in ended:
             kept = trial.state is State.FINISHED and trial.number in members
             if self._pruned.get(trial.number) == kept:
                 continue
             prune_folder(self._folder.trial(trial.number), finished=trial.state is State.FINISHED)
-            if self._stored:
+            if self._stored and (there is None or trial.number in there):
                 place = TrialStorage(self._folder.trial_url(trial.number), retries_s=())  # the sweep goes on meanwhile
                 place.keep_adapter() if kept else place.remove()
             self._pruned[trial.number] = kept
+
+    def _stored_trials(self) -> set[int]:
+        """Numbers of the trials that have anything in the storage."""
+        url = self._folder.storage_url
+        names = UrlFolder(url, retries_s=()).files() if url else {}
+        return {int(name.partition("/")[0]) for name in names}
 
     @property
     def _stored(self) -> bool:
