@@ -28,7 +28,7 @@ from halora.trial import (
     adapter_folder,
     latest_checkpoint,
 )
-from halora.url_folder import RETRIES_S, UrlFolder, shown
+from halora.url_folder import RETRIES_S, UrlFolder, is_below, shown
 
 MANIFEST_FILE = "manifest.json"
 """Written last into a stored checkpoint."""
@@ -197,7 +197,11 @@ class TrialStorage:
             except (ValueError, KeyError, TypeError):
                 damage = damage or f"its {MANIFEST_FILE} says nothing sensible"
                 continue
-            wrong = [file for file, said in manifest.items() if files.get(f"{name}/{file}") != said["bytes"]]
+            wrong = [
+                file
+                for file, said in manifest.items()
+                if not is_below(file) or files.get(f"{name}/{file}") != said["bytes"]
+            ]
             if not wrong:
                 return name, manifest
             damage = damage or f"{wrong[0]} is not as it was written"

@@ -29,6 +29,11 @@ def is_url(text: str) -> bool:
     return "://" in text
 
 
+def is_below(name: str) -> bool:
+    """Whether a name leads to a place below the folder it is relative to; an object may have any name."""
+    return not name.startswith("/") and ".." not in name.split("/")
+
+
 def checked_url(text: str) -> str:
     """A place as it is kept: a path absolute, a URL without its last slash.
 

@@ -22,7 +22,7 @@ from halora.selection.lightning import lightning_settings
 from halora.training.models import model_id
 from halora.training.tasks import task_id
 from halora.trial import TRIAL_FILE, TrialConfig
-from halora.url_folder import UrlFolder, checked_url, is_url, shown
+from halora.url_folder import UrlFolder, checked_url, is_below, is_url, shown
 
 if TYPE_CHECKING:
     from halora.evaluation.chips import ChipScores
@@ -103,6 +103,8 @@ def bundle_at(place: str) -> Iterator[Path]:
     with TemporaryDirectory() as scratch:
         folder = Path(scratch)
         there = source.files()
+        if strange := [name for name in there if not is_below(name)]:
+            raise UserError([f"{shown(place)}: {name} is not part of a bundle" for name in strange])
         if CHECKSUMS_FILE in there:
             for name in there:
                 path = folder / name

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import yaml
 
 from halora.analysis.trials import TrialPoint, grouped
-from halora.errors import StorageError, UserError
+from halora.errors import UserError
 from halora.records.names import ENERGY, VIOLATION
 from halora.records.store import Store, SweepFolder
 from halora.spaces.search import total_violation
@@ -139,8 +139,8 @@ def _run(sweep: SweepConfig, store: Store, watcher: Watcher) -> Outcome:
             finally:
                 _tell_end(sweep, core, watcher)
                 record_as_studied(core.trials(), recorder)
-                events.prune()
                 recorder.finish(interrupted=not core.over)
+                events.prune()
         return Outcome(core.over, core.counts()["failed"], comparison)
 
 
@@ -204,7 +204,7 @@ class _Recording:
         try:
             self._files.prune(self._core.trials(), self.points(), settled=settled)
             self._to_prune = False
-        except StorageError as error:
+        except UserError as error:
             if str(error) != self._cannot_prune:
                 self._watcher.say(f"checkpoints are not pruned: {error}")
             self._cannot_prune = str(error)
@@ -213,7 +213,7 @@ class _Recording:
         if self._to_prune:  # the study has by now what the events were told
             self.prune()
         if job.goal.first_chip:
-            with suppress(StorageError):  # its worker will say so
+            with suppress(UserError):  # its worker will say so
                 self._files.provide(job)
         if job.number not in self._begun and not job.goal.first_chip:
             config = self._sweep.resolve(job.values)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from halora.analysis.front import front
 from halora.analysis.trials import TrialPoint
-from halora.errors import StorageError
+from halora.errors import StorageError, UserError
 from halora.records.store import SweepFolder
 from halora.storage import TrialStorage, prune_folder
 from halora.sweep.core import Job
@@ -64,6 +64,7 @@ class TrialFiles:
         """Before a finished trial races: have its adapter and its scores where any worker finds them.
 
         Raises:
+            UserError: What is there is damaged.
             StorageError: The storage cannot be read or written.
         """
         if not self._stored:
@@ -78,14 +79,17 @@ class TrialFiles:
         """Bring the adapter and the scores of a trial that reached a goal into the sweep's folder.
 
         Raises:
-            UserError: The checkpoint is damaged.
-            StorageError: They are not there, or the storage cannot be read.
+            StorageError: They are damaged or not there, or the storage cannot be read.
         """
         if not self._stored:
             return
         place, own = self._place(job.number), self._folder.trial(job.number)
-        adapter = job.goal.first_chip or place.fetch_checkpoint(own, moments=False)
-        if not (adapter and place.fetch_result(own, job.goal.steps, job.goal.chip_instances)):
+        try:
+            adapter = job.goal.first_chip or place.fetch_checkpoint(own, moments=False)
+            scores = place.fetch_result(own, job.goal.steps, job.goal.chip_instances)
+        except UserError as error:
+            raise StorageError(error.problems, error.next_step) from None
+        if not (adapter and scores):
             raise StorageError(f"storage '{self._folder.storage_url}' lacks what trial {job.number} left there")
 
     def prune(self, trials: Sequence[Trial], points: Sequence[TrialPoint], *, settled: bool) -> None:
@@ -100,6 +104,7 @@ class TrialFiles:
             settled: Whether no race can change scores any more.
 
         Raises:
+            UserError: A checkpoint is damaged.
             StorageError: The storage cannot be written.
         """
         ended = [trial for trial in trials if trial.state in (State.FINISHED, State.FAILED, State.STOPPED)]
