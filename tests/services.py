@@ -41,41 +41,104 @@ def required(program: str, found: str | None) -> str:
     pytest.skip(reason)
 
 
+class PostgresServer:
+    """A PostgreSQL server with an empty database, that can be stopped and started again on the same data.
+
+    Args:
+        host: Address it listens on; anybody who reaches it may enter.
+    """
+
+    def __init__(self, host: str = "127.0.0.1") -> None:
+        initdb = required("PostgreSQL", max(glob("/usr/lib/postgresql/*/bin/initdb"), default=shutil.which("initdb")))
+        self._programs, self._host, self._port = Path(initdb).parent, host, free_port()
+        self._folder = Path(tempfile.mkdtemp(prefix="halora-postgres-"))
+        self._process: subprocess.Popen[bytes] | None = None
+        account = "postgres" if os.geteuid() == 0 else getpass.getuser()  # the server refuses to run as root
+        if os.geteuid() == 0:
+            shutil.chown(self._folder, account)
+        self._user = {"user": account} if os.geteuid() == 0 else {}
+        subprocess.run(
+            [
+                initdb,
+                "--pgdata",
+                self._data,
+                "--username",
+                "halora",
+                "--auth",
+                "trust",
+                "--no-sync",
+                "--encoding",
+                "UTF8",
+            ],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            cwd=self._folder,
+            **self._user,  # type: ignore[call-overload]
+        )
+        with (self._data / "pg_hba.conf").open("a") as rules:
+            rules.write("host all all samenet trust\n")
+
+    @property
+    def _data(self) -> Path:
+        return self._folder / "data"
+
+    @property
+    def uri(self) -> str:
+        """SQLAlchemy's address of its database."""
+        return f"postgresql://halora@{self._host}:{self._port}/t"
+
+    def start(self) -> None:
+        """Start it, and return once it answers."""
+        options = {
+            "listen_addresses": self._host,
+            "unix_socket_directories": "",
+            "fsync": "off",
+            "max_connections": "60",
+        }
+        settings = [part for name, value in options.items() for part in ("-c", f"{name}={value}")]
+        command = [str(self._programs / "postgres"), "-D", str(self._data), "-p", str(self._port), *settings]
+        log = (self._folder / "log").open("a")
+        self._process = subprocess.Popen(command, stderr=log, cwd=self._folder, **self._user)  # type: ignore[call-overload]
+        end = time.monotonic() + STARTING_S
+        while self._ask("pg_isready", "-q").returncode:
+            assert self._process.poll() is None, (self._folder / "log").read_text()
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        self._ask("createdb", "-U", "halora", "t")  # refused where the database is there already
+
+    def stop(self) -> None:
+        """End it as an administrator would who cannot wait: clients lose their connections, the data stay."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGINT)
+            self._process.wait(60)
+            self._process = None
+
+    def close(self) -> None:
+        """Stop it and remove its data."""
+        self.stop()
+        shutil.rmtree(self._folder)
+
+    def _ask(self, program: str, *arguments: str) -> subprocess.CompletedProcess[bytes]:
+        command = [str(self._programs / program), "-h", self._host, "-p", str(self._port), *arguments]
+        return subprocess.run(command, check=False, stderr=subprocess.DEVNULL)
+
+
+@contextmanager
+def postgres_server(host: str = "127.0.0.1") -> Iterator[PostgresServer]:
+    """A running PostgreSQL server."""
+    server = PostgresServer(host)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.close()
+
+
 @contextmanager
 def postgres() -> Iterator[str]:
     """A PostgreSQL server with an empty database; its SQLAlchemy URI."""
-    initdb = required("PostgreSQL", max(glob("/usr/lib/postgresql/*/bin/initdb"), default=shutil.which("initdb")))
-    programs = Path(initdb).parent
-    account = "postgres" if os.geteuid() == 0 else getpass.getuser()  # the server refuses to run as root
-    folder = Path(tempfile.mkdtemp(prefix="halora-postgres-"))
-    data, port = folder / "data", free_port()
-    if os.geteuid() == 0:
-        shutil.chown(folder, account)
-    user = {"user": account} if os.geteuid() == 0 else {}
-    subprocess.run(
-        [initdb, "--pgdata", data, "--username", "halora", "--auth", "trust", "--no-sync", "--encoding", "UTF8"],
-        check=True,
-        stdout=subprocess.DEVNULL,
-        cwd=folder,
-        **user,
-    )
-    options = {"listen_addresses": "127.0.0.1", "unix_socket_directories": "", "fsync": "off", "max_connections": "60"}
-    settings = [part for name, value in options.items() for part in ("-c", f"{name}={value}")]
-    command = [str(programs / "postgres"), "-D", str(data), "-p", str(port), *settings]
-    server = subprocess.Popen(command, stderr=(folder / "log").open("w"), cwd=folder, **user)
-    try:
-        end = time.monotonic() + STARTING_S
-        ready = [programs / "pg_isready", "-h", "127.0.0.1", "-p", str(port), "-q"]
-        while subprocess.run(ready, check=False).returncode:
-            assert server.poll() is None, (folder / "log").read_text()
-            assert time.monotonic() < end
-            time.sleep(0.1)
-        subprocess.run([programs / "createdb", "-h", "127.0.0.1", "-p", str(port), "-U", "halora", "t"], check=True)
-        yield f"postgresql://halora@127.0.0.1:{port}/t"
-    finally:
-        server.send_signal(signal.SIGINT)
-        server.wait(60)
-        shutil.rmtree(folder)
+    with postgres_server() as server:
+        yield server.uri
 
 
 class MlflowServer:
@@ -84,21 +147,22 @@ class MlflowServer:
     Args:
         backend: URI of its database.
         folder: For its artifacts and its log.
+        host: Address it listens on.
     """
 
-    def __init__(self, backend: str, folder: Path) -> None:
-        self._backend, self._folder, self._port = backend, folder, free_port()
+    def __init__(self, backend: str, folder: Path, host: str = "127.0.0.1") -> None:
+        self._backend, self._folder, self._host, self._port = backend, folder, host, free_port()
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
     def uri(self) -> str:
         """Its tracking URI."""
-        return f"http://127.0.0.1:{self._port}"
+        return f"http://{self._host}:{self._port}"
 
     def start(self) -> None:
         """Start it, and return once it answers."""
         command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", self._backend, "--workers", "1"]
-        command += ["--host", "127.0.0.1", "--port", str(self._port)]
+        command += ["--host", self._host, "--port", str(self._port)]
         command += ["--artifacts-destination", str(self._folder / "artifacts")]
         env = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
         log = (self._folder / "server.log").open("a")
@@ -126,9 +190,9 @@ class MlflowServer:
 
 
 @contextmanager
-def mlflow_server(backend: str, folder: Path) -> Iterator[MlflowServer]:
+def mlflow_server(backend: str, folder: Path, host: str = "127.0.0.1") -> Iterator[MlflowServer]:
     """A running MLflow server."""
-    server = MlflowServer(backend, folder)
+    server = MlflowServer(backend, folder, host)
     try:
         server.start()
         yield server

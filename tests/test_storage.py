@@ -22,10 +22,10 @@ from services import s3_server
 from halora.analysis.trials import TrialPoint
 from halora.errors import StorageError, UnreachableError, UserError
 from halora.records.store import Store, SweepFolder
-from halora.storage import TrialStorage, WorkFolder, read_adapter
+from halora.storage import TrialStorage, WorkFolder, check_storage, read_adapter
 from halora.sweep.core import Job
 from halora.sweep.study import State, Trial
-from halora.sweep.trial_files import TrialFiles, check_storage
+from halora.sweep.trial_files import TrialFiles
 from halora.trial import OPTIMIZER_FILE, Goal, adapter_folder, latest_checkpoint
 from halora.url_folder import UrlFolder, checked_url
 
@@ -244,51 +244,6 @@ def test_a_scratch_folder_goes_with_its_job_and_with_its_process(tmp_path, monke
     third.close()
     assert not list((tmp_path / "tmp").glob(SCRATCH))
     assert not (tmp_path / "none").exists()
-
-
-def test_a_trial_goes_from_node_to_node(tiny_trial, tmp_path, monkeypatch):
-    """Oracle: the same trial by one worker in its own folder. A race needs what another node scored."""
-    from halora.trainable import HaloraTrainable
-
-    config = tiny_trial(steps=4, schedule={"redraw_steps": 2}, evaluation={"rows": 4, "calibration_tokens": 16})
-
-    def node(name, goal, storage, steps=None):
-        """Reports of a job on a new node, up to a step where it dies."""
-        monkeypatch.setattr("tempfile.tempdir", str(tmp_path / name))
-        (tmp_path / name).mkdir(exist_ok=True)
-        job = {"number": 0, "folder": str(tmp_path / f"{name}-folder"), "goal": goal}
-        worker = HaloraTrainable.__new__(HaloraTrainable)
-        worker.setup({**job, "trial": config.model_dump(mode="json"), "storage": storage})
-        reports = []
-        while not reports or not reports[-1]["done"]:
-            reports.append(worker.step())
-            if len(reports) == steps:
-                return reports
-        worker.cleanup()
-        assert not storage or not list((tmp_path / name).glob(SCRATCH))
-        return reports
-
-    url, whole = f"{tmp_path / 'storage'}/00000", {"steps": 4, "chip_instances": 1}
-    alone = node("alone", whole, "")
-    assert [report["stage"] for report in alone] == 4 * ["training"] + ["evaluated"], alone
-    first, second = node("one", whole, url, steps=2), node("two", whole, url)
-    assert [report.get("train_loss") for report in first + second] == pytest.approx(
-        [report.get("train_loss") for report in alone], abs=1e-5
-    )
-    assert second[-1]["accuracy_by_chip"] == alone[-1]["accuracy_by_chip"]
-    assert not any((tmp_path / f"{name}-folder").exists() for name in ("one", "two"))
-    TrialStorage(url).keep_adapter()
-    raced = node("three", {"steps": 4, "chip_instances": 3, "first_chip": 1}, url)
-    assert raced[-1]["accuracy_by_chip"][:1] == alone[-1]["accuracy_by_chip"]
-    assert len(raced[-1]["accuracy_by_chip"]) == 3
-    assert TrialStorage(url).fetch_result(tmp_path / "there", 4, 3)
-
-    shutil.rmtree(url)
-    (lacking,) = node("four", {"steps": 4, "chip_instances": 3, "first_chip": 1}, url)
-    assert (lacking["stage"], "lacks the trial's adapter" in lacking["cause"]) == ("failed", True)
-    Path(url).write_text("in the way")
-    (refused,) = node("five", whole, url)
-    assert (refused["stage"], f"storage '{url}' cannot be" in refused["cause"]) == ("lost", True)
 
 
 # Drivers.

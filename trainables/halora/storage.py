@@ -42,6 +42,20 @@ _LOOKS = 3
 Manifest = dict[str, dict[str, Any]]
 
 
+def check_storage(url: str) -> None:
+    """Refuse a storage that cannot be used, before anything is launched.
+
+    Raises:
+        UserError: fsspec does not know the protocol, or its package is not installed.
+        StorageError: It cannot be reached or written.
+    """
+    try:
+        UrlFolder(url, retries_s=()).check_writable()
+    except StorageError as error:
+        next_step = "name another with --storage; its credentials come from the environment"
+        raise StorageError(error.problems, next_step) from None
+
+
 class TrialStorage:
     """One trial's place in the storage.
 

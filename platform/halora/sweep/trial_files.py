@@ -132,17 +132,3 @@ class TrialFiles:
 
     def _place(self, number: int) -> TrialStorage:
         return TrialStorage(self._folder.trial_url(number))
-
-
-def check_storage(url: str) -> None:
-    """Refuse a storage that cannot be used, before anything is launched.
-
-    Raises:
-        UserError: fsspec does not know the protocol, or its package is not installed.
-        StorageError: It cannot be reached or written.
-    """
-    try:
-        UrlFolder(url, retries_s=()).check_writable()
-    except StorageError as error:
-        next_step = "name another with --storage; its credentials come from the environment"
-        raise StorageError(error.problems, next_step) from None
