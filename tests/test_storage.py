@@ -295,7 +295,9 @@ def test_a_trial_that_ended_keeps_what_a_race_needs_and_no_more(base, tmp_path):
         (worker / "result.json").write_text(json.dumps({"of": job.number}))
         TrialStorage(folder.trial_url(job.number)).put_checkpoint(worker)
         TrialStorage(folder.trial_url(job.number)).put_result(worker, 4, 2)
-        trials.append(Trial(job.number, {}, job.energy_uj_per_token, state, 0, (), "", 0, 0.0, create_trial(value=0.0)))
+        kept_as = {"level": 0, "scores": (), "skipped": "", "lost_workers": 0, "halvings": 0, "violation": 0.0}
+        energy, frozen = job.energy_uj_per_token, create_trial(value=0.0)
+        trials.append(Trial(job.number, {}, energy, state=state, frozen=frozen, **kept_as))
         if state is State.FINISHED:
             files.fetch(job)
             metrics = {"accuracy": 0.9 - job.number / 10, "energy_uj_per_token": job.energy_uj_per_token}

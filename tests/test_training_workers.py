@@ -192,15 +192,10 @@ def test_a_trial_goes_from_node_to_node(heartbeats, tiny_trial, tmp_path, monkey
         """Reports of a job on a new node, up to a step where it dies."""
         monkeypatch.setattr("tempfile.tempdir", str(tmp_path / name))
         (tmp_path / name).mkdir(exist_ok=True)
-        job = {
-            "job": "it",
-            "heartbeats": heartbeats,
-            "number": 0,
-            "folder": str(tmp_path / f"{name}-folder"),
-            "goal": goal,
-        }
+        job = {"job": "it", "heartbeats": heartbeats, "number": 0, "goal": goal, "storage": storage}
+        job |= {"folder": str(tmp_path / f"{name}-folder"), "trial": config.model_dump(mode="json")}
         worker = HaloraTrainable.__new__(HaloraTrainable)
-        worker.setup({**job, "trial": config.model_dump(mode="json")})
+        worker.setup(job)
         reports = []
         while not reports or not reports[-1]["done"]:
             reports.append(worker.step())
