@@ -65,7 +65,10 @@ def test_imports_run_one_way():
 @pytest.mark.parametrize(
     ("library", "importers"),
     [
-        ("ray", {"heartbeat", "peers", "trainable", "sweep.executor", "sweep.preflight", "sweep.remote", "sweep.session"}),
+        (
+            "ray",
+            {"heartbeat", "peers", "trainable", "sweep.executor", "sweep.preflight", "sweep.remote", "sweep.session"},
+        ),
         ("mlflow", {"records.queries", "records.registry", "records.tracking", "dashboard.mlflow_app"}),
         (
             "fastapi",
