@@ -19,8 +19,8 @@ from typing import Protocol
 import ray
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from halora.sweep.cluster import Cluster
-from halora.sweep.session import joined, shipped, unreachable
+from halora.sweep.cluster import BEGINS, Cluster
+from halora.sweep.session import check_listening, joined, shipped, unreachable
 from halora.sweep.versions import CLIENT, own_code
 
 _POLL_S = 0.5
@@ -57,13 +57,17 @@ def carry_out(
     Raises:
         UnreachableError: The cluster does not answer, or not to us.
     """
+    check_listening(cluster)
     shown = 0
     with _started(cluster, arguments, stdin) as running:
         while True:
             code, said = running.code(), running.output()
-            show(said[shown:])
-            shown = len(said)
-            if code is not None or (until and until in said):
+            _, mark, own = said.partition(f"{BEGINS}\n")
+            show(own[shown:])
+            shown = len(own)
+            if code is not None or (until and until in own):
+                if not mark:  # the command was not found, or could not begin
+                    show(said)
                 return code
             time.sleep(_POLL_S)
 
@@ -76,7 +80,7 @@ def _started(cluster: Cluster, arguments: Sequence[str], stdin: str) -> Iterator
     elif cluster.elsewhere:
         yield _Job(cluster, _command(arguments, stdin))
     else:
-        yield _Process([sys.executable, "-m", "halora.cli.main", *arguments])
+        yield _Process([sys.executable, "-m", "halora.cli.main", *arguments], {CLIENT: own_code()})
 
 
 def _command(arguments: Sequence[str], stdin: str) -> str:
@@ -98,7 +102,7 @@ class _Job:
             raise unreachable(cluster.address, error) from None
 
     def output(self) -> str:
-        return self._client.get_job_logs(self._id)
+        return str(self._client.get_job_logs(self._id))
 
     def code(self) -> int | None:
         job = self._client.get_job_info(self._id)
@@ -127,12 +131,12 @@ class _Actor:
 class _Process:
     """A process of this machine, in a session of its own."""
 
-    def __init__(self, command: Sequence[str]) -> None:
+    def __init__(self, command: Sequence[str], environment: dict[str, str]) -> None:
         file, name = tempfile.mkstemp(prefix="halora-", suffix=".log")
         self._log = Path(name)
-        environment = {name: value for name, value in os.environ.items() if name not in _RAY_S_OWN}
+        own = {name: value for name, value in os.environ.items() if name not in _RAY_S_OWN} | environment
         self._process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment, start_new_session=True
+            command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=own, start_new_session=True
         )
         os.close(file)
 
@@ -147,7 +151,7 @@ class _Shell(_Process):
     """The actor of `_Actor`: leaves some time after its command."""
 
     def __init__(self, command: str) -> None:
-        super().__init__(["bash", "-c", command])
+        super().__init__(["bash", "-c", command], {})
         threading.Thread(target=self._leave, daemon=True).start()
 
     def _leave(self) -> None:
