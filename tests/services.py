@@ -247,7 +247,7 @@ def browse(page: Path, picture: Path, *, height: int = 3000) -> Sequence[str]:
 
 
 class S3Server:
-    """A moto server, which speaks S3's language and keeps objects in memory, that can be killed and started again."""
+    """A moto server, which speaks the language of S3 and forgets its objects when it ends."""
 
     def __init__(self, log: Path) -> None:
         self._log, self._port = log, free_port()

@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import signal
+import socket
+import socketserver
 import subprocess
 import sys
 import threading
@@ -17,7 +19,7 @@ from pathlib import Path
 import fsspec
 import pytest
 from optuna.trial import create_trial
-from services import s3_server
+from services import free_port
 
 from halora.analysis.trials import TrialPoint
 from halora.errors import StorageError, UnreachableError, UserError
@@ -381,16 +383,41 @@ def test_a_url_with_a_password_is_refused_and_a_path_made_absolute(tmp_path, mon
     assert Store.at(tmp_path, storage="s3://bucket/x/").storage == "s3://bucket/x"
 
 
-def test_a_server_that_is_away_for_a_moment_is_waited_for(tmp_path):
-    with s3_server(tmp_path / "log") as server, pytest.MonkeyPatch.context() as environment:
-        for name, value in server.environment.items():
-            environment.setenv(name, value)
-        fsspec.filesystem("s3").clear_instance_cache()
-        place = UrlFolder("s3://bucket/x")
-        server.kill()
-        back = threading.Timer(0.5, server.start)
-        back.start()
+class _Relay(socketserver.BaseRequestHandler):
+    """Passes a connection on to the address that its server has as `target`."""
+
+    def handle(self):
+        with socket.create_connection(self.server.target) as target:
+            back = threading.Thread(target=_pass_on, args=(target, self.request))
+            back.start()
+            _pass_on(self.request, target)
+            back.join()
+
+
+def _pass_on(source, target):
+    while data := source.recv(65536):
+        target.sendall(data)
+    target.shutdown(socket.SHUT_WR)
+
+
+def test_a_server_that_is_away_for_a_moment_is_waited_for(s3, monkeypatch):
+    """Nobody listens at the address of the server until a relay does."""
+    here, target = ("127.0.0.1", free_port()), os.environ["AWS_ENDPOINT_URL"].rpartition("/")[2].split(":")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{here[1]}")
+    fsspec.filesystem("s3").clear_instance_cache()
+    place = UrlFolder("s3://bucket/x")
+    with pytest.raises(StorageError):
+        UrlFolder("s3://bucket/x", retries_s=()).write("early", b"")
+    with socketserver.ThreadingTCPServer(here, _Relay, bind_and_activate=False) as relay:
+        relay.target, relay.daemon_threads, relay.block_on_close = (target[0], int(target[1])), True, False
+
+        def listen():
+            relay.server_bind()
+            relay.server_activate()
+            relay.serve_forever()
+
+        threading.Timer(0.5, listen).start()
         place.write("late", b"there")
-        back.join()
         assert place.read("late") == b"there"
+        relay.shutdown()
     fsspec.filesystem("s3").clear_instance_cache()
