@@ -223,6 +223,10 @@ class _Watch:
         """Never."""
         raise AssertionError(cause)
 
+    def out_of_memory(self, job: Any, cause: str) -> None:
+        """Never."""
+        raise AssertionError(cause)
+
     def evaluated(self, job: Any, report: Any) -> None:
         """Count."""
         self._reached[job.number] = job.goal.steps

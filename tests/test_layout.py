@@ -16,7 +16,7 @@ LAYERS = (
     {"errors", "files"},
     {"hardware"},
     {"training", "evaluation", "trial"},
-    {"peers"},
+    {"heartbeat", "peers"},
     {"trainable"},
     {"spaces"},
     {"analysis"},
@@ -65,7 +65,7 @@ def test_imports_run_one_way():
 @pytest.mark.parametrize(
     ("library", "importers"),
     [
-        ("ray", {"peers", "trainable", "sweep.executor"}),
+        ("ray", {"heartbeat", "peers", "trainable", "sweep.executor", "sweep.preflight", "sweep.remote", "sweep.session"}),
         ("mlflow", {"records.queries", "records.registry", "records.tracking", "dashboard.mlflow_app"}),
         (
             "fastapi",

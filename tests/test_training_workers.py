@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from halora.errors import UserError
 from halora.peers import WorkerLostError
-from halora.sweep.executor import _raised
+from halora.sweep.executor import _loss
 from halora.trainable import HaloraTrainable, Training, Workbench, adapter_folder
 from halora.trial import TrialConfig
 
@@ -188,7 +188,7 @@ def test_an_error_raised_in_a_worker_is_told_from_the_end_of_the_worker(workbenc
         with pytest.raises(RayError) as told:
             ray.get(call.remote())
         file.write_bytes(cloudpickle.dumps(told.value))
-        assert _raised(SimpleNamespace(pickled_error_file=str(file))) is raised
+        assert (not _loss(SimpleNamespace(pickled_error_file=str(file)))) is raised
     file.write_bytes(b"no pickle")
-    assert _raised(SimpleNamespace(pickled_error_file=str(file)))
-    assert not _raised(SimpleNamespace(pickled_error_file=None))
+    assert not _loss(SimpleNamespace(pickled_error_file=str(file)))
+    assert _loss(SimpleNamespace(pickled_error_file=None))

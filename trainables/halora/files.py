@@ -1,7 +1,9 @@
 """Files that appear whole or not at all, whatever happens to their writer; and their digests."""
 
+import errno
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,12 @@ def write_whole(path: Path, text: str) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file."""
     write_whole(path, json.dumps(content, indent=1))
+
+
+def no_room(error: BaseException) -> bool:
+    """Whether a file could not be written as the disk or the quota is full; libraries have their own ways to say so."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    return (isinstance(error, OSError) and error.errno in full) or any(os.strerror(each) in str(error) for each in full)
 
 
 def sha256_of(path: Path) -> str:

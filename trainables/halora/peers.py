@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
-import torch
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from halora.errors import UserError
+from halora.training.memory import ran_out_of_memory
 
 _LAST_WORDS_S = 10.0
 """How long a peer may take to say what happened to it, once rank 0 has failed."""
@@ -23,6 +23,10 @@ _LAST_WORDS_S = 10.0
 
 class WorkerLostError(UserError):
     """A worker of a trial ended, hung or failed by itself; the trial can go on from its checkpoint with new ones."""
+
+
+class WorkerOutOfMemoryError(WorkerLostError):
+    """Memory ran out for a worker of a trial, another than that of rank 0."""
 
 
 class Peers:
@@ -50,7 +54,8 @@ class Peers:
         group = ray.util.get_current_placement_group()
         for rank in range(1, self.count + 1):
             place = PlacementGroupSchedulingStrategy(group, rank) if group else "DEFAULT"
-            remote = ray.remote(num_cpus=1, num_gpus=int(torch.cuda.is_available()))(self._class)
+            bundle = group.bundle_specs[rank] if group else {"CPU": 1}
+            remote = ray.remote(num_cpus=bundle.get("CPU", 0), num_gpus=bundle.get("GPU", 0))(self._class)
             self._actors.append(remote.options(scheduling_strategy=place).remote(rank))
 
     def kill(self) -> None:
@@ -93,19 +98,22 @@ class Peers:
         if not calls:
             return None
         ray.wait(calls, num_returns=len(calls), timeout=timeout_s)
-        ended, silent, failed = [], [], []
+        ended: list[WorkerLostError] = []
+        silent: list[WorkerLostError] = []
+        failed: list[WorkerLostError] = []
         for rank, call in enumerate(calls, start=1):
             worker = f"worker {rank} of {len(calls) + 1}"
             try:
                 ray.get(call, timeout=0)
             except GetTimeoutError:
-                silent.append(f"{worker} did not answer for {timeout_s:g} s")
+                silent.append(WorkerLostError(f"{worker} did not answer for {timeout_s:g} s"))
             except RayTaskError as error:
-                failed.append(f"{worker} failed: {_first_line(error.cause)}")
+                kind = WorkerOutOfMemoryError if ran_out_of_memory(error.cause) else WorkerLostError
+                failed.append(kind(f"{worker} failed: {_first_line(error.cause)}"))
             except RayError as error:
-                ended.append(f"{worker} ended: {_first_line(error)}")
+                ended.append(WorkerLostError(f"{worker} ended: {_first_line(error)}"))
         told = ended + silent + failed
-        return _Lost(WorkerLostError(told[0]), answered=not ended and not silent) if told else None
+        return _Lost(told[0], answered=not ended and not silent) if told else None
 
 
 class _Lost:

@@ -20,11 +20,13 @@ from ray import tune
 from halora.errors import UserError
 from halora.evaluation.chips import ChipScores, evaluate
 from halora.evaluation.generation import check_scorable
-from halora.files import write_json
+from halora.files import no_room, write_json
 from halora.hardware.addressing import Role
-from halora.peers import Peers, WorkerLostError
+from halora.heartbeat import Heart
+from halora.peers import Peers, WorkerLostError, WorkerOutOfMemoryError
 from halora.training.adapter import attach_saved, detach
 from halora.training.engine import Finetuner, save_latest
+from halora.training.memory import ran_out_of_memory
 from halora.training.models import BaseModel, load_base
 from halora.training.prompts import prepared_rows
 from halora.training.rram import RramArray, install
@@ -288,14 +290,15 @@ def task_rows(task: str, split: Split, limit: int | None) -> tuple[Row, ...]:
 class HaloraTrainable(tune.Trainable):
     """Ray Tune's view of a job: bringing a trial to a goal.
 
-    The `config` given by the executor holds `number`, `folder`, `trial` (a resolved `TrialConfig`) and `goal`. Reports
-    carry `number`, `stage` (`training`, `evaluated`, `lost` or `failed`) and metrics; a trial that lost another of its
-    workers, or failed, says its `cause`.
+    The `config` given by the executor holds the `job`'s name, `number`, `folder`, `trial` (a resolved `TrialConfig`),
+    `goal`, and `heartbeats` with the name of that actor and the longest silence in seconds. Reports carry `number`,
+    `stage` (`training`, `evaluated`, `lost`, `out_of_memory` or `failed`) and metrics; the last three say a `cause`.
     """
 
     def setup(self, config: dict[str, Any]) -> None:
         """Begin the first trial of this actor."""
         _use_own_threads()
+        self._heart = Heart(*config["heartbeats"])
         self._workbench = Workbench()
         self._begin(config)
 
@@ -309,19 +312,37 @@ class HaloraTrainable(tune.Trainable):
         """Train up to the next report, or evaluate once training is done."""
         try:
             return {"number": self._number, **self._step()}
-        except WorkerLostError as error:
+        except Exception as error:
+            stage, cause = self._judge(error)
+            if not stage:
+                raise
             self._end_training()
-            return {"number": self._number, "stage": "lost", "cause": str(error), "done": True}
-        except (UserError, FloatingPointError) as error:  # this trial's own fault; the actor stays usable
-            self._end_training()
-            return {"number": self._number, "stage": "failed", "cause": str(error), "done": True}
+            return {"number": self._number, "stage": stage, "cause": cause, "done": True}
+
+    def _judge(self, error: Exception) -> tuple[str, str]:
+        """What an error makes of the trial, and its cause; nothing where the actor is not to be trusted any more."""
+        if isinstance(error, WorkerOutOfMemoryError) or ran_out_of_memory(error):
+            training = self._config.training
+            if self._trained:
+                return "failed", "out of memory while it was scored; lower evaluation.batch_size"
+            cause = f"out of memory with {training.micro_batch} rows at a time"
+            return ("out_of_memory" if training.micro_batch_divisible else "failed"), cause
+        if isinstance(error, WorkerLostError):
+            return "lost", str(error)
+        if isinstance(error, UserError | FloatingPointError):  # this trial's own fault
+            return "failed", str(error)
+        if no_room(error):
+            return "lost", f"no space is left in '{self._folder}'"
+        return "", ""
 
     def cleanup(self) -> None:
         """Release the engine and the other workers when the actor ends."""
         self._end_training()
         self._workbench.end_peers()
+        self._heart.stop()
 
     def _begin(self, config: dict[str, Any]) -> None:
+        self._heart.job = config["job"]
         self._number, self._folder = int(config["number"]), Path(config["folder"])
         self._config = TrialConfig.model_validate(config["trial"])
         self._goal = Goal(**config["goal"])

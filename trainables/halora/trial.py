@@ -53,6 +53,10 @@ class TrialConfig(Frozen):
             raise UserError(problems)
         return self
 
+    def with_micro_batch_halved(self, times: int) -> "TrialConfig":
+        """The same trial, trained in smaller micro-batches; its results are the same up to rounding."""
+        return self.model_copy(update={"training": self.training.with_micro_batch_halved(times)})
+
 
 @dataclass(frozen=True)
 class Goal:

@@ -10,6 +10,7 @@ import warnings
 import typer
 
 from halora.cli import adapter, dashboard, doctor, energy, front, noise, space, sweep, train, trial
+from halora.cli.elsewhere import check_client
 from halora.cli.output import talk
 from halora.errors import UnreachableError, UserError
 
@@ -36,6 +37,7 @@ def main() -> None:
     """Run the command line; a user's mistake becomes a message, never a traceback."""
     warnings.simplefilter("ignore")  # of libraries, for their developers; tests see them
     try:
+        check_client()
         app()
     except UserError as error:
         for problem in error.problems:
@@ -45,3 +47,7 @@ def main() -> None:
         sys.exit(3 if isinstance(error, UnreachableError) else 2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -110,7 +110,7 @@ class SweepProgress:
         """One line about what happens now."""
         self._bar.console.print(text, markup=False, highlight=False)
 
-    def trial(self, number: int, state: str, text: str = "") -> None:
+    def trial(self, number: int, state: str, text: str = "", node: str = "") -> None:
         """A trial began, reported, paused at a rung, finished or failed."""
         self._running.discard(number)
         self._paused.discard(number)

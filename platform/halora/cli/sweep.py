@@ -1,12 +1,16 @@
 """`halora sweep`: launch, resume, stop, and see how sweeps stand."""
 
+import json
+from collections.abc import Mapping
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from halora.cli.arguments import SweepArgument, SweepSetOption, overrides_from
 from halora.cli.comparison import print_comparison
+from halora.cli.elsewhere import AddressOption, FollowOption, WheelOption, detached, elsewhere
 from halora.cli.output import (
     Format,
     FormatOption,
@@ -17,15 +21,35 @@ from halora.cli.output import (
     show_rows,
     talk,
 )
+from halora.errors import UserError
 from halora.records.names import REPORT_FILE
 from halora.records.store import Store
+from halora.sweep.cluster import Cluster
 
 if TYPE_CHECKING:
     from halora.spaces.sweep import SweepConfig
     from halora.sweep.launch import Outcome
 
+
+class LogFormat(StrEnum):
+    """Forms of a log."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
 app = typer.Typer(help="Launch sweeps and see how they stand.", no_args_is_help=True)
 
+MetricsPortOption = Annotated[
+    int | None,
+    typer.Option(
+        "--metrics-port",
+        envvar="HALORA_METRICS_PORT",
+        metavar="PORT",
+        help="Serve the sweep's metrics to Prometheus at http://127.0.0.1:PORT/metrics while it runs.",
+        show_default=False,
+    ),
+]
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Name of a launched sweep.")]
 
 
@@ -46,9 +70,19 @@ def launch(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what it would take, and launch nothing.")] = False,
     store: StoreOption = None,
     tracking_uri: ServerOption = None,
+    address: AddressOption = None,
+    wheel: WheelOption = None,
+    follow: FollowOption = None,
+    metrics_port: MetricsPortOption = None,
 ) -> None:
-    """Run a sweep on this machine to its end, and print its front."""
+    """Run a sweep to its end, on this machine or in a cluster, and print its front. SWEEP `-` is read from stdin."""
     from halora.spaces.sweep import load_sweep
+
+    cluster = Cluster.at(address, wheel)
+    if simulate and cluster.address:
+        raise UserError("--simulate takes results from a table of this machine", "leave --address out")
+    if not dry_run:
+        detached(cluster, name or Path(sweep).stem, follow, sweep)
 
     overrides = overrides_from(set_)
     overrides |= {key: value for key, value in (("name", name), ("seed", seed)) if value is not None}
@@ -62,14 +96,25 @@ def launch(
     from halora.sweep import launch as launching
 
     with SweepProgress(config.trials) as progress:
-        outcome = launching.launch(config, place, progress, simulate)
+        outcome = launching.launch(config, place, progress, simulate, cluster=cluster, metrics_port=metrics_port)
     _close(config.name, place, outcome)
 
 
 @app.command()
-def resume(name: NameArgument, store: StoreOption = None, tracking_uri: ServerOption = None) -> None:
+def resume(
+    name: NameArgument,
+    store: StoreOption = None,
+    tracking_uri: ServerOption = None,
+    address: AddressOption = None,
+    wheel: WheelOption = None,
+    follow: FollowOption = None,
+    metrics_port: MetricsPortOption = None,
+) -> None:
     """Go on with a sweep: unfinished trials from their checkpoints, then the rest, and records MLflow lacks."""
     from halora.sweep.state import load_core
+
+    cluster = Cluster.at(address, wheel)
+    detached(cluster, name, follow)
 
     place = open_store(store, tracking_uri)
     config, core = load_core(name, place)
@@ -79,13 +124,14 @@ def resume(name: NameArgument, store: StoreOption = None, tracking_uri: ServerOp
     with SweepProgress(config.trials) as progress:
         counts = core.counts()
         progress.already_ended(counts["finished"], counts["failed"])
-        outcome = launching.resume(name, place, progress)
+        outcome = launching.resume(name, place, progress, cluster=cluster, metrics_port=metrics_port)
     _close(name, place, outcome)
 
 
 @app.command()
-def stop(name: NameArgument, store: StoreOption = None) -> None:
+def stop(name: NameArgument, store: StoreOption = None, address: AddressOption = None) -> None:
     """Ask a running sweep to pause its trials at their next report, and to end; close the records of a killed one."""
+    elsewhere(Cluster.at(address))
     from halora.sweep.state import is_running, load_core
 
     place = open_store(store)
@@ -103,8 +149,10 @@ def status(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="A launched sweep; default: all.")] = None,
     form: FormatOption = Format.TABLE,
     store: StoreOption = None,
+    address: AddressOption = None,
 ) -> None:
     """Trials of sweeps by state."""
+    elsewhere(Cluster.at(address))
     from halora.spaces.sweep import shipped_sweeps
     from halora.sweep.state import is_running, load_core
 
@@ -124,8 +172,9 @@ def status(
 
 
 @app.command("list")
-def list_(form: FormatOption = Format.TABLE, store: StoreOption = None) -> None:
+def list_(form: FormatOption = Format.TABLE, store: StoreOption = None, address: AddressOption = None) -> None:
     """Sweeps of the store, newest last, with the best they found and what MLflow still lacks of them."""
+    elsewhere(Cluster.at(address))
     from halora.analysis.front import front
     from halora.analysis.trials import grouped
     from halora.records.index import read_ledger
@@ -157,8 +206,34 @@ def list_(form: FormatOption = Format.TABLE, store: StoreOption = None) -> None:
 
 
 @app.command()
-def report(name: NameArgument, store: StoreOption = None) -> None:
+def logs(
+    name: NameArgument,
+    follow: Annotated[bool, typer.Option("--follow", help="Wait for what is still to come.")] = False,
+    trial: Annotated[int | None, typer.Option(help="Only what is about this trial.", show_default=False)] = None,
+    form: Annotated[LogFormat, typer.Option("--format", help="Form of the answer on stdout.")] = LogFormat.TEXT,
+    store: StoreOption = None,
+    address: AddressOption = None,
+) -> None:
+    """What happened to a sweep, by time: what its drivers said, and its trials with the nodes they ran on."""
+    elsewhere(Cluster.at(address))
+    from halora.sweep.driver_log import read_log
+
+    folder = open_store(store).existing(name)
+    for line in read_log(folder.log_file, follow=follow):
+        if trial is None or line.get("trial") == trial:
+            print(json.dumps(line, ensure_ascii=False) if form is LogFormat.JSON else _as_text(line), flush=True)
+
+
+def _as_text(line: "Mapping[str, Any]") -> str:
+    about = f"trial {line['trial']} {line['state']}: " if "trial" in line else ""
+    node = f"  [{line['node']}]" if "node" in line else ""
+    return f"{line['time'][:19].replace('T', ' ')} {line['level']:<7} {about}{line['message']}{node}"
+
+
+@app.command()
+def report(name: NameArgument, store: StoreOption = None, address: AddressOption = None) -> None:
     """Draw a sweep's report, one page that opens without a network, and print its path."""
+    elsewhere(Cluster.at(address))
     from halora.records import names
     from halora.records.index import read_ledger
     from halora.records.publishing import publish

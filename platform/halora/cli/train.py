@@ -37,7 +37,7 @@ def train(
     _check_output(output, config)
 
     from halora.files import write_json
-    from halora.sweep.executor import ray_session
+    from halora.sweep.session import ray_session
     from halora.trainable import Workbench
     from halora.trial import RESULT_FILE, adapter_folder, trial_energy
 

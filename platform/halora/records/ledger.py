@@ -48,6 +48,11 @@ class Ledger:
         return str(self.contents.get(_SWEEP, {}).get("state", ""))
 
     @property
+    def sweep_metrics(self) -> dict[str, float]:
+        """Latest value of each of the sweep's own metrics."""
+        return dict(self.contents.get(_SWEEP, {}).get("metrics", {}))
+
+    @property
     def front_step(self) -> int:
         """Number of finished trials when the front was last recorded."""
         return int(self.contents.get(_SWEEP, {}).get("front_step", 0))

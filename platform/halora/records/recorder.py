@@ -109,6 +109,10 @@ class SweepRecorder:
         """Record that a trial whose scores are recorded is finished."""
         self._state(number, "finished")
 
+    def continue_trial(self, number: int, cause: str) -> None:
+        """Record why a trial that runs goes on in another way."""
+        self._state(number, "running", cause)
+
     def fail_trial(self, number: int, cause: str) -> None:
         """Record why a trial failed."""
         self._state(number, "failed", cause)

@@ -152,6 +152,11 @@ class SweepFolder:
         return self.root / "tracking-uri"
 
     @property
+    def log_file(self) -> Path:
+        """What its drivers said, in lines of JSON."""
+        return self.root / "driver.jsonl"
+
+    @property
     def published(self) -> Path:
         """Front and report as last drawn."""
         return self.root / "published"

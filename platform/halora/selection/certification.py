@@ -227,7 +227,8 @@ class _Work:
             write_json(self._file("recorded"), recorded.to_json())
         if not jobs:
             return
-        from halora.sweep.executor import ray_session, score_on_workers
+        from halora.sweep.executor import score_on_workers
+        from halora.sweep.session import ray_session
 
         evaluations = sum(job.config.evaluation.chip_instances for job in jobs.values())
         chips = f"{self._attempt.chips} chips of the certify pool, {self._rows} test rows"
@@ -242,7 +243,7 @@ class _Work:
             left -= len(scores.chip_seeds)
             self._say(f"{name}: {evaluations - left} of {evaluations} chip evaluations")
 
-        with ray_session(self._sweep.concurrent * self._sweep.workers):
+        with ray_session(self._sweep.concurrent * self._sweep.workers, cpus=self._sweep.resources.cpus):
             score_on_workers(self._sweep, [job for _, job in wanted], scored)
 
     def result(self, gates: Gates, rows: Mapping[str, str], adapter_bytes: int) -> Certification:

@@ -104,7 +104,7 @@ def compare(
 ) -> ClosingComparison:
     """Score the chosen trials' adapters and the bare base on fresh validation rows and fresh chip instances.
 
-    Ray has to run, see `halora.sweep.executor.ray_session`.
+    Ray has to run, see `halora.sweep.session.ray_session`.
     """
     from halora.sweep.executor import score_on_workers
     from halora.trainable import ScoringJob

@@ -52,6 +52,7 @@ class Job:
         goal: What to bring it to.
         final: Whether its training ends there.
         name: Tells it from the trial's other jobs.
+        halvings: How often the trial's micro-batch is halved, as it ran out of memory.
     """
 
     number: int
@@ -60,6 +61,7 @@ class Job:
     goal: Goal
     final: bool
     name: str
+    halvings: int = 0
 
 
 class DecisionCore:
@@ -155,6 +157,11 @@ class DecisionCore:
         self._study.count_lost_workers(trial, trial.lost_workers + 1)
         self._in_flight.pop(number)
         return True
+
+    def on_out_of_memory(self, number: int) -> None:
+        """Hand a trial out again that ran out of memory, from its checkpoint and with half the micro-batch."""
+        self._study.halved(self.trial(number))
+        self._in_flight.pop(number)
 
     def on_failure(self, number: int) -> None:
         """Take a trial's failure. A finished trial whose race failed stays as it was."""
@@ -344,13 +351,14 @@ class DecisionCore:
         chips = min(_chips(trial) + racing.at_once, racing.most, _chips(trial) + racing.extra - spent)
         goal = replace(whole, chip_instances=chips, first_chip=_chips(trial))
         name = f"{trial.number:05d}-chips-{chips}"
-        return Job(trial.number, trial.values, trial.energy_uj_per_token, goal, True, name)
+        return Job(trial.number, trial.values, trial.energy_uj_per_token, goal, True, name, trial.halvings)
 
     def _job(self, trial: Trial) -> Job:
         levels = self._levels_of(trial)
         final = trial.level == len(levels) - 1
         name = f"{trial.number:05d}" if final else f"{trial.number:05d}-rung-{trial.level}"
-        return Job(trial.number, trial.values, trial.energy_uj_per_token, levels[trial.level], final, name)
+        goal, energy = levels[trial.level], trial.energy_uj_per_token
+        return Job(trial.number, trial.values, energy, goal, final, name, trial.halvings)
 
     def _levels_of(self, trial: Trial) -> Sequence[Goal]:
         if trial.number not in self._levels:

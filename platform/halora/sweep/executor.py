@@ -1,43 +1,35 @@
 """The Ray Tune adapter of the decision core. Ray runs trials and keeps nothing: storage is the truth."""
 
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import time
+import uuid
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import ray
-import torch
 from ray import cloudpickle, tune
-from ray.exceptions import RayTaskError
+from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from halora.evaluation.chips import ChipScores
+from halora.heartbeat import Heartbeats
 from halora.records.store import SweepFolder
 from halora.spaces.sweep import SweepConfig
 from halora.sweep.core import Decision, DecisionCore
 from halora.sweep.running import RunningJobs, TrialEvents
+from halora.sweep.session import worker_share
 from halora.trainable import HaloraTrainable, ScoringJob
-
-# Read by Ray when it starts.
-_RAY_SETTINGS = {
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_GLOBAL_CHECKPOINT_S": "3600",
-    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
-    "RAY_AIR_NEW_OUTPUT": "0",
-    "RAY_worker_niceness": "0",  # workers at Ray's default of 15 starve beside any other job
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-}
 
 
 class _CoreSearcher(Searcher):
     """Tune's searcher: asks the core. Tune pickles it; there is nothing to keep."""
 
-    def __init__(self, running: RunningJobs, sweep: SweepConfig, folder: SweepFolder) -> None:
+    def __init__(self, running: RunningJobs, sweep: SweepConfig, folder: SweepFolder, heartbeats: str) -> None:
         super().__init__()
-        self._running, self._sweep, self._folder = running, sweep, folder
+        self._running, self._sweep, self._folder, self._heartbeats = running, sweep, folder, heartbeats
 
     def suggest(self, trial_id: str) -> Any:
         """The next job as Ray's config for the trainable; nothing for now, or `FINISHED`."""
@@ -48,8 +40,9 @@ class _CoreSearcher(Searcher):
             "job": job.name,
             "number": job.number,
             "folder": str(self._folder.trial(job.number)),
-            "trial": self._sweep.resolve(job.values).model_dump(mode="json"),
+            "trial": self._sweep.resolve(job.values).with_micro_batch_halved(job.halvings).model_dump(mode="json"),
             "goal": asdict(job.goal),
+            "heartbeats": (self._heartbeats, self._sweep.resources.heartbeat_s),
         }
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
@@ -64,6 +57,8 @@ class _CoreSearcher(Searcher):
             self._running.failed(trial_id, str(report["cause"]))
         elif stage == "lost":
             self._running.lost(trial_id, str(report["cause"]))
+        elif stage == "out_of_memory":
+            self._running.out_of_memory(trial_id, str(report["cause"]))
         else:
             self._running.left(trial_id)
 
@@ -78,9 +73,9 @@ class _CoreSearcher(Searcher):
 class _CoreScheduler(FIFOScheduler):
     """Tune's scheduler: asks the core after every report, and tells it of workers that end."""
 
-    def __init__(self, running: RunningJobs, folder: SweepFolder) -> None:
+    def __init__(self, running: RunningJobs, folder: SweepFolder, frozen: "_FrozenWorkers") -> None:
         super().__init__()
-        self._running, self._folder = running, folder
+        self._running, self._folder, self._frozen = running, folder, frozen
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> Any:
         """Stop a trial that the core wants paused: its own checkpoint stays."""
@@ -93,33 +88,51 @@ class _CoreScheduler(FIFOScheduler):
         if job is None:
             return
         logs = f"see `halora trial logs {self._folder.name}/{job.number}`"
-        if _raised(trial):
-            self._running.failed(trial.trial_id, f"an error in its worker; {logs}")
+        if cause := self._frozen.causes.pop(trial.trial_id, "") or _loss(trial):
+            self._running.lost(trial.trial_id, f"{cause}; {logs}")
         else:
-            self._running.lost(trial.trial_id, f"its worker ended; {logs}")
+            self._running.failed(trial.trial_id, f"an error in its worker; {logs}")
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
 
 
-@contextmanager
-def ray_session(processes: int) -> Iterator[None]:
-    """Ray on this machine while the block runs, with room for as many processes, which share the cores."""
-    os.environ.update(_RAY_SETTINGS)
-    threads = max((os.cpu_count() or 1) // processes, 1)
-    ray.init(
-        num_cpus=processes,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-        object_store_memory=100 * 2**20,
-        _node_ip_address="127.0.0.1",
-        runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}},
-    )
-    try:
-        yield
-    finally:
-        ray.shutdown()
+class _FrozenWorkers(tune.Callback):
+    """Ends workers that have been silent too long, wherever they are, and keeps why by Tune's id of their trial.
+
+    Args:
+        longest_s: Seconds a worker may be silent.
+    """
+
+    def __init__(self, longest_s: float) -> None:
+        self.name = f"heartbeats-{uuid.uuid4().hex}"
+        self.causes: dict[str, str] = {}
+        self._longest_s, self._asked_s = longest_s, time.monotonic()
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        actor = ray.remote(num_cpus=0, max_restarts=-1)(Heartbeats)
+        self._heartbeats = actor.options(name=self.name, scheduling_strategy=here).remote()
+
+    def on_step_end(self, iteration: int, trials: Sequence[Any], **info: Any) -> None:
+        """Look for silent workers, now and then."""
+        if time.monotonic() - self._asked_s < self._longest_s / 4:
+            return
+        self._asked_s = time.monotonic()
+        try:
+            silent = ray.get(self._heartbeats.silent.remote(self._longest_s), timeout=self._longest_s)
+        except RayError:  # the actor is starting anew
+            return
+        for process, job in silent:
+            for trial in trials:
+                if trial.config["job"] == job and trial.status == trial.RUNNING:
+                    self.causes[trial.trial_id] = f"its worker was frozen: it said nothing for {self._longest_s:g} s"
+            process.kill()
+
+    def end(self) -> None:
+        """End the actor."""
+        ray.kill(self._heartbeats)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
 
 
 def run_trials(sweep: SweepConfig, folder: SweepFolder, core: DecisionCore, events: TrialEvents) -> None:
@@ -127,13 +140,12 @@ def run_trials(sweep: SweepConfig, folder: SweepFolder, core: DecisionCore, even
 
     Trials still unfinished at the end keep their checkpoint and stay unfinished in the study.
     """
-    running = RunningJobs(core, events)
-    worker = {"CPU": 1, "GPU": _gpus_per_worker(sweep)}
-    tune.Tuner(
-        tune.with_resources(HaloraTrainable, tune.PlacementGroupFactory([worker] * sweep.workers)),
+    running, frozen = RunningJobs(core, events), _FrozenWorkers(sweep.resources.heartbeat_s)
+    tuner = tune.Tuner(
+        tune.with_resources(HaloraTrainable, tune.PlacementGroupFactory([worker_share(sweep)] * sweep.workers)),
         tune_config=tune.TuneConfig(
-            search_alg=_CoreSearcher(running, sweep, folder),
-            scheduler=_CoreScheduler(running, folder),
+            search_alg=_CoreSearcher(running, sweep, folder, frozen.name),
+            scheduler=_CoreScheduler(running, folder, frozen),
             num_samples=-1,
             max_concurrent_trials=sweep.concurrent,
             reuse_actors=True,
@@ -147,8 +159,13 @@ def run_trials(sweep: SweepConfig, folder: SweepFolder, core: DecisionCore, even
             log_to_file=True,
             failure_config=tune.FailureConfig(max_failures=0),
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # the trial's folder has its own
+            callbacks=[frozen],
         ),
-    ).fit()
+    )
+    try:
+        tuner.fit()
+    finally:
+        frozen.end()
 
 
 def score_on_workers(
@@ -163,7 +180,8 @@ def score_on_workers(
         jobs: The jobs.
         scored: Told the place of a job among them and its scores, as soon as it is done.
     """
-    score = ray.remote(num_cpus=1, num_gpus=_gpus_per_worker(sweep))(ScoringJob.run)
+    share = worker_share(sweep)
+    score = ray.remote(num_cpus=share["CPU"], num_gpus=share["GPU"])(ScoringJob.run)
     places = {score.remote(job): place for place, job in enumerate(jobs)}
     found: dict[int, ChipScores] = {}
     waiting = list(places)
@@ -175,18 +193,19 @@ def score_on_workers(
     return [found[place] for place in range(len(jobs))]
 
 
-def _gpus_per_worker(sweep: SweepConfig) -> float:
-    return min(torch.cuda.device_count() / (sweep.concurrent * sweep.workers), 1)
-
-
-def _raised(trial: Any) -> bool:
-    """Whether a trial of Tune's ended by an error raised in its worker, and not with the worker."""
+def _loss(trial: Any) -> str:
+    """How a trial of Tune's lost its worker; empty where an error was raised in the worker instead."""
     if not (written := trial.pickled_error_file):
-        return False
+        return "its worker ended"
     try:
-        return isinstance(cloudpickle.loads(Path(written).read_bytes()), RayTaskError)
+        error = cloudpickle.loads(Path(written).read_bytes())
     except Exception:  # a library's own error, which may not unpickle; Ray's do
-        return True
+        return ""
+    if not isinstance(error, RayError) or isinstance(error, RayTaskError):
+        return ""
+    if isinstance(error, OutOfMemoryError):
+        return "Ray ended its worker, as its node ran out of memory"
+    return "its node is gone" if "node" in str(error) and "dead" in str(error) else "its worker ended"
 
 
 def _trial_name(trial: Any) -> str:

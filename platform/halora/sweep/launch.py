@@ -6,7 +6,7 @@ MLflow, Ray and torch are imported once nothing is left to refuse.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -15,8 +15,10 @@ from halora.records.names import ENERGY, VIOLATION
 from halora.records.store import Store, SweepFolder
 from halora.spaces.search import total_violation
 from halora.spaces.sweep import SweepConfig, load_sweep
+from halora.sweep.cluster import LOCAL, RUNS, Cluster
 from halora.sweep.comparison import ClosingComparison, check_rows_left, compare, contestants
 from halora.sweep.core import DecisionCore, Job
+from halora.sweep.driver_log import DriverLog, Watcher
 from halora.sweep.reconcile import record_as_studied
 from halora.sweep.simulator import SimulatedClock, simulate
 from halora.sweep.state import check_not_launched, only_driver, open_core
@@ -26,16 +28,6 @@ from halora.trial import RESULT_FILE, adapter_folder, past_reports, trial_energy
 
 if TYPE_CHECKING:
     from halora.records.recorder import SweepRecorder
-
-
-class Watcher(Protocol):
-    """Shows a person how the sweep goes on."""
-
-    def say(self, text: str) -> None:
-        """One line about what happens now."""
-
-    def trial(self, number: int, state: str, text: str = "") -> None:
-        """A trial began, reported, finished or failed."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +45,15 @@ class Outcome:
     comparison: ClosingComparison | None
 
 
-def launch(sweep: SweepConfig, store: Store, watcher: Watcher, curves: Path | None = None) -> Outcome:
+def launch(
+    sweep: SweepConfig,
+    store: Store,
+    watcher: Watcher,
+    curves: Path | None = None,
+    *,
+    cluster: Cluster = LOCAL,
+    metrics_port: int | None = None,
+) -> Outcome:
     """Run a new sweep to its end.
 
     Args:
@@ -61,11 +61,13 @@ def launch(sweep: SweepConfig, store: Store, watcher: Watcher, curves: Path | No
         store: Where it is recorded.
         watcher: Shown how it goes on.
         curves: A table of recorded curves to take results from, instead of training.
+        cluster: Where its workers run.
+        metrics_port: Port of the loopback address to serve its metrics at; nowhere for none.
 
     Raises:
         UserError: The name is taken, the store cannot be written, the table does not fit, a model cannot be loaded, or
             the comparison would have no rows.
-        UnreachableError: MLflow does not answer.
+        UnreachableError: MLflow does not answer, or the cluster, or one of its nodes could not run a trial.
     """
     folder = store.sweep(sweep.name)
     store.check_writable()
@@ -73,8 +75,7 @@ def launch(sweep: SweepConfig, store: Store, watcher: Watcher, curves: Path | No
     if curves:
         read_table(curves, sweep)
     else:
-        for model in sweep.values_of("model"):
-            check_available(str(model))
+        _check_workers(sweep, store, cluster)
         check_rows_left(sweep)
     for name in sweep.search.warm_start:
         store.existing(name)
@@ -88,30 +89,63 @@ def launch(sweep: SweepConfig, store: Store, watcher: Watcher, curves: Path | No
     if curves:
         folder.curves_file.write_bytes(curves.read_bytes())
     folder.sweep_file.write_text(yaml.safe_dump(sweep.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
-    return _run(sweep, store, watcher)
+    return _run(sweep, store, watcher, cluster, metrics_port)
 
 
-def resume(name: str, store: Store, watcher: Watcher) -> Outcome:
+def resume(
+    name: str, store: Store, watcher: Watcher, *, cluster: Cluster = LOCAL, metrics_port: int | None = None
+) -> Outcome:
     """Go on with a sweep: unfinished trials from their checkpoints, then those not begun yet.
+
+    Args:
+        name: The sweep.
+        store: Where it is recorded.
+        watcher: Shown how it goes on.
+        cluster: Where its workers run from now on.
+        metrics_port: Port of the loopback address to serve its metrics at; nowhere for none.
 
     Raises:
         UserError: There is no such sweep, or another process is running it.
+        UnreachableError: The cluster does not answer, or one of its nodes could not run a trial.
     """
     folder = store.existing(name)
     if store.server:
         folder.server_file.write_text(store.server)
-    return _run(load_sweep(str(folder.sweep_file)), store.serving(name), watcher)
+    sweep = load_sweep(str(folder.sweep_file))
+    if not folder.curves_file.exists():
+        _check_workers(sweep, store, cluster)
+    return _run(sweep, store.serving(name), watcher, cluster, metrics_port)
 
 
-def _run(sweep: SweepConfig, store: Store, watcher: Watcher) -> Outcome:
+def _check_workers(sweep: SweepConfig, store: Store, cluster: Cluster) -> None:
+    """Refuse a sweep that the machines it is to run on could not run."""
+    models = [str(model) for model in sweep.values_of("model")]
+    if not cluster.address:
+        for model in models:
+            check_available(model)
+        return
+    from halora.sweep.preflight import check_cluster  # imports Ray
+
+    check_cluster(cluster, store, models=models)
+
+
+def _run(sweep: SweepConfig, store: Store, watcher: Watcher, cluster: Cluster, metrics_port: int | None) -> Outcome:
+    from halora.records.position import undelivered
     from halora.records.sender import recording
+    from halora.sweep.metrics import SweepCollector, serving_metrics
 
     folder = store.sweep(sweep.name)
     with only_driver(folder):
+        watcher = DriverLog(folder.log_file, sweep.name, watcher)
         simulated, clock = folder.curves_file.exists(), SimulatedClock()
         core = open_core(sweep, store, clock) if simulated else open_core(sweep, store)
         core.request_stop(False)
-        with recording(store, sweep, watcher.say) as recorder:
+        with (
+            recording(store, sweep, watcher.say) as recorder,
+            serving_metrics(
+                metrics_port, SweepCollector(sweep.name, recorder.ledger, lambda: undelivered(store, sweep.name))
+            ),
+        ):
             events = _Recording(sweep, recorder, watcher, folder)
             comparison = None
             try:
@@ -121,7 +155,7 @@ def _run(sweep: SweepConfig, store: Store, watcher: Watcher) -> Outcome:
                     at_once = sweep.concurrent
                     simulate(core, table, clock, concurrent=at_once, report_every=every, events=events, folder=folder)
                 else:
-                    comparison = _train(sweep, folder, core, events, recorder, watcher)
+                    comparison = _train(sweep, folder, core, events, recorder, watcher, cluster)
             except KeyboardInterrupt:
                 pass
             finally:
@@ -147,12 +181,15 @@ def _train(
     events: "_Recording",
     recorder: "SweepRecorder",
     watcher: Watcher,
+    cluster: Cluster,
 ) -> ClosingComparison | None:
     """Run the core's jobs on Ray, and the closing comparison after them."""
-    from halora.sweep.executor import ray_session, run_trials  # imports Ray and torch
+    from halora.sweep.executor import run_trials  # imports Ray and torch
+    from halora.sweep.session import ray_session
 
-    watcher.say(f"starting {sweep.concurrent * sweep.workers} workers; each loads the model once")
-    with ray_session(sweep.concurrent * sweep.workers):
+    processes = sweep.concurrent * sweep.workers
+    with ray_session(processes, cpus=sweep.resources.cpus, cluster=cluster):
+        watcher.say(f"{RUNS} on up to {processes} workers; each loads the model once")
         run_trials(sweep, folder, core, events)
         chosen = contestants(sweep.comparison, events.points()) if sweep.comparison else {}
         if not chosen or not core.over:
@@ -188,7 +225,8 @@ class _Recording:
     def reported(self, job: Job, report: Mapping[str, Any]) -> None:
         self._recorder.report_step(job.number, int(report["step"]), report)
         loss = f", loss {report['train_loss']:.2f}" if "train_loss" in report else ""
-        self._watcher.trial(job.number, "training", f"step {report['step']}/{job.goal.steps}{loss}")
+        node = str(report.get("node_ip", ""))
+        self._watcher.trial(job.number, "training", f"step {report['step']}/{job.goal.steps}{loss}", node)
 
     def evaluated(self, job: Job, report: Mapping[str, Any]) -> None:
         if not job.final:
@@ -210,6 +248,10 @@ class _Recording:
     def lost(self, job: Job, cause: str) -> None:
         self._begun.discard(job.number)  # its last report may not have been heard
         self._watcher.say(f"trial {job.number} goes on from its checkpoint: {cause}")
+
+    def out_of_memory(self, job: Job, cause: str) -> None:
+        self._recorder.continue_trial(job.number, f"{cause}; went on with half")
+        self._watcher.say(f"trial {job.number} goes on from its checkpoint with half the micro-batch: {cause}")
 
     def failed(self, job: Job, cause: str) -> None:
         if job.goal.first_chip:

@@ -27,6 +27,9 @@ class TrialEvents(Protocol):
     def lost(self, job: Job, cause: str) -> None:
         """The worker of a trial ended; the trial goes on from its checkpoint."""
 
+    def out_of_memory(self, job: Job, cause: str) -> None:
+        """A trial ran out of memory; it goes on from its checkpoint with half the micro-batch."""
+
 
 class RunningJobs:
     """The jobs an adapter has in hand, each under a key of its own.
@@ -79,6 +82,13 @@ class RunningJobs:
         del self._jobs[key]
         if self._events:
             self._events.lost(job, cause)
+
+    def out_of_memory(self, key: str, cause: str) -> None:
+        """Close a job that ran out of memory while its micro-batch had more than a row. The core hands it out again."""
+        job = self._jobs.pop(key)
+        self.core.on_out_of_memory(job.number)
+        if self._events:
+            self._events.out_of_memory(job, cause)
 
     def left(self, key: str) -> None:
         """Let go of a job that was paused or interrupted; its trial stays unfinished."""

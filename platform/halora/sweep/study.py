@@ -32,6 +32,7 @@ _LEVEL = "level"  # index of the level a trial heads for
 _SCORES = "scores {index}"  # what a level gave
 _SKIPPED = "skipped"  # why a trial was never trained
 _LOST = "lost_workers"  # that a trial lost since its last report
+_HALVINGS = "halvings"  # of its micro-batch
 _RACED = "raced "  # and a number, of the study: scores of a finished trial on more chips
 _STOP = "stop_requested"
 _HOURS = "hours"
@@ -69,6 +70,7 @@ class Trial:
         scores: What each level it reached gave; for a finished trial the last with all chips scored since.
         skipped: Why it was never trained, else empty.
         lost_workers: How many ended under it since its last report.
+        halvings: How often its micro-batch was halved, as it ran out of memory.
         violation: Sum by which it breaks its constraints, as far as known.
         frozen: Optuna's own record.
     """
@@ -81,6 +83,7 @@ class Trial:
     scores: tuple[Scores, ...]
     skipped: str
     lost_workers: int
+    halvings: int
     violation: float
     frozen: FrozenTrial
 
@@ -158,7 +161,7 @@ class SweepStudy:
 
     def _look_at(self, frozen: FrozenTrial) -> None:
         attrs = frozen.user_attrs
-        seen = (len(attrs), attrs[_LEVEL], attrs.get(_LOST))
+        seen = (len(attrs), attrs[_LEVEL], attrs.get(_LOST), attrs.get(_HALVINGS))
         if frozen.state.is_finished():
             self._open.pop(frozen.number, None)
         elif self._open.get(frozen.number) == seen:
@@ -203,6 +206,10 @@ class SweepStudy:
     def count_lost_workers(self, trial: Trial, count: int) -> None:
         """Keep how many workers a trial lost since its last report."""
         self._opened(trial).set_user_attr(_LOST, count)
+
+    def halved(self, trial: Trial) -> None:
+        """Keep that a trial goes on with half its micro-batch."""
+        self._opened(trial).set_user_attr(_HALVINGS, trial.halvings + 1)
 
     def raced(self, trial: Trial, scores: Scores) -> None:
         """Keep a finished trial's scores on more chips."""
@@ -280,6 +287,7 @@ def _read(frozen: FrozenTrial) -> Trial:
         scores=scores,
         skipped=str(attrs.get(_SKIPPED, "")),
         lost_workers=int(attrs.get(_LOST, 0)),
+        halvings=int(attrs.get(_HALVINGS, 0)),
         violation=total_violation(frozen.constraints.values()),
         frozen=frozen,
     )

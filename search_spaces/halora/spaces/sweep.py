@@ -1,12 +1,13 @@
 """A sweep file: read, checked whole, and refused with every mistake at once."""
 
+import sys
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import AfterValidator, Field, StringConstraints, ValidationError
+from pydantic import AfterValidator, Field, StringConstraints, ValidationError, field_validator
 
 from halora.errors import UserError, attempt, nearest
 from halora.hardware.chip import Chip, load_chip
@@ -48,6 +49,24 @@ class ReferencePoint(Frozen):
     energy_uj_per_token: float = Field(gt=0)
 
 
+class Resources(Frozen):
+    """What Ray sets aside for every worker of a trial, and how long one may be silent."""
+
+    cpus: int | None = Field(default=None, ge=1)
+    """Cores and threads. Left out, the workers share the cores of one machine, and have one each on a cluster."""
+    gpus: float | None = Field(default=None, ge=0)
+    """GPUs; a fraction lets several workers share one. Left out, the workers share those that are there."""
+    heartbeat_s: float = Field(default=60.0, gt=0)
+    """Seconds after which a worker that says nothing counts as frozen and is ended; its trial goes on elsewhere."""
+
+    @field_validator("gpus")
+    @classmethod
+    def _whole_or_a_part(cls, gpus: float | None) -> float | None:
+        if gpus is not None and gpus > 1 and gpus != int(gpus):
+            raise ValueError(f"gpus is a part of one GPU or a whole number of them, got {gpus:g}")
+        return gpus
+
+
 class SweepConfig(Frozen):
     """One study: what is fixed, what is searched, and how long."""
 
@@ -58,7 +77,8 @@ class SweepConfig(Frozen):
     seed: int = Field(default=0, ge=0)
     trials: int = Field(ge=1)
     concurrent: int = Field(default=1, ge=1)
-    """Trials that run at the same time, each on its share of the cores."""
+    """Trials that run at the same time."""
+    resources: Resources = Resources()
     chips: dict[str, Any] = Field(default_factory=dict)
     """Chips of this sweep by name, each written as a trial's `chip`, to be named there, in choices and comparisons."""
     trial: dict[str, Any]
@@ -185,6 +205,8 @@ def trial_from(
 def _read(name_or_path: str, what: str = "sweep") -> dict[str, Any]:
     if name_or_path in shipped_sweeps():
         text = (SHIPPED / f"{name_or_path}.yaml").read_text()
+    elif name_or_path == "-":
+        text = sys.stdin.read()
     elif Path(name_or_path).is_file():
         text = Path(name_or_path).read_text()
     else:

@@ -91,6 +91,21 @@ class TrainingSettings(Frozen):
         return self
 
     @property
+    def micro_batch(self) -> int:
+        """Rows of a worker's largest micro-batch."""
+        return -(-self.batch_size // (self.workers * self.gradient_accumulation))
+
+    @property
+    def micro_batch_divisible(self) -> bool:
+        """Whether micro-batches of fewer rows are left."""
+        return self.gradient_accumulation < self.batch_size // self.workers
+
+    def with_micro_batch_halved(self, times: int) -> "TrainingSettings":
+        """The same steps in smaller parts; one row at a time is the least."""
+        most = self.batch_size // self.workers
+        return self.model_copy(update={"gradient_accumulation": min(self.gradient_accumulation << times, most)})
+
+    @property
     def noisy(self) -> bool:
         """Whether the method trains under noise."""
         return self.method != "lora"
