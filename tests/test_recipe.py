@@ -6,7 +6,6 @@ The scripts are those that `ray_cluster.yaml` calls.
 import json
 import os
 import re
-import signal
 import stat
 import subprocess
 import sys
@@ -41,7 +40,7 @@ found = {
     "store": os.environ["HALORA_STORE"],
     "artifacts": [file.path for file in client.list_artifacts(run.info.run_id)],
 }
-print("found", json.dumps(found))
+print("driver:", json.dumps(found))
 """
 
 
@@ -139,7 +138,7 @@ def test_the_whole_recipe_starts_twice_serves_and_ends():
             check=False,
         )
         assert submitted.returncode == 0, submitted.stdout + submitted.stderr
-        driver = json.loads(re.search(r"^found (.*)$", submitted.stdout, re.MULTILINE)[1])
+        driver = json.loads(re.search(r"^driver: (.*)$", submitted.stdout, re.MULTILINE)[1])
         assert {"first", "second"} < set(driver["nodes"])
         assert len(driver["nodes"]) == 3
         assert driver["cpus"] == 2  # none of the head's
@@ -150,8 +149,10 @@ def test_the_whole_recipe_starts_twice_serves_and_ends():
 
         # What crashed is started again, on the same data and with the same password.
         crashed = int((stack.state / "mlflow.pid").read_text().split()[0])
-        for process in [*psutil.Process(crashed).children(recursive=True), psutil.Process(crashed)]:
-            process.send_signal(signal.SIGKILL)
+        crashing = [*psutil.Process(crashed).children(recursive=True), psutil.Process(crashed)]
+        for process in crashing:
+            process.kill()
+        psutil.wait_procs(crashing)
         assert "answers at" in stack.up("mlflow.sh")
         assert _status(search, ("admin", password), data=query) == 200
 

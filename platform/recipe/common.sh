@@ -11,6 +11,7 @@ recipe=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 if [[ $EUID == 0 ]]; then home=/var/lib/halora; else home=$HOME/halora-state; fi
 export HALORA_STATE=${HALORA_STATE:-$home}
 export HALORA_VENV=${HALORA_VENV:-${recipe%/platform/recipe}/.venv}
+export PATH=$HALORA_VENV/bin:$PATH
 export RAY_AUTH_MODE=token
 export RAY_AUTH_TOKEN_PATH=${RAY_AUTH_TOKEN_PATH:-$HOME/.ray/auth_token}
 export RAY_worker_niceness=0 # trials at Ray's 15 starve beside any other process
