@@ -1,5 +1,6 @@
 """Checks a file for Ray's cluster launcher before it costs money: by Ray's own schema, and by what our sweeps need."""
 
+import json
 import os
 import re
 import shlex
@@ -106,13 +107,12 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"'{path}' is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(config, dict):
         raise UserError(f"'{path}' holds no settings; ray_cluster.yaml of this project is one to begin with")
-    return config
+    plain: dict[str, Any] = json.loads(json.dumps(config, default=str))  # keys and dates as texts, as in JSON
+    return plain
 
 
 def _by_schema(config: dict[str, Any]) -> Iterator[str]:
     """Every mistake that Ray's schema finds; Ray itself tells the first."""
-    import json
-
     import ray.autoscaler
     from jsonschema import Draft7Validator  # type: ignore[import-untyped]
 
@@ -129,7 +129,8 @@ def _by_schema(config: dict[str, Any]) -> Iterator[str]:
         else:
             given = "" if isinstance(error.instance, dict | list) else f", got {error.instance!r}"
             yield f"{at}: {error.validator} {error.validator_value!r} asked by Ray{given}"
-    if not config.get("provider") or config["provider"].get("type") != "local":
+    provider = config.get("provider")
+    if not isinstance(provider, dict) or provider.get("type") != "local":
         for key in ("available_node_types", "head_node_type", "max_workers"):
             if key not in config:
                 yield f"{key}: required, but missing: without it Ray takes a cluster of its own making"
