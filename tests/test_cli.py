@@ -636,7 +636,7 @@ def _kill_and_resume(store, name, file, kills, chance):
     arguments, left, said = ["launch", file], list(kills), []
     while left:
         with background(store, "sweep", *arguments) as driver:
-            driver.wait_for("starting 2 workers")
+            driver.wait_for("the sweep runs")
             while left:
                 if chance.random() < 0.5:  # else perhaps while it starts
                     driver.wait_for("training", after=len(driver.lines))

@@ -85,7 +85,7 @@ def test_imports_run_one_way():
                 for page in ["app", "chip", "compare", "mlflow_app", "readiness", "sweep", "sweeps", "trial"]
             },
         ),
-        ("optuna", {"sweep.study", "sweep.samplers", "analysis.importance"}),
+        ("optuna", {"sweep.study", "sweep.study_storage", "sweep.samplers", "analysis.importance"}),
         ("moocore", {"analysis.front"}),
         ("sklearn", {"sweep.table"}),
         ("scipy", {"selection.certificate", "sweep.samplers"}),

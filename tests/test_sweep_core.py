@@ -10,7 +10,8 @@ from halora.spaces.sweep import SweepConfig, load_sweep
 from halora.sweep.core import Decision
 from halora.sweep.problem import free_knobs
 from halora.sweep.state import check_not_launched, open_core
-from halora.sweep.study import SweepStudy, storage_of
+from halora.sweep.study import SweepStudy
+from halora.sweep.study_storage import storage_of
 from halora.trial import trial_energy
 
 _FIRST = (

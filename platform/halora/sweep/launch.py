@@ -138,7 +138,7 @@ def _run(sweep: SweepConfig, store: Store, watcher: Watcher, cluster: Cluster, m
     with only_driver(folder):
         watcher = DriverLog(folder.log_file, sweep.name, watcher)
         simulated, clock = folder.curves_file.exists(), SimulatedClock()
-        core = open_core(sweep, store, clock) if simulated else open_core(sweep, store)
+        core = open_core(sweep, store, clock) if simulated else open_core(sweep, store, say=watcher.say)
         core.request_stop(False)
         with (
             recording(store, sweep, watcher.say) as recorder,

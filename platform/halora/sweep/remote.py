@@ -20,10 +20,11 @@ import ray
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from halora.sweep.cluster import Cluster
-from halora.sweep.session import joined, shipped, unreachable
+from halora.sweep.session import check_listening, joined, shipped, unreachable
 from halora.sweep.versions import CLIENT, own_code
 
 _POLL_S = 0.5
+_MARK = "halora-says"  # what stands before it is Ray's
 _HEAD_NODE = {"node:__internal_head__": 0.001}
 _RAY_S_OWN = ("RAY_JOB_ID", "RAY_RAYLET_PID", "RAY_WORKER_ID")  # variables of the worker that starts a process
 _KEPT_S = 60.0  # that an actor stays after its command, for whoever asks how it ended
@@ -57,6 +58,7 @@ def carry_out(
     Raises:
         UnreachableError: The cluster does not answer, or not to us.
     """
+    check_listening(cluster)
     shown = 0
     with _started(cluster, arguments, stdin) as running:
         while True:
@@ -81,8 +83,8 @@ def _started(cluster: Cluster, arguments: Sequence[str], stdin: str) -> Iterator
 
 def _command(arguments: Sequence[str], stdin: str) -> str:
     """For a shell on the head, in the home folder: where Ray was started there means nothing."""
-    halora = f"halora {shlex.join(arguments)}"
-    return f"cd && printf %s {shlex.quote(stdin)} | {halora}" if stdin else f"cd && exec {halora}"
+    halora = f"cd && echo {_MARK} && halora {shlex.join(arguments)}"
+    return f"printf %s {shlex.quote(stdin)} | ({halora})" if stdin else halora
 
 
 class _Job:
@@ -98,7 +100,8 @@ class _Job:
             raise unreachable(cluster.address, error) from None
 
     def output(self) -> str:
-        return self._client.get_job_logs(self._id)
+        _, _, said = str(self._client.get_job_logs(self._id)).partition(f"\n{_MARK}\n")
+        return said
 
     def code(self) -> int | None:
         job = self._client.get_job_info(self._id)
@@ -117,7 +120,8 @@ class _Actor:
         self._shell = remote.options(lifetime="detached").remote(command)
 
     def output(self) -> str:
-        return str(ray.get(self._shell.output.remote()))
+        _, _, said = str(ray.get(self._shell.output.remote())).partition(f"{_MARK}\n")
+        return said
 
     def code(self) -> int | None:
         code: int | None = ray.get(self._shell.code.remote())

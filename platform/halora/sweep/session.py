@@ -1,6 +1,7 @@
 """Ray while a sweep needs it: started on this machine, or a cluster's that runs already."""
 
 import os
+import socket
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -9,6 +10,7 @@ from math import ceil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from urllib.parse import urlsplit
 
 import ray
 
@@ -19,12 +21,15 @@ from halora.sweep.cluster import LOCAL, Cluster
 NAMESPACE = "halora"
 """Ray's namespace of all that a sweep starts."""
 
+_LISTENING_S = 10.0
+
 # Read by Ray when it starts.
 _RAY_SETTINGS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_GLOBAL_CHECKPOINT_S": "3600",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_BACKEND_LOG_LEVEL": "error",
     "RAY_worker_niceness": "0",  # workers at Ray's default of 15 starve beside any other job
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
@@ -73,6 +78,7 @@ def joined(cluster: Cluster, environment: dict[str, str]) -> Iterator[None]:
     Raises:
         UnreachableError: The cluster does not answer, or not to us.
     """
+    check_listening(cluster)
     with TemporaryDirectory() as folder:
         runtime_env: dict[str, Any] = {"env_vars": environment, **shipped(cluster.wheel, Path(folder))}
         try:
@@ -90,6 +96,22 @@ def joined(cluster: Cluster, environment: dict[str, str]) -> Iterator[None]:
             yield
         finally:
             ray.shutdown()
+
+
+def check_listening(cluster: Cluster) -> None:
+    """Refuse an address at which nobody listens; Ray itself tries for ten minutes.
+
+    Raises:
+        UnreachableError: Nobody does.
+    """
+    if cluster.address == "auto":
+        return
+    parts = urlsplit(cluster.address if cluster.elsewhere else f"ray://{cluster.address}")
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    try:
+        socket.create_connection((parts.hostname or "", port), timeout=_LISTENING_S).close()
+    except OSError as error:
+        raise unreachable(cluster.address, error) from None
 
 
 def shipped(wheel: Path | None, folder: Path) -> dict[str, Any]:
@@ -118,8 +140,8 @@ def unreachable(address: str, error: BaseException) -> UnreachableError:
             "install the same lock file on both, see docs/cluster.md",
         )
     return UnreachableError(
-        f"no Ray cluster answers at {address}: {text[:200] or type(error).__name__}",
-        "check the address, that the port is open, and that Ray runs there (`ray status`)",
+        f"no Ray cluster answers at {address}: {text[-300:] or type(error).__name__}",
+        "check the address, that Ray runs there (`ray status`), and that RAY_AUTH_TOKEN is its token",
     )
 
 

@@ -14,7 +14,8 @@ from halora.spaces.sweep import SweepConfig
 from halora.sweep.core import DecisionCore
 from halora.sweep.problem import problem_of
 from halora.sweep.samplers import fitting_trials
-from halora.sweep.study import SweepStudy, storage_of
+from halora.sweep.study import SweepStudy
+from halora.sweep.study_storage import storage_of
 
 
 def load_core(name: str, store: Store) -> tuple[SweepConfig, DecisionCore]:
@@ -28,7 +29,12 @@ def load_sweep_of(folder: SweepFolder) -> SweepConfig:
     return SweepConfig.model_validate(yaml.safe_load(folder.sweep_file.read_text()))
 
 
-def open_core(sweep: SweepConfig, store: Store, clock_s: Callable[[], float] = time.monotonic) -> DecisionCore:
+def open_core(
+    sweep: SweepConfig,
+    store: Store,
+    clock_s: Callable[[], float] = time.monotonic,
+    say: Callable[[str], None] = lambda text: None,
+) -> DecisionCore:
     """The decision core of a sweep over whatever its study holds, and the trials of those it starts warm from.
 
     Raises:
@@ -40,7 +46,7 @@ def open_core(sweep: SweepConfig, store: Store, clock_s: Callable[[], float] = t
         for name in sweep.search.warm_start
         for trial in fitting_trials(problem, SweepStudy(name, storage_of(store.existing(name))).trials())
     ]
-    return DecisionCore(problem, SweepStudy(sweep.name, storage_of(store.sweep(sweep.name))), earlier, clock_s)
+    return DecisionCore(problem, SweepStudy(sweep.name, storage_of(store.sweep(sweep.name), say)), earlier, clock_s)
 
 
 def check_not_launched(folder: SweepFolder) -> None:

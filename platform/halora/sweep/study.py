@@ -5,7 +5,6 @@ kept true: RUNNING until a trial ends, COMPLETE with both objectives, PRUNED for
 trained for its energy, FAIL. What Optuna has no word for stands in the trial's attributes.
 """
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -14,18 +13,12 @@ from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution
-from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from halora.errors import UnreachableError, UserError
-from halora.records.store import SweepFolder
 from halora.spaces.search import total_violation
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
-
-STUDY_URL = "HALORA_STUDY_URL"
-"""Environment variable: SQLAlchemy's address of a database for studies, such as a cluster's PostgreSQL."""
 
 _ENERGY = "energy_uj_per_token"
 _LEVEL = "level"  # index of the level a trial heads for
@@ -101,27 +94,6 @@ class Trial:
 def point_key(values: Mapping[str, Any]) -> str:
     """Values of a point as text, whatever their order."""
     return repr(sorted(values.items()))
-
-
-def storage_of(folder: SweepFolder) -> BaseStorage:
-    """Where the sweep's study lives: a journal file in its folder, or the database that `$HALORA_STUDY_URL` named.
-
-    Raises:
-        UserError: The study is in a database, and the variable is not set.
-        UnreachableError: The database cannot be opened.
-    """
-    url = os.environ.get(STUDY_URL)
-    if folder.study_file.exists() or not (url or folder.database_mark.exists()):
-        return JournalStorage(JournalFileBackend(str(folder.study_file)))
-    if not url:
-        raise UserError(f"the study of sweep '{folder.name}' is in a database", f"set ${STUDY_URL} to its address")
-    try:
-        storage = RDBStorage(url)
-    except Exception as error:  # SQLAlchemy and its drivers raise many kinds; their texts may hold the password
-        kind = type(error).__name__
-        raise UnreachableError(f"the study's database (${STUDY_URL}) cannot be opened: {kind}") from None
-    folder.database_mark.touch()
-    return storage
 
 
 class SweepStudy:

@@ -3,6 +3,7 @@
 import hashlib
 import platform
 from collections.abc import Mapping
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -25,10 +26,8 @@ def own_versions() -> dict[str, str]:
 
 def own_code() -> str:
     """Digest of the package's files, whichever way it is installed."""
-    import halora
-
     files: dict[str, Path] = {}
-    for portion in map(Path, halora.__path__):
+    for portion in map(Path, import_module("halora").__path__):
         for path in portion.rglob("*"):
             if path.is_file() and path.suffix != ".pyc":
                 files.setdefault(path.relative_to(portion).as_posix(), path)
