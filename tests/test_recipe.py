@@ -12,6 +12,7 @@ import sys
 import urllib.error
 import urllib.request
 from base64 import b64encode
+from pathlib import Path
 
 import psutil
 import psycopg
@@ -20,7 +21,7 @@ from raylets import ROOT
 from recipe_stack import RECIPE, recipe_stack
 
 WHAT_A_DRIVER_FINDS = """
-import json, os, urllib.request
+import json, os, shutil
 import mlflow, optuna, ray
 
 ray.init(log_to_driver=False)
@@ -38,6 +39,7 @@ found = {
     "cpus": ray.cluster_resources()["CPU"],
     "tasks": ray.get([where.options(resources={name: 1}).remote() for name in ("first", "second")]),
     "store": os.environ["HALORA_STORE"],
+    "halora": shutil.which("halora"),
     "artifacts": [file.path for file in client.list_artifacts(run.info.run_id)],
 }
 print("driver:", json.dumps(found))
@@ -144,6 +146,7 @@ def test_the_whole_recipe_starts_twice_serves_and_ends():
         assert driver["cpus"] == 2  # none of the head's
         assert [knows for _, knows in driver["tasks"]] == [False, False]
         assert driver["store"] == str(stack.state / "store")
+        assert driver["halora"] == str(Path(sys.prefix) / "bin" / "halora")
         assert driver["artifacts"] == ["note.txt"]
         assert list((stack.state / "artifacts").rglob("note.txt"))
 
