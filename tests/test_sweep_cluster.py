@@ -67,9 +67,11 @@ class Listener:
         self.said = []
 
     def say(self, text):
+        """Keep it."""
         self.said.append(text)
 
     def trial(self, number, state, text="", node=""):
+        """Keep it."""
         self.said.append(f"trial {number} {state} {text}")
 
 
