@@ -20,6 +20,41 @@ def loss_chart(reports: Sequence[tuple[int, Mapping[str, float]]]) -> Chart:
     return {"data": data, "layout": chart_layout("optimiser step", "loss (nats)")}
 
 
+def layers_chart(noise_db: Mapping[str, Sequence[tuple[int, float]]]) -> Chart:
+    """Realised noise-to-signal ratio of each layer's weights over the depth, a line per kind of layer.
+
+    Args:
+        noise_db: Depth and ratio in dB of every layer, by kind.
+    """
+    data = []
+    for (kind, layers), (colour, symbol) in zip(noise_db.items(), PLAIN_STYLES * len(noise_db), strict=False):
+        line = {"x": [depth for depth, _ in layers], "y": [ratio_db for _, ratio_db in layers]}
+        mark = {"color": colour, "symbol": symbol, "size": 6}
+        data.append({"type": "scatter", "mode": "lines+markers", "name": escape(kind), **line, "marker": mark})
+    layout = chart_layout("decoder block", "noise to signal of the weights (dB)")
+    layout["xaxis"] |= {"tickformat": "d"}
+    return {"data": data, "layout": layout}
+
+
+def time_chart(measured: Sequence[tuple[float, float, float]], asked: float) -> Chart:
+    """Accuracy over the time since programming, which is logarithmic.
+
+    Args:
+        measured: Time in seconds, mean accuracy over chips, and that of the worst, in the order of time.
+        asked: The accuracy that is asked for.
+    """
+    times = [time_s for time_s, _, _ in measured]
+    data = []
+    if measured:
+        for place, name in ((1, "mean over chips"), (2, "worst chip")):
+            colour, symbol = PLAIN_STYLES[place - 1]
+            line = {"x": times, "y": [each[place] for each in measured], "marker": {"color": colour, "symbol": symbol}}
+            data.append({"type": "scatter", "mode": "lines+markers", "name": name, **line})
+        line = {"x": [times[0], times[-1]], "y": [asked, asked], "line": {"color": NEUTRAL, "dash": "dash", "width": 1}}
+        data.append({"type": "scatter", "mode": "lines", "name": "asked", "hoverinfo": "skip", **line})
+    return {"data": data, "layout": chart_layout("time since programming (s)", "accuracy under noise", log_x=True)}
+
+
 def beside_chart(own_uj: Mapping[str, float], named_uj: Mapping[str, float], name: str) -> Chart:
     """Energy per token by component, as one bar, over those of named baselines on the same logarithmic axis.
 
