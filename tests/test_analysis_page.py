@@ -146,4 +146,4 @@ def test_energies_stand_beside_named_ones_with_their_total():
     plotly.graph_objects.Figure(chart)
     (bar,) = chart["data"]
     rows = dict(zip(bar["y"], bar["x"], strict=True))
-    assert rows == {"&lt;i&gt;: dac": 0.5, "&lt;i&gt;: adc": 2.0, "&lt;i&gt;: total": 2.5, "other": 1.0, "gpu": 100.0}
+    assert rows == {"dac": 0.5, "adc": 2.0, "&lt;i&gt;: total": 2.5, "other": 1.0, "gpu": 100.0}

@@ -173,11 +173,11 @@ def _over_time(ready: Readiness) -> Chart:
 def _why_no_time(trial: TrialConfig, ready: Readiness) -> str:
     """Why nothing is measured of accuracy over time."""
     if not trial.chip.ages:
-        return "The chip's description has no ageing: its accuracy does not change with time."
+        return "the chip's description has no ageing, so nothing changes."
     if ready.certification is None:
-        return f"Not measured: a certification does, at {', '.join(TIMES_S)} after programming."
+        return f"not measured; a certification does so, at {', '.join(TIMES_S)} after programming."
     reasons = [line.reason for line in ready.certification.robustness if line.group == "time"]
-    return f"Not measured: {'; '.join(dict.fromkeys(reasons)) or 'the certification had no robustness chips'}."
+    return f"not measured: {'; '.join(dict.fromkeys(reasons)) or 'the certification had no robustness chips'}."
 
 
 def _sweep_charts(snapshot: Snapshot, point: TrialPoint, trial: TrialConfig) -> Mapping[str, Chart]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from html import escape
-from math import isfinite, nan
+from math import ceil, isfinite, nan
 
 from halora.analysis.charts import NEUTRAL, PLAIN_STYLES, Chart, chart_layout
 
@@ -32,7 +32,8 @@ def layers_chart(noise_db: Mapping[str, Sequence[tuple[int, float]]]) -> Chart:
         mark = {"color": colour, "symbol": symbol, "size": 6}
         data.append({"type": "scatter", "mode": "lines+markers", "name": escape(kind), **line, "marker": mark})
     layout = chart_layout("decoder block", "noise to signal of the weights (dB)")
-    layout["xaxis"] |= {"tickformat": "d"}
+    depths = 1 + max((depth for layers in noise_db.values() for depth, _ in layers), default=0)
+    layout["xaxis"] |= {"tick0": 0, "dtick": ceil(depths / 8)}
     return {"data": data, "layout": layout}
 
 
@@ -63,8 +64,7 @@ def beside_chart(own_uj: Mapping[str, float], named_uj: Mapping[str, float], nam
         named_uj: Microjoule per token by baseline.
         name: What the components are of.
     """
-    rows = {f"{name}: {part}": value for part, value in own_uj.items() if value > 0}
-    rows = dict(sorted(rows.items(), key=lambda item: item[1]))
+    rows = dict(sorted(((part, value) for part, value in own_uj.items() if value > 0), key=lambda item: item[1]))
     rows |= {f"{name}: total": sum(own_uj.values())} | dict(sorted(named_uj.items(), key=lambda item: item[1]))
     colours = [NEUTRAL if text in named_uj else "#0072B2" if text.endswith(": total") else "#56B4E9" for text in rows]
     bar = {
@@ -73,13 +73,14 @@ def beside_chart(own_uj: Mapping[str, float], named_uj: Mapping[str, float], nam
         "x": list(rows.values()),
         "y": [escape(text) for text in rows],
         "marker": {"color": colours},
-        "text": [f"{value:.3g}" for value in rows.values()],
-        "textposition": "outside",
+        "text": [f"{value:.3g}" if value < 1000 else f"{float(f'{value:.3g}'):,.0f}" for value in rows.values()],
+        "textposition": "auto",  # inside where there is room
+        "textangle": 0,
+        "constraintext": "none",
         "cliponaxis": False,
         "hovertemplate": "%{y}<br>%{x:.4g} µJ<extra></extra>",
         "showlegend": False,
     }
     layout = chart_layout("energy per token (µJ)", "", log_x=True) | {"height": 90 + 26 * len(rows)}
     layout["yaxis"] |= {"type": "category"}
-    layout["margin"] |= {"r": 60}
     return {"data": [bar], "layout": layout}
