@@ -77,6 +77,7 @@ def beside_chart(own_uj: Mapping[str, float], named_uj: Mapping[str, float], nam
         "textposition": "auto",  # inside where there is room
         "textangle": 0,
         "constraintext": "none",
+        "insidetextfont": {"color": ["#ffffff" if text.endswith(": total") else "#000000" for text in rows]},
         "cliponaxis": False,
         "hovertemplate": "%{y}<br>%{x:.4g} µJ<extra></extra>",
         "showlegend": False,
