@@ -84,10 +84,11 @@ class MlflowServer:
     Args:
         backend: URI of its database.
         folder: For its artifacts and its log.
+        options: Further ones of its command.
     """
 
-    def __init__(self, backend: str, folder: Path) -> None:
-        self._backend, self._folder, self._port = backend, folder, free_port()
+    def __init__(self, backend: str, folder: Path, *options: str) -> None:
+        self._backend, self._folder, self._port, self._options = backend, folder, free_port(), options
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -99,7 +100,7 @@ class MlflowServer:
         """Start it, and return once it answers."""
         command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", self._backend, "--workers", "1"]
         command += ["--host", "127.0.0.1", "--port", str(self._port)]
-        command += ["--artifacts-destination", str(self._folder / "artifacts")]
+        command += ["--artifacts-destination", str(self._folder / "artifacts"), *self._options]
         env = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
         log = (self._folder / "server.log").open("a")
         self._process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
@@ -126,9 +127,9 @@ class MlflowServer:
 
 
 @contextmanager
-def mlflow_server(backend: str, folder: Path) -> Iterator[MlflowServer]:
+def mlflow_server(backend: str, folder: Path, *options: str) -> Iterator[MlflowServer]:
     """A running MLflow server."""
-    server = MlflowServer(backend, folder)
+    server = MlflowServer(backend, folder, *options)
     try:
         server.start()
         yield server

@@ -32,7 +32,7 @@ from halora.records.tracking import open_client
 from halora.sweep.state import load_sweep_of
 
 WIDE, NARROW = 1100, 390
-WHITE = "rgb(255, 255, 255)"
+WHITE, BLACK = "rgb(255, 255, 255)", "rgb(0, 0, 0)"
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +112,16 @@ def _open(browser, url):
 
 def _draws(browser):
     return int(browser.execute_script("return document.body.dataset.ready"))
+
+
+@contextlib.contextmanager
+def _hurried(browser):
+    """Pages opened inside wait a tenth of the time for what is due in a second or later."""
+    source = "const real = window.setTimeout;"
+    source += "window.setTimeout = (does, ms, ...more) => real(does, ms < 1000 ? ms : ms / 10, ...more);"
+    added = browser.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": source})
+    yield
+    browser.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", added)
 
 
 @contextlib.contextmanager
@@ -330,6 +340,22 @@ def test_the_keyboard_alone_shortlists(browser, address):
     assert _picked(browser) == {number}
 
 
+def test_paper_is_white_without_forms_whatever_the_screen(browser, address):
+    _look(browser, WIDE, "dark")
+    _open(browser, f"{address}/sweeps/dozen")
+    ink = "return getComputedStyle(document.querySelector('.xtitle')).fill"
+    assert browser.execute_script(ink) != BLACK
+    with _redrawn(browser):
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    try:
+        assert browser.execute_script(ink) == BLACK
+        shown = ("#constraints", "nav", ".modebar", "#trials + .scroll td", "#chart-front")
+        places = [browser.find_element(By.CSS_SELECTOR, selector).is_displayed() for selector in shown]
+        assert places == [False, False, False, True, True]
+    finally:
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
+
+
 def test_a_brush_on_an_axis_filters_every_view(browser, address, store):
     _open(browser, f"{address}/sweeps/large")
     points = read_ledger(store, "large").points()
@@ -366,7 +392,7 @@ def test_a_brush_on_an_axis_filters_every_view(browser, address, store):
 def test_a_running_sweep_renews_itself_and_keeps_the_zoom(browser, address, store):
     folder = store.sweep("zero")
     sweep = load_sweep_of(folder)
-    with folder.lock_file.open("a") as lock:
+    with _hurried(browser), folder.lock_file.open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         recorder = SweepRecorder(folder, sweep)
         for number in range(2):

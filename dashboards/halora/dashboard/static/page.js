@@ -164,5 +164,5 @@
   });
   document.addEventListener("DOMContentLoaded", drawAll);
   addEventListener("resize", spaced);
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
+  for (const media of ["(prefers-color-scheme: dark)", "print"]) matchMedia(media).addEventListener("change", drawAll);
 })();
