@@ -16,6 +16,7 @@ import pytest
 import uvicorn
 from page_stores import STORIES, certify_made_up, fill, varied_trial
 from recorded_sweeps import begin, finish, made_up_sweep
+from selenium.common.exceptions import NoSuchElementException, StaleElementReferenceException
 from selenium.webdriver import ActionChains, Keys
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.wait import WebDriverWait
@@ -98,10 +99,16 @@ def _foreign(browser, address):
     return [url for url in _requests(browser) if not url.startswith((address, "data:", "about:", "blob:"))]
 
 
+def _until(browser, condition):
+    """Wait until it is met, by a page that is changing."""
+    passing = [StaleElementReferenceException, NoSuchElementException]
+    WebDriverWait(browser, 30, 0.1, ignored_exceptions=passing).until(condition)
+
+
 def _ready(browser, times=1):
     """Wait until the figures were drawn, since the page was opened, so many times."""
-    WebDriverWait(browser, 15).until(
-        lambda b: int(b.execute_script("return document.body && document.body.dataset.ready || '0'")) >= times
+    _until(
+        browser, lambda b: int(b.execute_script("return document.body && document.body.dataset.ready || '0'")) >= times
     )
 
 
@@ -136,13 +143,13 @@ def _follow(browser, element, part):
     """Click what leads to another page, whose address has this part."""
     assert part not in browser.current_url
     element.click()
-    WebDriverWait(browser, 15).until(lambda b: part in b.current_url)
+    _until(browser, lambda b: part in b.current_url)
 
 
 def _wait_for_width(browser, width):
     """Wait until the figures have come to the width of the window."""
     widest = "return Math.max(0, ...[...document.querySelectorAll('.chart svg')].map((each) => each.clientWidth))"
-    WebDriverWait(browser, 15).until(lambda b: b.execute_script(widest) < width)
+    _until(browser, lambda b: b.execute_script(widest) < width)
 
 
 def _picture(browser, width):
@@ -287,7 +294,7 @@ def test_a_click_on_the_front_leads_to_the_shortlist_and_the_card(browser, addre
         _in_plane(browser, [_pixel(browser, point.energy_uj_per_token, point.accuracy)])
     assert _picked(browser) == set()
     browser.back()
-    WebDriverWait(browser, 15).until(lambda b: _picked(b) == {point.number})
+    _until(browser, lambda b: _picked(b) == {point.number})
     card = browser.find_element(By.CSS_SELECTOR, "#shortlist + .scroll tbody th a")
     _follow(browser, card, "/trials/")
     assert browser.current_url == f"{address}/sweeps/dozen/trials/{point.number}"
@@ -310,16 +317,15 @@ def test_a_box_on_the_front_shortlists_what_is_in_it(browser, address, store):
 def test_the_form_answers_while_it_is_typed_in_and_the_address_follows(browser, address, store):
     _open(browser, f"{address}/sweeps/large")
     field = browser.find_element(By.NAME, "accuracy")
-    with _redrawn(browser):
-        field.send_keys("0.75")
+    field.send_keys("0.75")
     wanted = [p for p in read_ledger(store, "large").points() if p.accuracy >= 0.75]
-    assert int(_text(browser, "#qualifying")) == len(wanted)
-    assert browser.current_url == f"{address}/sweeps/large?accuracy=0.75"
+    _until(browser, lambda b: b.current_url == f"{address}/sweeps/large?accuracy=0.75")
+    _until(browser, lambda b: int(_text(b, "#qualifying")) == len(wanted))
     assert browser.switch_to.active_element == field
-    with _redrawn(browser):
-        further = browser.find_element(By.CSS_SELECTOR, "input[list]")
-        further.send_keys("rank=4|8", Keys.ENTER)
-    assert int(_text(browser, "#qualifying")) == len([p for p in wanted if p.params["lora.rank"] in (4, 8)])
+    further = browser.find_element(By.CSS_SELECTOR, "input[list]")
+    further.send_keys("rank=4|8", Keys.ENTER)
+    left = [p for p in wanted if p.params["lora.rank"] in (4, 8)]
+    _until(browser, lambda b: int(_text(b, "#qualifying")) == len(left))
     _open(browser, browser.current_url)
     assert browser.find_element(By.NAME, "accuracy").get_attribute("value") == "0.75"
     assert _text(browser, ".chips bdi") == "rank=4|8"
@@ -404,27 +410,21 @@ def test_a_running_sweep_renews_itself_and_keeps_the_zoom(browser, address, stor
         with _redrawn(browser):
             varied_trial(recorder, sweep, folder.root, 2)
             begin(recorder, sweep, 3)
-        assert _text(browser, "#qualifying") in ("2", "3")
-        WebDriverWait(browser, 20).until(lambda b: _text(b, "#qualifying") == "3")
+        _until(browser, lambda b: _text(b, "#qualifying") == "3")
         kept = browser.execute_script("return document.getElementById('chart-front')._fullLayout.yaxis.range")
         assert kept == [0.1, 0.9]
         assert len([url for url in _requests(browser) if url.endswith("/sweeps/zero")]) == 1
         recorder.close()
-    WebDriverWait(browser, 20).until(lambda b: not b.find_elements(By.ID, "poll"))  # it has ended: no more renewal
+    _until(browser, lambda b: not b.find_elements(By.ID, "poll"))  # it has ended: no more renewal
 
 
 def test_the_chip_s_sliders_answer_at_once(browser, address):
     _open(browser, f"{address}/chip")
     before = float(_text(browser, ".big"))
-    slider = browser.find_element(By.NAME, "bits")
-    with _redrawn(browser):
-        slider.send_keys(Keys.ARROW_LEFT)
-    assert float(_text(browser, ".big")) < before
-    assert "bits=7" in browser.current_url
-    with _redrawn(browser):
-        chosen = browser.find_element(By.NAME, "preset")
-        chosen.send_keys("isaac")
-    assert "--chip isaac --rank 4 --tokens 512" in _text(browser, "pre.command")
+    browser.find_element(By.NAME, "bits").send_keys(Keys.ARROW_LEFT)
+    _until(browser, lambda b: "bits=7" in b.current_url and float(_text(b, ".big")) < before)
+    browser.find_element(By.NAME, "preset").send_keys("isaac")
+    _until(browser, lambda b: "--chip isaac --rank 4 --tokens 512" in _text(b, "pre.command"))
 
 
 def test_forms_and_tables_work_without_javascript(browser, address, store):
