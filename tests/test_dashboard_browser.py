@@ -23,6 +23,7 @@ from selenium.webdriver.support.wait import WebDriverWait
 from services import axe_core, chrome
 
 from halora.analysis.parallel import parallel_axes
+from halora.analysis.trials import grouped
 from halora.dashboard.app import create_app
 from halora.dashboard.reading import NOISY
 from halora.records.index import read_ledger
@@ -315,19 +316,20 @@ def test_a_box_on_the_front_shortlists_what_is_in_it(browser, address, store):
 
 
 def test_the_form_answers_while_it_is_typed_in_and_the_address_follows(browser, address, store):
-    _open(browser, f"{address}/sweeps/large")
+    _open(browser, f"{address}/sweeps/dozen")
     field = browser.find_element(By.NAME, "accuracy")
-    field.send_keys("0.75")
-    wanted = [p for p in read_ledger(store, "large").points() if p.accuracy >= 0.75]
-    _until(browser, lambda b: b.current_url == f"{address}/sweeps/large?accuracy=0.75")
+    field.send_keys("0.45")
+    wanted = [p for p in grouped(read_ledger(store, "dozen").points()).feasible if p.accuracy >= 0.45]
+    _until(browser, lambda b: b.current_url == f"{address}/sweeps/dozen?accuracy=0.45")
     _until(browser, lambda b: int(_text(b, "#qualifying")) == len(wanted))
     assert browser.switch_to.active_element == field
     further = browser.find_element(By.CSS_SELECTOR, "input[list]")
     further.send_keys("rank=4|8", Keys.ENTER)
     left = [p for p in wanted if p.params["lora.rank"] in (4, 8)]
+    assert 0 < len(left) < len(wanted)
     _until(browser, lambda b: int(_text(b, "#qualifying")) == len(left))
     _open(browser, browser.current_url)
-    assert browser.find_element(By.NAME, "accuracy").get_attribute("value") == "0.75"
+    assert browser.find_element(By.NAME, "accuracy").get_attribute("value") == "0.45"
     assert _text(browser, ".chips bdi") == "rank=4|8"
 
 
@@ -364,9 +366,10 @@ def test_paper_is_white_without_forms_whatever_the_screen(browser, address):
 
 
 def test_a_brush_on_an_axis_filters_every_view(browser, address, store):
-    _open(browser, f"{address}/sweeps/large")
-    points = read_ledger(store, "large").points()
-    axis = next(a for a in parallel_axes(points, NOISY) if a.field == "training.learning_rate")
+    _open(browser, f"{address}/sweeps/dozen")
+    groups = grouped(read_ledger(store, "dozen").points())
+    points = groups.feasible
+    axis = next(a for a in parallel_axes([*points, *groups.violating], NOISY) if a.field == "training.learning_rate")
     grabs = browser.find_elements(By.CSS_SELECTOR, "[data-axis]")
     (grab,) = [each for each in grabs if json.loads(each.get_attribute("data-axis"))["field"] == axis.field]
     browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", grab)
@@ -383,6 +386,7 @@ def test_a_brush_on_an_axis_filters_every_view(browser, address, store):
     pale = browser.execute_script(
         "return document.getElementById('chart-front').data.find((trace) => trace.name == 'does not qualify').x.length"
     )
+    assert 0 < len(inside) < len(points)
     assert pale == len(points) - len(inside)
     assert browser.find_elements(By.CSS_SELECTOR, "svg.coordinates rect.brush")
     (grab,) = [
