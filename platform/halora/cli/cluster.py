@@ -5,7 +5,11 @@ from typing import Annotated
 
 import typer
 
-from halora.cli.output import Format, FormatOption, show_rows, talk
+from halora.cli.elsewhere import AddressOption, elsewhere
+from halora.cli.output import Format, FormatOption, StorageOption, StoreOption, open_store, show_rows, talk
+from halora.errors import UserError
+from halora.records.store import Store
+from halora.sweep.cluster import Cluster
 
 app = typer.Typer(help="Check the description of a cluster.", no_args_is_help=True)
 
@@ -37,12 +41,12 @@ def check(
     if file is not None:
         _check_file(file, form)
     if cluster.address:
-        _check_nodes(cluster, Store.at(store, storage=storage), form)
+        _check_nodes(cluster, open_store(store, storage=storage), form)
 
 
 def _check_nodes(cluster: Cluster, store: Store, form: Format) -> None:
     elsewhere(cluster)
-    from halora.sweep.preflight import look_at
+    from halora.sweep.preflight import look_at, refuse
 
     store.check_writable()
     reports = look_at(cluster, store, store.storage)
