@@ -148,10 +148,12 @@ class MlflowServer:
         backend: URI of its database.
         folder: For its artifacts and its log.
         host: Address it listens on.
+        options: Further ones of its command.
     """
 
-    def __init__(self, backend: str, folder: Path, host: str = "127.0.0.1") -> None:
+    def __init__(self, backend: str, folder: Path, *options: str, host: str = "127.0.0.1") -> None:
         self._backend, self._folder, self._host, self._port = backend, folder, host, free_port()
+        self._options = options
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -163,7 +165,7 @@ class MlflowServer:
         """Start it, and return once it answers."""
         command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", self._backend, "--workers", "1"]
         command += ["--host", self._host, "--port", str(self._port)]
-        command += ["--artifacts-destination", str(self._folder / "artifacts")]
+        command += ["--artifacts-destination", str(self._folder / "artifacts"), *self._options]
         env = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
         log = (self._folder / "server.log").open("a")
         self._process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
@@ -190,9 +192,9 @@ class MlflowServer:
 
 
 @contextmanager
-def mlflow_server(backend: str, folder: Path, host: str = "127.0.0.1") -> Iterator[MlflowServer]:
+def mlflow_server(backend: str, folder: Path, *options: str, host: str = "127.0.0.1") -> Iterator[MlflowServer]:
     """A running MLflow server."""
-    server = MlflowServer(backend, folder, host)
+    server = MlflowServer(backend, folder, *options, host=host)
     try:
         server.start()
         yield server

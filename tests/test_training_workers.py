@@ -1,12 +1,14 @@
 """Oracles: the same training by one worker; the uninterrupted run; what becomes of a trial whose worker is killed."""
 
 import os
+import resource
 import shutil
 import signal
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import ray
 import torch
@@ -169,10 +171,8 @@ def test_a_lost_worker_ends_the_step_soon_and_by_name(workbench, tiny_trial, tmp
 def test_a_lost_worker_ends_the_job_and_not_the_trainable(heartbeats, tiny_trial, tmp_path):
     (tmp_path / "lost").mkdir()
     (tmp_path / "next").mkdir()
-    config = tiny_trial(**SETTINGS, workers=2)
     trainable = HaloraTrainable.__new__(HaloraTrainable)
-    job = {"trial": config.model_dump(mode="json"), "goal": {"steps": config.training.steps, "chip_instances": 1}}
-    job |= {"job": "it", "heartbeats": heartbeats}
+    job = _job(tiny_trial(**SETTINGS, workers=2), heartbeats)
     trainable.setup({"number": 0, "folder": str(tmp_path / "lost"), **job})
     assert trainable.step()["stage"] == "training"
     os.kill(_peer_pid(trainable._training), signal.SIGKILL)
@@ -182,6 +182,36 @@ def test_a_lost_worker_ends_the_job_and_not_the_trainable(heartbeats, tiny_trial
     trainable.reset_config({"number": 1, "folder": str(tmp_path / "next"), **job})
     assert trainable.step()["stage"] == "training"
     trainable.cleanup()
+
+
+def test_a_trial_that_runs_out_of_memory_goes_on_in_smaller_parts(workbench, heartbeats, tiny_trial, tmp_path):
+    """Oracles: a limit that the kernel sets to this process's memory; the losses of a training that has enough."""
+    settings = {"steps": 3, "batch_size": 64, "schedule": {"sigma_start": 0.05}}
+    plenty = _run(workbench, tiny_trial(**settings), tmp_path / "plenty")
+    config = tiny_trial(**settings)
+    trainable = HaloraTrainable.__new__(HaloraTrainable)
+    trainable.setup({"number": 0, "folder": str(tmp_path / "scarce"), **_job(config, heartbeats)})
+    losses, rows = [trainable.step()["train_loss"]], []
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + 2**20, before[1]))
+    try:
+        while (report := trainable.step())["stage"] == "out_of_memory":
+            rows.append(config.training.micro_batch)
+            assert report["cause"] == f"out of memory with {rows[-1]} rows at a time"
+            assert report["done"]
+            config = config.with_micro_batch_halved(1)
+            trainable.reset_config({"number": 0, "folder": str(tmp_path / "scarce"), **_job(config, heartbeats)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    assert rows[:1] == [64]
+    losses += [report["train_loss"], trainable.step()["train_loss"]]
+    assert losses == pytest.approx(plenty, rel=1e-4)
+    trainable.cleanup()
+
+
+def _job(config: TrialConfig, heartbeats: tuple[str, float]) -> dict:
+    goal = {"steps": config.training.steps, "chip_instances": 1}
+    return {"job": "a", "heartbeats": heartbeats, "trial": config.model_dump(mode="json"), "goal": goal}
 
 
 def test_a_trial_goes_from_node_to_node(heartbeats, tiny_trial, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import warnings
 
 import typer
 
-from halora.cli import adapter, dashboard, doctor, energy, front, noise, space, sweep, train, trial
+from halora.cli import adapter, cluster, dashboard, doctor, energy, front, noise, space, sweep, train, trial
 from halora.cli.elsewhere import check_client
 from halora.cli.output import talk
 from halora.errors import UnreachableError, UserError
@@ -26,6 +26,7 @@ app.add_typer(front.app, name="front")
 app.add_typer(trial.app, name="trial")
 app.add_typer(adapter.app, name="adapter")
 app.add_typer(noise.app, name="noise")
+app.add_typer(cluster.app, name="cluster")
 app.command("train")(train.train)
 app.command("evaluate")(train.evaluate)
 app.command("energy")(energy.energy)

@@ -39,7 +39,7 @@ class NodeReport:
     problems: tuple[str, ...]
 
 
-def check_cluster(cluster: Cluster, store: Store, storage: str = "", models: Sequence[str] = ()) -> list[NodeReport]:
+def check_cluster(cluster: Cluster, store: Store, storage: str = "", models: Sequence[str] = ()) -> None:
     """Refuse a cluster on which a sweep could not run.
 
     Args:
@@ -51,11 +51,18 @@ def check_cluster(cluster: Cluster, store: Store, storage: str = "", models: Seq
     Raises:
         UnreachableError: It does not answer, or a node differs from this process, or does not reach what it needs.
     """
-    reports = look_at(cluster, store, storage, models)
+    refuse(look_at(cluster, store, storage, models))
+
+
+def refuse(reports: Sequence[NodeReport]) -> None:
+    """Refuse a cluster whose nodes have problems.
+
+    Raises:
+        UnreachableError: With all of them.
+    """
     problems = [f"node {report.address}: {problem}" for report in reports for problem in report.problems]
     if problems:
         raise UnreachableError(problems, "mend the nodes and run again; `halora cluster check --address` looks again")
-    return reports
 
 
 def look_at(cluster: Cluster, store: Store, storage: str = "", models: Sequence[str] = ()) -> list[NodeReport]:

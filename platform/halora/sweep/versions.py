@@ -2,6 +2,7 @@
 
 import hashlib
 import platform
+from collections.abc import Mapping
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -30,7 +31,12 @@ def own_code() -> str:
         for path in portion.rglob("*"):
             if path.is_file() and path.suffix != ".pyc":
                 files.setdefault(path.relative_to(portion).as_posix(), path)
+    return code_digest({name: path.read_bytes() for name, path in files.items()})
+
+
+def code_digest(files: Mapping[str, bytes]) -> str:
+    """Digest of a package's files by their paths within it."""
     digest = hashlib.sha256()
-    for name, path in sorted(files.items()):
-        digest.update(name.encode() + b"\0" + path.read_bytes() + b"\0")
+    for name, content in sorted(files.items()):
+        digest.update(name.encode() + b"\0" + content + b"\0")
     return digest.hexdigest()[:12]

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Ray's head, with its token authentication on. What runs already is left alone.
+#
+#   ray-head.sh [further arguments of `ray start`]
+#
+# It offers no CPU, so no trial lands on it; it runs the drivers of sweeps, which find everything in their environment.
+
+set -euo pipefail
+# shellcheck source-path=SCRIPTDIR source=environment.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
+enter_state
+
+if runs ray-head; then
+    say "ray-head runs already"
+    exit
+fi
+if [[ ! -s $RAY_AUTH_TOKEN_PATH ]]; then
+    [[ -d ${RAY_AUTH_TOKEN_PATH%/*} ]] || install -d -m 700 -- "${RAY_AUTH_TOKEN_PATH%/*}"
+    cp -- "$(secret ray-token)" "$RAY_AUTH_TOKEN_PATH"
+    say "drew a token for Ray: nodes and users of the cluster need a copy of $RAY_AUTH_TOKEN_PATH"
+fi
+chmod 600 -- "$RAY_AUTH_TOKEN_PATH"
+ulimit -n "$(ulimit -Hn)"
+mkdir -p -- "$HALORA_STORE"
+
+begin ray-head "$HALORA_VENV/bin/ray" start --head --block --port "$HALORA_RAY_PORT" --num-cpus 0 --num-gpus 0 \
+    --dashboard-host "$HALORA_DASHBOARD_HOST" --dashboard-port "$HALORA_DASHBOARD_PORT" \
+    --ray-client-server-port "$HALORA_CLIENT_PORT" ${HALORA_NODE_ADDRESS:+--node-ip-address "$HALORA_NODE_ADDRESS"} "$@"
+wait_until ray-head 180 answers "http://$HALORA_DASHBOARD_HOST:$HALORA_DASHBOARD_PORT/"
+say "ray-head listens on port $HALORA_RAY_PORT; jobs at http://$HALORA_DASHBOARD_HOST:$HALORA_DASHBOARD_PORT"
