@@ -215,7 +215,7 @@ def test_a_frozen_worker_is_found_and_its_trial_goes_on(cluster, store, sweep_fi
     metrics = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read().decode()
     assert 'halora_trials{state="running",sweep="frozen"}' in metrics
     (node,) = [node for node in cluster.nodes.values() if node.address == line["node"]]
-    (worker,) = [process for process in node.workers() if "HaloraTrainable" in " ".join(process.cmdline())]
+    (worker,) = [process for process in node.workers() if "Trainable" in " ".join(process.cmdline())]
     worker.suspend()
     said = wait_for(store, "frozen", lambda line: "goes on from its checkpoint" in line["message"])
     assert "its worker was frozen: it said nothing for 12 s" in said["message"]

@@ -18,7 +18,7 @@ from halora.errors import StorageError, UserError
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem  # type: ignore[import-untyped]
 
-RETRIES_S = (1.0, 2.0, 4.0, 8.0)
+RETRIES_S = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
 """Waits between the tries of an operation that fails in a way which may pass."""
 _LASTING = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError, ValueError, TypeError)
 _LOCAL = ("file", "local")
