@@ -1,111 +1,126 @@
-"""How long the page takes on the server, and how much it sends, beside MLflow's own search of the same runs.
+"""How long a sweep's page takes on the server, beside MLflow's own search of its runs, which a page over it would need.
 
 Cold: the first look at a sweep since the server was started, its index made before. Warm: any later one. Filtered:
-with a constraint that was not asked for before. The same trials are in a SQLite database of MLflow, as runs with their
-params, metrics and tags, and searched for through its client. docs/lab.md has the result.
+with a constraint that was not asked for before. The same trials are runs in a SQLite database of MLflow, with their
+params, metrics and tags, and are searched for a thousand at a time through its client, in this process as ours.
 
-    python benchmarks/page.py
+    python -m benchmarks.page --rounds 7
 """
 
-import argparse
+import re
 import sys
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from statistics import median
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.store.tracking.dbmodels.models import SqlLatestMetric, SqlMetric, SqlParam, SqlRun, SqlTag
 from recorded_sweeps import generated_journal
+from sqlalchemy import create_engine, insert
 from starlette.testclient import TestClient
 
+from benchmarks.harness import Record, Way, Work, interleave, parser, record, save
+from halora.analysis.trials import TrialPoint
 from halora.dashboard.app import create_app
 from halora.records import names
 from halora.records.index import read_ledger
 from halora.records.store import Store
 from halora.spaces.sweep import SHIPPED
 
-_FOUND = 1000  # runs on one page of a search
+_SWEEP = "quickstart"
+_FOUND = 1000  # runs on one page of a search, the client's default
+_LARGEST = 1_000_000  # bytes of a view besides Plotly's code, which a browser keeps
 
 
 def main() -> None:
-    """Run and print."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--trials", type=int, nargs="+", default=[2000, 10_000])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--most-runs", type=int, default=2000, help="in MLflow; making 10,000 takes minutes")
-    arguments = parser.parse_args()
-    print(f"{'trials':>7} {'what':<28}{'median ms':>10}{'worst ms':>10}{'kB':>8}")
-    for trials in arguments.trials:
+    """Run, print and record."""
+    arguments = parser(__doc__ or "", rounds=7, threads=None)
+    arguments.add_argument("--trials", type=int, nargs="+", default=[2000, 10_000])
+    asked = arguments.parse_args()
+    records: list[Record] = []
+    for trials in asked.trials:
         with tempfile.TemporaryDirectory() as folder:
-            _measure(Store(Path(folder)), trials, arguments.rounds, arguments.most_runs)
+            records += _measured(Store(Path(folder)), trials, asked.rounds)
+    save(records, asked.results)
 
 
-def _measure(store: Store, trials: int, rounds: int, most_runs: int) -> None:
-    folder = store.sweep("quickstart")
+def _measured(store: Store, trials: int, rounds: int) -> list[Record]:
+    folder = store.sweep(_SWEEP)
     folder.root.mkdir(parents=True)
-    folder.sweep_file.write_text((SHIPPED / "quickstart.yaml").read_text())
+    folder.sweep_file.write_text((SHIPPED / f"{_SWEEP}.yaml").read_text())
     generated_journal(folder.journal_file, trials)
-    read_ledger(store, folder.name)  # the index, as a sweep leaves it
+    points = read_ledger(store, _SWEEP).points()  # makes the index, as a sweep leaves it
+    seconds = interleave({"MLflow": searched(store, points), **_pages(store, trials)}, rounds)
+    other = seconds.pop("MLflow")
+    return [
+        record(f"page/{trials} trials, {name}, against MLflow's search", own, other) for name, own in seconds.items()
+    ]
 
-    def cold() -> int:
-        return _size(TestClient(create_app(store), base_url="http://127.0.0.1"), "/sweeps/quickstart")
 
+def _pages(store: Store, trials: int) -> dict[str, Way]:
     client = TestClient(create_app(store), base_url="http://127.0.0.1")
-    number = iter(range(10**6))
-    _size(client, "/sweeps/quickstart")
-    ways: dict[str, Callable[[], int]] = {
-        "page, cold": cold,
-        "page, warm": lambda: _size(client, "/sweeps/quickstart"),
-        "page, filtered": lambda: _size(client, f"/sweeps/quickstart?accuracy=0.{500 + next(number)}"),
-        "card": lambda: _size(client, f"/sweeps/quickstart/trials/{next(number)}"),
-        "list": lambda: _size(client, "/"),
+    thresholds = iter(range(500, 1000))
+
+    def page(query: str = "", own: TestClient = client) -> Work:
+        answer = own.get(f"/sweeps/{_SWEEP}{query}")
+        found = re.search(r" of (\d+) finished trials qualify", answer.text)
+        assert found, answer.text
+        assert len(answer.content) < _LARGEST
+        return _work(int(found[1]))
+
+    return {
+        "cold": lambda: page(own=TestClient(create_app(store), base_url="http://127.0.0.1")),
+        "warm": page,
+        "filtered": lambda: page(f"?accuracy=0.{next(thresholds)}"),
     }
-    if trials <= most_runs:
-        ways["MLflow search_runs"] = _searched(store, trials)
-    for name, way in ways.items():
-        times_ms, size = [], 0
-        for _ in range(rounds):
-            began = time.perf_counter()
-            size = way()
-            times_ms.append(1000 * (time.perf_counter() - began))
-        print(f"{trials:>7} {name:<28}{median(times_ms):>10.0f}{max(times_ms):>10.0f}{size / 1000:>8.0f}", flush=True)
 
 
-def _size(client: TestClient, address: str) -> int:
-    answer = client.get(address)
-    assert answer.status_code == 200, answer.text
-    return len(answer.content)
-
-
-def _searched(store: Store, trials: int) -> Callable[[], int]:
-    """The same trials as runs, and a search for all of them, which a page over MLflow alone would have to make."""
+def searched(store: Store, points: Sequence[TrialPoint]) -> Way:
+    """A search for the trials as runs of MLflow, which are made before."""
     client = MlflowClient(store.tracking_uri)
-    experiment = client.create_experiment("beside")
-    for point in read_ledger(store, "quickstart").points():
-        run_id = client.create_run(experiment).info.run_id
-        metrics = [Metric(name, value, point.ended_ms, 0) for name, value in point.metrics.items()]
-        params = [Param(name, str(value)) for name, value in point.params.items()]
-        tags = [RunTag(names.SWEEP, "quickstart"), RunTag(names.NUMBER, str(point.number))]
-        tags += [RunTag(names.LABEL.format(label=label), str(value)) for label, value in point.labels.items()]
-        client.log_batch(run_id, metrics, params, tags)
+    experiment = client.create_experiment("beside", artifact_location=(store.root / "artifacts").as_uri())
+    fill(store, int(experiment), points)
 
-    def search() -> int:
-        found, token = 0, None
-        while True:
-            page = client.search_runs(
-                [experiment], names.query({names.SWEEP: "quickstart"}), max_results=_FOUND, page_token=token
-            )
-            found += len(page)
-            token = page.token
-            if not token:
-                assert found == trials
-                return 0
+    def found() -> Iterator[str]:
+        token = None
+        while token != "":
+            query = names.query({names.SWEEP: _SWEEP})
+            page = client.search_runs([experiment], query, max_results=_FOUND, page_token=token)
+            yield from (run.data.tags[names.NUMBER] for run in page)
+            token = page.token or ""
+
+    def search() -> Work:
+        return _work(len(set(found())))
 
     return search
+
+
+def fill(store: Store, experiment: int, points: Sequence[TrialPoint]) -> None:
+    """Write trials into MLflow's tables as its client would, which takes minutes for ten thousand."""
+    runs, params, tags, metrics = [], [], [], []
+    for point in points:
+        own = {"run_uuid": f"{point.number:032x}"}
+        times = {"start_time": point.began_ms, "end_time": point.ended_ms}
+        name = f"{_SWEEP}/{point.number}"
+        runs.append({**own, **times, "name": name, "user_id": "", "status": "FINISHED", "experiment_id": experiment})
+        params += [{**own, "key": key, "value": str(value)} for key, value in point.params.items()]
+        told = {names.LABEL.format(label=label): value for label, value in point.labels.items()}
+        told |= {names.SWEEP: _SWEEP, names.NUMBER: point.number, "mlflow.runName": name}
+        tags += [{**own, "key": key, "value": str(value)} for key, value in told.items()]
+        measured = {"timestamp": point.ended_ms, "step": 0, "is_nan": False}
+        metrics += [{**own, **measured, "key": key, "value": value} for key, value in point.metrics.items()]
+    engine = create_engine(store.tracking_uri)
+    with engine.begin() as connection:
+        tables = (SqlRun, runs), (SqlParam, params), (SqlTag, tags), (SqlMetric, metrics), (SqlLatestMetric, metrics)
+        for table, rows in tables:
+            connection.execute(insert(table), rows)
+    engine.dispose()
+
+
+def _work(trials: int) -> Work:
+    return Work(rows=trials, dtype="", threads=1, loss_tokens=0)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from services import S3Server, s3_server
 
 torch.set_num_threads(1)
 
@@ -146,6 +147,21 @@ def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     finally:
         server.send_signal(signal.SIGINT)  # its fast shutdown
         server.wait(60)
+
+
+@pytest.fixture(scope="session")
+def s3_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """An S3 server with an empty bucket named `bucket`."""
+    with s3_server(tmp_path_factory.mktemp("s3") / "log") as server:
+        yield server
+
+
+@pytest.fixture
+def s3(s3_service: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
+    """That server, found by this process and its children through their environment."""
+    for name, value in s3_service.environment.items():
+        monkeypatch.setenv(name, value)
+    return s3_service
 
 
 @pytest.fixture

@@ -25,6 +25,8 @@ HOSTILE = "</script><script>document.title='broken in'</script> <img src=http://
 STORIES = ("zero", "one", "dozen", "infeasible", "failed", "numberless", "hostile", "large")
 """Names of the sweeps."""
 LARGE = 2000
+DRIFTING = {"preset": "halora-2026", "retention": {"ageing": {"kind": "power-law", "nu_mean": 0.05}}}
+"""The chip of the sweep `one`."""
 
 _SPACE = {
     "lora.rank": {"choices": [2, 4, 8, 16]},
@@ -40,7 +42,8 @@ def fill(store: Store, model: str, task: str, stories: Sequence[str] = STORIES) 
     """Make the sweeps of these stories."""
     for name in stories:
         description = HOSTILE * 80 if name == "hostile" else "what it is for"  # 10 kB
-        chip = {"preset": "halora-2026", "name": HOSTILE} if name == "hostile" else "halora-2026"
+        chips = {"hostile": {"preset": "halora-2026", "name": HOSTILE}, "one": DRIFTING}
+        chip = chips.get(name, "halora-2026")
         trial = {"model": model, "task": task, "chip": chip, "training": {"steps": 16}}
         trials = {"large": LARGE, "dozen": 12}.get(name, 4)
         more = {"trial": trial, "space": _SPACE, "trials": trials, "description": description}
@@ -133,6 +136,8 @@ def certify_made_up(store: Store, sweep: str, number: int, *, failures: int = 0,
     )
     lines = (
         RobustnessLine("noise", "twice the noise", 5, 4, 0.4, 0.25, 0.34),
+        RobustnessLine("time", "1 day", 5, 4, 0.42, 0.28, 0.34),
+        RobustnessLine("time", "1 second", 5, 5, 0.5, 0.375, 0.55),
         RobustnessLine("time", "10 years", reason=HOSTILE),
     )
     certification = Certification(

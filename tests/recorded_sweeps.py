@@ -16,6 +16,9 @@ from halora.trial import trial_energy
 
 SCORES = {name: 0.25 + i / 100 for i, name in enumerate(names.SCORE_METRICS)}
 
+LAYERS = tuple(f"model.layers.{depth}.{kind}" for depth in (0, 1) for kind in ("self_attn.q_proj", "mlp.up_proj"))
+"""Layers in RRAM of a made-up trial; layer i has -30 - i dB on chip 0, each chip 1 dB less."""
+
 
 def made_up_sweep(store: Store, name: str, model: str, task: str, **more: Any) -> SweepConfig:
     """A sweep with its folder in the store, as a launch leaves it."""
@@ -52,6 +55,7 @@ def finish(recorder: SweepRecorder, folder: Path, number: int, accuracy: float, 
     (trial / "adapter" / "adapter_model.safetensors").write_bytes(b"weights %d" % number)
     correct = np.random.default_rng(number).random((3, 16)) < (accuracy if accuracy == accuracy else 0)
     result = {"noisy_correct": correct.tolist(), "row_ids": list(range(16)), "chip_seeds": [0, 1, 2]}
+    result |= {"layers": list(LAYERS), "layer_noise_db": [[-30.0 - i - chip for i in range(4)] for chip in range(3)]}
     (trial / "result.json").write_text(json.dumps(result))
     limits = {"accuracy": accuracy, "accuracy_low": accuracy - 0.1, "accuracy_high": accuracy + 0.1}
     return recorder.finish_trial(number, 4, SCORES | limits | more, trial / "result.json", trial / "adapter")

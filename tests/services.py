@@ -148,10 +148,12 @@ class MlflowServer:
         backend: URI of its database.
         folder: For its artifacts and its log.
         host: Address it listens on.
+        options: Further ones of its command.
     """
 
-    def __init__(self, backend: str, folder: Path, host: str = "127.0.0.1") -> None:
+    def __init__(self, backend: str, folder: Path, *options: str, host: str = "127.0.0.1") -> None:
         self._backend, self._folder, self._host, self._port = backend, folder, host, free_port()
+        self._options = options
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -163,7 +165,7 @@ class MlflowServer:
         """Start it, and return once it answers."""
         command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", self._backend, "--workers", "1"]
         command += ["--host", self._host, "--port", str(self._port)]
-        command += ["--artifacts-destination", str(self._folder / "artifacts")]
+        command += ["--artifacts-destination", str(self._folder / "artifacts"), *self._options]
         env = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
         log = (self._folder / "server.log").open("a")
         self._process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
@@ -190,9 +192,9 @@ class MlflowServer:
 
 
 @contextmanager
-def mlflow_server(backend: str, folder: Path, host: str = "127.0.0.1") -> Iterator[MlflowServer]:
+def mlflow_server(backend: str, folder: Path, *options: str, host: str = "127.0.0.1") -> Iterator[MlflowServer]:
     """A running MLflow server."""
-    server = MlflowServer(backend, folder, host)
+    server = MlflowServer(backend, folder, *options, host=host)
     try:
         server.start()
         yield server
@@ -244,3 +246,49 @@ def browse(page: Path, picture: Path, *, height: int = 3000) -> Sequence[str]:
         command += [f"--window-size=1100,{height}", f"--screenshot={picture}", page.as_uri()]
         run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     return [line for line in run.stderr.splitlines() if "CONSOLE" in line]
+
+
+class S3Server:
+    """A moto server, which speaks S3's language and keeps objects in memory, that can be killed and started again."""
+
+    def __init__(self, log: Path) -> None:
+        self._log, self._port = log, free_port()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables by which every client finds it."""
+        own = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{self._port}", "AWS_DEFAULT_REGION": "us-east-1"}
+        return own | {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_MAX_ATTEMPTS": "1"}
+
+    def start(self) -> None:
+        """Start it with an empty bucket named `bucket`, and return once it answers."""
+        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self._port)]
+        self._process = subprocess.Popen(command, stdout=self._log.open("a"), stderr=subprocess.STDOUT)
+        end = time.monotonic() + STARTING_S
+        bucket = urllib.request.Request(f"http://127.0.0.1:{self._port}/bucket", method="PUT")
+        while True:
+            with suppress(OSError):
+                urllib.request.urlopen(bucket, timeout=5).close()
+                return
+            assert self._process.poll() is None, self._log.read_text()
+            assert time.monotonic() < end
+            time.sleep(0.1)
+
+    def kill(self) -> None:
+        """End it, and with it all objects."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+
+@contextmanager
+def s3_server(log: Path) -> Iterator[S3Server]:
+    """A running S3 server."""
+    server = S3Server(log)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.kill()

@@ -6,9 +6,10 @@ import plotly.graph_objects
 import pytest
 
 from halora.analysis import charts
+from halora.analysis.layers import by_kind
 from halora.analysis.parallel import ABSENT, line_places, parallel_axes
 from halora.analysis.summary import narrowed, view_front
-from halora.analysis.trial_charts import beside_chart, loss_chart
+from halora.analysis.trial_charts import beside_chart, layers_chart, loss_chart, time_chart
 from halora.analysis.trials import ACCURACY, ENERGY, Objective, TrialPoint, filtered
 
 
@@ -121,9 +122,28 @@ def test_losses_that_are_no_numbers_are_left_out():
     assert loss_chart([])["data"] == []
 
 
+def test_layers_are_drawn_by_kind_over_the_depth():
+    noise_db = {f"model.layers.{depth}.mlp.<b>{kind}": -30.0 - depth for depth in (10, 2) for kind in range(9)}
+    chart = layers_chart(by_kind(noise_db | {"lm_head": -40.0}))
+    plotly.graph_objects.Figure(chart)
+    lines = {trace["name"]: (trace["x"], trace["y"]) for trace in chart["data"]}
+    assert lines.pop("lm_head") == ([0], [-40.0])
+    assert lines == {f"&lt;b&gt;{kind}": ([2, 10], [-32.0, -40.0]) for kind in range(9)}
+    assert layers_chart({})["data"] == []
+
+
+def test_accuracy_over_time_stands_beside_what_is_asked():
+    chart = time_chart([(1.0, 0.5, 0.4), (1e5, 0.3, 0.1)], asked=0.35)
+    plotly.graph_objects.Figure(chart)
+    assert [(trace["x"], trace["y"]) for trace in chart["data"]] == [
+        ([1.0, 1e5], values) for values in ([0.5, 0.3], [0.4, 0.1], [0.35, 0.35])
+    ]
+    assert time_chart([], asked=0.35)["data"] == []
+
+
 def test_energies_stand_beside_named_ones_with_their_total():
     chart = beside_chart({"adc": 2.0, "dac": 0.5, "sram": 0.0}, {"gpu": 100.0, "other": 1.0}, "<i>")
     plotly.graph_objects.Figure(chart)
     (bar,) = chart["data"]
     rows = dict(zip(bar["y"], bar["x"], strict=True))
-    assert rows == {"&lt;i&gt;: dac": 0.5, "&lt;i&gt;: adc": 2.0, "&lt;i&gt;: total": 2.5, "other": 1.0, "gpu": 100.0}
+    assert rows == {"dac": 0.5, "adc": 2.0, "&lt;i&gt;: total": 2.5, "other": 1.0, "gpu": 100.0}

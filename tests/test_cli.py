@@ -18,6 +18,7 @@ import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 
+import fsspec
 import optuna
 import psutil
 import pytest
@@ -699,6 +700,59 @@ def test_twenty_kills_of_drivers_and_workers_lose_and_repeat_nothing(
     journal = optuna.storages.journal.JournalFileBackend(str(folder / "study.journal"))
     study = optuna.load_study(study_name=names[1], storage=optuna.storages.JournalStorage(journal))
     assert [(trial.number, trial.state.name) for trial in study.trials] == [(i, "COMPLETE") for i in range(12)]
+
+
+def test_a_sweep_with_a_storage_goes_on_where_no_file_of_it_is(
+    store, s3, tiny_models, tiny_task, tmp_path, monkeypatch
+):
+    """Oracle: every step recorded once, of trials whose driver and workers were killed, and whose scratch is gone."""
+    content = _content("afar", tiny_models, tiny_task, steps=24, report_every=4, schedule={"redraw_steps": 7})
+    content |= {
+        "trials": 3,
+        "concurrent": 2,
+        "space": {"lora.rank": {"choices": [2, 4, 8]}},
+        "first": [{"lora.rank": rank} for rank in (8, 2, 4)],
+        "comparison": {"rows": 8, "chip_instances": 2},
+    }
+    path, scratch = tmp_path / "afar.yaml", [tmp_path / "one", tmp_path / "two"]
+    path.write_text(yaml.safe_dump(content))
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp")  # its sockets want a short path
+    for folder in scratch:
+        folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(scratch[0]))
+    with background(store, "sweep", "launch", path, "--storage", "s3://bucket/sweeps/") as driver:
+        driver.wait_for("step 8/24")
+        family = driver.family()
+        driver.process.kill()
+        driver.end()
+        assert not psutil.wait_procs(family, timeout=120)[1]
+    trials = store / "sweeps" / "afar" / "trials"
+    assert not list(trials.glob("*/step-*"))
+    assert list(scratch[0].glob("halora-trial-*/trial/step-*"))
+
+    monkeypatch.setenv("TMPDIR", str(scratch[1]))
+    resumed = halora(store, "sweep", "resume", "afar")
+    assert resumed.returncode == 0, resumed.stderr
+    number = int(re.search(r"trial +(\d+) training +step 8/24", driver.said)[1])
+    assert training_steps(resumed.stderr, number)[0] > 8  # from its checkpoint
+    for run in runs(store, "afar"):
+        assert [step for step, _ in loss_history(store, run)] == list(range(4, 25, 4))
+    assert differences(f"sqlite:///{store / 'mlflow.db'}", "afar", store / "sweeps" / "afar" / "records.jsonl") == []
+    assert "best adapter (trial" in resumed.stderr
+    kept = {str(file.relative_to(trials)) for file in trials.rglob("*") if file.is_file()}
+    assert {name.partition("/")[0] for name in kept if name.endswith("adapter_model.safetensors")} == {
+        f"{number:05d}" for number in range(3)
+    }
+    assert {f"{number:05d}/result.json" for number in range(3)} < kept
+    assert not [name for name in kept if "optimizer" in name or "partial" in name]
+    assert not list(scratch[1].glob("halora-trial-*"))
+
+    objects = fsspec.filesystem("s3").find("bucket/sweeps")
+    members = {row["trial"] for row in json.loads(halora(store, "front", "show", "afar", "--format", "json").stdout)}
+    assert {re.fullmatch(r"bucket/sweeps/afar-[0-9a-f]{8}/(\d{5})/.*", name)[1] for name in objects} == {
+        f"{number:05d}" for number in members
+    }
+    assert not [name for name in objects if "optimizer" in name]
 
 
 # What a user can get wrong, and what needs no sweep.

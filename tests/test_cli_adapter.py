@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fsspec
 import pytest
 import yaml
 from mlflow import MlflowClient
@@ -257,6 +258,31 @@ def test_a_bundle_verifies(exported, verify):
     assert code == 0, out + err
     assert out.count("pass") == 5
     assert re.search(r"clean (0|\S+e-\d\d) \(allowed 0\.0001\)", out)
+
+
+def test_a_bundle_on_a_url_is_the_bundle_in_the_folder(s3, ask, registered, exported, verify, tmp_path):
+    """Oracle: the bundle exported to a folder; the objects as fsspec has them."""
+    url, export = "s3://bucket/bundles/one", f"adapter export {registered[0].name}@candidate s3://bucket/bundles/one"
+    code, _, err = ask(export)
+    assert (code, f"halora adapter verify {url}" in err) == (0, True), err
+    fs = fsspec.filesystem("s3")
+    objects = {path.rpartition("/")[2]: fs.cat_file(path) for path in fs.find(url)}
+    assert objects == {path.name: path.read_bytes() for path in exported.iterdir()}
+    code, out, err = verify(url)
+    assert (code, out.count("pass")) == (0, 5), out + err
+    code, _, err = ask(export)
+    assert (code, f"'{url}' exists" in err) == (2, True)
+    fs.pipe_file(f"{url}/{ADAPTER_WEIGHTS}", objects[ADAPTER_WEIGHTS][:-1])
+    fs.pipe_file(f"{url}/deep/adapter.pkl", b"not to be loaded")
+    code, _, err = verify(url)
+    assert (code, f"{url}: {ADAPTER_WEIGHTS} was changed" in err) == (2, True)
+    assert "deep/adapter.pkl is a pickle, which can run code" in err
+    fs.rm_file(f"{url}/deep/adapter.pkl")
+    fs.rm_file(f"{url}/{CHECKSUMS_FILE}")  # an export that was interrupted
+    code, _, err = verify(url)
+    assert (code, f"{url}: no bundle: it has no {CHECKSUMS_FILE}" in err) == (2, True)
+    assert ask(export)[0] == 0
+    assert fs.cat_file(f"{url}/{ADAPTER_WEIGHTS}") == objects[ADAPTER_WEIGHTS]
 
 
 def _resum(folder):

@@ -5,18 +5,20 @@ import json
 import re
 import socket
 from html.parser import HTMLParser
+from math import log10
 from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
 from page_stores import HOSTILE, LARGE, STORIES, certify_made_up, fill, varied_trial
-from recorded_sweeps import begin
+from recorded_sweeps import LAYERS, begin
 from starlette.datastructures import QueryParams
 from starlette.testclient import TestClient
 
 from halora.dashboard.app import create_app
 from halora.dashboard.query import SweepQuery
 from halora.records.index import read_ledger
+from halora.records.provenance import program
 from halora.records.recorder import SweepRecorder
 from halora.records.store import Store
 from halora.selection.certificate import chips_needed
@@ -232,8 +234,14 @@ def test_a_card_has_what_is_recorded_of_its_trial(client, store):
     (bar,) = page.figure("energy")["data"]
     energies = dict(zip(bar["y"], bar["x"], strict=True))
     assert energies["trial 8: total"] == pytest.approx(point.energy_uj_per_token, rel=1e-12)
-    assert energies["trial 8: adc"] == point.metrics["energy_uj_per_token.adc"]
+    assert energies["adc"] == point.metrics["energy_uj_per_token.adc"]
     assert {"a100_int8_peak", "a100_bf16_peak"} <= energies.keys()  # the model's own config.json says how large it is
+    layers = {trace["name"]: (trace["x"], trace["y"]) for trace in page.figure("layers")["data"]}
+    powers = {i: sum(10 ** ((-30 - i - chip) / 10) for chip in range(3)) / 3 for i in range(len(LAYERS))}
+    ratios_db = [round(10 * log10(power), 2) for power in powers.values()]
+    assert layers == {"q_proj": ([0, 1], ratios_db[::2]), "up_proj": ([0, 1], ratios_db[1::2])}
+    facts = {row[0]: row[1] for row in page.rows if len(row) == 2}
+    assert (facts["halora"], facts.get("commit", "")) == (program()["version"], program()["commit"])
     ring = next(trace for trace in page.figure("noise")["data"] if trace["name"] == "trial 8")
     assert (ring["x"], ring["y"]) == ([point.metrics["noise_db"]], [point.accuracy])
     scores = json.loads((store.sweep("dozen").trial(8) / "result.json").read_text())
@@ -453,6 +461,26 @@ def test_a_card_tells_gates_certificate_and_how_far_it_is(certified):
     shortlist = _page(client, "/sweeps/dozen?pick=4&pick=5")
     reasons = {row[0].split()[1]: row[9] for row in shortlist.rows if row and row[0].startswith("trial ")}
     assert reasons == {"4": "candidate", "5": "breaks clean_accuracy by 0.1"}
+
+
+def test_accuracy_over_time_is_drawn_as_certified_or_said_to_be_unknown(certified, client):
+    passed = _page(TestClient(create_app(certified), base_url=OWN), "/sweeps/dozen/trials/4")
+    lines = {trace["name"]: (trace["x"], trace["y"]) for trace in passed.figure("time")["data"]}
+    times_s = [1, 86400]
+    assert lines == {
+        "mean over chips": (times_s, [0.5, 0.42]),
+        "worst chip": (times_s, [0.375, 0.28]),
+        "asked": (times_s, [0.3, 0.3]),
+    }
+    said = {
+        "dozen": "Over time: the chip's description has no ageing, so nothing changes.",
+        "one": "Over time: not measured; a certification does so, at 1 second, 1 day, 1 year, 10 years after",
+    }
+    for name, text in said.items():
+        page = _page(client, f"/sweeps/{name}/trials/0")
+        assert "data-time" not in page.data
+        assert text in page.text
+    assert "ver time" not in _page(client, "/sweeps/dozen/trials/3").text  # it failed
 
 
 def test_damaged_certifications_are_told(certified):

@@ -1,17 +1,10 @@
 """Oracles: MLflow's own server, its answers and its check of the Host header, with the page mounted in it."""
 
-import os
-import signal
-import subprocess
-import sys
-import time
-import urllib.error
 import urllib.request
-from importlib.metadata import entry_points
 
 import pytest
 from page_stores import fill
-from services import STARTING_S, free_port
+from services import mlflow_server
 from starlette.testclient import TestClient
 
 from halora.records.store import Store
@@ -45,30 +38,9 @@ def test_the_page_is_mounted_before_mlflow_s_own(store, monkeypatch):
 
 
 @pytest.mark.slow
-def test_mlflow_server_finds_the_page_by_its_entry_point(store):
-    assert "halora" in entry_points(group="mlflow.app").names
-    port = free_port()
-    command = [sys.executable, "-m", "mlflow", "server", "--app-name", "halora", "--port", str(port), "--workers", "1"]
-    command += ["--host", "127.0.0.1", "--backend-store-uri", store.tracking_uri]
-    environment = os.environ | {"HALORA_STORE": str(store.root), "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    with subprocess.Popen(command, env=environment, start_new_session=True) as server:
-        try:
-            end = time.monotonic() + STARTING_S
-            while _status(f"http://127.0.0.1:{port}/health") != 200:
-                assert server.poll() is None
-                assert time.monotonic() < end
-                time.sleep(0.3)
-            assert _status(f"http://127.0.0.1:{port}/halora/sweeps/dozen") == 200
-            assert _status(f"http://127.0.0.1:{port}/api/2.0/mlflow/experiments/search?max_results=1") == 200
-        finally:
-            os.killpg(server.pid, signal.SIGTERM)  # its own session, started here
-
-
-def _status(address):
-    try:
-        with urllib.request.urlopen(address, timeout=30) as answer:
-            return answer.status
-    except urllib.error.HTTPError as error:
-        return error.code
-    except OSError:
-        return 0
+def test_mlflow_server_finds_the_page_by_its_entry_point(store, tmp_path, monkeypatch):
+    monkeypatch.setenv("HALORA_STORE", str(store.root))
+    with mlflow_server(store.tracking_uri, tmp_path, "--app-name", "halora") as server:
+        for path in ("/halora/sweeps/dozen", "/api/2.0/mlflow/experiments/search?max_results=1"):
+            with urllib.request.urlopen(server.uri + path, timeout=30) as answer:
+                assert answer.status == 200

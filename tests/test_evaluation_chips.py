@@ -12,6 +12,7 @@ import pytest
 from halora.evaluation.chips import ChipScores
 from halora.evaluation.intervals import crossed_bootstrap
 from halora.trainable import Workbench, adapter_folder, task_rows
+from halora.training.config import LINEAR_NAMES
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +53,20 @@ def test_chips_are_the_same_in_every_call_and_process_state(workbench, tiny_tria
     assert bare.noise_db == first.noise_db  # other adapters meet the same chips
     assert len(set(first.noisy)) == 3
     assert set(first.row_ids) == {row.row_id for row in task_rows(config.task, "validation", None)}
+
+
+def test_the_noise_of_each_layer_in_rram_is_told_on_every_chip(workbench, tiny_trial):
+    chip = {"preset": "halora-2026", "mapping": {"sram": ["*.v_proj"]}}
+    first = workbench.evaluate(tiny_trial(chip=chip, evaluation=EVALUATION), None)
+    assert {name.rpartition(".")[2] for name in first.layers} == {*LINEAR_NAMES} - {"v_proj"}
+    assert np.shape(first.layer_noise_db) == (3, len(first.layers))
+    for by_layer, mean in zip(first.layer_noise_db, first.noise_db, strict=True):
+        assert 10 * np.log10(np.mean(10 ** (np.array(by_layer) / 10))) == pytest.approx(mean)
+    assert first.first_chips(1).with_chips_after(1, first).layer_noise_db == (
+        first.layer_noise_db[0],
+        *first.layer_noise_db,
+    )
+    assert ChipScores.from_json(json.loads(json.dumps(first.to_json()))) == first
 
 
 def test_chips_are_numbered(workbench, tiny_trial, adapter):

@@ -12,10 +12,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SOURCE_ROOTS = ("trainables", "search_spaces", "platform", "dashboards")
 LAYERS = (
-    {"errors", "files"},
+    {"errors", "files", "url_folder"},
     {"hardware"},
     {"training", "evaluation", "trial"},
-    {"heartbeat", "peers"},
+    {"heartbeat", "peers", "storage"},
     {"trainable"},
     {"spaces"},
     {"analysis"},

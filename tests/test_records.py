@@ -2,10 +2,13 @@
 answers on a real SQLite store."""
 
 import json
+import math
 import os
 import shutil
 import sqlite3
+import subprocess
 import threading
+from importlib.metadata import version
 from pathlib import Path
 
 import matplotlib.image
@@ -19,6 +22,7 @@ from halora.errors import UnreachableError, UserError
 from halora.records import names, queries
 from halora.records.index import read_ledger
 from halora.records.position import undelivered
+from halora.records.provenance import commit_of, program
 from halora.records.recorder import SweepRecorder
 from halora.records.sender import recording
 from halora.records.store import Store
@@ -67,6 +71,8 @@ def test_the_recorded_names_are_frozen():
         "KIND": "halora.kind",
         "NUMBER": "halora.trial",
         "CHIP_HASH": "halora.chip_hash",
+        "VERSION": "halora.version",
+        "COMMIT": "halora.commit",
         "STATE": "halora.state",
         "LEVEL_METRIC": "accuracy_at.",
         "RUNG_METRIC": "rung_{score}",
@@ -151,6 +157,8 @@ def test_a_finished_trial_is_read_back_whole(client, store, sweep, folder, said,
 
     assert run.info.run_name == f"{sweep.name}/0"
     assert tags["halora.chip_hash"] == config.chip.content_hash
+    assert tags["halora.version"] == version("halora-sweep")
+    assert tags.get("halora.commit", "") == program()["commit"]
     assert {label: tags[f"halora.{label}"] for label in names.LABELS} == {
         "method": config.training.method,
         "model": config.model,
@@ -160,6 +168,38 @@ def test_a_finished_trial_is_read_back_whole(client, store, sweep, folder, said,
         "noise_level": "0.01",
     }
     assert tags["mlflow.parentRunId"] == queries.parent_run(client, sweep.name).info.run_id
+
+
+def test_the_noise_of_each_layer_is_recorded_by_kind_and_depth(sweep, folder):
+    recorder = SweepRecorder(folder, sweep)
+    begin(recorder, sweep, 0)
+    finish(recorder, folder.root, 0, accuracy=0.5)
+    recorder.close()
+    (scores,) = [entry for entry in journal_entries(folder.journal_file) if entry["kind"] == "scores"]
+    mean_db = 10 * math.log10((1 + 10**-0.1 + 10**-0.2) / 3)  # over three chips, each 1 dB less than the one before
+    assert scores["layer_noise_db"] == {
+        "q_proj": [[0, round(-30 + mean_db, 2)], [1, round(-32 + mean_db, 2)]],
+        "up_proj": [[0, round(-31 + mean_db, 2)], [1, round(-33 + mean_db, 2)]],
+    }
+
+
+def test_a_commit_is_that_of_the_files_git_keeps(tmp_path):
+    def git(*arguments):
+        who = ("-c", "user.name=a", "-c", "user.email=a@b")
+        run = subprocess.run(["git", "-C", str(tmp_path), *who, *arguments], capture_output=True, text=True, check=True)
+        return run.stdout.strip()
+
+    kept, other = tmp_path / "kept.py", tmp_path / "other.py"
+    kept.write_text("1")
+    assert commit_of(kept) == ""
+    git("init")
+    git("add", "kept.py")
+    git("commit", "-m", "first")
+    other.write_text("2")
+    assert commit_of(kept) == git("rev-parse", "HEAD")
+    assert commit_of(other) == ""  # installed into somebody else's repository
+    kept.write_text("3")
+    assert commit_of(kept) == git("rev-parse", "HEAD") + "+"
 
 
 def test_a_trial_has_its_adapter_as_a_logged_model_and_its_rows_as_data_sets(

@@ -1,5 +1,7 @@
 """Oracles: the study itself (what a fresh reader of it says), determinism, the points written in the sweep file."""
 
+from dataclasses import replace
+
 import optuna
 import pytest
 
@@ -165,6 +167,16 @@ def test_a_trial_that_loses_its_worker_is_handed_out_again_but_not_for_ever(swee
     other.on_failure(job.number)
     assert other.counts()["failed"] == 1
     assert other.suggest().number == 1
+
+
+def test_a_trial_that_runs_out_of_memory_is_handed_out_again_in_smaller_parts(sweep, store):
+    core = open_core(sweep, store)
+    job = core.suggest()
+    core.on_out_of_memory(job.number)
+    assert core.suggest() == replace(job, halvings=1)
+    core.on_out_of_memory(job.number)
+    other = open_core(sweep, store)  # another process knows
+    assert other.suggest() == replace(job, halvings=2)
 
 
 def test_a_stop_request_of_another_process_pauses_everything(sweep, store):

@@ -1,11 +1,14 @@
 """Oracles: the same training by one worker; the uninterrupted run; what becomes of a trial whose worker is killed."""
 
 import os
+import resource
+import shutil
 import signal
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import ray
 import torch
@@ -14,7 +17,9 @@ from ray.exceptions import RayError
 from safetensors.torch import load_file
 
 from halora.errors import UserError
+from halora.heartbeat import Heartbeats
 from halora.peers import WorkerLostError
+from halora.storage import TrialStorage
 from halora.sweep.executor import _loss
 from halora.trainable import HaloraTrainable, Training, Workbench, adapter_folder
 from halora.trial import TrialConfig
@@ -38,6 +43,14 @@ def workbench():
     yield workbench
     workbench.end_peers()
     ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def heartbeats(workbench):
+    """Name of the actor that workers beat to, and the longest silence in seconds."""
+    actor = ray.remote(num_cpus=0)(Heartbeats).options(name="heartbeats").remote()
+    yield "heartbeats", 600.0
+    ray.kill(actor)
 
 
 def _run(workbench: Workbench, config: TrialConfig, folder: Path, stop_at: int | None = None) -> list[float]:
@@ -155,12 +168,11 @@ def test_a_lost_worker_ends_the_step_soon_and_by_name(workbench, tiny_trial, tmp
     assert len(_run(workbench, config, tmp_path / "next")) == 3  # with a new peer
 
 
-def test_a_lost_worker_ends_the_job_and_not_the_trainable(workbench, tiny_trial, tmp_path):
+def test_a_lost_worker_ends_the_job_and_not_the_trainable(heartbeats, tiny_trial, tmp_path):
     (tmp_path / "lost").mkdir()
     (tmp_path / "next").mkdir()
-    config = tiny_trial(**SETTINGS, workers=2)
     trainable = HaloraTrainable.__new__(HaloraTrainable)
-    job = {"trial": config.model_dump(mode="json"), "goal": {"steps": config.training.steps, "chip_instances": 1}}
+    job = _job(tiny_trial(**SETTINGS, workers=2), heartbeats)
     trainable.setup({"number": 0, "folder": str(tmp_path / "lost"), **job})
     assert trainable.step()["stage"] == "training"
     os.kill(_peer_pid(trainable._training), signal.SIGKILL)
@@ -170,6 +182,80 @@ def test_a_lost_worker_ends_the_job_and_not_the_trainable(workbench, tiny_trial,
     trainable.reset_config({"number": 1, "folder": str(tmp_path / "next"), **job})
     assert trainable.step()["stage"] == "training"
     trainable.cleanup()
+
+
+def test_a_trial_that_runs_out_of_memory_goes_on_in_smaller_parts(workbench, heartbeats, tiny_trial, tmp_path):
+    """Oracles: a limit that the kernel sets to this process's memory; the losses of a training that has enough."""
+    settings = {"steps": 3, "batch_size": 64, "schedule": {"sigma_start": 0.05}}
+    plenty = _run(workbench, tiny_trial(**settings), tmp_path / "plenty")
+    config = tiny_trial(**settings)
+    trainable = HaloraTrainable.__new__(HaloraTrainable)
+    trainable.setup({"number": 0, "folder": str(tmp_path / "scarce"), **_job(config, heartbeats)})
+    losses, rows = [trainable.step()["train_loss"]], []
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + 2**20, before[1]))
+    try:
+        while (report := trainable.step())["stage"] == "out_of_memory":
+            rows.append(config.training.micro_batch)
+            assert report["cause"] == f"out of memory with {rows[-1]} rows at a time"
+            assert report["done"]
+            config = config.with_micro_batch_halved(1)
+            trainable.reset_config({"number": 0, "folder": str(tmp_path / "scarce"), **_job(config, heartbeats)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    assert rows[:1] == [64]
+    losses += [report["train_loss"], trainable.step()["train_loss"]]
+    assert losses == pytest.approx(plenty, rel=1e-4)
+    trainable.cleanup()
+
+
+def _job(config: TrialConfig, heartbeats: tuple[str, float]) -> dict:
+    goal = {"steps": config.training.steps, "chip_instances": 1}
+    return {"job": "a", "heartbeats": heartbeats, "trial": config.model_dump(mode="json"), "goal": goal}
+
+
+def test_a_trial_goes_from_node_to_node(heartbeats, tiny_trial, tmp_path, monkeypatch):
+    """Oracle: the same trial by one worker in its own folder. A race needs what another node scored."""
+    config = tiny_trial(steps=4, schedule={"redraw_steps": 2}, evaluation={"rows": 4, "calibration_tokens": 16})
+
+    def node(name, goal, storage, steps=None):
+        """Reports of a job on a new node, up to a step where it dies."""
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path / name))
+        (tmp_path / name).mkdir(exist_ok=True)
+        job = {"job": "it", "heartbeats": heartbeats, "number": 0, "goal": goal, "storage": storage}
+        job |= {"folder": str(tmp_path / f"{name}-folder"), "trial": config.model_dump(mode="json")}
+        worker = HaloraTrainable.__new__(HaloraTrainable)
+        worker.setup(job)
+        reports = []
+        while not reports or not reports[-1]["done"]:
+            reports.append(worker.step())
+            if len(reports) == steps:
+                return reports
+        worker.cleanup()
+        assert not storage or not list((tmp_path / name).glob("halora-trial-*"))
+        return reports
+
+    url, whole = f"{tmp_path / 'storage'}/00000", {"steps": 4, "chip_instances": 1}
+    alone = node("alone", whole, "")
+    assert [report["stage"] for report in alone] == 4 * ["training"] + ["evaluated"], alone
+    first, second = node("one", whole, url, steps=2), node("two", whole, url)
+    assert [report.get("train_loss") for report in first + second] == pytest.approx(
+        [report.get("train_loss") for report in alone], abs=1e-5
+    )
+    assert second[-1]["accuracy_by_chip"] == alone[-1]["accuracy_by_chip"]
+    assert not any((tmp_path / f"{name}-folder").exists() for name in ("one", "two"))
+    TrialStorage(url).keep_adapter()
+    raced = node("three", {"steps": 4, "chip_instances": 3, "first_chip": 1}, url)
+    assert raced[-1]["accuracy_by_chip"][:1] == alone[-1]["accuracy_by_chip"]
+    assert len(raced[-1]["accuracy_by_chip"]) == 3
+    assert TrialStorage(url).fetch_result(tmp_path / "there", 4, 3)
+
+    shutil.rmtree(url)
+    (lacking,) = node("four", {"steps": 4, "chip_instances": 3, "first_chip": 1}, url)
+    assert (lacking["stage"], "lacks the trial's adapter" in lacking["cause"]) == ("failed", True)
+    Path(url).write_text("in the way")
+    (refused,) = node("five", whole, url)
+    assert (refused["stage"], f"storage '{url}' cannot be" in refused["cause"]) == ("lost", True)
 
 
 def test_an_error_raised_in_a_worker_is_told_from_the_end_of_the_worker(workbench, tmp_path):

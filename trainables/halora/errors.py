@@ -25,6 +25,10 @@ class UnreachableError(UserError):
     """The cluster or the tracking store cannot be reached or written."""
 
 
+class StorageError(UnreachableError):
+    """Storage cannot be reached, read or written now; what is in it is as it was."""
+
+
 def attempt[T](problems: list[str], call: Callable[[], T]) -> T | None:
     """What `call` gives, or nothing and its problems, added to `problems`."""
     try:

@@ -28,4 +28,5 @@ def no_room(error: BaseException) -> bool:
 
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

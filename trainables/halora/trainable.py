@@ -2,29 +2,33 @@
 
 An actor lives across trials (`reuse_actors`), so imports, the base model and the rows are loaded once. Durable state is
 the trial's own folder, not Ray's: `trial.json`, `step-NNNNNN/` checkpoints and `reports.json` while training,
-`result.json` at the end.
+`result.json` at the end. With a storage the folder is a scratch one, and what is in the storage lasts.
 """
 
 import json
 import os
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
 from statistics import fmean
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from ray import tune
 
-from halora.errors import UserError
+from halora.errors import StorageError, UserError
 from halora.evaluation.chips import ChipScores, evaluate
 from halora.evaluation.generation import check_scorable
 from halora.files import no_room, write_json
 from halora.hardware.addressing import Role
 from halora.heartbeat import Heart
 from halora.peers import Peers, WorkerLostError, WorkerOutOfMemoryError
+from halora.storage import WorkFolder
 from halora.training.adapter import attach_saved, detach
+from halora.training.checkpoint import Checkpoint
 from halora.training.engine import Finetuner, save_latest
 from halora.training.memory import ran_out_of_memory
 from halora.training.models import BaseModel, load_base
@@ -81,7 +85,7 @@ class Workbench:
         self._peers.start()
         return self._peers
 
-    def finetuner(self, config: TrialConfig, place: Place, checkpoint: Path | None) -> Finetuner:
+    def finetuner(self, config: TrialConfig, place: Place, checkpoint: Checkpoint | None) -> Finetuner:
         """One worker's part in the training, from the checkpoint where there is one."""
         base, array = self.base(config)
         rows = self.training_rows(config, config.training.train_rows)
@@ -180,7 +184,8 @@ class Training:
             workbench.scored_rows(config)  # what could not be scored in the end is told before anything is trained
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / TRIAL_FILE, config.model_dump(mode="json"))
-        checkpoint = latest_checkpoint(folder)
+        latest = latest_checkpoint(folder)
+        checkpoint = Checkpoint.read(latest) if latest else None  # peers may be where the folder is not
         place = Place(0, config.training.workers, self._peers.host, free_port(), config.training.worker_timeout_s)
         with self._peers.in_step("begin", config, place, checkpoint, **self._patience):
             self._finetuner = workbench.finetuner(config, place, checkpoint)
@@ -223,7 +228,7 @@ class Peer:
         """Load the base, before the group gathers."""
         self._workbench.base(config)
 
-    def begin(self, config: TrialConfig, place: Place, checkpoint: Path | None) -> None:
+    def begin(self, config: TrialConfig, place: Place, checkpoint: Checkpoint | None) -> None:
         """Join the training; `place` is that of rank 0."""
         self.close()  # what rank 0 may have given up
         with leaving_on_failure():
@@ -264,16 +269,23 @@ class ScoringJob:
     split: Split = "validation"
     role: Role = Role.SEARCH
 
-    def run(self) -> ChipScores:
-        """Score on this process's workbench."""
-        return _workbench().evaluate(
-            self.config,
-            self.adapter,
-            first_row=self.first_row,
-            first_chip=self.first_chip,
-            split=self.split,
-            role=self.role,
-        )
+    def run(self, adapter_files: Mapping[str, bytes] | None = None) -> ChipScores:
+        """Score on this process's workbench.
+
+        Args:
+            adapter_files: Files of the adapter, where its folder may not be.
+        """
+        with TemporaryDirectory() as scratch:
+            for name, content in (adapter_files or {}).items():
+                (Path(scratch) / name).write_bytes(content)
+            return _workbench().evaluate(
+                self.config,
+                Path(scratch) if adapter_files else self.adapter,
+                first_row=self.first_row,
+                first_chip=self.first_chip,
+                split=self.split,
+                role=self.role,
+            )
 
 
 @cache
@@ -291,8 +303,9 @@ class HaloraTrainable(tune.Trainable):
     """Ray Tune's view of a job: bringing a trial to a goal.
 
     The `config` given by the executor holds the `job`'s name, `number`, `folder`, `trial` (a resolved `TrialConfig`),
-    `goal`, and `heartbeats` with the name of that actor and the longest silence in seconds. Reports carry `number`,
-    `stage` (`training`, `evaluated`, `lost`, `out_of_memory` or `failed`) and metrics; the last three say a `cause`.
+    `goal`, the trial's place in the `storage` (a URL, or nothing), and `heartbeats` with the name of that actor and the
+    longest silence in seconds. Reports carry `number`, `stage` (`training`, `evaluated`, `lost`, `out_of_memory` or
+    `failed`) and metrics; the last three say a `cause`.
     """
 
     def setup(self, config: dict[str, Any]) -> None:
@@ -305,6 +318,7 @@ class HaloraTrainable(tune.Trainable):
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Begin the next trial in the same actor."""
         self._end_training()
+        self._files.close()
         self._begin(new_config)
         return True
 
@@ -327,7 +341,7 @@ class HaloraTrainable(tune.Trainable):
                 return "failed", "out of memory while it was scored; lower evaluation.batch_size"
             cause = f"out of memory with {training.micro_batch} rows at a time"
             return ("out_of_memory" if training.micro_batch_divisible else "failed"), cause
-        if isinstance(error, WorkerLostError):
+        if isinstance(error, WorkerLostError | StorageError):
             return "lost", str(error)
         if isinstance(error, UserError | FloatingPointError):  # this trial's own fault
             return "failed", str(error)
@@ -336,24 +350,28 @@ class HaloraTrainable(tune.Trainable):
         return "", ""
 
     def cleanup(self) -> None:
-        """Release the engine and the other workers when the actor ends."""
+        """Release the engine, the other workers and the scratch folder when the actor ends."""
         self._end_training()
+        self._files.close()
         self._workbench.end_peers()
         self._heart.stop()
 
     def _begin(self, config: dict[str, Any]) -> None:
         self._heart.job = config["job"]
         self._number, self._folder = int(config["number"]), Path(config["folder"])
+        self._files = WorkFolder(self._folder, config.get("storage", ""))
         self._config = TrialConfig.model_validate(config["trial"])
         self._goal = Goal(**config["goal"])
         self._training: Training | None = None
         self._trained = self._goal.first_chip > 0
 
     def _step(self) -> dict[str, Any]:
+        self._folder = self._files.fetch(self._goal)
         if not self._trained:
             if self._training is None:
                 self._training = self._workbench.train(self._config, self._folder, self._goal.steps)
             report = self._training.advance()
+            self._files.put_checkpoint()
             self._trained = self._training.done
             return {"stage": "training", **report, "done": False}
         self._end_training()
@@ -363,6 +381,7 @@ class HaloraTrainable(tune.Trainable):
         if goal.first_chip:
             scores = ChipScores.from_json(json.loads(result.read_text())).with_chips_after(goal.first_chip, scores)
         write_json(result, scores.to_json())
+        self._files.put_result(goal)
         taken_at = {"step": goal.steps, "rows": len(scores.row_ids), "accuracy_by_chip": scores.accuracy_by_chip}
         return {"stage": "evaluated", **taken_at, **scores.summary(), "done": True}
 

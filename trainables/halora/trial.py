@@ -22,6 +22,8 @@ REPORTS_FILE = "reports.json"
 """Its reports while it trained, there."""
 RESULT_FILE = "result.json"
 """Its scores at the last goal it reached, there."""
+OPTIMIZER_FILE = "optimizer.safetensors"
+"""The optimiser's moments, in a checkpoint."""
 
 
 class TrialConfig(Frozen):

@@ -10,9 +10,9 @@ from fastapi import APIRouter, Request
 from starlette.responses import RedirectResponse, Response
 
 from halora.analysis.charts import Chart, noise_chart
-from halora.analysis.trial_charts import beside_chart, loss_chart
+from halora.analysis.trial_charts import beside_chart, layers_chart, loss_chart, time_chart
 from halora.analysis.trials import Answers, TrialPoint
-from halora.dashboard.readiness import readiness
+from halora.dashboard.readiness import Readiness, readiness
 from halora.dashboard.reading import Snapshot
 from halora.dashboard.site import Site
 from halora.dashboard.sweep import log_tail
@@ -21,6 +21,8 @@ from halora.hardware.shapes import ModelShape, known_shape
 from halora.records.journal import Entry, entries_of
 from halora.records.names import ENERGY, is_score
 from halora.records.publishing import baseline_energies
+from halora.selection.robustness import TIMES_S
+from halora.trial import TrialConfig
 
 _TAIL_LINES = 60
 
@@ -34,13 +36,14 @@ def routes(site: Site) -> APIRouter:
         snapshot = site.reader.snapshot(name)
         point = snapshot.point(number)
         against, problem = _against(request.query_params.get("against", ""), snapshot, point)
+        ready = readiness(snapshot, point)
         return site.page(
             request,
             "trial",
             snapshot=snapshot,
             point=point,
-            card=card(snapshot, point),
-            ready=readiness(snapshot, point),
+            card=card(snapshot, point, ready),
+            ready=ready,
             against=against,
             problem=problem,
             different=differences(point, against) if against else [],
@@ -67,6 +70,7 @@ class Card:
         scores: Its scores by name.
         by_chip: Accuracy on each chip instance.
         charts: Charts by name; those without data are left out.
+        no_time: Why there is no chart of accuracy over time; empty where there is one, or no score.
         config: Its resolved configuration.
         facts: Where it comes from, by name.
         log: The end of what its worker printed.
@@ -76,22 +80,32 @@ class Card:
     scores: Mapping[str, float]
     by_chip: list[float]
     charts: Mapping[str, Chart]
+    no_time: str
     config: Mapping[str, Any]
     facts: Mapping[str, str]
     log: str
     adapter: str
 
 
-def card(snapshot: Snapshot, point: TrialPoint) -> Card:
+def card(snapshot: Snapshot, point: TrialPoint, ready: Readiness) -> Card:
     """The card of a trial."""
     entries = entries_of(snapshot.folder.journal_file, point.number)
     begin: Entry = next((entry for entry in entries if entry["kind"] == "begin"), {})
     scored: Entry = next((entry for entry in reversed(entries) if entry["kind"] == "scores"), {})
     reports = [(int(entry["step"]), entry["metrics"]) for entry in entries if entry["kind"] == "report"]
+    trial = snapshot.sweep.resolve(point.params)
+    over_time = _over_time(ready)
+    charts = {
+        **_sweep_charts(snapshot, point, trial),
+        "loss": loss_chart(reports),
+        "layers": layers_chart(scored.get("layer_noise_db", {})),
+        "time": over_time,
+    }
     return Card(
         scores={name: value for name, value in point.metrics.items() if is_score(name)},
         by_chip=accuracy_by_chip(point.correct) if point.correct else [],
-        charts={name: chart for name, chart in _charts(snapshot, point, reports).items() if chart["data"]},
+        charts={name: chart for name, chart in charts.items() if chart["data"]},
+        no_time=_why_no_time(trial, ready) if scored and not over_time["data"] else "",
         config=begin.get("config", {}),
         facts=_facts(begin, scored),
         log=log_tail(snapshot, point.number, _TAIL_LINES),
@@ -145,13 +159,33 @@ def _against(text: str, snapshot: Snapshot, point: TrialPoint) -> tuple[TrialPoi
     return snapshot.by_number[number], ""
 
 
-def _charts(
-    snapshot: Snapshot, point: TrialPoint, reports: list[tuple[int, Mapping[str, float]]]
-) -> Mapping[str, Chart]:
+def _over_time(ready: Readiness) -> Chart:
+    """Accuracy over the time since programming, as the last certification measured it."""
+    found = ready.certification
+    measured = [
+        (TIMES_S[line.name], line.accuracy, line.accuracy_worst)
+        for line in (found.robustness if found else ())
+        if line.group == "time" and line.accuracy is not None and line.accuracy_worst is not None
+    ]
+    return time_chart(sorted(measured), found.certificate.min_accuracy if found else 0.0)
+
+
+def _why_no_time(trial: TrialConfig, ready: Readiness) -> str:
+    """Why nothing is measured of accuracy over time."""
+    if not trial.chip.ages:
+        return "the chip's description has no ageing, so nothing changes."
+    if ready.certification is None:
+        return f"not measured; a certification does so, at {', '.join(TIMES_S)} after programming."
+    reasons = [line.reason for line in ready.certification.robustness if line.group == "time"]
+    return f"not measured: {'; '.join(dict.fromkeys(reasons)) or 'the certification had no robustness chips'}."
+
+
+def _sweep_charts(snapshot: Snapshot, point: TrialPoint, trial: TrialConfig) -> Mapping[str, Chart]:
+    """The trial beside named baselines and beside the other trials of its sweep."""
     prefix = f"{ENERGY}."
     own = {name.removeprefix(prefix): value for name, value in point.metrics.items() if name.startswith(prefix)}
     shape = _shape_here(str(point.labels.get("model", "")))
-    named = baseline_energies(snapshot.sweep.resolve(point.params), shape) if shape else {}
+    named = baseline_energies(trial, shape) if shape else {}
     groups = snapshot.view.groups
     scored = [*groups.feasible, *groups.violating]
     levels = {level for each in scored for level in each.accuracy_by_level}
@@ -164,7 +198,6 @@ def _charts(
     shown += [point] if point in scored and point not in shown else []
     return {
         "energy": beside_chart(own, named, f"trial {point.number}") if own else {"data": []},
-        "loss": loss_chart(reports),
         "noise": noise_chart(shown, field, title, marked=[point] if point in scored else []),
     }
 
@@ -180,7 +213,10 @@ def _shape_here(model: str) -> ModelShape | None:
 
 def _facts(begin: Entry, scored: Entry) -> dict[str, str]:
     config = begin.get("config", {})
+    program = begin.get("program", {})
     facts = {
+        "halora": str(program.get("version", "")),
+        "commit": str(program.get("commit", "")),
         "seed": str(config.get("seed", "")),
         "chip hash": str(begin.get("chip_hash", "")),
         "scores": str(scored.get("scores_file") or ""),

@@ -341,6 +341,7 @@ def _with_room(chart: Chart) -> Chart:
 def chart_layout(x: str, y: str, *, log_x: bool = False) -> Chart:
     """How every chart looks, with the titles of its axes."""
     grid = {"gridcolor": "#e6e6e6", "zerolinecolor": "#cccccc", "automargin": True}
+    grid |= {"exponentformat": "e"}  # an SI prefix would stand before the title's unit
     return {
         "template": "none",
         "height": 420,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from halora.analysis.layers import by_kind
 from halora.analysis.summary import FrontView
 from halora.analysis.trials import TrialPoint
 from halora.hardware.error_curves import ErrorCurve
@@ -113,13 +114,9 @@ def error_figure(panels: Sequence[ErrorPanel], noise_db: Mapping[str, float], ti
 
 
 def _draw_layers(axes: Axes, noise_db: Mapping[str, float]) -> None:
-    """One line per kind of layer over the depth; names are `model.layers.DEPTH. ... .KIND`."""
-    lines: dict[str, list[tuple[int, float]]] = {}
-    for name, ratio_db in noise_db.items():
-        depth = next((int(part) for part in name.split(".") if part.isdecimal()), 0)
-        lines.setdefault(name.rpartition(".")[2], []).append((depth, ratio_db))
-    for kind, points in lines.items():
-        axes.plot(*zip(*sorted(points), strict=True), marker=".", label=kind)
+    """One line per kind of layer over the depth."""
+    for kind, points in by_kind(noise_db).items():
+        axes.plot(*zip(*points, strict=True), marker=".", label=kind)
     axes.set(title="weights of each layer", xlabel="decoder block", ylabel="noise to signal (dB)")
     axes.margins(y=0.2)  # room for the legend
     axes.legend(fontsize="x-small", ncols=4, loc="upper center")

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from html import escape
-from math import isfinite, nan
+from math import ceil, isfinite, nan
 
 from halora.analysis.charts import NEUTRAL, PLAIN_STYLES, Chart, chart_layout
 
@@ -20,6 +20,42 @@ def loss_chart(reports: Sequence[tuple[int, Mapping[str, float]]]) -> Chart:
     return {"data": data, "layout": chart_layout("optimiser step", "loss (nats)")}
 
 
+def layers_chart(noise_db: Mapping[str, Sequence[tuple[int, float]]]) -> Chart:
+    """Realised noise-to-signal ratio of each layer's weights over the depth, a line per kind of layer.
+
+    Args:
+        noise_db: Depth and ratio in dB of every layer, by kind.
+    """
+    data = []
+    for (kind, layers), (colour, symbol) in zip(noise_db.items(), PLAIN_STYLES * len(noise_db), strict=False):
+        line = {"x": [depth for depth, _ in layers], "y": [ratio_db for _, ratio_db in layers]}
+        mark = {"color": colour, "symbol": symbol, "size": 6}
+        data.append({"type": "scatter", "mode": "lines+markers", "name": escape(kind), **line, "marker": mark})
+    layout = chart_layout("decoder block", "noise to signal of the weights (dB)")
+    depths = 1 + max((depth for layers in noise_db.values() for depth, _ in layers), default=0)
+    layout["xaxis"] |= {"tick0": 0, "dtick": ceil(depths / 8)}
+    return {"data": data, "layout": layout}
+
+
+def time_chart(measured: Sequence[tuple[float, float, float]], asked: float) -> Chart:
+    """Accuracy over the time since programming, which is logarithmic.
+
+    Args:
+        measured: Time in seconds, mean accuracy over chips, and that of the worst, in the order of time.
+        asked: The accuracy that is asked for.
+    """
+    times = [time_s for time_s, _, _ in measured]
+    data = []
+    if measured:
+        for place, name in ((1, "mean over chips"), (2, "worst chip")):
+            colour, symbol = PLAIN_STYLES[place - 1]
+            line = {"x": times, "y": [each[place] for each in measured], "marker": {"color": colour, "symbol": symbol}}
+            data.append({"type": "scatter", "mode": "lines+markers", "name": name, **line})
+        line = {"x": [times[0], times[-1]], "y": [asked, asked], "line": {"color": NEUTRAL, "dash": "dash", "width": 1}}
+        data.append({"type": "scatter", "mode": "lines", "name": "asked", "hoverinfo": "skip", **line})
+    return {"data": data, "layout": chart_layout("time since programming (s)", "accuracy under noise", log_x=True)}
+
+
 def beside_chart(own_uj: Mapping[str, float], named_uj: Mapping[str, float], name: str) -> Chart:
     """Energy per token by component, as one bar, over those of named baselines on the same logarithmic axis.
 
@@ -28,8 +64,7 @@ def beside_chart(own_uj: Mapping[str, float], named_uj: Mapping[str, float], nam
         named_uj: Microjoule per token by baseline.
         name: What the components are of.
     """
-    rows = {f"{name}: {part}": value for part, value in own_uj.items() if value > 0}
-    rows = dict(sorted(rows.items(), key=lambda item: item[1]))
+    rows = dict(sorted(((part, value) for part, value in own_uj.items() if value > 0), key=lambda item: item[1]))
     rows |= {f"{name}: total": sum(own_uj.values())} | dict(sorted(named_uj.items(), key=lambda item: item[1]))
     colours = [NEUTRAL if text in named_uj else "#0072B2" if text.endswith(": total") else "#56B4E9" for text in rows]
     bar = {
@@ -38,13 +73,15 @@ def beside_chart(own_uj: Mapping[str, float], named_uj: Mapping[str, float], nam
         "x": list(rows.values()),
         "y": [escape(text) for text in rows],
         "marker": {"color": colours},
-        "text": [f"{value:.3g}" for value in rows.values()],
-        "textposition": "outside",
+        "text": [f"{value:.3g}" if value < 1000 else f"{float(f'{value:.3g}'):,.0f}" for value in rows.values()],
+        "textposition": "auto",  # inside where there is room
+        "textangle": 0,
+        "constraintext": "none",
+        "insidetextfont": {"color": ["#ffffff" if text.endswith(": total") else "#000000" for text in rows]},
         "cliponaxis": False,
         "hovertemplate": "%{y}<br>%{x:.4g} µJ<extra></extra>",
         "showlegend": False,
     }
     layout = chart_layout("energy per token (µJ)", "", log_x=True) | {"height": 90 + 26 * len(rows)}
     layout["yaxis"] |= {"type": "category"}
-    layout["margin"] |= {"r": 60}
     return {"data": [bar], "layout": layout}

@@ -206,23 +206,24 @@ def promote(adapter: AdapterArgument, store: StoreOption = None, tracking_uri: S
 @app.command()
 def export(
     adapter: AdapterArgument,
-    folder: Annotated[Path, typer.Argument(help="A new folder.")],
+    output: Annotated[str, typer.Argument(metavar="FOLDER", help="A new folder, on this machine or on a URL.")],
     store: StoreOption = None,
     tracking_uri: ServerOption = None,
 ) -> None:
     """Write a registered adapter as a bundle: PEFT files, chip, energy, certificate, model card, checksums."""
     from halora.records.registry import find_adapter
-    from halora.selection.bundle import FILES
-    from halora.selection.bundle import export as export_bundle
+    from halora.selection.bundle import FILES, export_to
 
     _, client = _client(store, tracking_uri)
-    export_bundle(client, find_adapter(client, adapter), folder)
-    _say(f"{len(FILES) + 1} files in '{folder}'; check them anywhere with: halora adapter verify {folder}")
+    export_to(client, find_adapter(client, adapter), output)
+    _say(f"{len(FILES) + 1} files in '{output}'; check them anywhere with: halora adapter verify {output}")
 
 
 @app.command()
 def verify(
-    folder: Annotated[Path, typer.Argument(help="A bundle, as `halora adapter export` writes it.")],
+    bundle: Annotated[
+        str, typer.Argument(metavar="FOLDER", help="A bundle, as `halora adapter export` writes it, or its URL.")
+    ],
     base: Annotated[
         str | None, typer.Option(help="Its base model: a name, hub id or folder.", show_default=False)
     ] = None,
@@ -233,9 +234,11 @@ def verify(
     form: FormatOption = Format.TABLE,
 ) -> None:
     """Check a bundle's files, base and adapter, and score its certified chips again; exit code 1 if they disagree."""
+    from halora.selection.bundle import bundle_at
     from halora.selection.verify import verify as verify_bundle
 
-    checks = verify_bundle(folder, base=base, task=task, chips=chips, say=_say)
+    with bundle_at(bundle) as folder:
+        checks = verify_bundle(folder, base=base, task=task, chips=chips, say=_say)
     rows = [{"check": check.name, "verdict": _verdict(check.passed), "figures": check.text} for check in checks]
     show_rows(rows, form)
     if not all(check.passed for check in checks):

@@ -1,26 +1,61 @@
-"""`halora cluster`: whether a file for Ray's cluster launcher will work, before it costs money."""
+"""`halora cluster`: whether a file for Ray's launcher will work, and whether a cluster that runs can run sweeps."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from halora.cli.output import Format, FormatOption, show_rows, talk
+from halora.cli.elsewhere import AddressOption, elsewhere
+from halora.cli.output import Format, FormatOption, StorageOption, StoreOption, open_store, show_rows, talk
+from halora.errors import UserError
+from halora.records.store import Store
+from halora.sweep.cluster import Cluster
 
 app = typer.Typer(help="Check the description of a cluster.", no_args_is_help=True)
 
 
 @app.callback()
 def _cluster() -> None:
-    """One command so far; the group keeps its name in front."""
+    """The group keeps its name in front of its one command."""
 
 
 @app.command()
 def check(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A file for `ray up`, such as ray_cluster.yaml.")],
+    file: Annotated[
+        Path | None,
+        typer.Argument(metavar="[FILE]", help="A file for `ray up`, such as ray_cluster.yaml.", show_default=False),
+    ] = None,
+    address: AddressOption = None,
+    storage: StorageOption = None,
+    store: StoreOption = None,
     form: FormatOption = Format.TABLE,
 ) -> None:
-    """Every mistake in a cluster file: by Ray's schema, and by what sweeps need. Prints its types of nodes."""
+    """Every mistake in a cluster file, by Ray's schema and by what sweeps need; or on the nodes of a running cluster.
+
+    Prints the file's types of nodes, or with --address the nodes: each must have this machine's versions and code, and
+    reach the storage.
+    """
+    cluster = Cluster.at(address)
+    if file is None and not cluster.address:
+        raise UserError("nothing to check", "name a FILE for `ray up`, or a running cluster with --address")
+    if file is not None:
+        _check_file(file, form)
+    if cluster.address:
+        _check_nodes(cluster, open_store(store, storage=storage), form)
+
+
+def _check_nodes(cluster: Cluster, store: Store, form: Format) -> None:
+    elsewhere(cluster)
+    from halora.sweep.preflight import look_at, refuse
+
+    store.check_writable()
+    reports = look_at(cluster, store, store.storage)
+    show_rows([{"node": r.address, "CPU": r.cpus, "GPU": r.gpus, "problems": len(r.problems)} for r in reports], form)
+    refuse(reports)
+    talk.print("every node can run trials", markup=False, highlight=False)
+
+
+def _check_file(file: Path, form: Format) -> None:
     from halora.sweep.cluster_file import check_cluster_file
 
     types = check_cluster_file(file)

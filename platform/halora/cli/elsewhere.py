@@ -9,7 +9,7 @@ import typer
 
 from halora.cli.output import talk
 from halora.errors import UnreachableError
-from halora.sweep.cluster import RUNS, Cluster
+from halora.sweep.cluster import BEGINS, RUNS, Cluster
 from halora.sweep.versions import CLIENT
 
 AddressOption = Annotated[
@@ -94,7 +94,7 @@ def detached(cluster: Cluster, name: str, follow: bool | None, sweep: str = "") 
 
 
 def check_client() -> None:
-    """Refuse to carry out a command that another version of this program sent.
+    """Say that a command begins which another machine sent; refuse one of another version of this program.
 
     Raises:
         UnreachableError: It did.
@@ -102,6 +102,7 @@ def check_client() -> None:
     if client := os.environ.get(CLIENT):
         from halora.sweep.versions import own_code
 
+        print(BEGINS, flush=True)
         if (own := own_code()) != client:
             raise UnreachableError(
                 f"halora on the cluster's head is {own}, on the machine that asks {client}",

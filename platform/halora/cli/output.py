@@ -44,9 +44,21 @@ ServerOption = Annotated[
 ]
 
 
-def open_store(folder: Path | None, server: str | None = None) -> Store:
+StorageOption = Annotated[
+    str | None,
+    typer.Option(
+        "--storage",
+        metavar="URL",
+        help="Path or URL for the trials' checkpoints, which every worker reaches, e.g. s3://BUCKET/FOLDER. "
+        "Default: $HALORA_STORAGE, or the store's folder.",
+        show_default=False,
+    ),
+]
+
+
+def open_store(folder: Path | None, server: str | None = None, storage: str | None = None) -> Store:
     """The store a command works on."""
-    return Store.at(folder, server)
+    return Store.at(folder, server, storage)
 
 
 def show_rows(rows: Sequence[Mapping[str, Any]], form: Format, title: str = "") -> None:

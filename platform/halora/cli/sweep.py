@@ -15,6 +15,7 @@ from halora.cli.output import (
     Format,
     FormatOption,
     ServerOption,
+    StorageOption,
     StoreOption,
     SweepProgress,
     open_store,
@@ -70,6 +71,7 @@ def launch(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what it would take, and launch nothing.")] = False,
     store: StoreOption = None,
     tracking_uri: ServerOption = None,
+    storage: StorageOption = None,
     address: AddressOption = None,
     wheel: WheelOption = None,
     follow: FollowOption = None,
@@ -87,7 +89,7 @@ def launch(
     overrides = overrides_from(set_)
     overrides |= {key: value for key, value in (("name", name), ("seed", seed)) if value is not None}
     config = load_sweep(sweep, overrides)
-    place = open_store(store, tracking_uri)
+    place = open_store(store, tracking_uri, storage)
     _tell_free_knobs(config)
     if dry_run:
         _print_plan(config)
@@ -105,6 +107,7 @@ def resume(
     name: NameArgument,
     store: StoreOption = None,
     tracking_uri: ServerOption = None,
+    storage: StorageOption = None,
     address: AddressOption = None,
     wheel: WheelOption = None,
     follow: FollowOption = None,
@@ -116,7 +119,7 @@ def resume(
     cluster = Cluster.at(address, wheel)
     detached(cluster, name, follow)
 
-    place = open_store(store, tracking_uri)
+    place = open_store(store, tracking_uri, storage)
     config, core = load_core(name, place)
 
     from halora.sweep import launch as launching

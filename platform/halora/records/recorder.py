@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from halora.analysis.front import front, hypervolume
+from halora.analysis.layers import by_kind
 from halora.analysis.trials import TrialPoint, grouped
 from halora.analysis.uncertainty import front_probability
 from halora.errors import UserError
@@ -19,6 +20,7 @@ from halora.hardware.energy import EnergyBreakdown
 from halora.records import names
 from halora.records.journal import Journal, read
 from halora.records.ledger import Ledger
+from halora.records.provenance import program
 from halora.records.store import SweepFolder
 from halora.spaces.sweep import SweepConfig
 from halora.training.tasks import Split, load_rows
@@ -60,6 +62,7 @@ class SweepRecorder:
                 chip_hash=config.chip.content_hash,
                 config=config.model_dump(mode="json"),
                 datasets=_datasets(config),
+                program=program(),
             )
         if self.ledger.state(number) != "running":
             self._state(number, "running")
@@ -88,7 +91,8 @@ class SweepRecorder:
 
         A trial can be scored again on more chips or rows; the same scores again are left as they are.
         """
-        answers = _answers(json.loads(scores_file.read_text()))
+        result = json.loads(scores_file.read_text())
+        answers = _answers(result)
         chosen = filter(names.is_score, scores)
         metrics = {names.metric(name): float(scores[name]) for name in chosen}
         if not self._scored_so(number, answers, metrics):
@@ -98,6 +102,7 @@ class SweepRecorder:
                 step=step,
                 metrics=metrics,
                 correct=answers,
+                layer_noise_db=_layer_noise_db(result),
                 scores_file=self._within(scores_file),
                 adapter=self._within(adapter) if adapter else None,
             )
@@ -212,6 +217,13 @@ def _answers(scores: Mapping[str, Any]) -> dict[str, Any] | None:
         "rows": correct.shape[1],
         "bits": base64.b64encode(np.packbits(correct).tobytes()).decode(),
     }
+
+
+def _layer_noise_db(scores: Mapping[str, Any]) -> dict[str, list[tuple[int, float]]]:
+    """Mean noise-to-signal ratio of every layer over the chips, by kind and depth; nothing for a simulated trial."""
+    power = np.mean(10 ** (np.array(scores.get("layer_noise_db", [[]])) / 10), axis=0)  # (layers,)
+    means_db = (10 * np.log10(power)).round(2).tolist()
+    return by_kind(dict(zip(scores.get("layers", ()), means_db, strict=True)))
 
 
 def _datasets(config: TrialConfig) -> list[dict[str, str]]:

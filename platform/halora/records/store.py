@@ -6,6 +6,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from halora.errors import UserError, nearest
+from halora.url_folder import checked_url
 
 
 @dataclass(frozen=True)
@@ -15,17 +16,19 @@ class Store:
     Attributes:
         root: Its folder, absolute.
         server: URI of the MLflow server or database to record in; empty for the store's own SQLite file.
+        storage: URL below which sweeps keep their trials' checkpoints; empty for the store's own folder.
     """
 
     root: Path
     server: str = ""
+    storage: str = ""
 
     @classmethod
-    def at(cls, folder: Path | None = None, server: str | None = None) -> "Store":
-        """The store in `folder`, in `$HALORA_STORE`, or in `./halora-store`; its server likewise.
+    def at(cls, folder: Path | None = None, server: str | None = None, storage: str | None = None) -> "Store":
+        """The store in `folder`, in `$HALORA_STORE`, or in `./halora-store`; its server and storage likewise.
 
         Raises:
-            UserError: The server's URI holds a password.
+            UserError: The server's URI or the storage's holds a password.
         """
         root = folder or Path(os.environ.get("HALORA_STORE", "halora-store"))
         uri = os.environ.get("HALORA_TRACKING_URI", "") if server is None else server
@@ -34,7 +37,8 @@ class Store:
                 f"the tracking URI of '{urlsplit(uri).hostname}' holds a password, which would be written to disk",
                 "leave it out and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or PGPASSWORD",
             )
-        return cls(root.expanduser().resolve(), uri)
+        url = os.environ.get("HALORA_STORAGE", "") if storage is None else storage
+        return cls(root.expanduser().resolve(), uri, checked_url(url))
 
     @property
     def tracking_uri(self) -> str:
@@ -150,6 +154,21 @@ class SweepFolder:
     def server_file(self) -> Path:
         """URI of the MLflow server or database, where it is not the store's own."""
         return self.root / "tracking-uri"
+
+    @property
+    def storage_file(self) -> Path:
+        """URL of the sweep's place in the storage, where its trials do not have their checkpoints here."""
+        return self.root / "storage-url"
+
+    @property
+    def storage_url(self) -> str:
+        """That URL; empty where there is none."""
+        return self.storage_file.read_text() if self.storage_file.exists() else ""
+
+    def trial_url(self, number: int) -> str:
+        """URL of a trial's place in the storage; empty where there is none."""
+        url = self.storage_url
+        return f"{url}/{number:05d}" if url else ""
 
     @property
     def log_file(self) -> Path:

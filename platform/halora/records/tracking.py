@@ -216,6 +216,9 @@ class MlflowSweep:
     def _begin(self, run_id: str, entry: Entry) -> None:
         tags = {names.LABEL.format(label=label): str(value) for label, value in entry["labels"].items()}
         tags |= {names.CHIP_HASH: entry["chip_hash"], names.STATE: "running"}
+        program = entry.get("program", {})  # journals that were begun before it was recorded lack it
+        told = {names.VERSION: program.get("version"), names.COMMIT: program.get("commit")}
+        tags |= {name: value for name, value in told.items() if value}
         self._client.log_batch(
             run_id,
             params=[Param(name, str(value)) for name, value in entry["params"].items()],

@@ -1,11 +1,13 @@
 """The bundle: everything about a certified adapter in one folder, the adapter as PEFT stores it.
 
 `PeftModel.from_pretrained(base, FOLDER)` loads it as it is. The base is named by its id and the digest of its weights;
-no path of the machine that made it is inside.
+no path of the machine that made it is inside. On a URL its checksums are written last: what has none is no bundle.
 """
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,6 +22,7 @@ from halora.selection.lightning import lightning_settings
 from halora.training.models import model_id
 from halora.training.tasks import task_id
 from halora.trial import TRIAL_FILE, TrialConfig
+from halora.url_folder import UrlFolder, checked_url, is_below, is_url, shown
 
 if TYPE_CHECKING:
     from halora.evaluation.chips import ChipScores
@@ -59,6 +62,59 @@ class Bundle:
     config: TrialConfig
     certification: Certification
     scores: "ChipScores"
+
+
+def export_to(client: "MlflowClient", adapter: "RegisteredAdapter", place: str) -> None:
+    """Write the bundle of a registered adapter to a new folder on this machine or on a URL, whole or not at all.
+
+    Raises:
+        UserError: See `export`; or the URL is none that fsspec knows.
+        StorageError: The URL cannot be written.
+    """
+    if not is_url(place):
+        export(client, adapter, Path(place))
+        return
+    target = UrlFolder(checked_url(place), retries_s=())
+    there = target.files()
+    if CHECKSUMS_FILE in there or there.keys() - {*FILES}:  # else nothing, or what an interrupted export left
+        raise UserError(f"'{shown(place)}' exists", "name a new folder")
+    target.check_writable()
+    with TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "bundle"
+        export(client, adapter, folder)
+        for name in (*FILES, CHECKSUMS_FILE):
+            target.put(folder / name, name)
+
+
+@contextmanager
+def bundle_at(place: str) -> Iterator[Path]:
+    """The folder of a bundle; of one on a URL a copy, while the block runs, that errors in it call by its URL.
+
+    What is on the URL and does not belong to a bundle is there in name only.
+
+    Raises:
+        UserError: The URL is none that fsspec knows.
+        StorageError: The URL cannot be read.
+    """
+    if not is_url(place):
+        yield Path(place)
+        return
+    source = UrlFolder(checked_url(place), retries_s=())
+    with TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        there = source.files()
+        if strange := [name for name in there if not is_below(name)]:
+            raise UserError([f"{shown(place)}: {name} is not part of a bundle" for name in strange])
+        if CHECKSUMS_FILE in there:
+            for name in there:
+                path = folder / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                source.fetch(name, path) if name in (*FILES, CHECKSUMS_FILE) else path.touch()
+        try:
+            yield folder
+        except UserError as error:
+            told = [problem.replace(scratch, shown(place)) for problem in error.problems]
+            raise type(error)(told, error.next_step) from None
 
 
 def export(client: "MlflowClient", adapter: "RegisteredAdapter", folder: Path) -> Bundle:

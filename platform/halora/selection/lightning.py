@@ -187,12 +187,11 @@ def _outputs(chip: Chip, draft: _Draft) -> None:
 
 def _unknown_there(chip: Chip, draft: _Draft) -> None:
     mapping, retention, faults = chip.mapping, chip.retention, chip.faults
-    ages = retention.ageing is not None or chip.noise.first_s is not None
     rates = f"{faults.stuck_low_rate:g} low, {faults.stuck_high_rate:g} high"
     left_out = {
-        f"Ageing: the package knows no time; cells of this chip are {retention.refresh_interval_s:g} s old.": ages,
+        f"Ageing: the package knows no time; cells of this chip are {retention.refresh_interval_s:g} s old.": chip.ages,
         f"Drift compensation ({retention.compensation}): the package has no drift.": (
-            ages and retention.compensation != "none"
+            chip.ages and retention.compensation != "none"
         ),
         f"Stuck cells: the package has none; this chip has {rates}.": faults.occur,
         "Read noise: weights of the package do not change from read to read.": chip.read.noisy,

@@ -64,7 +64,7 @@ def _at_level(chip: Chip, level: float) -> Chip:
 
 
 def _over_time(chip: Chip) -> list[Scenario]:
-    if chip.retention.ageing is None and chip.noise.first_s is None:
+    if not chip.ages:
         return [Scenario("time", "later", None, "the chip's description has no ageing")]
     return [
         _changed(chip, "time", name, {"retention": {"refresh_interval_s": time_s}}) for name, time_s in TIMES_S.items()

@@ -65,3 +65,6 @@ LOCAL = Cluster()
 
 RUNS = "the sweep runs"
 """What a driver says once nothing is left to refuse; whoever launched it may leave then."""
+
+BEGINS = "halora begins"
+"""What a command says first that is carried out for another machine; what stands before it is Ray's."""

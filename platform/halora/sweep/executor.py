@@ -18,6 +18,7 @@ from halora.evaluation.chips import ChipScores
 from halora.heartbeat import Heartbeats
 from halora.records.store import SweepFolder
 from halora.spaces.sweep import SweepConfig
+from halora.storage import read_adapter
 from halora.sweep.core import Decision, DecisionCore
 from halora.sweep.running import RunningJobs, TrialEvents
 from halora.sweep.session import worker_share
@@ -40,6 +41,7 @@ class _CoreSearcher(Searcher):
             "job": job.name,
             "number": job.number,
             "folder": str(self._folder.trial(job.number)),
+            "storage": self._folder.trial_url(job.number),
             "trial": self._sweep.resolve(job.values).with_micro_batch_halved(job.halvings).model_dump(mode="json"),
             "goal": asdict(job.goal),
             "heartbeats": (self._heartbeats, self._sweep.resources.heartbeat_s),
@@ -182,7 +184,9 @@ def score_on_workers(
     """
     share = worker_share(sweep)
     score = ray.remote(num_cpus=share["CPU"], num_gpus=share["GPU"])(ScoringJob.run)
-    places = {score.remote(job): place for place, job in enumerate(jobs)}
+    # An adapter's folder may not be where a worker is.
+    files = {adapter: ray.put(read_adapter(adapter) if adapter else None) for adapter in {job.adapter for job in jobs}}
+    places = {score.remote(job, files[job.adapter]): place for place, job in enumerate(jobs)}
     found: dict[int, ChipScores] = {}
     waiting = list(places)
     while waiting:

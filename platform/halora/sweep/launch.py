@@ -4,6 +4,7 @@ MLflow, Ray and torch are imported once nothing is left to refuse.
 """
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from halora.analysis.trials import TrialPoint, grouped
+from halora.errors import UserError
 from halora.records.names import ENERGY, VIOLATION
 from halora.records.store import Store, SweepFolder
 from halora.spaces.search import total_violation
 from halora.spaces.sweep import SweepConfig, load_sweep
+from halora.storage import check_storage
 from halora.sweep.cluster import LOCAL, RUNS, Cluster
 from halora.sweep.comparison import ClosingComparison, check_rows_left, compare, contestants
 from halora.sweep.core import DecisionCore, Job
@@ -23,8 +26,9 @@ from halora.sweep.reconcile import record_as_studied
 from halora.sweep.simulator import SimulatedClock, simulate
 from halora.sweep.state import check_not_launched, only_driver, open_core
 from halora.sweep.table import read_table
+from halora.sweep.trial_files import TrialFiles
 from halora.training.models import check_available
-from halora.trial import RESULT_FILE, adapter_folder, past_reports, trial_energy
+from halora.trial import RESULT_FILE, adapter_folder, trial_energy
 
 if TYPE_CHECKING:
     from halora.records.recorder import SweepRecorder
@@ -67,7 +71,7 @@ def launch(
     Raises:
         UserError: The name is taken, the store cannot be written, the table does not fit, a model cannot be loaded, or
             the comparison would have no rows.
-        UnreachableError: MLflow does not answer, or the cluster, or one of its nodes could not run a trial.
+        UnreachableError: MLflow, the storage or the cluster does not answer, or one of its nodes could not run a trial.
     """
     folder = store.sweep(sweep.name)
     store.check_writable()
@@ -75,7 +79,7 @@ def launch(
     if curves:
         read_table(curves, sweep)
     else:
-        _check_workers(sweep, store, cluster)
+        _check_workers(sweep, store, cluster, store.storage)
         check_rows_left(sweep)
     for name in sweep.search.warm_start:
         store.existing(name)
@@ -106,19 +110,21 @@ def resume(
 
     Raises:
         UserError: There is no such sweep, or another process is running it.
-        UnreachableError: The cluster does not answer, or one of its nodes could not run a trial.
+        UnreachableError: The storage or the cluster does not answer, or one of its nodes could not run a trial.
     """
     folder = store.existing(name)
     if store.server:
         folder.server_file.write_text(store.server)
     sweep = load_sweep(str(folder.sweep_file))
     if not folder.curves_file.exists():
-        _check_workers(sweep, store, cluster)
+        _check_workers(sweep, store, cluster, store.storage or folder.storage_url)
     return _run(sweep, store.serving(name), watcher, cluster, metrics_port)
 
 
-def _check_workers(sweep: SweepConfig, store: Store, cluster: Cluster) -> None:
-    """Refuse a sweep that the machines it is to run on could not run."""
+def _check_workers(sweep: SweepConfig, store: Store, cluster: Cluster, storage: str) -> None:
+    """Refuse a sweep that the machines it is to run on could not run, or whose trials could not be kept."""
+    if storage:
+        check_storage(storage)
     models = [str(model) for model in sweep.values_of("model")]
     if not cluster.address:
         for model in models:
@@ -126,7 +132,7 @@ def _check_workers(sweep: SweepConfig, store: Store, cluster: Cluster) -> None:
         return
     from halora.sweep.preflight import check_cluster  # imports Ray
 
-    check_cluster(cluster, store, models=models)
+    check_cluster(cluster, store, storage, models)
 
 
 def _run(sweep: SweepConfig, store: Store, watcher: Watcher, cluster: Cluster, metrics_port: int | None) -> Outcome:
@@ -140,13 +146,16 @@ def _run(sweep: SweepConfig, store: Store, watcher: Watcher, cluster: Cluster, m
         simulated, clock = folder.curves_file.exists(), SimulatedClock()
         core = open_core(sweep, store, clock) if simulated else open_core(sweep, store, say=watcher.say)
         core.request_stop(False)
+        files = TrialFiles(folder)
+        if store.storage and not simulated:
+            files.keep_at(store.storage, core.unfinished)
         with (
             recording(store, sweep, watcher.say) as recorder,
             serving_metrics(
                 metrics_port, SweepCollector(sweep.name, recorder.ledger, lambda: undelivered(store, sweep.name))
             ),
         ):
-            events = _Recording(sweep, recorder, watcher, folder)
+            events = _Recording(sweep, core, recorder, watcher, files, folder)
             comparison = None
             try:
                 if simulated:
@@ -162,6 +171,7 @@ def _run(sweep: SweepConfig, store: Store, watcher: Watcher, cluster: Cluster, m
                 _tell_end(sweep, core, watcher)
                 record_as_studied(core.trials(), recorder)
                 recorder.finish(interrupted=not core.over)
+                events.prune()
         return Outcome(core.over, core.counts()["failed"], comparison)
 
 
@@ -204,21 +214,48 @@ def _train(
 class _Recording:
     """Passes what happens to trials on to the records and to whoever watches."""
 
-    def __init__(self, sweep: SweepConfig, recorder: "SweepRecorder", watcher: Watcher, folder: SweepFolder) -> None:
-        self._sweep, self._recorder, self._watcher, self._folder = sweep, recorder, watcher, folder
+    def __init__(
+        self,
+        sweep: SweepConfig,
+        core: DecisionCore,
+        recorder: "SweepRecorder",
+        watcher: Watcher,
+        files: TrialFiles,
+        folder: SweepFolder,
+    ) -> None:
+        self._sweep, self._core, self._recorder, self._watcher = sweep, core, recorder, watcher
+        self._files, self._folder = files, folder
         self._begun: set[int] = set()
+        self._to_prune, self._cannot_prune = True, ""
 
     def points(self) -> list[TrialPoint]:
         """Finished trials of this sweep that break no constraint, earlier runs included."""
         return grouped(self._recorder.points).feasible
 
+    def prune(self) -> None:
+        """Remove what nobody needs again of trials that ended; what cannot be removed now is left for the next time."""
+        settled = not self._sweep.racing or self._core.over
+        try:
+            self._files.prune(self._core.trials(), self.points(), settled=settled)
+            self._to_prune = False
+        except UserError as error:
+            if str(error) != self._cannot_prune:
+                self._watcher.say(f"checkpoints are not pruned: {error}")
+            self._cannot_prune = str(error)
+
     def began(self, job: Job) -> None:
+        if self._to_prune:  # the study has by now what the events were told
+            self.prune()
+        if job.goal.first_chip:
+            with suppress(UserError):  # its worker will say so
+                self._files.provide(job)
         if job.number not in self._begun and not job.goal.first_chip:
             config = self._sweep.resolve(job.values)
             self._recorder.begin_trial(job.number, config, job.values, trial_energy(config))
             # A worker may have gone on for a moment after an earlier driver ended.
-            self._recorder.report_missed(job.number, past_reports(self._folder.trial(job.number)))
-            self._begun.add(job.number)
+            with suppress(UserError):  # its worker will say so
+                self._recorder.report_missed(job.number, self._files.reports(job.number))
+                self._begun.add(job.number)
         goal = f"up to step {job.goal.steps}" if not job.goal.first_chip else f"on {job.goal.chip_instances} chips"
         self._watcher.trial(job.number, "running", f"{goal}, {job.energy_uj_per_token:.2f} µJ/token")
 
@@ -233,6 +270,8 @@ class _Recording:
             self._recorder.report_rung(job.number, job.goal.steps, report)
             self._watcher.trial(job.number, "paused", f"accuracy {report['accuracy']:.3f} at step {job.goal.steps}")
             return
+        self._files.fetch(job)
+        self._to_prune = True
         metrics = {**report, ENERGY: job.energy_uj_per_token}
         violation = total_violation(constraint.violation(metrics) for constraint in self._sweep.constraints)
         scores = {**report, **({VIOLATION: violation} if self._sweep.constraints else {})}
@@ -258,4 +297,5 @@ class _Recording:
             self._watcher.say(f"trial {job.number} stays on {job.goal.first_chip} chips: {cause}")
             return
         self._recorder.fail_trial(job.number, cause)
+        self._to_prune = True
         self._watcher.trial(job.number, "failed", cause)

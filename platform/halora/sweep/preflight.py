@@ -13,6 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from halora.errors import UnreachableError, attempt
 from halora.records.store import Store
+from halora.storage import check_storage
 from halora.sweep.cluster import Cluster
 from halora.sweep.session import joined
 from halora.sweep.versions import own_versions
@@ -38,7 +39,7 @@ class NodeReport:
     problems: tuple[str, ...]
 
 
-def check_cluster(cluster: Cluster, store: Store, storage: str = "", models: Sequence[str] = ()) -> list[NodeReport]:
+def check_cluster(cluster: Cluster, store: Store, storage: str = "", models: Sequence[str] = ()) -> None:
     """Refuse a cluster on which a sweep could not run.
 
     Args:
@@ -50,11 +51,18 @@ def check_cluster(cluster: Cluster, store: Store, storage: str = "", models: Seq
     Raises:
         UnreachableError: It does not answer, or a node differs from this process, or does not reach what it needs.
     """
-    reports = look_at(cluster, store, storage, models)
+    refuse(look_at(cluster, store, storage, models))
+
+
+def refuse(reports: Sequence[NodeReport]) -> None:
+    """Refuse a cluster whose nodes have problems.
+
+    Raises:
+        UnreachableError: With all of them.
+    """
     problems = [f"node {report.address}: {problem}" for report in reports for problem in report.problems]
     if problems:
         raise UnreachableError(problems, "mend the nodes and run again; `halora cluster check --address` looks again")
-    return reports
 
 
 def look_at(cluster: Cluster, store: Store, storage: str = "", models: Sequence[str] = ()) -> list[NodeReport]:
@@ -100,7 +108,9 @@ def _look(expected: Mapping[str, str], probe: str, storage: str, models: list[st
         for name, asked in expected.items()
         if own[name] != asked
     ]
-    if not Path(probe).exists():
+    if storage:
+        attempt(problems, lambda: check_storage(storage))
+    elif not Path(probe).exists():
         problems.append(f"it does not see '{Path(probe).parent}'; name a place that all nodes reach with --storage")
     elif not os.access(Path(probe).parent, os.W_OK):
         problems.append(f"it cannot write the store '{Path(probe).parent}'")

@@ -19,12 +19,11 @@ from typing import Protocol
 import ray
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from halora.sweep.cluster import Cluster
+from halora.sweep.cluster import BEGINS, Cluster
 from halora.sweep.session import check_listening, joined, shipped, unreachable
 from halora.sweep.versions import CLIENT, own_code
 
 _POLL_S = 0.5
-_MARK = "halora-says"  # what stands before it is Ray's
 _HEAD_NODE = {"node:__internal_head__": 0.001}
 _RAY_S_OWN = ("RAY_JOB_ID", "RAY_RAYLET_PID", "RAY_WORKER_ID")  # variables of the worker that starts a process
 _KEPT_S = 60.0  # that an actor stays after its command, for whoever asks how it ended
@@ -63,9 +62,12 @@ def carry_out(
     with _started(cluster, arguments, stdin) as running:
         while True:
             code, said = running.code(), running.output()
-            show(said[shown:])
-            shown = len(said)
-            if code is not None or (until and until in said):
+            _, mark, own = said.partition(f"{BEGINS}\n")
+            show(own[shown:])
+            shown = len(own)
+            if code is not None or (until and until in own):
+                if not mark:  # the command was not found, or could not begin
+                    show(said)
                 return code
             time.sleep(_POLL_S)
 
@@ -78,13 +80,13 @@ def _started(cluster: Cluster, arguments: Sequence[str], stdin: str) -> Iterator
     elif cluster.elsewhere:
         yield _Job(cluster, _command(arguments, stdin))
     else:
-        yield _Process([sys.executable, "-m", "halora.cli.main", *arguments])
+        yield _Process([sys.executable, "-m", "halora.cli.main", *arguments], {CLIENT: own_code()})
 
 
 def _command(arguments: Sequence[str], stdin: str) -> str:
     """For a shell on the head, in the home folder: where Ray was started there means nothing."""
-    halora = f"cd && echo {_MARK} && halora {shlex.join(arguments)}"
-    return f"printf %s {shlex.quote(stdin)} | ({halora})" if stdin else halora
+    halora = f"halora {shlex.join(arguments)}"
+    return f"cd && printf %s {shlex.quote(stdin)} | {halora}" if stdin else f"cd && exec {halora}"
 
 
 class _Job:
@@ -100,8 +102,7 @@ class _Job:
             raise unreachable(cluster.address, error) from None
 
     def output(self) -> str:
-        _, _, said = str(self._client.get_job_logs(self._id)).partition(f"\n{_MARK}\n")
-        return said
+        return str(self._client.get_job_logs(self._id))
 
     def code(self) -> int | None:
         job = self._client.get_job_info(self._id)
@@ -120,8 +121,7 @@ class _Actor:
         self._shell = remote.options(lifetime="detached").remote(command)
 
     def output(self) -> str:
-        _, _, said = str(ray.get(self._shell.output.remote())).partition(f"{_MARK}\n")
-        return said
+        return str(ray.get(self._shell.output.remote()))
 
     def code(self) -> int | None:
         code: int | None = ray.get(self._shell.code.remote())
@@ -131,12 +131,12 @@ class _Actor:
 class _Process:
     """A process of this machine, in a session of its own."""
 
-    def __init__(self, command: Sequence[str]) -> None:
+    def __init__(self, command: Sequence[str], environment: dict[str, str]) -> None:
         file, name = tempfile.mkstemp(prefix="halora-", suffix=".log")
         self._log = Path(name)
-        environment = {name: value for name, value in os.environ.items() if name not in _RAY_S_OWN}
+        own = {name: value for name, value in os.environ.items() if name not in _RAY_S_OWN} | environment
         self._process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment, start_new_session=True
+            command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=own, start_new_session=True
         )
         os.close(file)
 
@@ -151,7 +151,7 @@ class _Shell(_Process):
     """The actor of `_Actor`: leaves some time after its command."""
 
     def __init__(self, command: str) -> None:
-        super().__init__(["bash", "-c", command])
+        super().__init__(["bash", "-c", command], {})
         threading.Thread(target=self._leave, daemon=True).start()
 
     def _leave(self) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from halora.errors import StorageError
 from halora.spaces.search import METRICS
 from halora.sweep.core import Decision, DecisionCore, Job
 
@@ -61,9 +62,14 @@ class RunningJobs:
 
     def scored(self, key: str, report: Mapping[str, Any]) -> None:
         """Close a job that reached its goal."""
-        job = self._jobs.pop(key)
+        job = self._jobs[key]
         if self._events:
-            self._events.evaluated(job, report)
+            try:
+                self._events.evaluated(job, report)
+            except StorageError as error:  # what the worker left there cannot be had
+                self.lost(key, str(error))
+                return
+        del self._jobs[key]
         self.core.on_scores(job.number, {name: report[name] for name in _KEPT if name in report})
 
     def failed(self, key: str, cause: str) -> None:

@@ -21,7 +21,7 @@ from halora.training.reads import calibrate
 from halora.training.rram import RramArray
 from halora.training.tasks import Row
 
-_BY_CHIP = ("chip_seeds", "noisy", "noisy_correct", "noise_db")
+_BY_CHIP = ("chip_seeds", "noisy", "noisy_correct", "noise_db", "layer_noise_db")
 _NO_NOISE_DB = -300.0  # stands for none, as JSON has no infinity
 
 
@@ -42,6 +42,8 @@ class ChipScores:
         noise_db: Mean realised noise-to-signal ratio of the mapped weights in dB, per chip.
         levels: Other strengths of the programming noise that the chips were scored at.
         level_correct: Whether each row is answered rightly there, `[level][chip][row]`; chips that a race adds are not.
+        layers: Canonical names of the layers in RRAM.
+        layer_noise_db: Realised noise-to-signal ratio of each one's weights in dB, `[chip][layer]`.
     """
 
     row_ids: tuple[str, ...]
@@ -54,6 +56,8 @@ class ChipScores:
     noise_db: tuple[float, ...]
     levels: tuple[float, ...] = ()
     level_correct: tuple[tuple[tuple[bool, ...], ...], ...] = ()
+    layers: tuple[str, ...] = ()
+    layer_noise_db: tuple[tuple[float, ...], ...] = ()
 
     def summary(self) -> dict[str, float]:
         """Accuracy and mean margin, clean and over chips, with 95 % intervals over rows and chips.
@@ -147,6 +151,7 @@ def evaluate(
     clean, clean_correct = score()
     seeds = tuple(range(first_chip, first_chip + settings.chip_instances))
     noisy, noisy_correct, noise_db = [], [], []
+    layer_noise_db: list[dict[str, float]] = []
     level_correct: list[list[tuple[bool, ...]]] = [[] for _ in settings.noise_levels]
 
     def score_on(seed: int, level: float) -> tuple[tuple[float, ...], tuple[bool, ...]]:
@@ -158,7 +163,9 @@ def evaluate(
         margins, correct = score_on(seed, chip.noise.level)
         noisy.append(margins)
         noisy_correct.append(correct)
-        noise_db.append(max(mean_db(array.noise_db().values()), _NO_NOISE_DB))
+        by_layer = array.noise_db()
+        noise_db.append(_finite_db(mean_db(by_layer.values())))
+        layer_noise_db.append({layer: _finite_db(ratio_db) for layer, ratio_db in by_layer.items()})
         for level, right in zip(settings.noise_levels, level_correct, strict=True):
             right.append(score_on(seed, level)[1])
     array.clear()
@@ -173,7 +180,13 @@ def evaluate(
         noise_db=tuple(noise_db),
         levels=settings.noise_levels,
         level_correct=tuple(map(tuple, level_correct)),
+        layers=tuple(layer_noise_db[0]),
+        layer_noise_db=tuple(tuple(by_layer.values()) for by_layer in layer_noise_db),
     )
+
+
+def _finite_db(ratio_db: float) -> float:
+    return max(ratio_db, _NO_NOISE_DB)
 
 
 _Score = Callable[[], tuple[tuple[float, ...], tuple[bool, ...]]]

@@ -237,6 +237,11 @@ class Chip(Frozen):
         return self
 
     @property
+    def ages(self) -> bool:
+        """Whether cells change after they are programmed, as they are described."""
+        return self.retention.ageing is not None or self.noise.first_s is not None
+
+    @property
     def content_hash(self) -> str:
         """Twelve hex digits that change with any value but the name."""
         content = json.dumps(self.model_dump(mode="json", exclude={"name"}), sort_keys=True)

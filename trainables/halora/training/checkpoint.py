@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from halora.errors import UserError
+from halora.trial import OPTIMIZER_FILE
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _START_OVER = "delete it; the trial starts over"
@@ -28,11 +29,13 @@ class Checkpoint:
         step: Optimiser steps taken.
         weights: Adapter weights by their name in a PEFT file.
         moments: AdamW's moments by `<name>.<moment>`; empty before the first step.
+        source: The folder it was read from, for messages; empty for one that was not.
     """
 
     step: int
     weights: dict[str, Tensor]
     moments: dict[str, Tensor]
+    source: str = ""
 
     @classmethod
     def read(cls, folder: Path) -> "Checkpoint":
@@ -47,10 +50,10 @@ class Checkpoint:
         try:
             step = int(json.loads((folder / "progress.json").read_text())["step"])
             weights = load_file(folder / "adapter" / "adapter_model.safetensors")
-            moments = load_file(folder / "optimizer.safetensors") if step else {}
+            moments = load_file(folder / OPTIMIZER_FILE) if step else {}
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise UserError(f"checkpoint '{folder}' is damaged: {error}", _START_OVER) from None
-        return cls(step, weights, moments)
+        return cls(step, weights, moments, str(folder))
 
     def write(self, folder: Path, peft_config: Any) -> None:
         """Write the files into a folder that appears under its name whole."""
@@ -62,7 +65,7 @@ class Checkpoint:
         peft_config.save_pretrained(scratch / "adapter")
         save_file(self.weights, scratch / "adapter" / "adapter_model.safetensors", metadata={"format": "pt"})
         if self.moments:
-            save_file(self.moments, scratch / "optimizer.safetensors")
+            save_file(self.moments, scratch / OPTIMIZER_FILE)
         (scratch / "progress.json").write_text(json.dumps({"step": self.step}))
         shutil.rmtree(folder, ignore_errors=True)
         scratch.rename(folder)
@@ -93,7 +96,7 @@ class TrainedState:
         }
         return Checkpoint(step, weights, moments)
 
-    def check_fits(self, checkpoint: Checkpoint, folder: Path) -> None:
+    def check_fits(self, checkpoint: Checkpoint) -> None:
         """Refuse the checkpoint of another adapter.
 
         Raises:
@@ -102,7 +105,7 @@ class TrainedState:
         expected = {stored_name(name): _shape(parameter) for name, parameter in self._trainable.items()}
         names = {f"{name}.{moment}" for name in self._trainable for moment in _MOMENTS} if checkpoint.step else set()
         if {n: w.shape for n, w in checkpoint.weights.items()} != expected or checkpoint.moments.keys() != names:
-            raise UserError(f"checkpoint '{folder}' belongs to another adapter", _START_OVER)
+            raise UserError(f"checkpoint '{checkpoint.source}' belongs to another adapter", _START_OVER)
 
     def write(self, checkpoint: Checkpoint) -> None:
         """Put a checkpoint into an engine that has taken a step, which makes its optimiser state."""

@@ -206,14 +206,13 @@ class Finetuner:
         if self.writes:
             checkpoint.write(folder, self._peft_model.peft_config["default"])
 
-    def restore(self, folder: Path) -> None:
-        """Go on from `save`, whatever the number of workers and the ZeRO stage it was written with.
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint, whatever the number of workers and the ZeRO stage it was written with.
 
         Raises:
-            UserError: The checkpoint belongs to an adapter of another shape or is damaged.
+            UserError: The checkpoint belongs to an adapter of another shape.
         """
-        checkpoint = Checkpoint.read(folder)
-        self._state.check_fits(checkpoint, folder)
+        self._state.check_fits(checkpoint)
         # DeepSpeed makes its optimiser state, and ZeRO-3 whole weights, at the first step: an empty one.
         batch = lay_out([pack_answer(self._rows[0], self._base.tokenizer)])
         self._accumulate([(batch, 0.0)] * self._config.training.gradient_accumulation, scale=0.0)

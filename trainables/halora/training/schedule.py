@@ -186,7 +186,7 @@ def _at_time(chip: Chip, time_s: float) -> Chip:
 
 
 def _ageing_problems(chip: Chip, times_s: tuple[float, float]) -> list[str]:
-    if chip.retention.ageing is None and chip.noise.first_s is None:
+    if not chip.ages:
         return [f"nothing on chip '{chip.name}' changes with time; give it retention.ageing or leave time_s out"]
     problems: list[str] = []
     for time_s in times_s:

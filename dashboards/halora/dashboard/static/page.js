@@ -4,6 +4,8 @@
   const drawn = new Map();
   const style = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
+  const ticks = (place) => Math.min(Math.max(Math.floor(place.clientWidth / 90), 3), 10);
+
   function coloured(layout) {
     const axis = { gridcolor: style("--grid"), zerolinecolor: style("--line"), linecolor: style("--line"), automargin: true };
     return {
@@ -29,6 +31,7 @@
       modeBarButtons: [["select2d", "zoom2d", "pan2d", "resetScale2d"]], doubleClick: "reset" };
     const { height, ...rest } = chart.layout;
     const layout = coloured({ ...rest, selectable, autosize: true });
+    layout.xaxis.nticks = ticks(place);
     const old = drawn.get(place.id);
     if (old && old !== place) {  // the figure was there before: keep its zoom
       place.replaceWith(old);
@@ -52,6 +55,12 @@
     if (!window.Plotly) return ready();
     const figures = [...document.querySelectorAll("[data-figure]")];
     return Promise.all(figures.map(draw)).then(ready);
+  }
+
+  function spaced() {  // Plotly's ticks of a logarithmic axis run into each other where there is little room
+    for (const place of drawn.values()) {
+      if (place.layout.xaxis.nticks !== ticks(place)) Plotly.relayout(place, { "xaxis.nticks": ticks(place) });
+    }
   }
 
   // The form of a sweep's page: shortlisted trials and filters are its inputs.
@@ -154,5 +163,6 @@
     drawAll();
   });
   document.addEventListener("DOMContentLoaded", drawAll);
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
+  addEventListener("resize", spaced);
+  for (const media of ["(prefers-color-scheme: dark)", "print"]) matchMedia(media).addEventListener("change", drawAll);
 })();
