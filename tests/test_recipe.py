@@ -153,11 +153,16 @@ def test_the_whole_recipe_starts_twice_serves_and_ends():
         # What crashed is started again, on the same data and with the same password.
         crashed = int((stack.state / "mlflow.pid").read_text().split()[0])
         crashing = [*psutil.Process(crashed).children(recursive=True), psutil.Process(crashed)]
+        crashing += [
+            process for process in stack.processes() if "autoscaler/_private/monitor.py" in str(process.cmdline())
+        ]
+        assert len(crashing) >= 3
         for process in crashing:
             process.kill()
         psutil.wait_procs(crashing)
         assert "answers at" in stack.up("mlflow.sh")
         assert _status(search, ("admin", password), data=query) == 200
+        assert _status(f"{stack.jobs_address}/api/jobs/", token=token) == 200  # the head outlives its autoscaler
 
         stack.up("down.sh", "first")
         assert not (stack.state / "first.pid").exists()

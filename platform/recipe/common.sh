@@ -86,13 +86,13 @@ wait_until() {
     done
 }
 
-# end NAME: end what `begin NAME` began, and whatever is left in its session.
+# end NAME: end what `begin NAME` began, and all that is in its session.
 end() {
     local pid
     if runs "$1"; then
-        kill -TERM "$pid"
-        for _ in {1..60}; do
-            runs "$1" || break
+        pkill -TERM --session "$pid" || true
+        for _ in {1..20}; do
+            pgrep --session "$pid" >/dev/null || break
             sleep 0.5
         done
         pkill -KILL --session "$pid" || true

@@ -23,8 +23,12 @@ chmod 600 -- "$RAY_AUTH_TOKEN_PATH"
 ulimit -n "$(ulimit -Hn)"
 mkdir -p -- "$HALORA_STORE"
 
-begin ray-head "$HALORA_VENV/bin/ray" start --head --block --port "$HALORA_RAY_PORT" --num-cpus 0 --num-gpus 0 \
-    --dashboard-host "$HALORA_DASHBOARD_HOST" --dashboard-port "$HALORA_DASHBOARD_PORT" \
+# Not `--block`, by which the head would end with its autoscaler, which gives up after some errors of the cloud. This
+# lives as long as the head's control store, and leaves nothing behind.
+# shellcheck disable=SC2016
+guard='"$@" || exit; while pgrep --session $$ gcs_server >/dev/null; do sleep 2; done; pkill -KILL --session $$'
+begin ray-head bash -c "$guard" ray-head "$HALORA_VENV/bin/ray" start --head --port "$HALORA_RAY_PORT" \
+    --num-cpus 0 --num-gpus 0 --dashboard-host "$HALORA_DASHBOARD_HOST" --dashboard-port "$HALORA_DASHBOARD_PORT" \
     --ray-client-server-port "$HALORA_CLIENT_PORT" ${HALORA_NODE_ADDRESS:+--node-ip-address "$HALORA_NODE_ADDRESS"} "$@"
 wait_until ray-head 180 answers "http://$HALORA_DASHBOARD_HOST:$HALORA_DASHBOARD_PORT/"
 say "ray-head listens on port $HALORA_RAY_PORT; jobs at http://$HALORA_DASHBOARD_HOST:$HALORA_DASHBOARD_PORT"
