@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
+import psutil
 import torch
 from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
@@ -47,6 +48,18 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
+def interface_towards(host: str) -> str:
+    """The network interface by which this machine reaches an address.
+
+    Left to themselves, gloo and nccl take the one that the machine's own name leads to, which may be the loopback.
+    """
+    family, _, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(address)  # of a datagram socket: sends nothing
+        own = probe.getsockname()[0]
+    return next(name for name, ones in psutil.net_if_addrs().items() if own in {one.address for one in ones})
+
+
 def join_process_group(place: Place | None = None) -> None:
     """Make this process a worker of a DeepSpeed group: of one alone where no place is given."""
     place = place or Place()
@@ -67,6 +80,8 @@ def join_process_group(place: Place | None = None) -> None:
             "WORLD_SIZE": str(place.workers),
             "MASTER_ADDR": place.host,
             "MASTER_PORT": str(place.port or free_port()),
+            "GLOO_SOCKET_IFNAME": (interface := interface_towards(place.host)),
+            "NCCL_SOCKET_IFNAME": interface,
         }
     )
     deepspeed.init_distributed(
