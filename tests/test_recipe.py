@@ -9,6 +9,7 @@ import re
 import stat
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from base64 import b64encode
@@ -19,6 +20,8 @@ import psycopg
 import pytest
 from raylets import ROOT
 from recipe_stack import RECIPE, recipe_stack
+
+from halora.sweep.cluster import RUNS
 
 WHAT_A_DRIVER_FINDS = """
 import json, os, shutil
@@ -170,6 +173,43 @@ def test_the_whole_recipe_starts_twice_serves_and_ends():
         assert said.index("second has ended") < said.index("ray-head has ended") < said.index("postgresql has ended")
         assert stack.processes() == []
         assert stack.up("down.sh") == ""
+
+
+@pytest.mark.slow
+def test_a_real_sweep_is_submitted_stopped_resumed_and_reported(tmp_path):
+    """SmolLM2 through the whole recipe, by a wheel, from a process that knows nothing but the address and the token."""
+    uv = Path(sys.executable).with_name("uv")
+    subprocess.run([uv, "build", "--wheel", "--out-dir", tmp_path, ROOT], check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+
+    def from_afar(stack, *arguments):
+        token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(stack.state / "token"), "COLUMNS": "200"}
+        command = [Path(sys.executable).with_name("halora"), "sweep", *map(str, arguments)]
+        command += ["--address", stack.jobs_address]
+        environment = os.environ | token
+        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    with recipe_stack() as stack:
+        stack.start_head()
+        assert [stack.start_node(name).returncode for name in ("first", "second")] == [0, 0]
+        short = ["trials=4", "trial.training.steps=8", "trial.training.report_every=2", "trial.training.batch_size=2"]
+        short += ["trial.evaluation.rows=8", "trial.evaluation.chip_instances=1", "comparison=null", "racing=null"]
+        options = [part for setting in short for part in ("--set", setting)]
+        assert RUNS in from_afar(stack, "launch", "quickstart", "--name", "real", "--wheel", wheel, *options)
+        (row,) = json.loads(from_afar(stack, "status", "real", "--format", "json"))
+        assert (row["state"], row["trials"]) == ("running", 4)
+        from_afar(stack, "stop", "real")
+        while json.loads(from_afar(stack, "status", "real", "--format", "json"))[0]["state"] == "running":
+            time.sleep(1)
+        assert "front of real" in from_afar(stack, "resume", "real", "--follow", "--wheel", wheel)
+        assert json.loads(from_afar(stack, "status", "real", "--format", "json"))[0]["finished"] == 4
+        assert Path(from_afar(stack, "report", "real").strip()).is_file()
+        lines = from_afar(stack, "logs", "real", "--format", "json").splitlines()
+        assert {json.loads(line).get("node") for line in lines} == {None, "127.0.0.1"}
+        stack.up("down.sh")
+        assert stack.processes() == []
 
 
 def test_what_is_missing_is_said(tmp_path):
