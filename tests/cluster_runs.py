@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 import yaml
 from raylets import Cluster, Node
 from records_audit import differences
@@ -108,6 +109,8 @@ def trains(line: dict[str, Any]) -> bool:
 
 def node_of(cluster: Cluster, line: dict[str, Any]) -> Node:
     """The living node that a line of the log names."""
+    if not any(node.namespace for node in cluster.nodes.values()):
+        pytest.skip("nodes have one address here, and cannot be told apart; network namespaces need root")
     (node,) = [one for one in cluster.nodes.values() if one.address == line["node"] and one.starter.poll() is None]
     return node
 

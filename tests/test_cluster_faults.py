@@ -177,7 +177,12 @@ def test_a_clock_that_jumps_changes_nothing(site, launch, tmp_path, tiny_models,
         before = len(driver_log(site.store, "clock-jumps"))
         wait_for(site.store, "clock-jumps", trains, after=before)
         clock.write_text(jump)
-    assert driver.wait(PATIENCE_S) == 0
+    while sum(line.get("state") == "finished" for line in driver_log(site.store, "clock-jumps")) < 4:
+        assert driver.poll() is None
+        time.sleep(0.5)
+    driver.kill()  # under libfaketime Ray's own gRPC waits for the next day as it ends
+    driver.wait()
+    assert launched(site.cluster, "resume", "clock-jumps").wait(PATIENCE_S) == 0
     check(site, "clock-jumps")
 
 

@@ -207,7 +207,7 @@ def test_a_real_sweep_is_submitted_stopped_resumed_and_reported(tmp_path):
         assert json.loads(from_afar(stack, "status", "real", "--format", "json"))[0]["finished"] == 4
         assert Path(from_afar(stack, "report", "real").strip()).is_file()
         lines = from_afar(stack, "logs", "real", "--format", "json").splitlines()
-        assert {json.loads(line).get("node") for line in lines} == {None, "127.0.0.1"}
+        assert len({json.loads(line).get("node") for line in lines} - {None}) == 1  # both nodes are this machine
         stack.up("down.sh")
         assert stack.processes() == []
 
