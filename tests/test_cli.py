@@ -594,8 +594,8 @@ def _with_rungs(name, models, task):
 
 def test_early_stopping_pauses_promotes_and_races(store, tiny_models, tiny_task, tmp_path):
     """Oracle: a promoted trial trained in one go in this process, and scored on the same chips."""
-    from halora.trainable import Workbench, adapter_folder
-    from halora.trial import TrialConfig
+    from halora.trainable import Workbench
+    from halora.trial import TrialConfig, adapter_folder
 
     path = tmp_path / "rungs.yaml"
     path.write_text(yaml.safe_dump(_with_rungs("rungs", tiny_models, tiny_task)))

@@ -13,8 +13,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from halora.spaces.sweep import load_sweep, load_trial
-from halora.trainable import Workbench, adapter_folder
-from halora.trial import TrialConfig
+from halora.trainable import Workbench
+from halora.trial import TrialConfig, adapter_folder
 
 
 @pytest.fixture(scope="module")

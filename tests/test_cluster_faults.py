@@ -188,7 +188,7 @@ def test_a_clock_that_jumps_changes_nothing(site, launch, tmp_path, tiny_models,
 
 def test_twenty_faults_in_a_row_lose_and_repeat_nothing(site, launch):
     """Each comes at a random moment of a running sweep; the next one once a trial has reported since."""
-    name, trials, chance = "twenty", 16, random.Random(20)
+    name, trials, chance = "twenty", 40, random.Random(20)
     driver = launch(name, trials)
     faults = [kind for kind in FAULTS for _ in range(3)] + ["driver", "worker"]
     chance.shuffle(faults)

@@ -11,8 +11,9 @@ import pytest
 
 from halora.evaluation.chips import ChipScores
 from halora.evaluation.intervals import crossed_bootstrap
-from halora.trainable import Workbench, adapter_folder, task_rows
+from halora.trainable import Workbench, task_rows
 from halora.training.config import LINEAR_NAMES
+from halora.trial import adapter_folder
 
 
 @pytest.fixture(scope="module")

@@ -20,12 +20,13 @@ from halora.evaluation.generation import (
 from halora.hardware.addressing import NoiseKey, Role
 from halora.hardware.chip import load_chip
 from halora.hardware.instance import ChipInstance
-from halora.trainable import Workbench, adapter_folder
+from halora.trainable import Workbench
 from halora.training.batches import PackedRow, lay_out
 from halora.training.models import load_base
 from halora.training.reads import calibrate
 from halora.training.rram import install
 from halora.training.tasks import Row
+from halora.trial import adapter_folder
 
 NUMBER = EvaluationSettings().answer_pattern
 ROWS = [

@@ -13,10 +13,11 @@ from transformers import AutoModelForCausalLM
 from halora.errors import UserError
 from halora.hardware.addressing import NoiseKey, Role
 from halora.hardware.noise import programmed_weight
-from halora.trainable import Workbench, adapter_folder
+from halora.trainable import Workbench
 from halora.training.adapter import attach, attach_saved, detach, regulariser
 from halora.training.config import LINEAR_NAMES
 from halora.training.rram import ChipInstance
+from halora.trial import adapter_folder
 
 GENERATOR = torch.Generator().manual_seed(4)
 

@@ -19,12 +19,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from halora.errors import UserError
 from halora.hardware.addressing import NoiseKey, Role, derive_seed
 from halora.hardware.noise import programmed_weight
-from halora.trainable import Workbench, adapter_folder
+from halora.trainable import Workbench
 from halora.training.adapter import attach_saved, detach
 from halora.training.batches import rows_at_step
 from halora.training.config import LINEAR_NAMES
 from halora.training.tasks import load_rows
-from halora.trial import TrialConfig
+from halora.trial import TrialConfig, adapter_folder
 
 
 @pytest.fixture(scope="module")

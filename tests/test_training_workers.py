@@ -21,8 +21,8 @@ from halora.heartbeat import Heartbeats
 from halora.peers import WorkerLostError
 from halora.storage import TrialStorage
 from halora.sweep.executor import _loss
-from halora.trainable import HaloraTrainable, Training, Workbench, adapter_folder
-from halora.trial import TrialConfig
+from halora.trainable import HaloraTrainable, Training, Workbench
+from halora.trial import TrialConfig, adapter_folder
 
 SETTINGS = {"steps": 6, "schedule": {"sigma_start": 0.05, "redraw_steps": 2}, "mu": 0.3, "worker_timeout_s": 60}
 
