@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
-BENCHMARKS := step noise lightning eval memory turnaround page
+BENCHMARKS := step noise lightning eval memory turnaround page cluster
 UV_VERSION := 0.13.9
 AXE_VERSION := 4.14.1
 READY := $(VENV)/.ready

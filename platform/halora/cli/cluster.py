@@ -30,18 +30,17 @@ def check(
     store: StoreOption = None,
     form: FormatOption = Format.TABLE,
 ) -> None:
-    """Every mistake in a cluster file, by Ray's schema and by what sweeps need; or on the nodes of a running cluster.
+    """Every mistake in a cluster file, by Ray's schema and by what sweeps need; without FILE, in a running cluster.
 
-    Prints the file's types of nodes, or with --address the nodes: each must have this machine's versions and code, and
-    reach the storage.
+    There every node must have the head's versions and code, and reach the storage.
     """
     cluster = Cluster.at(address)
-    if file is None and not cluster.address:
-        raise UserError("nothing to check", "name a FILE for `ray up`, or a running cluster with --address")
     if file is not None:
         _check_file(file, form)
-    if cluster.address:
+    elif cluster.address:
         _check_nodes(cluster, open_store(store, storage=storage), form)
+    else:
+        raise UserError("nothing to check", "name a FILE for `ray up`, or a running cluster with --address")
 
 
 def _check_nodes(cluster: Cluster, store: Store, form: Format) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Protocol
 
 import ray
+from ray.exceptions import RayError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from halora.sweep.cluster import BEGINS, Cluster
@@ -61,7 +62,10 @@ def carry_out(
     shown = 0
     with _started(cluster, arguments, stdin) as running:
         while True:
-            code, said = running.code(), running.output()
+            try:
+                code, said = running.code(), running.output()
+            except (RayError, RuntimeError, OSError) as error:  # the head, or the way to it, has gone
+                raise unreachable(cluster.address, error) from None
             _, mark, own = said.partition(f"{BEGINS}\n")
             show(own[shown:])
             shown = len(own)
@@ -109,7 +113,7 @@ class _Job:
         if not JobStatus(job.status).is_terminal():
             return None
         if job.driver_exit_code is None and job.status != JobStatus.SUCCEEDED:
-            raise unreachable(self._client.get_address(), RuntimeError(f"its job did not start: {job.message}"))
+            raise RuntimeError(f"its job did not start: {job.message}")
         return job.driver_exit_code or 0
 
 
