@@ -209,7 +209,7 @@ def _loss(trial: Any) -> str:
         return ""
     if isinstance(error, OutOfMemoryError):
         return "Ray ended its worker, as its node ran out of memory"
-    return "its node is gone" if "node" in str(error) and "dead" in str(error) else "its worker ended"
+    return "its node is gone" if "node has died" in str(error) else "its worker ended"
 
 
 def _trial_name(trial: Any) -> str:

@@ -9,7 +9,7 @@ from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from halora.errors import UnreachableError, UserError
 from halora.records.store import SweepFolder
@@ -94,7 +94,7 @@ class PatientStorage(RDBStorage):
         while True:
             try:
                 found = (again if again and gone else call)()
-            except (StorageInternalError, DBAPIError) as error:
+            except (StorageInternalError, SQLAlchemyError) as error:
                 if not _is_away(error):
                     raise
                 if time.monotonic() > end:
@@ -139,6 +139,10 @@ def _began(trial: FrozenTrial, when: Any) -> bool:
 
 
 def _is_away(error: BaseException) -> bool:
-    """Whether an error is for want of the database, and not by it."""
-    cause = error if isinstance(error, DBAPIError) else error.__cause__
-    return isinstance(cause, DBAPIError) and (cause.connection_invalidated or "connection" in str(cause).lower())
+    """Whether an error is for want of the database, and not by it; it may have led to others on its way."""
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, DBAPIError) and (found.connection_invalidated or "connection" in str(found).lower()):
+            return True
+        found = found.__cause__ or found.__context__
+    return False
