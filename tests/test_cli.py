@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import urllib.request
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import fsspec
@@ -96,7 +96,12 @@ class Background:
 
     def workers(self):
         """The processes among them that train."""
-        return [process for process in self.family() if "Trainable" in " ".join(process.cmdline())]
+        found = []
+        for process in self.family():
+            with suppress(psutil.NoSuchProcess):  # it ends at this moment
+                if "Trainable" in " ".join(process.cmdline()):
+                    found.append(process)
+        return found
 
     def kill(self):
         """End it and whatever it started, if anything is left."""
