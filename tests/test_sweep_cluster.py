@@ -3,11 +3,13 @@
 import pytest
 import torch
 
+from halora.cli.elsewhere import _arguments, check_client
 from halora.errors import UnreachableError, UserError
-from halora.sweep.cluster import Cluster
+from halora.sweep.cluster import BEGINS, Cluster
 from halora.sweep.driver_log import DriverLog, read_log
+from halora.sweep.remote import carry_out
 from halora.sweep.session import check_listening, unreachable
-from halora.sweep.versions import own_code, own_versions
+from halora.sweep.versions import CLIENT, own_code, own_versions
 from halora.training.config import TrainingSettings
 from halora.training.memory import ran_out_of_memory
 
@@ -116,3 +118,35 @@ def test_a_micro_batch_is_halved_down_to_a_row(batch, workers):
         rows.append(settings.micro_batch)
     assert rows == sorted(set(rows), reverse=True)
     assert settings.workers * settings.gradient_accumulation <= batch < workers * (settings.gradient_accumulation + 1)
+
+
+def test_a_command_is_sent_on_as_typed_without_what_is_for_this_machine(monkeypatch):
+    typed = [
+        "sweep",
+        "launch",
+        "my.yaml",
+        "--wheel",
+        "a.whl",
+        "--seed=3",
+        "--address=http://h:1",
+        "--detach",
+        "--set",
+        "a=b",
+    ]
+    monkeypatch.setattr("sys.argv", ["halora", *typed])
+    sent = _arguments(("--address", "--wheel", "--follow", "--detach"))
+    assert sent == ["sweep", "launch", "my.yaml", "--seed=3", "--set", "a=b"]
+
+
+def test_a_process_of_its_own_carries_a_command_out_and_says_how_it_ended():
+    shown = []
+    assert carry_out(Cluster("auto"), ["sweep", "status", "none"], shown.append) == 2
+    assert "no sweep 'none' in" in "".join(shown)
+    assert BEGINS not in "".join(shown)
+
+
+def test_a_command_of_another_version_is_refused(monkeypatch, capsys):
+    monkeypatch.setenv(CLIENT, "another")
+    with pytest.raises(UnreachableError, match="on the machine that asks another"):
+        check_client()
+    assert capsys.readouterr().out == f"{BEGINS}\n"
