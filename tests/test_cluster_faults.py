@@ -106,12 +106,12 @@ def check(site: Site, sweep: str, trials: int = 4) -> None:
     study = optuna.load_study(study_name=sweep, storage=site.studies.uri)
     assert [(trial.number, trial.state.name) for trial in study.trials] == [(i, "COMPLETE") for i in range(trials)]
     end = time.monotonic() + 60
-    while busy := [process for node in site.cluster.nodes.values() for process in node.workers() if trial(process)]:
+    while busy := [process for node in site.cluster.nodes.values() for process in node.workers() if has_trial(process)]:
         assert time.monotonic() < end, busy
         time.sleep(0.5)
 
 
-def trial(process: psutil.Process) -> bool:
+def has_trial(process: psutil.Process) -> bool:
     """Whether a process has a trial."""
     with suppress(psutil.NoSuchProcess):
         return "Trainable" in " ".join(process.cmdline())
