@@ -1,14 +1,15 @@
 """Oracles: the same training by one worker; the uninterrupted run; what becomes of a trial whose worker is killed."""
 
+import json
 import os
-import resource
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import psutil
 import pytest
 import ray
 import torch
@@ -184,29 +185,43 @@ def test_a_lost_worker_ends_the_job_and_not_the_trainable(heartbeats, tiny_trial
     trainable.cleanup()
 
 
-def test_a_trial_that_runs_out_of_memory_goes_on_in_smaller_parts(workbench, heartbeats, tiny_trial, tmp_path):
-    """Oracles: a limit that the kernel sets to this process's memory; the losses of a training that has enough."""
-    settings = {"steps": 3, "batch_size": 64, "schedule": {"sigma_start": 0.05}}
-    plenty = _run(workbench, tiny_trial(**settings), tmp_path / "plenty")
-    config = tiny_trial(**settings)
-    trainable = HaloraTrainable.__new__(HaloraTrainable)
-    trainable.setup({"number": 0, "folder": str(tmp_path / "scarce"), **_job(config, heartbeats)})
-    losses, rows = [trainable.step()["train_loss"]], []
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + 2**20, before[1]))
-    try:
-        while (report := trainable.step())["stage"] == "out_of_memory":
-            rows.append(config.training.micro_batch)
-            assert report["cause"] == f"out of memory with {rows[-1]} rows at a time"
-            assert report["done"]
-            config = config.with_micro_batch_halved(1)
-            trainable.reset_config({"number": 0, "folder": str(tmp_path / "scarce"), **_job(config, heartbeats)})
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, before)
-    assert rows[:1] == [64]
-    losses += [report["train_loss"], trainable.step()["train_loss"]]
-    assert losses == pytest.approx(plenty, rel=1e-4)
-    trainable.cleanup()
+SCARCE = """
+import json, resource, sys
+from types import SimpleNamespace
+import psutil
+from halora.trainable import HaloraTrainable, Workbench
+from halora.trial import TrialConfig
+
+config, job = TrialConfig.model_validate(json.loads(sys.argv[1])), json.loads(sys.argv[2])
+trainable = HaloraTrainable.__new__(HaloraTrainable)
+trainable._heart, trainable._workbench = SimpleNamespace(job=""), Workbench()  # no Ray, whose threads would die first
+trainable._begin(job | {"trial": config.model_dump(mode="json")})
+reports = [trainable.step()]
+limit = psutil.Process().memory_info().vms + 2**20
+resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+while (report := trainable.step())["stage"] == "out_of_memory":
+    reports.append(report | {"rows": config.training.micro_batch})
+    config = config.with_micro_batch_halved(1)
+    trainable.reset_config(job | {"trial": config.model_dump(mode="json")})
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+reports += [report, trainable.step()]
+print(json.dumps(reports))
+"""
+
+
+@pytest.mark.slow
+def test_a_trial_that_runs_out_of_memory_goes_on_in_smaller_parts(tiny_trial, tmp_path):
+    """Oracles: a limit that the kernel sets to a process's memory; the losses of a training that has enough."""
+    config = tiny_trial(steps=3, batch_size=64, schedule={"sigma_start": 0.05})
+    plenty = _run(Workbench(), config, tmp_path / "plenty")
+    job = {"job": "a", "number": 0, "folder": str(tmp_path / "scarce"), "goal": {"steps": 3, "chip_instances": 1}}
+    command = [sys.executable, "-c", SCARCE, config.model_dump_json(), json.dumps(job)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    reports = json.loads(run.stdout.splitlines()[-1])
+    short = [report for report in reports if report["stage"] == "out_of_memory"]
+    assert [report["rows"] for report in short] == [64 >> i for i in range(len(short))]
+    assert short[0]["cause"] == "out of memory with 64 rows at a time"
+    assert [r["train_loss"] for r in reports if r["stage"] == "training"] == pytest.approx(plenty, rel=1e-4)
 
 
 def _job(config: TrialConfig, heartbeats: tuple[str, float]) -> dict:
