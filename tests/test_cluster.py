@@ -29,6 +29,8 @@ from cluster_runs import (
 from raylets import ROOT, SOURCE_ROOTS, Cluster, raylets
 from services import free_port
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory) -> Iterator[Cluster]:
@@ -150,7 +152,6 @@ def test_a_frozen_worker_is_found_and_its_trial_goes_on(cluster, store, sweep_fi
     assert not worker.is_running()
 
 
-@pytest.mark.slow
 def test_a_trial_of_two_workers_spans_two_nodes_and_survives_the_loss_of_one(cluster, store, sweep_file):
     alone = launched(cluster, "launch", sweep_file("alone", sweep={"trials": 1, "concurrent": 1}))
     assert alone.wait(PATIENCE_S) == 0
