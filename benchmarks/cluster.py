@@ -10,7 +10,6 @@ trials per minute, the highest sum of the workers' memory (PSS), and the share o
 
 import argparse
 import os
-import subprocess
 import sys
 import threading
 import time
@@ -23,7 +22,7 @@ from typing import Any
 import psutil
 import yaml
 
-from benchmarks.harness import FOLDER, Work, interleave, parser, record, save
+from benchmarks.harness import Work, interleave, parser, record, run, save
 
 NODES = 4
 _SAMPLE_S = 2.0
@@ -196,17 +195,6 @@ def watched() -> Iterator[dict[str, float]]:
         ended.set()
         thread.join()
         seen |= {"cpu_s": sum(spent.values()), "elapsed_s": time.perf_counter() - began}
-
-
-def run(command: list[str]) -> None:
-    """Carry out a command in this repository.
-
-    Raises:
-        RuntimeError: It failed; with what it said last.
-    """
-    ended = subprocess.run(command, cwd=FOLDER.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if ended.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{ended.stdout[-4000:]}")
 
 
 if __name__ == "__main__":

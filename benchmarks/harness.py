@@ -188,6 +188,21 @@ def use_threads(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
+def run(command: list[str]) -> None:
+    """Carry out a command in this repository.
+
+    Raises:
+        RuntimeError: It failed; with what it said last.
+    """
+    # Ray's workers are nice to all others by default, which nobody wants of a sweep; ours are not either.
+    environment = {**os.environ, "RAY_worker_niceness": "0"}
+    ended = subprocess.run(
+        command, cwd=FOLDER.parent, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    if ended.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{ended.stdout[-4000:]}")
+
+
 def _benchmark(name: str) -> str:
     return name.partition("/")[0]
 

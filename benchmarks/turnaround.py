@@ -9,7 +9,6 @@ instance; two at a time with one thread each. Ours is `halora sweep launch` with
 
 import json
 import os
-import subprocess
 import sys
 from dataclasses import asdict
 from itertools import chain, islice
@@ -18,7 +17,7 @@ from tempfile import TemporaryDirectory
 
 import yaml
 
-from benchmarks.harness import FOLDER, Work, interleave, parser, record, save
+from benchmarks.harness import Work, interleave, parser, record, run, save
 from benchmarks.plain_sweep import RESULTS_FILE
 from benchmarks.ways import CHIP, SIGMA, row_order
 from halora.records.store import Store
@@ -136,21 +135,6 @@ class PlainSweep:
 def threads_per_trial(sweep: SweepConfig) -> int:
     """Of torch in each trial's process: its share of the cores."""
     return max((os.cpu_count() or 1) // sweep.concurrent, 1)
-
-
-def run(command: list[str]) -> None:
-    """Carry out a command in this repository.
-
-    Raises:
-        RuntimeError: It failed; with what it said last.
-    """
-    # Ray's workers are nice to all others by default, which nobody wants of a sweep; ours are not either.
-    environment = {**os.environ, "RAY_worker_niceness": "0"}
-    ended = subprocess.run(
-        command, cwd=FOLDER.parent, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    if ended.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{ended.stdout[-4000:]}")
 
 
 if __name__ == "__main__":

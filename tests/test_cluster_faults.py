@@ -42,10 +42,11 @@ class Site:
 
     Attributes:
         cluster: A head and three nodes of one CPU.
-        studies: PostgreSQL, for Optuna's studies and for MLflow.
+        studies: PostgreSQL, for Optuna's studies.
         mlflow: MLflow's server.
         store: The store, which all nodes see.
         disk: A small disk for checkpoints, which all nodes see.
+        records: SQLAlchemy's address of MLflow's database.
     """
 
     cluster: Cluster
@@ -53,6 +54,7 @@ class Site:
     mlflow: MlflowServer
     store: Path
     disk: Path
+    records: str
 
 
 @pytest.fixture(scope="module")
@@ -66,12 +68,7 @@ def site(tmp_path_factory) -> Iterator[Site]:
     ):
         servers = {"HALORA_STUDY_URL": studies.uri, "HALORA_TRACKING_URI": mlflow.uri, "HALORA_STORAGE": str(disk)}
         with raylets(1, 1, 1, settings=settings(folder) | servers) as cluster:
-            site = Site(cluster, studies, mlflow, folder / "store", disk)
-            site_records[id(site)] = records.uri
-            yield site
-
-
-site_records: dict[int, str] = {}
+            yield Site(cluster, studies, mlflow, folder / "store", disk, records.uri)
 
 
 @contextmanager
@@ -102,7 +99,7 @@ def launch(site, tiny_models, tiny_task, tmp_path):
 
 def check(site: Site, sweep: str, trials: int = 4) -> None:
     """Everything is there once, and nothing runs any more."""
-    assert_whole(site.store, sweep, trials, STEPS, EVERY, database=site_records[id(site)])
+    assert_whole(site.store, sweep, trials, STEPS, EVERY, database=site.records)
     study = optuna.load_study(study_name=sweep, storage=site.studies.uri)
     assert [(trial.number, trial.state.name) for trial in study.trials] == [(i, "COMPLETE") for i in range(trials)]
     end = time.monotonic() + 60

@@ -30,10 +30,10 @@ class Cluster:
             UserError: One of them is none.
         """
         problems = []
-        if address and not (address == "auto" or _port(address)):
+        if address and "@" in address:  # not repeated
+            problems.append("--address holds a user or a password; a cluster's token comes from $RAY_AUTH_TOKEN")
+        elif address and not (address == "auto" or _is_address(address)):
             problems.append(f"--address {address}: write {_FORMS}")
-        if address and "@" in address:
-            problems[:] = ["--address holds a user or a password; a cluster's token comes from $RAY_AUTH_TOKEN"]
         if wheel and not address:
             problems.append(f"--wheel {wheel}: it is for the nodes of a cluster; name one with --address")
         if wheel and not (wheel.suffix == ".whl" and wheel.is_file()):
@@ -48,14 +48,14 @@ class Cluster:
         return self.address.startswith(("http://", "https://", "ray://"))
 
 
-def _port(address: str) -> bool:
+def _is_address(address: str) -> bool:
     """Whether it has the form of an address, with its port where it needs one."""
     scheme, separator, _ = address.partition("://")
     if not separator:
         return re.fullmatch(r"[^\s/:]+:\d{1,5}", address) is not None
     try:
         parts = urlsplit(address)
-        return scheme in ("http", "https", "ray") and bool(parts.hostname) and (parts.port or scheme != "ray") != 0
+        return scheme in ("http", "https", "ray") and bool(parts.hostname) and (bool(parts.port) or scheme != "ray")
     except ValueError:
         return False
 

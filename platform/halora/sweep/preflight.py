@@ -73,11 +73,11 @@ def look_at(cluster: Cluster, store: Store, storage: str = "", models: Sequence[
     """
     with joined(cluster, {}), _probe(store.root) as probe:
         nodes = [node for node in ray.nodes() if node["Alive"]]
-        asked = {}
+        expected, asked = own_versions(), {}
         for node in nodes:
             there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             look = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(_look)
-            asked[node["NodeID"]] = look.remote(own_versions(), str(probe), storage, list(models))
+            asked[node["NodeID"]] = look.remote(expected, str(probe), storage, list(models))
         ray.wait(list(asked.values()), num_returns=len(asked), timeout=_LOOKING_S)
         return [_report(node, asked[node["NodeID"]]) for node in nodes]
 

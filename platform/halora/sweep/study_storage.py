@@ -66,8 +66,9 @@ class PatientStorage(RDBStorage):
         begun = template_trial.datetime_start
 
         def again() -> FrozenTrial:
-            made = [trial for trial in RDBStorage._get_trials(self, study_id, None, set(), -1) if _began(trial, begun)]
-            return made[0] if made else create()
+            known = RDBStorage._get_trials(self, study_id, None, set(), -1)
+            made = next((trial for trial in known if trial.datetime_start == begun), None)
+            return made or create()
 
         def create() -> FrozenTrial:
             return RDBStorage._create_new_trial(self, study_id, template_trial)
@@ -132,10 +133,6 @@ for _name in (
     "get_trial",
 ):
     setattr(PatientStorage, _name, _waiting(_name))
-
-
-def _began(trial: FrozenTrial, when: Any) -> bool:
-    return trial.datetime_start == when
 
 
 def _is_away(error: BaseException) -> bool:
