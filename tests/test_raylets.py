@@ -91,6 +91,7 @@ def test_nodes_have_addresses_of_their_own_and_one_dies():
     assert not traces(cluster.folder.name)
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_tidied_up_by_the_next():
     dying = subprocess.Popen(
         [sys.executable, "-c", KILLED],
