@@ -7,12 +7,13 @@ every adapter, in every process, on every device, at every batch size.
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from math import prod
 
 import numpy as np
 
+_ADDRESSES = json.JSONEncoder(sort_keys=True)
 _WRAPPER_PARTS = frozenset({"base_model", "module", "base_layer", "_orig_mod", "causal_lm"})
 
 
@@ -70,9 +71,12 @@ class NoiseKey:
 
     def generator(self) -> np.random.Generator:
         """A generator that begins at this address."""
-        address = json.dumps(asdict(self), sort_keys=True).encode()
-        seed = int.from_bytes(hashlib.blake2b(address, digest_size=16).digest(), "little")
-        return np.random.Generator(np.random.SFC64(seed))
+        return np.random.Generator(np.random.SFC64(self.seed()))
+
+    def seed(self) -> int:
+        """128 bits that depend on every part of the address."""
+        address = _ADDRESSES.encode(vars(self)).encode()
+        return int.from_bytes(hashlib.blake2b(address, digest_size=16).digest(), "little")
 
 
 def canonical_name(module_name: str) -> str:
