@@ -29,8 +29,6 @@ from cluster_runs import (
 from raylets import ROOT, SOURCE_ROOTS, Cluster, raylets
 from services import free_port
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory) -> Iterator[Cluster]:
@@ -56,7 +54,7 @@ def test_a_sweep_is_launched_looked_at_stopped_and_resumed_from_elsewhere(cluste
         cluster,
         "sweep",
         "launch",
-        sweep_file("afar", steps=400, report_every=20),
+        sweep_file("afar", steps=1200, report_every=40),
         "--address",
         jobs,
         HALORA_STORE="/nowhere",
@@ -79,7 +77,7 @@ def test_a_sweep_is_launched_looked_at_stopped_and_resumed_from_elsewhere(cluste
         assert time.monotonic() < end
     resumed = halora(cluster, "sweep", "resume", "afar", "--follow", "--address", jobs, HALORA_STORE="/nowhere")
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
-    assert_whole(store, "afar", steps=400, every=20)
+    assert_whole(store, "afar", steps=1200, every=40)
 
     logs = halora(cluster, "sweep", "logs", "afar", "--trial", "0", "--format", "json", "--address", jobs)
     nodes = {line["node"] for line in driver_log(store, "afar") if "node" in line}
@@ -104,6 +102,7 @@ def test_what_would_fail_is_told_before_any_trial(cluster, store, sweep_file):
     assert not (store / "sweeps" / "refused").exists()
 
 
+@pytest.mark.slow
 def test_a_node_of_another_version_is_told_before_any_trial(cluster, store, sweep_file, tmp_path):
     for root in SOURCE_ROOTS:
         shutil.copytree(ROOT / root / "halora", tmp_path / root / "halora")
@@ -126,6 +125,7 @@ def test_a_node_of_another_version_is_told_before_any_trial(cluster, store, swee
         cluster.wait_dead(node.name)
 
 
+@pytest.mark.slow
 def test_trials_of_a_node_that_dies_go_on_elsewhere(cluster, store, sweep_file):
     driver = launched(cluster, "launch", sweep_file("nodes"))
     line = wait_for(store, "nodes", trains)
@@ -137,6 +137,7 @@ def test_trials_of_a_node_that_dies_go_on_elsewhere(cluster, store, sweep_file):
     assert_whole(store, "nodes")
 
 
+@pytest.mark.slow
 def test_a_frozen_worker_is_found_and_its_trial_goes_on(cluster, store, sweep_file):
     port = free_port()
     driver = launched(cluster, "launch", sweep_file("frozen"), "--metrics-port", port)
@@ -152,6 +153,7 @@ def test_a_frozen_worker_is_found_and_its_trial_goes_on(cluster, store, sweep_fi
     assert not worker.is_running()
 
 
+@pytest.mark.slow
 def test_a_trial_of_two_workers_spans_two_nodes_and_survives_the_loss_of_one(cluster, store, sweep_file):
     alone = launched(cluster, "launch", sweep_file("alone", sweep={"trials": 1, "concurrent": 1}))
     assert alone.wait(PATIENCE_S) == 0

@@ -48,7 +48,6 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-@pytest.mark.slow
 def test_nodes_have_addresses_of_their_own_and_one_dies():
     with raylets(1, 1) as cluster, postgres_server(cluster.head_address) as database:
         server = database.uri.rpartition("@")[2].partition("/")[0]
@@ -91,7 +90,6 @@ def test_nodes_have_addresses_of_their_own_and_one_dies():
     assert not traces(cluster.folder.name)
 
 
-@pytest.mark.slow
 def test_a_killed_run_is_tidied_up_by_the_next():
     dying = subprocess.Popen(
         [sys.executable, "-c", KILLED],

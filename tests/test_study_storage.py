@@ -41,7 +41,6 @@ def _change(study: SweepStudy) -> list[tuple]:
     ]
 
 
-@pytest.mark.slow
 def test_connections_that_break_at_any_moment_lose_and_repeat_nothing(server):
     expected = _change(SweepStudy("plain", optuna.storages.InMemoryStorage()))
     assert [state for _, state, *_ in expected] == [State.FAILED, State.FINISHED] * (TRIALS // 2)
