@@ -245,6 +245,7 @@ def test_a_trial_goes_from_node_to_node(heartbeats, tiny_trial, tmp_path, monkey
         while not reports or not reports[-1]["done"]:
             reports.append(worker.step())
             if len(reports) == steps:
+                worker._heart.stop()  # as it would with its process
                 return reports
         worker.cleanup()
         assert not storage or not list((tmp_path / name).glob("halora-trial-*"))

@@ -97,7 +97,7 @@ class Heart:
         self._heartbeats.end.remote(self._process)
 
     def _beat(self) -> None:
-        while True:
+        while ray.is_initialized():  # a call after Ray's end would start another Ray, which ends with this thread
             self._heartbeats.beat.remote(self._process, self.job)
             if self._stopped.wait(self._every_s):
                 return
