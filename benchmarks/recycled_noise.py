@@ -21,6 +21,7 @@ from torch import Tensor
 from benchmarks.ways import trial
 from halora.evaluation.intervals import crossed_bootstrap
 from halora.hardware import draws
+from halora.hardware.addressing import NoiseKey
 from halora.trainable import Workbench
 from halora.trial import TrialConfig, adapter_folder
 
@@ -71,8 +72,8 @@ def margins(workbench: Workbench, config: TrialConfig) -> np.ndarray:
 def true_draws() -> Iterator[None]:
     """Have training chips draw every normal anew, too."""
 
-    def drawn(generator: np.random.Generator, shape: tuple[int, int], like: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.from_numpy(generator.standard_normal(shape, dtype=np.float32)).to(like), like.new_ones(())
+    def drawn(key: NoiseKey, like: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.from_numpy(key.standard_normal(tuple(like.shape))).to(like), like.new_ones(len(like), 1)
 
     with mock.patch.object(draws, "_recycled", drawn):
         yield
