@@ -54,7 +54,7 @@ def test_a_sweep_is_launched_looked_at_stopped_and_resumed_from_elsewhere(cluste
         cluster,
         "sweep",
         "launch",
-        sweep_file("afar", steps=1200, report_every=40),
+        sweep_file("afar", steps=800, report_every=40),
         "--address",
         jobs,
         HALORA_STORE="/nowhere",
@@ -77,7 +77,7 @@ def test_a_sweep_is_launched_looked_at_stopped_and_resumed_from_elsewhere(cluste
         assert time.monotonic() < end
     resumed = halora(cluster, "sweep", "resume", "afar", "--follow", "--address", jobs, HALORA_STORE="/nowhere")
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
-    assert_whole(store, "afar", steps=1200, every=40)
+    assert_whole(store, "afar", steps=800, every=40)
 
     logs = halora(cluster, "sweep", "logs", "afar", "--trial", "0", "--format", "json", "--address", jobs)
     nodes = {line["node"] for line in driver_log(store, "afar") if "node" in line}
