@@ -14,6 +14,7 @@ from dataclasses import asdict
 from itertools import chain, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import get_args
 
 import yaml
 
@@ -24,6 +25,7 @@ from halora.records.store import Store
 from halora.spaces.sweep import SweepConfig, load_sweep
 from halora.trainable import Workbench
 from halora.training.batches import pack_answer
+from halora.training.config import Dtype
 from halora.training.models import find_model
 from halora.trial import RESULT_FILE, past_reports
 
@@ -32,14 +34,15 @@ def main() -> None:
     """Measure and save."""
     command = parser(__doc__, rounds=5, threads=None)
     command.add_argument("--trials", type=int, default=16, help="trials of a sweep")
+    command.add_argument("--dtype", choices=get_args(Dtype), default="bf16", help="of the weights")
     arguments = command.parse_args()
-    sweep = short_sweep(arguments.trials)
+    sweep = short_sweep(arguments.trials, arguments.dtype)
     seconds = interleave({"ours": OurSweep(sweep), "plain": PlainSweep(sweep)}, arguments.rounds, warm_up=0)
-    case = f"turnaround/{arguments.trials} trials, against plain Ray Tune"
+    case = f"turnaround/{arguments.dtype}, {arguments.trials} trials, against plain Ray Tune"
     save([record(case, seconds["ours"], seconds["plain"])], arguments.results)
 
 
-def short_sweep(trials: int, model: str = "smollm2-135m-instruct", task: str = "arc-easy") -> SweepConfig:
+def short_sweep(trials: int, dtype: Dtype, model: str = "smollm2-135m-instruct", task: str = "arc-easy") -> SweepConfig:
     """Our sweep."""
     content = {
         "name": "turnaround",
@@ -51,6 +54,7 @@ def short_sweep(trials: int, model: str = "smollm2-135m-instruct", task: str = "
             "task": task,
             "chip": CHIP,
             "training": {
+                "dtype": dtype,
                 "steps": 10,
                 "batch_size": 8,
                 "schedule": {"sigma_start": SIGMA, "redraw_steps": 1},
@@ -110,7 +114,7 @@ class PlainSweep:
             "concurrent": sweep.concurrent,
             "threads": threads_per_trial(sweep),
             "seed": sweep.seed,
-            "model": find_model(config.model),
+            "model": find_model(config.model, config.training.dtype),
             "dtype": config.training.dtype,
             "sigma": SIGMA,
             "rank": config.lora.rank,

@@ -144,7 +144,7 @@ def test_two_processes_of_either_way_do_the_same_work_while_their_memory_is_watc
 
 @pytest.mark.slow
 def test_both_sweeps_do_the_same_work(tiny_models, tiny_task):
-    sweep = short_sweep(3, tiny_models["llama"], tiny_task)
+    sweep = short_sweep(3, "fp32", tiny_models["llama"], tiny_task)
     work, its_work = OurSweep(sweep)(), PlainSweep(sweep)()
     assert work == its_work
     assert work.rows == 3 * (10 * 8 + 24)  # the tiny task has 24 rows to score

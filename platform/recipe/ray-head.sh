@@ -22,6 +22,7 @@ fi
 chmod 600 -- "$RAY_AUTH_TOKEN_PATH"
 ulimit -n "$(ulimit -Hn)"
 mkdir -p -- "$HALORA_STORE"
+export GRPC_ENABLE_FORK_SUPPORT=0 # gRPC's care for forks aborts, now and then, the child that is to serve a Ray client
 
 # Not `--block`, by which the head would end with its autoscaler, which gives up after some errors of the cloud. This
 # lives as long as the head's control store, and leaves nothing behind.
