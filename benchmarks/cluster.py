@@ -9,12 +9,14 @@ trials per minute, the highest sum of the workers' memory (PSS), and the share o
 """
 
 import argparse
+import json
 import os
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,8 +25,10 @@ import psutil
 import yaml
 
 from benchmarks.harness import Work, interleave, parser, record, run, save
+from halora.trial import RESULT_FILE, past_reports
 
 NODES = 4
+BATCH_SIZE = 2
 _SAMPLE_S = 2.0
 
 
@@ -79,9 +83,18 @@ class Sweep:
             other += ["--plain", folder, self._address]
             with watched() as seen:
                 run(own if self._way == "ours" else other)
+            work = work_in(Path(folder))
         self.peak_gib.append(seen["peak"] / 2**30)
         self.used.append(seen["cpu_s"] / seen["elapsed_s"] / (os.cpu_count() or 1))
-        return Work(self._trials * (2 + 4), "fp32", 1, self._trials)
+        return work
+
+
+def work_in(folder: Path) -> Work:
+    """What the trials below a folder did; the trainable is the same, so their rows tell, and tokens are not counted."""
+    trials = [result.parent for result in folder.glob(f"**/trials/*/{RESULT_FILE}")]
+    steps = sum(int(past_reports(trial)[-1]["step"]) for trial in trials)
+    scored = sum(len(json.loads((trial / RESULT_FILE).read_text())["row_ids"]) for trial in trials)
+    return Work(steps * BATCH_SIZE + scored, "fp32", 1, loss_tokens=0)
 
 
 def sweep_of(trials: int) -> dict[str, Any]:
@@ -95,7 +108,7 @@ def sweep_of(trials: int) -> dict[str, Any]:
             "model": "smollm2-135m-instruct",
             "task": "arc-easy",
             "chip": {"preset": "ideal", "noise": {"kind": "gaussian", "reference": "tensor_max", "sigma": 0.01}},
-            "training": {"steps": 1, "batch_size": 2, "report_every": 1, "train_rows": 64},
+            "training": {"steps": 1, "batch_size": BATCH_SIZE, "report_every": 1, "train_rows": 64},
             "evaluation": {"rows": 4, "chip_instances": 1},
         },
         "space": {"training.learning_rate": {"low": 5e-4, "high": 5e-3, "log": True}},
@@ -113,6 +126,7 @@ def run_plain(folder: Path, address: str, trials: int) -> None:
     from halora.heartbeat import Heartbeats
     from halora.spaces.sweep import load_sweep
     from halora.trainable import HaloraTrainable
+    from halora.trial import Goal
 
     sweep = load_sweep(str(folder / "sweep.yaml"))
     ray.init(address=address, log_to_driver=False, runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}})
@@ -127,14 +141,15 @@ def run_plain(folder: Path, address: str, trials: int) -> None:
             return report
 
         def _begin(self, config: dict[str, Any]) -> None:
-            values = {"training.learning_rate": config["learning_rate"]}
+            trial = sweep.resolve({"training.learning_rate": config["learning_rate"]})
+            scored = trial.evaluation
             super()._begin(
                 {
                     "job": self.trial_id,
                     "number": 0,
                     "folder": str(folder / "trials" / self.trial_id),
-                    "trial": sweep.resolve(values).model_dump(mode="json"),
-                    "goal": {"steps": 1, "chip_instances": 1},
+                    "trial": trial.model_dump(mode="json"),
+                    "goal": asdict(Goal(trial.training.steps, scored.chip_instances, scored.rows)),
                     "heartbeats": config["heartbeats"],
                 }
             )
@@ -148,7 +163,12 @@ def run_plain(folder: Path, address: str, trials: int) -> None:
             max_concurrent_trials=NODES,
             reuse_actors=True,
         ),
-        run_config=tune.RunConfig(name="tune", storage_path=str(folder), verbose=0),
+        run_config=tune.RunConfig(
+            name="tune",
+            storage_path=str(folder),
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # the trainable keeps its own
+            verbose=0,
+        ),
     ).fit()
     assert not results.errors
     assert all(result.metrics["stage"] == "evaluated" for result in results)
