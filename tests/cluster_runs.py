@@ -143,3 +143,22 @@ def assert_whole(
         assert [entry["state"] for entry in own if entry["kind"] == "state"][-1] == "finished"
     assert {entry["trial"] for entry in entries} == {*range(trials), None}
     assert differences(database or f"sqlite:///{store / 'mlflow.db'}", sweep, folder / "records.jsonl") == []
+
+
+def assert_without_gap(store: Path, sweep: str, every: int) -> None:
+    """Some trials of a stopped sweep have reports, from the first on without gap, and MLflow has all the journal has.
+
+    Args:
+        store: The store.
+        sweep: The sweep.
+        every: Steps between two reports.
+    """
+    folder = store / "sweeps" / sweep
+    reported: dict[int, list[int]] = {}
+    for line in (folder / "records.jsonl").read_text().splitlines()[1:]:
+        if (entry := json.loads(line))["kind"] == "report":
+            reported.setdefault(entry["trial"], []).append(entry["step"])
+    assert reported
+    for number, steps in reported.items():
+        assert steps == list(range(every, steps[-1] + 1, every)), number
+    assert differences(f"sqlite:///{store / 'mlflow.db'}", sweep, folder / "records.jsonl") == []

@@ -16,6 +16,7 @@ from cluster_runs import (
     PATIENCE_S,
     TRIALS,
     assert_whole,
+    assert_without_gap,
     driver_log,
     halora,
     launched,
@@ -49,12 +50,12 @@ def sweep_file(tiny_models, tiny_task, tmp_path):
 
 
 def test_a_sweep_is_launched_looked_at_stopped_and_resumed_from_elsewhere(cluster, store, sweep_file):
-    jobs, client = cluster.jobs_address, cluster.client_address
+    jobs, client, every = cluster.jobs_address, cluster.client_address, 40
     launched = halora(
         cluster,
         "sweep",
         "launch",
-        sweep_file("afar", steps=800, report_every=40),
+        sweep_file("afar", steps=1_000_000, report_every=every),  # it runs until it is stopped
         "--address",
         jobs,
         HALORA_STORE="/nowhere",
@@ -71,18 +72,33 @@ def test_a_sweep_is_launched_looked_at_stopped_and_resumed_from_elsewhere(cluste
     assert second.returncode == 2
     assert "is running in another process" in second.stderr
 
-    assert halora(cluster, "sweep", "stop", "afar", "--address", client).returncode == 0
-    end = time.monotonic() + PATIENCE_S
-    while json.loads(halora(cluster, "sweep", "status", "afar", "--format", "json").stdout)[0]["state"] == "running":
-        assert time.monotonic() < end
-    resumed = halora(cluster, "sweep", "resume", "afar", "--follow", "--address", jobs, HALORA_STORE="/nowhere")
+    stop_and_wait(cluster, "afar", client)
+    stopped = len(driver_log(store, "afar"))
+    resumed = halora(cluster, "sweep", "resume", "afar", "--address", jobs, HALORA_STORE="/nowhere")
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
-    assert_whole(store, "afar", steps=800, every=40)
+    wait_for(store, "afar", trains, after=stopped)
+    stop_and_wait(cluster, "afar", jobs)
+    assert_without_gap(store, "afar", every)
 
     logs = halora(cluster, "sweep", "logs", "afar", "--trial", "0", "--format", "json", "--address", jobs)
     nodes = {line["node"] for line in driver_log(store, "afar") if "node" in line}
     assert nodes <= {node.address for node in cluster.nodes.values() if node.name != "head"}
     assert {json.loads(line)["trial"] for line in logs.stdout.splitlines()} == {0}
+
+
+def test_a_sweep_launched_from_elsewhere_is_brought_to_its_end(cluster, store, sweep_file):
+    launched = halora(cluster, "sweep", "launch", sweep_file("whole"), "--follow", "--address", cluster.jobs_address)
+    assert launched.returncode == 0, launched.stdout + launched.stderr
+    assert_whole(store, "whole")
+
+
+def stop_and_wait(cluster: Cluster, sweep: str, address: str) -> None:
+    """Stop a sweep by the command, from that address, and wait until its driver has ended."""
+    told = halora(cluster, "sweep", "stop", sweep, "--address", address)
+    assert told.returncode == 0, told.stderr
+    end = time.monotonic() + PATIENCE_S
+    while json.loads(halora(cluster, "sweep", "status", sweep, "--format", "json").stdout)[0]["state"] == "running":
+        assert time.monotonic() < end
 
 
 def test_what_would_fail_is_told_before_any_trial(cluster, store, sweep_file):

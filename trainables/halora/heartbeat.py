@@ -94,7 +94,8 @@ class Heart:
         """Say goodbye."""
         self._stopped.set()
         self._thread.join()
-        self._heartbeats.end.remote(self._process)
+        if ray.is_initialized():
+            self._heartbeats.end.remote(self._process)
 
     def _beat(self) -> None:
         while ray.is_initialized():  # a call after Ray's end would start another Ray, which ends with this thread
