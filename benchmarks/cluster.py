@@ -9,7 +9,6 @@ trials per minute, the highest sum of the workers' memory (PSS), and the share o
 """
 
 import argparse
-import json
 import os
 import sys
 import threading
@@ -24,8 +23,8 @@ from typing import Any
 import psutil
 import yaml
 
-from benchmarks.harness import Work, interleave, parser, record, run, save
-from halora.trial import RESULT_FILE, past_reports
+from benchmarks.harness import Work, interleave, parser, record, rows_done, run, save
+from halora.trial import RESULT_FILE
 
 NODES = 4
 BATCH_SIZE = 2
@@ -92,9 +91,7 @@ class Sweep:
 def work_in(folder: Path) -> Work:
     """What the trials below a folder did; the trainable is the same, so their rows tell, and tokens are not counted."""
     trials = [result.parent for result in folder.glob(f"**/trials/*/{RESULT_FILE}")]
-    steps = sum(int(past_reports(trial)[-1]["step"]) for trial in trials)
-    scored = sum(len(json.loads((trial / RESULT_FILE).read_text())["row_ids"]) for trial in trials)
-    return Work(steps * BATCH_SIZE + scored, "fp32", 1, loss_tokens=0)
+    return Work(rows_done(trials, BATCH_SIZE), "fp32", 1, loss_tokens=0)
 
 
 def sweep_of(trials: int) -> dict[str, Any]:

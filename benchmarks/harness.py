@@ -19,6 +19,8 @@ from statistics import median
 
 import psutil
 
+from halora.trial import RESULT_FILE, past_reports
+
 FOLDER = Path(__file__).parent
 RESULTS_FILE = "results.json"
 README_FILE = "README.md"
@@ -83,6 +85,13 @@ def interleave(
         if i >= warm_up:
             _say(", ".join(f"{name} {seconds[name][-1]:.2f} s" for name in names))
     return seconds
+
+
+def rows_done(trials: Sequence[Path], batch_size: int) -> int:
+    """Rows that trials of ours trained on and scored, by what is in their folders."""
+    steps = sum(int(past_reports(trial)[-1]["step"]) for trial in trials)
+    scored = sum(len(json.loads((trial / RESULT_FILE).read_text())["row_ids"]) for trial in trials)
+    return steps * batch_size + scored
 
 
 def check_same_work(done: Mapping[str, Work]) -> None:

@@ -18,7 +18,7 @@ from typing import get_args
 
 import yaml
 
-from benchmarks.harness import Work, interleave, parser, record, run, save
+from benchmarks.harness import Work, interleave, parser, record, rows_done, run, save
 from benchmarks.plain_sweep import RESULTS_FILE
 from benchmarks.ways import CHIP, SIGMA, row_order
 from halora.records.store import Store
@@ -27,7 +27,6 @@ from halora.trainable import Workbench
 from halora.training.batches import pack_answer
 from halora.training.config import Dtype
 from halora.training.models import find_model
-from halora.trial import RESULT_FILE, past_reports
 
 
 def main() -> None:
@@ -95,11 +94,9 @@ class OurSweep:
             halora = Path(sys.executable).with_name("halora")
             run([str(halora), "sweep", "launch", str(path), "--store", str(store.root)])
             trials = [store.sweep(self._sweep.name).trial(number) for number in range(self._sweep.trials)]
-            steps = sum(int(past_reports(trial)[-1]["step"]) for trial in trials)
-            scored = sum(len(json.loads((trial / RESULT_FILE).read_text())["row_ids"]) for trial in trials)
-        training = self._config.training
-        threads = threads_per_trial(self._sweep)
-        return Work(steps * training.batch_size + scored, training.dtype, threads, len(trials) * self._loss_tokens)
+            rows = rows_done(trials, self._config.training.batch_size)
+        dtype, threads = self._config.training.dtype, threads_per_trial(self._sweep)
+        return Work(rows, dtype, threads, len(trials) * self._loss_tokens)
 
 
 class PlainSweep:

@@ -134,15 +134,13 @@ def assert_whole(
         every: Steps between two reports.
         database: SQLAlchemy's address of MLflow's database; by default the store's own file.
     """
-    folder = store / "sweeps" / sweep
-    entries = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()[1:]]
+    entries = _journal_equal_to_mlflow(store, sweep, database)
     for number in range(trials):
         own = [entry for entry in entries if entry["trial"] == number]
         assert [e["step"] for e in own if e["kind"] == "report"] == list(range(every, steps + 1, every)), number
         assert sum(entry["kind"] == "scores" for entry in own) == 1
         assert [entry["state"] for entry in own if entry["kind"] == "state"][-1] == "finished"
     assert {entry["trial"] for entry in entries} == {*range(trials), None}
-    assert differences(database or f"sqlite:///{store / 'mlflow.db'}", sweep, folder / "records.jsonl") == []
 
 
 def assert_without_gap(store: Path, sweep: str, every: int) -> None:
@@ -153,12 +151,17 @@ def assert_without_gap(store: Path, sweep: str, every: int) -> None:
         sweep: The sweep.
         every: Steps between two reports.
     """
-    folder = store / "sweeps" / sweep
     reported: dict[int, list[int]] = {}
-    for line in (folder / "records.jsonl").read_text().splitlines()[1:]:
-        if (entry := json.loads(line))["kind"] == "report":
+    for entry in _journal_equal_to_mlflow(store, sweep):
+        if entry["kind"] == "report":
             reported.setdefault(entry["trial"], []).append(entry["step"])
     assert reported
     for number, steps in reported.items():
         assert steps == list(range(every, steps[-1] + 1, every)), number
-    assert differences(f"sqlite:///{store / 'mlflow.db'}", sweep, folder / "records.jsonl") == []
+
+
+def _journal_equal_to_mlflow(store: Path, sweep: str, database: str = "") -> list[dict[str, Any]]:
+    """Entries of the sweep's journal, after a look that MLflow has them all."""
+    journal = store / "sweeps" / sweep / "records.jsonl"
+    assert differences(database or f"sqlite:///{store / 'mlflow.db'}", sweep, journal) == []
+    return [json.loads(line) for line in journal.read_text().splitlines()[1:]]

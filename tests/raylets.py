@@ -142,8 +142,11 @@ class Cluster:
 
     def environment(self) -> dict[str, str]:
         """Environment of a process that uses the cluster: this checkout's code, and the token."""
-        own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token_path)}
-        own["GRPC_ENABLE_FORK_SUPPORT"] = "0"  # as the recipe's head has it
+        own = {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(self.token_path),
+            "GRPC_ENABLE_FORK_SUPPORT": "0",  # as the recipe's head has it
+        }
         return source_environment() | own | QUICK_HEALTH_CHECKS | self._settings
 
     def start_head(self, cpus: int = 0) -> Node:
