@@ -91,6 +91,8 @@ def test_weights_made_again_in_every_pass_give_the_same_outputs_and_gradients(ti
         results.append((logits.detach(), inputs.grad))
         kept = sum(layer._kept is not None for layer in array.layers)
         assert kept == (0 if regenerate else len(array.layers))
+        places = {layer.effective_weight().data_ptr() for layer in array.layers}
+        assert len(places) == (1 if regenerate else len(array.layers))
     for kept, made_again in zip(*results, strict=True):
         torch.testing.assert_close(made_again, kept, rtol=0, atol=0)
 

@@ -4,7 +4,7 @@
 `RramArray.program` and taken away with `clear`. The frozen weights are never written. There are two ways to hold what
 the chip instance makes of them, with the same results: *materialise* keeps one noisy copy from the first forward that
 needs it until the next `program`, for draws that last; *regenerate* makes it inside each forward and again inside the
-backward, without a copy, for draws that change every step and for ZeRO-3, whose shards are whole only there.
+backward, in memory that all layers share, for large models and for ZeRO-3, whose shards are whole only there.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -41,6 +41,14 @@ class _Wiring:
     places: Mapping[str, Place] = field(default_factory=dict)
     reads: Mapping[str, Reads] = field(default_factory=dict)
     rows: Sequence[tuple[str, int]] = ()  # being read: id, number of tokens
+    workspace: Tensor | None = None  # of the largest weight regenerated so far
+
+    def room_for(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """Memory for a weight that is used before the next one is regenerated."""
+        room, count = self.workspace, weight.numel()
+        if room is None or room.numel() < count or room.dtype != dtype or room.device != weight.device:
+            room = self.workspace = torch.empty(count, dtype=dtype, device=weight.device)
+        return room[:count].view(weight.shape)
 
 
 class RramLinear(FrozenLinear):
@@ -73,7 +81,10 @@ class RramLinear(FrozenLinear):
         return self._wiring.instance is not None and self._wiring.places[self.name] is Place.RRAM
 
     def effective_weight(self) -> Tensor:
-        """The weight under the current chip instance; the frozen weight where it is not in RRAM."""
+        """The weight under the current chip instance; the frozen weight where it is not in RRAM.
+
+        A regenerated one lasts until another layer's is asked for.
+        """
         if not self.noisy:
             return super().effective_weight()
         if self._kept is not None:
@@ -81,9 +92,11 @@ class RramLinear(FrozenLinear):
         instance = self._wiring.instance
         assert instance is not None
         key = instance.key.at(module=self.name, purpose="programming")
+        regenerate, dtype = self._wiring.regenerate, self.product_dtype
         with torch.no_grad():
-            weight = self._programmed(instance).held(self.weight.detach(), key, self.product_dtype, into=self._spare)
-        if not self._wiring.regenerate:
+            room = self._wiring.room_for(self.weight, dtype) if regenerate else self._spare
+            weight = self._programmed(instance).held(self.weight.detach(), key, dtype, into=room)
+        if not regenerate:
             self._kept, self._spare = weight, None
         return weight
 
@@ -169,7 +182,7 @@ class RramArray:
 
     def clear(self) -> None:
         """Take the chip away: the model computes with its clean weights, and no copy of them is kept."""
-        self._wiring.instance = None
+        self._wiring.instance = self._wiring.workspace = None
         self._wiring.reads = {}
         for layer in self.layers:
             layer.forget()
