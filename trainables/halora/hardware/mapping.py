@@ -4,12 +4,17 @@ from collections.abc import Iterable
 from collections.abc import Mapping as MappingOf
 from enum import StrEnum
 from fnmatch import fnmatchcase
-from typing import Literal
+from math import ceil
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from halora.errors import UserError, nearest
 from halora.hardware.description import Frozen
+
+OutlierKind = Literal["weight", "tile", "column", "singular"]
+"""What goes to SRAM: the largest weights of the matrix, or of each tile; the inputs with the largest weights, whole;
+or the leading singular part."""
 
 
 class Place(StrEnum):
@@ -18,6 +23,56 @@ class Place(StrEnum):
     RRAM = "rram"
     SRAM = "sram"
     DIGITAL = "digital"
+
+
+class Outliers(Frozen):
+    """A small part of every matrix in RRAM that is kept in SRAM instead, so that the rest has a smaller full scale."""
+
+    share: float = Field(default=0.0, ge=0, le=1)
+    """Share of the weights; 0 for none."""
+    by: OutlierKind = "weight"
+    """What is taken out."""
+    weight_bits: int = Field(default=8, ge=2, le=16)
+    """Precision of the values in SRAM; 16 leaves them as they are."""
+    shares: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(default_factory=dict)
+    """Other shares for some layers, by pattern; the first that matches counts."""
+
+    def share_of(self, layer: str) -> float:
+        """The share of one layer, by its canonical name."""
+        return next((share for pattern, share in self.shares.items() if fnmatchcase(layer, pattern)), self.share)
+
+    @property
+    def occur(self) -> bool:
+        """Whether any layer can have them."""
+        return self.share > 0 or any(self.shares.values())
+
+
+def outlier_count(d_in: int, d_out: int, share: float, by: OutlierKind, tile: tuple[int, int]) -> int:
+    """How much of a matrix a share stands for: weights; with `column` whole inputs; with `singular` the rank.
+
+    Args:
+        d_in: Inputs of the layer.
+        d_out: Its outputs.
+        share: Share of its weights.
+        by: What is taken out.
+        tile: Rows (inputs) and columns (outputs) of a tile.
+    """
+    match by:
+        case "weight":
+            return round(share * d_in * d_out)
+        case "tile":
+            return sum(round(share * r * c) * n for r, c, n in _tile_sizes(d_in, d_out, *tile))
+        case "column":
+            return round(share * d_in)
+        case "singular":
+            return min(ceil(share * d_in * d_out / (d_in + d_out)), d_in, d_out)
+
+
+def _tile_sizes(d_in: int, d_out: int, rows: int, columns: int) -> list[tuple[int, int, int]]:
+    """Rows, columns and number of the tiles of each size: whole ones, and those cut at the matrix's ends."""
+    heights = [(rows, d_in // rows), (d_in % rows, 1)]
+    widths = [(columns, d_out // columns), (d_out % columns, 1)]
+    return [(r, c, n * m) for r, n in heights for c, m in widths if r * c * n * m]
 
 
 class Mapping(Frozen):
@@ -34,6 +89,8 @@ class Mapping(Frozen):
     """Share of the linear weights moved to SRAM, whole layers in the order of `ranking` as long as they fit."""
     ranking: Literal["depth"] | tuple[str, ...] = "depth"
     """Most sensitive layers first: `depth` (the first block first), or names as `halora noise sensitivity` gives."""
+    outliers: Outliers = Outliers()
+    """What of the matrices in RRAM is kept in SRAM."""
 
     def places(self, sizes: MappingOf[str, int]) -> dict[str, Place]:
         """The place of every layer.
@@ -47,6 +104,7 @@ class Mapping(Frozen):
         patterns = {"sram": self.sram, "digital": self.digital}
         if self.ranking != "depth":
             patterns["ranking"] = self.ranking
+        patterns["outliers.shares"] = tuple(self.outliers.shares)
         problems = [
             f"chip.mapping.{where}: '{pattern}' matches no layer{nearest(pattern, list(sizes))}"
             for where, group in patterns.items()

@@ -1,0 +1,216 @@
+"""Outliers kept in SRAM: the few weights that set a matrix's full scale, split off before the rest goes into RRAM.
+
+The noise of a cell goes with the full scale it is programmed on, and the full scale with the largest weights. A chip
+with SRAM beside its arrays can hold those: W = R + S, where R, the rest, is programmed into RRAM on its own, smaller
+full scale, and S, the side matrix, is multiplied in SRAM without noise. Both follow from the weights and the chip's
+description alone, so neither is ever stored.
+
+S is rounded to its precision first, and R is what W then lacks, so that rounding costs nothing as long as R stays
+within its full scale. The largest weights, of the matrix or of each tile, leave about their threshold behind in RRAM;
+only their excess over it, rounded up, goes to SRAM: a cell that stood at 0 instead would carry the same noise. Columns
+(whole inputs) and the leading singular part leave nothing behind but what rounding took.
+
+Near it in the literature: QMC (arXiv 2601.14549; inliers in ReRAM, outliers in MRAM), HPD (arXiv 2508.11935; singular
+part in digital logic), SpQR and SqueezeLLM (quantisation), PiSSA (arXiv 2404.02948; singular part in the LoRA branch).
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import assert_never
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from halora.hardware.mapping import OutlierKind, outlier_count
+
+
+@dataclass(frozen=True)
+class Split:
+    """A weight matrix as it is split between RRAM and SRAM.
+
+    Attributes:
+        rest: What is programmed into RRAM, `(d_out, d_in)` in float32.
+        side: What stays in SRAM, at its own precision.
+    """
+
+    rest: Tensor
+    side: "SideMatrix"
+
+
+class SideMatrix(ABC):
+    """The part of a weight matrix (d_out, d_in) that is held in SRAM and multiplied without noise."""
+
+    @abstractmethod
+    def add_to(self, weight: Tensor) -> None:
+        """Add it to a weight `(d_out, d_in)`, in place."""
+
+    @abstractmethod
+    def product(self, x: Tensor) -> Tensor:
+        """x S^T: `(..., d_in)` -> `(..., d_out)`, in the dtype of `x`."""
+
+
+@dataclass(frozen=True)
+class SparseSide(SideMatrix):
+    """Single weights, by place.
+
+    Attributes:
+        places: Flat index of every value in the matrix, ascending.
+        values: In float32.
+        shape: `(d_out, d_in)`.
+    """
+
+    places: Tensor
+    values: Tensor
+    shape: torch.Size
+
+    def add_to(self, weight: Tensor) -> None:
+        """Add the values at their places."""
+        flat = weight.view(-1)
+        flat[self.places] = (flat[self.places].float() + self.values).to(weight.dtype)
+
+    def product(self, x: Tensor) -> Tensor:
+        """Sum, for every output, of its few values times their inputs, in float32."""
+        d_in = self.shape[1]
+        places = torch.stack([self.places // d_in, self.places % d_in])
+        matrix = torch.sparse_coo_tensor(places, self.values, self.shape, check_invariants=False)
+        return (matrix @ x.flatten(0, -2).float().T).T.reshape(*x.shape[:-1], -1).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class ColumnSide(SideMatrix):
+    """Whole columns, that is, all weights of a few inputs.
+
+    Attributes:
+        inputs: Their numbers, ascending.
+        values: Their weights `(d_out, inputs)`, in float32.
+    """
+
+    inputs: Tensor
+    values: Tensor
+
+    def add_to(self, weight: Tensor) -> None:
+        """Add the columns at their places."""
+        weight[:, self.inputs] = (weight[:, self.inputs].float() + self.values).to(weight.dtype)
+
+    def product(self, x: Tensor) -> Tensor:
+        """The product of those inputs alone."""
+        return F.linear(x[..., self.inputs], self.values.to(x.dtype))
+
+
+@dataclass(frozen=True)
+class LowRankSide(SideMatrix):
+    """The leading singular part as two thin factors.
+
+    Attributes:
+        down: `(rank, d_in)`, in float32.
+        up: `(d_out, rank)`, in float32.
+    """
+
+    down: Tensor
+    up: Tensor
+
+    def add_to(self, weight: Tensor) -> None:
+        """Add the product of the factors."""
+        weight.copy_(weight.float().addmm_(self.up, self.down))
+
+    def product(self, x: Tensor) -> Tensor:
+        """Two thin products, as the LoRA branch's."""
+        return F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
+
+
+def split(weight: Tensor, share: float, by: OutlierKind, bits: int, tile: tuple[int, int]) -> Split:
+    """Split a weight matrix.
+
+    Args:
+        weight: `(d_out, d_in)`; left unchanged.
+        share: Share of the matrix's weights that SRAM has room for, in [0, 1].
+        by: What is taken out, see `OutlierKind`.
+        bits: Precision of the values in SRAM; 16 leaves them as they are.
+        tile: Rows (inputs) and columns (outputs) of a tile; read by `tile`.
+    """
+    values = weight.detach().float()
+    d_out, d_in = values.shape
+    count = outlier_count(d_in, d_out, share, by, tile)
+    limit: Tensor | None = None
+    side: SideMatrix
+    match by:
+        case "weight":
+            limit = _threshold(values.abs().flatten(), count)
+            side = _excess(values, limit, bits)
+        case "tile":
+            limit = _tile_thresholds(values.abs(), share, *tile)
+            side = _excess(values, limit, bits)
+        case "column":
+            inputs = values.abs().amax(dim=0).topk(count).indices.sort().values
+            side = ColumnSide(inputs, rounded(values[:, inputs], bits, dim=1))
+        case "singular" if share == 1:
+            side = ColumnSide(torch.arange(d_in), rounded(values, bits, dim=1))
+        case "singular":
+            side = _leading(values, count, bits)
+        case unknown:
+            assert_never(unknown)
+    rest = -values
+    side.add_to(rest)
+    rest.neg_()
+    if limit is not None:
+        rest = torch.minimum(torch.maximum(rest, -limit), limit)
+    return Split(torch.zeros_like(rest) if share == 1 else rest, side)
+
+
+def rounded(values: Tensor, bits: int, dim: int) -> Tensor:
+    """Values rounded to 2^bits - 1 symmetric levels, one scale for each slice along `dim`; 16 bits leave them."""
+    if bits >= 16 or not values.numel():
+        return values
+    largest = values.abs().amax(dim=dim, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny)
+    step = largest / (2 ** (bits - 1) - 1)
+    return (values / step).round_().mul_(step)
+
+
+def _excess(values: Tensor, threshold: Tensor, bits: int) -> SparseSide:
+    """What single weights have over a threshold, which broadcasts over (d_out, d_in); a scale for every output.
+
+    Rounded up, so that the rest stays under the threshold; to the nearest where the threshold is 0 and no rest stays.
+    """
+    flat = (values - torch.minimum(torch.maximum(values, -threshold), threshold)).flatten()
+    places = flat.nonzero()[:, 0]
+    excess = flat[places]
+    if bits < 16 and places.numel():
+        outputs = places // values.shape[1]
+        largest = values.new_zeros(values.shape[0]).scatter_reduce_(0, outputs, excess.abs(), "amax")
+        step = (largest / (2 ** (bits - 1) - 1))[outputs]
+        steps = excess.abs() / step
+        codes = torch.where(
+            (threshold > 0).expand_as(values).flatten()[places], (steps * (1 - 1e-6)).ceil(), steps.round()
+        )
+        excess = (codes * step).copysign(excess)
+    return SparseSide(places, excess, values.shape)
+
+
+def _threshold(magnitudes: Tensor, count: int) -> Tensor:
+    """The largest magnitude that stays when `count` are taken out, a scalar; 0 when none stays."""
+    if count >= magnitudes.numel():
+        return magnitudes.new_zeros(())
+    return magnitudes.kthvalue(magnitudes.numel() - count).values
+
+
+def _tile_thresholds(magnitudes: Tensor, share: float, rows: int, columns: int) -> Tensor:
+    """`_threshold` of every tile, each by its own number of weights, expanded to (d_out, d_in)."""
+    d_out, d_in = magnitudes.shape
+    thresholds = torch.empty_like(magnitudes)
+    for out in range(0, d_out, columns):
+        for first in range(0, d_in, rows):
+            block = magnitudes[out : out + columns, first : first + rows]
+            limit = _threshold(block.flatten(), round(share * block.numel()))
+            thresholds[out : out + columns, first : first + rows] = limit
+    return thresholds
+
+
+def _leading(values: Tensor, rank: int, bits: int) -> LowRankSide:
+    """The leading singular part of that rank, by the eigenvectors of the smaller Gram matrix in float64."""
+    wide = values.double()
+    tall = values.shape[0] > values.shape[1]
+    gram = wide.T @ wide if tall else wide @ wide.T
+    vectors = torch.linalg.eigh(gram).eigenvectors[:, gram.shape[0] - rank :]  # ascending eigenvalues
+    down, up = (vectors.T, wide @ vectors) if tall else (vectors.T @ wide, vectors)
+    return LowRankSide(rounded(down.float(), bits, dim=1), rounded(up.float(), bits, dim=0))
