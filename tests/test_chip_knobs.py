@@ -42,6 +42,9 @@ TOKENS = 64
 KNOBS = [  # path, cheap, dear
     ("adc.bits", 5, 8),
     ("dac.input_bits", 4, 8),
+    ("dac.input_bits", 8, 16),
+    ("dac.bits", 8, 4),
+    ("dac.bits", 4, 1),
     ("tile.rows", 512, 64),
     ("read.averaged", 1, 4),
     ("coding.slices", 1, 2),

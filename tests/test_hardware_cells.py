@@ -12,13 +12,15 @@ from halora.hardware.cells import (
     clipped,
     target_conductance,
     weight_scale,
-    white_read_variance,
     with_faults,
 )
-from halora.hardware.chip import Cells, Coding, Faults, load_chip
+from halora.hardware.chip import Cells, Coding, Faults, Tile, load_chip
 from halora.hardware.noise import cell_arrays, programmed_weight
+from halora.hardware.read_noise import white_deviation_us
+from halora.hardware.regions import widened
 
 KEY = NoiseKey(role=Role.SEARCH, chip_seed=0, module="layer", purpose="programming")
+TILE = Tile(rows=25, columns=16)
 CELLS = Cells(g_min_us=10.0, g_max_us=50.0, read_voltage_v=0.2, read_time_ns=10.0)
 
 
@@ -52,12 +54,12 @@ def test_finite_levels_are_the_nearest_of_evenly_spaced_conductances():
 
 
 def test_clipping_is_at_standard_deviations_of_what_the_scale_is_taken_of(weight):
-    assert clip_limit(weight, Coding()) is None
-    assert clipped(weight, None) is weight
-    assert clip_limit(weight, Coding(clip_std=2.0)).item() == pytest.approx(2 * weight.std().item())
-    limit = clip_limit(weight, Coding(clip_std=2.0, scale="channel_max"))
+    assert clip_limit(weight, Coding(), TILE) is None
+    assert clipped(weight, None, TILE) is weight
+    assert clip_limit(weight, Coding(clip_std=2.0), TILE).item() == pytest.approx(2 * weight.std().item())
+    limit = clip_limit(weight, Coding(clip_std=2.0, scale="channel_max"), TILE)
     torch.testing.assert_close(limit, 2 * weight.std(dim=1, keepdim=True))
-    rows = clipped(weight, limit)
+    rows = clipped(weight, limit, TILE)
     assert (rows.abs() <= limit).all()
     outside = weight.abs() > limit
     assert 0.02 < outside.double().mean() < 0.08
@@ -66,9 +68,46 @@ def test_clipping_is_at_standard_deviations_of_what_the_scale_is_taken_of(weight
 
 
 def test_the_scale_is_the_largest_weight_of_the_matrix_or_of_each_output(weight):
-    assert weight_scale(weight, Coding()).item() == weight.abs().max().item()
-    assert torch.equal(weight_scale(weight, Coding(scale="channel_max"))[:, 0], weight.abs().amax(dim=1))
-    assert weight_scale(torch.zeros(2, 2), Coding()) > 0
+    assert weight_scale(weight, Coding(), TILE).item() == weight.abs().max().item()
+    assert torch.equal(weight_scale(weight, Coding(scale="channel_max"), TILE)[:, 0], weight.abs().amax(dim=1))
+    for scale in ("tensor_max", "channel_max", "tile_max"):
+        assert (weight_scale(torch.zeros(2, 2), Coding(scale=scale), TILE) == 1).all()
+
+
+@pytest.mark.parametrize("tile", [TILE, Tile(rows=8, columns=1024), Tile(rows=1024, columns=8)], ids=str)
+def test_a_tile_s_scale_and_limit_are_those_of_its_own_weights(weight, tile):
+    """Loops over the tiles, of which the last ones are not full."""
+    coding = Coding(clip_std=2.0, scale="tile_max")
+    scale, limit = (
+        widened(of_tiles.expand(len(weight), -1), weight.shape[1], tile.rows).expand(weight.shape)
+        for of_tiles in (weight_scale(weight, coding, tile), clip_limit(weight, coding, tile))
+    )
+    inside = clipped(weight, clip_limit(weight, coding, tile), tile)
+    for top in range(0, weight.shape[0], tile.columns):
+        for left in range(0, weight.shape[1], tile.rows):
+            at = slice(top, top + tile.columns), slice(left, left + tile.rows)
+            own = weight[at]
+            assert (scale[at] == own.abs().max()).all()
+            torch.testing.assert_close(limit[at], (2 * own.std()).expand(own.shape), rtol=1e-4, atol=0)
+            torch.testing.assert_close(inside[at], own.clamp(-2 * own.std(), 2 * own.std()), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("scale", ["tensor_max", "channel_max", "tile_max"])
+def test_cells_err_by_the_full_scale_of_their_own_region(scale):
+    """An error of one share of the range: in weights it is that share of the largest weight of the region."""
+    sizes = torch.logspace(-2, 0, 12).reshape(4, 3)
+    weight = torch.ones(4 * 40, 3 * 50) * sizes.repeat_interleave(40, 0).repeat_interleave(50, 1)
+    states = [{"conductance_us": g, "mean_us": g, "std_us": 0.39, "time_s": 1.0} for g in (0.0, 40.0)]
+    sections = {
+        "noise": {"kind": "measured", "states": states},
+        "cells": {"g_min_us": 1.0},
+        "tile": {"rows": 50, "columns": 40},
+        "coding": {"scale": scale},
+    }
+    error = (_programmed(weight, **sections) - weight) / (0.39 / 39 * sqrt(2))
+    by_tile = error.unflatten(0, (4, 40)).unflatten(2, (3, 50)).square().mean(dim=(1, 3)).sqrt()
+    expected = {"tensor_max": sizes.max(), "channel_max": sizes.amax(1, keepdim=True), "tile_max": sizes}[scale]
+    torch.testing.assert_close(by_tile, expected.expand(4, 3).contiguous(), rtol=0.1, atol=0)
 
 
 def test_clipping_lowers_the_noise_that_is_relative_to_the_largest_weight(weight):
@@ -177,13 +216,13 @@ def test_faults_belong_to_the_chip_and_programming_again_keeps_them(weight):
 
 
 def test_thermal_noise_is_that_of_the_energy_of_each_cells_own_read():
-    cells = Cells(g_min_us=1.0, g_max_us=40.0, read_voltage_v=0.1, read_time_ns=10.0)
+    cells = {"g_min_us": 1.0, "g_max_us": 40.0, "read_voltage_v": 0.1, "read_time_ns": 10.0}
     conductance = torch.tensor([1.0, 10.0, 40.0], dtype=torch.float64)
-    relative = white_read_variance(conductance, cells, 0.0, True).sqrt() / conductance
+    relative = white_deviation_us(conductance, _chip(cells=cells, read={"thermal": True})) / conductance
     energy_j = 0.1**2 * conductance * 1e-6 * 10e-9
     torch.testing.assert_close(relative, (2 * 1.380649e-23 * 300 / energy_j).sqrt())
     assert relative[1].item() == pytest.approx(0.0029, abs=1e-4)  # 0.29 percent at 1 fJ
     torch.testing.assert_close(
-        white_read_variance(conductance, cells, 0.5, True),
+        white_deviation_us(conductance, _chip(cells=cells, read={"thermal": True, "white_us": 0.5})).square(),
         0.25 + (relative * conductance).square(),
     )

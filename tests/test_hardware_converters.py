@@ -6,14 +6,8 @@ import pytest
 import torch
 
 from halora.hardware.chip import load_chip
-from halora.hardware.converters import (
-    ConverterModel,
-    _response_table,
-    fit_converters,
-    full_scale,
-    reads_are_exact,
-    tilewise_product,
-)
+from halora.hardware.converter_model import ConverterModel, _response_table, fit_converters
+from halora.hardware.converters import full_scale, reads_are_exact, tilewise_product
 
 
 def _chip(bits: int, rows: int = 64, **sections):
@@ -73,8 +67,10 @@ def test_an_output_unlike_the_others_is_fitted_on_its_own(layer):
     weight = layer["weight"].clone()
     weight[3] *= 8
     chip = _chip(5)
-    exact = tilewise_product(layer["fresh"], weight, chip, full_scale(layer["calibration"], weight, chip))
-    read = _read(fit_converters(layer["calibration"], weight, chip), layer["fresh"], weight)
+    sizes = torch.logspace(-0.5, 0.5, 300)  # many tokens, as one output's clipped sums are rare
+    calibration = torch.randn(2048, 300, generator=torch.Generator().manual_seed(4)) * sizes
+    exact = tilewise_product(layer["fresh"], weight, chip, full_scale(calibration, weight, chip))
+    read = _read(fit_converters(calibration, weight, chip), layer["fresh"], weight)
     product = layer["fresh"] @ weight.T
     ratio = (read - product).std(dim=0) / (exact - product).std(dim=0)
     assert ratio.median().item() == pytest.approx(1, abs=0.05)
@@ -96,7 +92,7 @@ def test_driving_in_cycles_is_a_loop_over_bits(layer):
             for cycle in range(3):
                 digits = codes.sign() * (codes.abs() >> (3 * cycle)).remainder(8)
                 for tile, start in enumerate(range(0, 300, 128)):
-                    step = float(converters.adc_range[tile]) / 31
+                    step = float(converters.adc_range[cycle, 0, tile, 0] * converters.scale) / 31
                     partial = float((digits[start : start + 128] / 7) @ weight[output, start : start + 128])
                     total += 7 / 127 * 8**cycle * max(-31, min(31, round(partial / step))) * step
             assert product[token, output].item() == pytest.approx(total * float(scale), rel=1e-4, abs=1e-5)
@@ -143,9 +139,9 @@ def test_noise_of_the_adc_is_added_per_tile_and_averaged_over_reads(layer):
             update={"adc": chip.adc.model_copy(update={"noise_steps": 2.0})}
         )
         loud = fit_converters(layer["calibration"], layer["weight"], loud_chip).drive(layer["fresh"])
-        step = quiet.converters.adc_range / 127
+        power = quiet.converters.steps(chip, 256)[0, 0].square().sum(dim=0)  # of the conversions of each output
         scale = layer["fresh"].abs().amax(dim=1, keepdim=True)
-        torch.testing.assert_close(loud.noise_power, 4.0 / averaged * step.square().sum() * scale.square())
+        torch.testing.assert_close(loud.noise_power, 4.0 / averaged * power * scale.square())
 
 
 def test_gradients_pass_straight_through(layer):
@@ -173,7 +169,7 @@ def test_exact_path_equals_a_loop_over_tiles(layer):
             for tile, start in enumerate(range(0, 300, 128)):
                 inputs = x[token, start : start + 128] / scale
                 partial = float(inputs @ weight[output, start : start + 128])
-                step = float(ranges.adc_range[tile]) / 15  # codes -15 .. 15
+                step = float(ranges.adc_range[0, 0, tile, 0] * ranges.scale) / 15  # codes -15 .. 15
                 total += max(-15, min(15, round(partial / step))) * step
             assert product[token, output].item() == pytest.approx(total * scale, rel=1e-4, abs=1e-5)
 
@@ -193,7 +189,7 @@ def test_ten_bits_are_nearly_exact_and_each_bit_about_halves_the_error(layer):
 def test_one_tile_taller_than_the_layer(layer):
     chip = _chip(8, rows=1024)
     ranges = full_scale(layer["calibration"], layer["weight"], chip)
-    assert ranges.adc_range.shape == (1,)
+    assert ranges.adc_range.shape == (1, 1, 1, 4)
     product = layer["fresh"] @ layer["weight"].T
     error = tilewise_product(layer["fresh"], layer["weight"], chip, ranges) - product
     read = _read(fit_converters(layer["calibration"], layer["weight"], chip), layer["fresh"], layer["weight"])
@@ -205,7 +201,7 @@ def test_tokens_are_converted_independently_of_their_batch_and_size(layer):
     model = fit_converters(layer["calibration"], layer["weight"], chip)
     batch, one = model.drive(layer["fresh"][None]), model.drive(layer["fresh"][7] * 1000)
     torch.testing.assert_close(one.inputs / 1000, batch.inputs[0, 7])
-    torch.testing.assert_close(one.converter_power / 1e6, batch.converter_power[0, 7])
+    torch.testing.assert_close(one.converter_power / 1e6, batch.converter_power[0, 7], rtol=1e-4, atol=0)
 
 
 def test_a_token_of_zeros_stays_finite(layer):
@@ -214,7 +210,7 @@ def test_a_token_of_zeros_stays_finite(layer):
     model = fit_converters(layer["calibration"], layer["weight"], chip)
     driven = model.drive(zeros)
     assert torch.isfinite(driven.inputs).all()
-    assert driven.converter_power.item() == pytest.approx(0, abs=1e-20)
+    assert driven.converter_power.max().item() == pytest.approx(0, abs=1e-20)
     ranges = full_scale(layer["calibration"], layer["weight"], chip)
     assert torch.equal(tilewise_product(zeros, layer["weight"], chip, ranges), torch.zeros(1, 256))
 

@@ -9,7 +9,7 @@ import torch
 from halora.hardware.addressing import NoiseKey, Role
 from halora.hardware.chip import load_chip, preset_names
 from halora.hardware.expected_noise import expected_noise
-from halora.hardware.noise import sampled_read_error
+from halora.hardware.read_noise import sampled_read_error
 
 
 def test_an_ideal_chip_has_no_noise():
@@ -41,7 +41,9 @@ def test_read_noise_is_that_of_reads_drawn_cell_by_cell():
     key = NoiseKey(role=Role.SEARCH, chip_seed=0, module="stand-in")  # of the same weight, whose largest sets the scale
     weight = torch.from_numpy(key.part("weight").standard_normal((64, 512)))
     x = torch.from_numpy(key.part("x").standard_normal((128, 512)))
-    power = torch.stack([(x @ sampled_read_error(weight, chip, key.part(f"{i}")).T).square().sum() for i in range(4)])
+    power = torch.stack(
+        [(x @ sampled_read_error(weight, chip, key.part(f"{i}"))[0].T).square().sum() for i in range(4)]
+    )
     drawn_db = 10 * log10(float(power.mean() / (x @ weight.T).square().sum()))
     assert found.reads_db == pytest.approx(drawn_db, abs=0.2)
     assert found.product_db == pytest.approx(found.reads_db, abs=0.5)

@@ -105,10 +105,8 @@ def read(setting: dict, ages: bool = False) -> NoiseModel:
 
 CASES = {
     **{
-        f"gaussian {reference}": Case(
-            {"kind": "gaussian", "sigma": 0.3, "reference": reference, "block": (2, 3)}, low=-0.1, high=0.07
-        )
-        for reference in ("absolute", "tensor_max", "channel_max", "block_max", "std")
+        f"gaussian {reference}": Case({"kind": "gaussian", "sigma": 0.3, "reference": reference}, low=-0.1, high=0.07)
+        for reference in ("absolute", "tensor_max", "channel_max", "tile_max", "std")
     },
     "wan-2022": Case({"kind": "wan-2022"}, times=(1.0, 300.0, DAY, 1.5 * DAY, 2 * DAY)),
     "wan-2022 at 25 uS": Case({"kind": "wan-2022", "g_max_us": 25.0}, times=(1.0, DAY), high=25.0),
@@ -211,9 +209,9 @@ def test_closed_form_of_the_standard_deviation_holds_over_a_million_draws(name, 
             assert case.model.apply(values, million, time_s).std().item() == pytest.approx(expected, rel=0.01)
 
 
-@pytest.mark.parametrize("reference", ["absolute", "tensor_max", "channel_max", "block_max", "std"])
+@pytest.mark.parametrize("reference", ["absolute", "tensor_max", "channel_max", "tile_max", "std"])
 def test_weight_noise_has_its_standard_deviation_in_every_part_of_a_matrix(million, reference):
-    model = read({"kind": "gaussian", "sigma": 0.2, "reference": reference, "block": (300, 300)})
+    model = read({"kind": "gaussian", "sigma": 0.2, "reference": reference})
     sizes = torch.logspace(-1, 0, 1000)
     weight = torch.outer(sizes, sizes.flip(0)) * torch.from_numpy(KEY.part("w").standard_normal((1000, 1000)))
     relative = (model.apply(weight, million.reshape(1000, 1000), 1.0) - weight) / model.std(weight, 1.0)
@@ -417,13 +415,13 @@ def test_errors_inside_a_model_are_told_with_their_place_and_with_all_others():
         load_chip(
             {
                 "preset": "ideal",
-                "noise": {"kind": "gaussian", "sigma": -1, "reference": "mean", "block": (0, 4)},
+                "noise": {"kind": "gaussian", "sigma": -1, "reference": "mean"},
                 "retention": {"ageing": {"kind": "power-law", "nu_mean": 7}},
                 "tile": {"rows": 1},
             }
         )
     places = {".".join(map(str, error["loc"])) for error in caught.value.errors()}
-    assert places == {"noise.sigma", "noise.reference", "noise.block.0", "retention.ageing.nu_mean", "tile.rows"}
+    assert places == {"noise.sigma", "noise.reference", "retention.ageing.nu_mean", "tile.rows"}
 
 
 # A chip team's table.

@@ -74,8 +74,8 @@ class Layer:
     @property
     def out_bound(self):
         """The ADC's full scale in the package's terms."""
-        (adc_range,) = self.converters.adc_range.tolist()  # one tile
-        return adc_range / self.weight.abs().amax().item()
+        (adc_range,) = self.converters.adc_range.flatten().tolist()  # one tile, in units of the largest weight
+        return adc_range
 
     def case(self, name, folder):
         """What the package is told; the tensors go to a file."""
@@ -217,11 +217,13 @@ LOUD = {  # a chip on which every change below can show
 CHANGES = [
     {"noise": {"kind": "gaussian", "sigma": 0.01, "reference": "tensor_max"}},
     {"noise": {"kind": "gaussian", "sigma": 0.01, "reference": "channel_max"}},
-    {"noise": {"kind": "gaussian", "sigma": 0.01, "reference": "block_max"}},
+    {"noise": {"kind": "gaussian", "sigma": 0.01, "reference": "tile_max"}},
     {"noise": {"kind": "gaussian", "sigma": 0.01, "reference": "std"}},
     {"noise": {"kind": "gaussian", "sigma": 0.0, "reference": "std"}},
     {"coding": {"clip_std": 2.5}},
     {"coding": {"clip_std": 2.5, "scale": "channel_max"}},
+    {"coding": {"clip_std": 2.5, "scale": "tile_max"}},
+    {"coding": {"scale": "tile_max"}, "cells": {"levels": 16}},
     {"cells": {"levels": 16}},
     {"cells": {"levels": 16}, "coding": {"slices": 2}},
     {"faults": {"stuck_low_rate": 0.0}},

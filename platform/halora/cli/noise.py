@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from halora.analysis.figures import ErrorPanel
     from halora.evaluation.sensitivity import LayerSensitivity
     from halora.hardware.chip import Chip
-    from halora.hardware.noise_models import NoiseModel
     from halora.training.models import BaseModel
     from halora.training.rram import RramArray
 
@@ -32,7 +31,7 @@ _REFERENCES = {
     "absolute": "1, in weight units",
     "tensor_max": "max|W| of the whole matrix",
     "channel_max": "max|W| of the output",
-    "block_max": "max|W| of the block",
+    "tile_max": "max|W| of the tile",
     "std": "the standard deviation of the whole matrix",
 }
 
@@ -190,7 +189,7 @@ def _chip_rows(chip: "Chip") -> list[dict[str, Any]]:
 
     rows: list[dict[str, Any]] = []
     if chip.noise.domain == "weight":
-        rows.append({"of": "weight", "std": chip.noise.level * weight_error_factor(chip), **_meaning(chip.noise)})
+        rows.append({"of": "weight", "std": chip.noise.level * weight_error_factor(chip), **_meaning(chip)})
     if cells_err(chip, chip.noise):
         cells = chip.cells
         conductance = torch.linspace(cells.g_min_us, cells.g_max_us, _TABLE_POINTS)
@@ -211,14 +210,15 @@ def _chip_rows(chip: "Chip") -> list[dict[str, Any]]:
     return rows
 
 
-def _meaning(noise: "NoiseModel") -> dict[str, Any]:
+def _meaning(chip: "Chip") -> dict[str, Any]:
     """What the standard deviation of a model of the weight domain is in units of."""
     from halora.hardware.noise_models import GaussianNoise
 
+    noise, tile = chip.noise, chip.tile
     if not isinstance(noise, GaussianNoise):
         return {"times": f"as {noise.kind} defines it"}
-    block = f" ({noise.block[0]} x {noise.block[1]})" if noise.reference == "block_max" else ""
-    return {"sigma": noise.sigma, "times": _REFERENCES[noise.reference] + block, "lasts": "until programmed again"}
+    size = f" ({tile.rows} inputs x {tile.columns} outputs)" if noise.reference == "tile_max" else ""
+    return {"sigma": noise.sigma, "times": _REFERENCES[noise.reference] + size, "lasts": "until programmed again"}
 
 
 def _tell_other_causes(chip: "Chip") -> None:

@@ -127,6 +127,13 @@ def _programming(chip: Chip, draft: _Draft) -> None:
 
 def _weights(chip: Chip, draft: _Draft) -> None:
     scale, slices, levels = chip.coding.scale, chip.coding.slices, chip.cells.levels
+    if scale not in _WHOSE:
+        if chip.coding.clip_std is not None or levels is not None:
+            draft.left_out.append(
+                f"Clipping and finite levels: matrices stay whole in the package, and this chip scales by {scale}: "
+                f"clip_std {chip.coding.clip_std}, {levels} levels."
+            )
+        return
     if chip.coding.clip_std is not None:
         draft.settings |= {"clip.type": _CLIP_TYPES[scale], "clip.sigma": chip.coding.clip_std}
         draft.carried.append(

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-_CMO_US = (9.0, 88.2)
+CMO_US = (9.0, 88.2)
+"""Conductances of CMO/HfOx cells that were measured."""
 
 
 @cache
@@ -96,7 +97,7 @@ class CmoNoise(FittedNoise):
     @property
     def measured_us(self) -> tuple[float, float]:
         """9 to 88.2 uS."""
-        return _CMO_US
+        return CMO_US
 
     @property
     def effort(self) -> float:
@@ -209,7 +210,7 @@ class CmoRelaxation(FittedNoise):
     @property
     def measured_us(self) -> tuple[float, float]:
         """9 to 88.2 uS."""
-        return _CMO_US
+        return CMO_US
 
     @property
     def measured_s(self) -> tuple[float, float]:
@@ -230,6 +231,16 @@ class CmoRelaxation(FittedNoise):
         fit = coefficients("cmo-relaxation")
         mean, std = (fit[moment][0] + fit[moment][1] * log(time_s) for moment in ("mean", "std"))
         return self.strength * mean, self.strength * max(std, 0.0)
+
+
+def cmo_read_noise_us(conductance_us: Tensor, time_s: float) -> Tensor:
+    """1/f noise of a read of CMO/HfOx cells (Falcone et al., arXiv 2502.04524), a standard deviation in microsiemens.
+
+    a log10(G) sqrt(ln((t + t_r) / (2 t_r))) at t seconds after programming with read pulses of t_r; 0 below 1 uS.
+    """
+    fit = coefficients("cmo-read")
+    age = log((time_s + fit["read_s"]) / (2 * fit["read_s"]))
+    return conductance_us.clamp_min(1.0).log10().mul_(fit["factor"] * sqrt(max(age, 0.0)))
 
 
 def _polynomial(x: Tensor, fit: Sequence[float]) -> Tensor:

@@ -8,32 +8,33 @@ before left over, at a significance `slice_ratio` times smaller. Replicas hold t
 import torch
 from torch import Tensor
 
-from halora.hardware.chip import Cells, Coding, Faults
-from halora.hardware.noise_models import largest_magnitude
-
-BOLTZMANN_J_PER_K = 1.380649e-23
-TEMPERATURE_K = 300.0
+from halora.hardware.chip import Cells, Coding, Faults, Tile
+from halora.hardware.regions import largest_magnitude, standard_deviation, widened
 
 
-def clip_limit(weight: Tensor, coding: Coding) -> Tensor | None:
-    """Where weights (d_out, d_in) are clipped, in float32: nowhere, a scalar, or (d_out, 1) for `channel_max`."""
+def clip_limit(weight: Tensor, coding: Coding, tile: Tile) -> Tensor | None:
+    """Where weights (d_out, d_in) are clipped, in float32: nowhere, or per region of the digital scale."""
     if coding.clip_std is None:
         return None
+    return coding.clip_std * standard_deviation(weight, coding.scale, tile.rows, tile.columns)
+
+
+def clipped(weight: Tensor, limit: Tensor | None, tile: Tile) -> Tensor:
+    """Weights (d_out, d_in) in float32 (`weight` itself where it is that already), cut at their `clip_limit`."""
     values = weight.float()
-    spread = values.std() if coding.scale == "tensor_max" else values.std(dim=1, keepdim=True)
-    return coding.clip_std * spread
+    if limit is None:
+        return values
+    limit = widened(limit, weight.shape[1], tile.rows)
+    return torch.minimum(torch.maximum(values, -limit), limit)
 
 
-def clipped(weight: Tensor, limit: Tensor | None) -> Tensor:
-    """Weights in float32 (`weight` itself where it is that already), cut at the limit if there is one."""
-    values = weight.float()
-    return values if limit is None else torch.minimum(torch.maximum(values, -limit), limit)
+def weight_scale(weight: Tensor, coding: Coding, tile: Tile) -> Tensor:
+    """The weight (d_out, d_in) that maps to the largest conductance, per region of the digital scale; float32.
 
-
-def weight_scale(weight: Tensor, coding: Coding) -> Tensor:
-    """The weight that maps to the largest conductance: a scalar, or (d_out, 1) for `channel_max`; float32."""
-    largest = largest_magnitude(weight, per_output=coding.scale == "channel_max").float()
-    return largest.clamp_min(torch.finfo(torch.float32).tiny)
+    1 where all weights are zero.
+    """
+    largest = largest_magnitude(weight, coding.scale, tile.rows, tile.columns).float()
+    return torch.where(largest > 0, largest, 1.0)
 
 
 def target_conductance(stored: Tensor, sign: int, cells: Cells) -> Tensor:
@@ -64,16 +65,3 @@ def with_faults(conductance: Tensor, faults: Faults, uniform: Tensor | None) -> 
         conductance.masked_fill_(uniform < faults.stuck_low_rate, faults.stuck_low_us)
         conductance.masked_fill_(uniform >= 1 - faults.stuck_high_rate, faults.stuck_high_us)
     return conductance
-
-
-def white_read_variance(conductance: Tensor, cells: Cells, white_us: float, thermal: bool) -> Tensor:
-    """Variance of one read of a cell that averaging reduces, in microsiemens squared, shaped like `conductance`.
-
-    White noise of the read-out, and the thermal noise of the read pulse: (sigma_G / G)^2 = 2 k T / E with
-    E = V^2 G t of that cell, hence sigma_G^2 = 2 k T G / (V^2 t).
-    """
-    variance = torch.full_like(conductance, white_us**2)
-    if thermal:
-        energy_per_us_j = cells.read_voltage_v**2 * cells.read_time_ns * 1e-9 * 1e-6
-        variance.add_(conductance, alpha=2 * BOLTZMANN_J_PER_K * TEMPERATURE_K / energy_per_us_j)
-    return variance

@@ -15,6 +15,7 @@ import yaml
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from halora.errors import UserError, nearest
+from halora.hardware.cell_models import CMO_US
 from halora.hardware.costs import AdcCosts, constant_names
 from halora.hardware.description import Frozen
 from halora.hardware.mapping import Mapping
@@ -58,16 +59,22 @@ class Cells(Frozen):
 class Coding(Frozen):
     """How a weight matrix is laid out in cells."""
 
-    scale: Literal["tensor_max", "channel_max"] = "tensor_max"
-    """Weight that maps to the largest conductance: of the whole matrix, or of each output channel (digital scale)."""
+    scale: Literal["tensor_max", "channel_max", "tile_max"] = "tensor_max"
+    """Weight that maps to the largest conductance, a digital scale each: of the whole matrix, of each output channel,
+    or of each tile of `tile.rows` inputs and `tile.columns` outputs."""
     clip_std: float | None = Field(default=None, gt=0, le=20)
-    """Weights are clipped at this many standard deviations (of the tensor or channel) before they are mapped."""
+    """Weights are clipped at this many standard deviations (of the tensor, channel or tile) before they are mapped."""
     slices: int = Field(default=1, ge=1, le=16)
     """Cells pairs in a row for one weight; each holds what the read-back of those before it left over."""
     slice_ratio: float = Field(default=4.0, ge=2, le=256)
     """Significance of a slice over that of the next."""
     replicas: int = Field(default=1, ge=1, le=32)
     """Copies of the whole matrix, averaged digitally."""
+
+    @property
+    def copies(self) -> int:
+        """Arrays that a weight matrix takes: every slice of every replica."""
+        return self.slices * self.replicas
 
 
 class WriteVerify(Frozen):
@@ -116,13 +123,15 @@ class Read(Frozen):
     """White noise of one cell and read, standard deviation in microsiemens."""
     flicker: float = Field(default=0.0, ge=0, le=1)
     """1/f noise of one cell as a fraction of its conductance; the floor under averaging."""
+    slow: Literal["none", "cmo"] = "none"
+    """Published 1/f noise besides, by conductance and age: `cmo`, that of CMO/HfOx cells (arXiv 2502.04524)."""
     thermal: bool = False
     """Thermal noise of the read pulse: sigma_G / G = sqrt(2 k T / read energy of the cell)."""
 
     @property
     def noisy(self) -> bool:
         """Whether a cell reads differently from read to read."""
-        return bool(self.white_us or self.flicker or self.thermal)
+        return bool(self.white_us or self.flicker or self.thermal or self.slow != "none")
 
 
 class Dac(Frozen):
@@ -232,7 +241,11 @@ class Chip(Frozen):
     def _noise_is_known_for_the_cells(self) -> "Chip":
         models = [model for model in (self.noise, self.retention.ageing) if model is not None]
         known_for = (self.cells.g_min_us, self.cells.g_max_us, self.retention.refresh_interval_s)
-        if problems := [problem for model in models for problem in model.problems(*known_for)]:
+        problems = [problem for model in models for problem in model.problems(*known_for)]
+        low_us, high_us = CMO_US
+        if self.read.slow == "cmo" and not low_us <= self.cells.g_min_us < self.cells.g_max_us <= high_us:
+            problems.append(f"read.slow: cmo was measured from {low_us:g} to {high_us:g} uS; change the cells")
+        if problems:
             raise UserError(problems)
         return self
 

@@ -13,8 +13,9 @@ from torch import Tensor
 from halora.hardware.addressing import NoiseKey
 from halora.hardware.cells import clip_limit, clipped, weight_scale
 from halora.hardware.chip import Chip
-from halora.hardware.noise import block_rows, cell_arrays, programmed_weight, weight_error_factor, write_verify_ratio
-from halora.hardware.noise_models import largest_magnitude, quadrature
+from halora.hardware.noise import added_spread, block_rows, cell_arrays, programmed_weight, write_verify_ratio
+from halora.hardware.noise_models import quadrature
+from halora.hardware.regions import at_rows, widened
 
 Moment = Literal["start", "end"]
 """Of the refresh interval."""
@@ -83,9 +84,9 @@ def drawn_cell_error(weight: Tensor, chip: Chip, key: NoiseKey, moment: Moment, 
         moment: Start or end of the refresh interval.
         bins: Equal parts of the cells' range over which draws are gathered; those with few draws are left out.
     """
-    limit = clip_limit(weight, chip.coding)
-    coded = clipped(weight, limit)
-    stored = (coded / weight_scale(coded, chip.coding))[: block_rows(weight)]
+    first = slice(0, block_rows(weight))
+    coded = clipped(weight, clip_limit(weight, chip.coding, chip.tile), chip.tile)
+    stored = coded[first] / at_rows(weight_scale(coded, chip.coding, chip.tile), first, weight.shape[1], chip.tile.rows)
     real = cell_arrays(stored, chip, chip.noise, key.part("rows 0"))
     wanted = cell_arrays(stored, chip, None, None)
     targets, errors = [], []
@@ -104,10 +105,11 @@ def stated_weight_error(weight: Tensor, chip: Chip, bins: int = 24) -> ErrorCurv
         chip: Its noise model, write-verify and coding.
         bins: Equal parts of -1 to 1, in which the mean variance is taken.
     """
-    largest = largest_magnitude(weight).float()
-    time_s = chip.retention.refresh_interval_s
-    deviation = chip.noise.std(weight.float(), time_s) / largest * weight_error_factor(chip)
-    target = (weight.float() / largest).flatten()
+    values = weight.float()
+    largest = values.abs().max()
+    spread = added_spread(values, chip, chip.noise)
+    deviation = torch.zeros(()) if spread is None else widened(spread / largest, weight.shape[1], chip.tile.rows)
+    target = (values / largest).flatten()
     power = deviation.square().expand(weight.shape).flatten()
     found = _binned(target, power, -1.0, 1.0, bins)
     return ErrorCurve(found.target, (0.0,) * len(found.target), tuple(mean**0.5 for mean in found.mean))
@@ -122,7 +124,7 @@ def drawn_weight_error(weight: Tensor, chip: Chip, key: NoiseKey, bins: int = 24
         key: Address of the chip instance at the layer, for programming.
         bins: Equal parts of -1 to 1 over which draws are gathered; those with few draws are left out.
     """
-    largest = largest_magnitude(weight).float()
+    largest = weight.float().abs().max()
     error = (programmed_weight(weight, chip, key, chip.noise.level).float() - weight.float()) / largest
     return _binned((weight.float() / largest).flatten(), error.flatten(), -1.0, 1.0, bins)
 

@@ -5,15 +5,15 @@ stronger there than here; `halora noise show --model` has the noise of a real mo
 """
 
 from dataclasses import dataclass
-from math import inf, log10
+from math import inf
 
 import torch
 from torch import Tensor
 
 from halora.hardware.addressing import NoiseKey, Role
 from halora.hardware.chip import Chip
-from halora.hardware.converters import ExactReads, full_scale, reads_are_exact, tilewise_product
-from halora.hardware.noise import noise_to_signal_db, programmed_weight, read_noise_power
+from halora.hardware.converters import ExactReads, drive, noise_power, reads_are_exact, tilewise_product
+from halora.hardware.noise import Programming, noise_to_signal_db, ratio_db
 
 _KEY = NoiseKey(role=Role.SEARCH, chip_seed=0, module="stand-in")
 
@@ -46,26 +46,25 @@ def expected_noise(chip: Chip, *, inputs: int = 1024, outputs: int = 128, tokens
     """
     weight = _normal("weight", outputs, inputs)
     x, calibration = _normal("inputs", tokens, inputs), _normal("calibration", tokens, inputs)
-    held = programmed_weight(weight, chip, _KEY.part("programming"), chip.noise.level)
-    clean = x @ weight.T
-    power = read_noise_power(weight, chip)
-    converted, product = clean, x @ held.T
+    programming, key = Programming.of(weight, chip, chip.noise.level), _KEY.part("programming")
+    held = programming.held(weight, key)
+    clean, through_held = x @ weight.T, x @ held.T
+    converted, product, reads_db = through_held, through_held, -inf
     if not reads_are_exact(chip):
-        converters = full_scale(calibration, weight, chip)
-        converted = tilewise_product(x, weight, chip, converters)
-        reads = ExactReads(chip, converters, power)
-        product = reads.product(x, held, lambda like: _normal("reads", *like.shape))
+        reads, copies = ExactReads.calibrated(calibration, weight, chip), programming.copies(weight, key)
+        converted = tilewise_product(x, copies, chip, reads.converters)
+        product = reads.product(x, copies, lambda like: _normal("reads", *like.shape))
+        scale, cycles = drive(x, chip.dac, reads.converters.input_range)
+        power = noise_power(scale, cycles, outputs, chip, reads.converters, reads.noise)
+        if power is not None:
+            reads_db = ratio_db(float(power.expand_as(clean).sum()), float(clean.square().sum()))
     return ExpectedNoise(
         weights_db=noise_to_signal_db(weight, held),
-        reads_db=_db(float(power.sum() * outputs), float(weight.square().sum())),
-        converters_db=noise_to_signal_db(clean, converted),
+        reads_db=reads_db,
+        converters_db=ratio_db(float((converted - through_held).square().sum()), float(clean.square().sum())),
         product_db=noise_to_signal_db(clean, product),
     )
 
 
 def _normal(purpose: str, *shape: int) -> Tensor:
     return torch.from_numpy(_KEY.part(purpose).standard_normal(shape))
-
-
-def _db(noise_power: float, signal_power: float) -> float:
-    return 10 * log10(noise_power / signal_power) if noise_power > 0 else -inf

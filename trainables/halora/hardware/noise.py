@@ -15,17 +15,11 @@ import torch
 from torch import Tensor
 
 from halora.hardware.addressing import NoiseKey
-from halora.hardware.cells import (
-    clip_limit,
-    clipped,
-    target_conductance,
-    weight_scale,
-    white_read_variance,
-    with_faults,
-)
+from halora.hardware.cells import clip_limit, clipped, target_conductance, weight_scale, with_faults
 from halora.hardware.chip import Chip
 from halora.hardware.draws import normal_rows, standard_normal
 from halora.hardware.noise_models import NoiseModel, WeightNoise
+from halora.hardware.regions import at_rows
 
 _BLOCK = 2**19  # weights worked on at a time, about, so that memory stays that of the result
 
@@ -49,14 +43,16 @@ class Programming:
     Attributes:
         chip: Everything that moves the weight.
         noise: The chip's noise model at the strength asked for.
+        in_features: d_in of the weight.
         limit: Where the weight is clipped, see `clip_limit`.
         scale: See `weight_scale`; none where nothing happens to single cells.
-        spread: Standard deviation of what is added to weights, broadcasting over (d_out, d_in); none for nothing.
+        spread: See `added_spread`.
         row_gain: See `ir_drop_gain`; none without wires.
     """
 
     chip: Chip
     noise: NoiseModel
+    in_features: int
     limit: Tensor | None
     scale: Tensor | None
     spread: Tensor | None
@@ -66,29 +62,35 @@ class Programming:
     def of(cls, weight: Tensor, chip: Chip, level: float) -> "Programming":
         """The programming of a weight (d_out, d_in) at a level of the chip's noise model."""
         noise = chip.noise.with_level(level)
-        limit = clip_limit(weight, chip.coding)
-        whole = weight if limit is None else clipped(weight, limit)
+        limit = clip_limit(weight, chip.coding, chip.tile)
+        whole = weight if limit is None else clipped(weight, limit, chip.tile)
         return cls(
             chip,
             noise,
+            weight.shape[1],
             limit,
-            scale=weight_scale(whole, chip.coding) if cells_act(chip, noise) else None,
-            spread=_added_spread(whole, chip, noise),
+            scale=weight_scale(whole, chip.coding, chip.tile) if cells_act(chip, noise) else None,
+            spread=added_spread(whole, chip, noise),
             row_gain=ir_drop_gain(weight.shape[1], chip).to(weight.device) if chip.wires.resistance_ohm > 0 else None,
         )
-
-    @property
-    def is_small(self) -> bool:
-        """Whether it is worth keeping: the spread of `block_max` noise takes as much memory as the weight."""
-        return self.spread is None or self.spread.ndim < 2 or self.spread.shape[1] == 1
 
     @property
     def only_adds(self) -> bool:
         """Whether the weights get an error added and nothing else happens to them."""
         return self.spread is not None and all(part is None for part in (self.limit, self.scale, self.row_gain))
 
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether the weight is held as it is."""
+        return all(part is None for part in (self.limit, self.scale, self.spread, self.row_gain))
+
     def held(
-        self, weight: Tensor, key: NoiseKey, dtype: torch.dtype | None = None, into: Tensor | None = None
+        self,
+        weight: Tensor,
+        key: NoiseKey,
+        dtype: torch.dtype | None = None,
+        into: Tensor | None = None,
+        copies: Tensor | None = None,
     ) -> Tensor:
         """The weight as one chip instance holds it at the end of its refresh interval and reads it.
 
@@ -97,47 +99,85 @@ class Programming:
             key: Address of the chip instance at this module.
             dtype: Of the result; the weight's when left out.
             into: An earlier result whose memory is free.
+            copies: Filled with what `copies` returns, `(replicas * slices, d_out, d_in)`.
 
         Returns:
             A new tensor; `weight` itself, in `dtype`, when nothing moves it.
         """
         dtype, chip = dtype or weight.dtype, self.chip
-        if all(part is None for part in (self.limit, self.scale, self.spread, self.row_gain)):
+        if self.changes_nothing and copies is None:
             return weight.to(dtype)
         compensation = chip.retention.compensation
         held = into
         if held is None or compensation == "global":
             held = torch.empty_like(weight, dtype=torch.float32 if compensation == "global" else dtype)
         units = normal_rows(_address(key, self.noise), held, block_rows(weight))
-        if self.only_adds and self.spread is not None:
+        if self.only_adds and self.spread is not None and copies is None:
             for rows in _row_blocks(weight):
                 unit, signs = next(units)
-                torch.addcmul(weight[rows], unit, (_at(self.spread, rows) * signs).to(unit.dtype), out=held[rows])
+                deviation = (self._at(self.spread, rows) * signs).to(unit.dtype)
+                torch.addcmul(weight[rows], unit, deviation, out=held[rows])
             return held.to(dtype)
         before = after = torch.zeros((), device=weight.device)
         for rows in _row_blocks(weight):
             block = held[rows] if held.dtype == torch.float32 else None
-            fresh = aged = _clipped_rows(weight, self.limit, rows)
+            fresh = aged = clipped(weight[rows], None if self.limit is None else self._at(self.limit, rows), chip.tile)
+            at_rows, parts = key.part(f"rows {rows.start}"), None if copies is None else copies[:, rows]
+            if parts is not None:
+                parts.zero_()[:: chip.coding.slices] = fresh if self.scale is None else 0
             if self.scale is not None:
-                at_rows = key.part(f"rows {rows.start}")
-                fresh, aged = _through_cells(fresh, _at(self.scale, rows), chip, self.noise, at_rows)
+                fresh, aged = _through_cells(fresh, self._at(self.scale, rows), chip, self.noise, at_rows, parts)
             ages = aged is not fresh
             if self.spread is not None:
                 unit, signs = next(units)
-                deviation = _at(self.spread, rows) * signs
+                deviation = self._at(self.spread, rows) * signs
                 fresh = torch.addcmul(fresh, unit, deviation) if ages else aged
                 aged = torch.addcmul(aged, unit, deviation, out=block)
+                if parts is not None:
+                    _share_out(
+                        parts, unit * deviation, self._at(self.spread, rows), chip, _address(at_rows, self.noise)
+                    )
             if ages and compensation == "column":
-                aged = aged * _gain(fresh.abs().mean(dim=1, keepdim=True), aged.abs().mean(dim=1, keepdim=True))
+                gain = _gain(fresh.abs().mean(dim=1, keepdim=True), aged.abs().mean(dim=1, keepdim=True))
+                aged = aged * gain
+                if parts is not None:
+                    parts.mul_(gain)
             if ages and compensation == "global":
                 before, after = before + fresh.abs().sum(), after + aged.abs().sum()
             if self.row_gain is not None:
                 aged = torch.mul(aged, self.row_gain, out=block)
+                if parts is not None:
+                    parts.mul_(self.row_gain)
             if aged is not block:
                 held[rows] = aged
         if after > 0:
-            held.mul_(_gain(before, after))
+            gain = _gain(before, after)
+            held.mul_(gain)
+            if copies is not None:
+                copies.mul_(gain)
         return held.to(dtype)
+
+    def copies(self, weight: Tensor, key: NoiseKey) -> Tensor:
+        """What the cells of each slice of each replica hold, which are converted one by one.
+
+        Args:
+            weight: The weight this was made of.
+            key: Address of the chip instance at this module.
+
+        Returns:
+            `(replicas, slices, d_out, d_in)`, float32, in weight units at the significance of the first slice: the mean
+            over replicas of the slices, each over `slice_ratio` to the power of its index, adds up to `held`.
+        """
+        coding = self.chip.coding
+        if coding.copies == 1:
+            return self.held(weight, key, torch.float32)[None, None]
+        copies = torch.empty((coding.copies, *weight.shape), device=weight.device)
+        self.held(weight, key, torch.float32, copies=copies)
+        return copies.view(coding.replicas, coding.slices, *weight.shape)
+
+    def _at(self, values: Tensor, rows: slice) -> Tensor:
+        """Of what is known per region, that of some outputs, broadcasting over their weights."""
+        return at_rows(values, rows, self.in_features, self.chip.tile.rows)
 
 
 def block_rows(weight: Tensor) -> int:
@@ -150,20 +190,15 @@ def _row_blocks(weight: Tensor) -> Iterator[slice]:
     return (slice(start, start + rows) for start in range(0, weight.shape[0], rows))
 
 
-def _at(values: Tensor, rows: slice) -> Tensor:
-    """The rows of what broadcasts over the weight."""
-    return values if values.ndim == 0 else values[rows]
+def added_spread(weight: Tensor, chip: Chip, noise: NoiseModel) -> Tensor | None:
+    """Standard deviation of the error that is added to weights (d_out, d_in); none without one.
 
-
-def _clipped_rows(weight: Tensor, limit: Tensor | None, rows: slice) -> Tensor:
-    return clipped(weight[rows], None if limit is None else _at(limit, rows))
-
-
-def _added_spread(weight: Tensor, chip: Chip, noise: NoiseModel) -> Tensor | None:
-    """Standard deviation of the error that is added to weights, broadcasting over (d_out, d_in); none without one."""
+    Broadcasting over the weight, or per output and row tile, `(d_out, row tiles)`.
+    """
     if noise.level == 0 or not isinstance(noise, WeightNoise):
         return None
-    return noise.std(weight, chip.retention.refresh_interval_s) * weight_error_factor(chip)
+    stated = noise.std_in_tiles(weight, chip.retention.refresh_interval_s, chip.tile.rows, chip.tile.columns)
+    return stated * weight_error_factor(chip)
 
 
 def _gain(before: Tensor, after: Tensor) -> Tensor:
@@ -187,16 +222,25 @@ class CellArray:
     """The cells of one side of one slice of one replica.
 
     Attributes:
-        share: What one microsiemens adds to weight over scale; negative on the negative side of the pairs.
+        copy: Number of the slice of the replica: replica times slices, plus slice.
+        weight_per_us: What one microsiemens is of weight over scale; negative on the negative side of the pairs.
+        significance: What that counts for in the product of all slices and replicas.
         fresh: Conductances right after programming, `(d_out, d_in)`, in microsiemens.
         aged: At the end of the refresh interval; the same tensor when nothing ages.
         name: Tells this array from the others of the layer.
     """
 
-    share: float
+    copy: int
+    weight_per_us: float
+    significance: float
     fresh: Tensor
     aged: Tensor
     name: str
+
+    @property
+    def share(self) -> float:
+        """What one microsiemens adds to weight over scale, all slices and replicas together."""
+        return self.weight_per_us * self.significance
 
 
 def cell_arrays(stored: Tensor, chip: Chip, noise: NoiseModel | None, key: NoiseKey | None) -> Iterator[CellArray]:
@@ -212,7 +256,7 @@ def cell_arrays(stored: Tensor, chip: Chip, noise: NoiseModel | None, key: Noise
     for replica in range(coding.replicas):
         left = stored
         for index in range(coding.slices):
-            share = coding.slice_ratio**-index / (span * coding.replicas)
+            copy, significance = replica * coding.slices + index, coding.slice_ratio**-index / coding.replicas
             wanted, held = left.clamp(-1, 1), torch.zeros_like(stored)
             for sign in (1, -1):
                 name = f"replica {replica}, slice {index}, side {sign}"
@@ -221,7 +265,7 @@ def cell_arrays(stored: Tensor, chip: Chip, noise: NoiseModel | None, key: Noise
                 if noise is not None and key is not None:
                     fresh, aged = _programmed(target, chip, noise, key.part(name))
                 held.add_(fresh, alpha=sign / span)
-                yield CellArray(sign * share, fresh, aged, name)
+                yield CellArray(copy, sign / span, significance, fresh, aged, name)
             left = (left - held).mul_(coding.slice_ratio)
 
 
@@ -255,8 +299,13 @@ def _unit(key: NoiseKey, model: NoiseModel, like: Tensor) -> Tensor:
     return standard_normal(_address(key, model), like)
 
 
-def _through_cells(coded: Tensor, scale: Tensor, chip: Chip, noise: NoiseModel, key: NoiseKey) -> tuple[Tensor, Tensor]:
-    """Weights that the cells hold after programming and at the end; the same tensor when nothing ages."""
+def _through_cells(
+    coded: Tensor, scale: Tensor, chip: Chip, noise: NoiseModel, key: NoiseKey, parts: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Weights that the cells hold after programming and at the end; the same tensor when nothing ages.
+
+    `parts`, zeros (copies, d_out, d_in), gets what each slice of each replica holds at the end.
+    """
     fresh = torch.zeros_like(coded)
     aged: Tensor | None = None
     for array in cell_arrays(coded / scale, chip, noise, key):
@@ -265,8 +314,36 @@ def _through_cells(coded: Tensor, scale: Tensor, chip: Chip, noise: NoiseModel, 
         fresh.add_(array.fresh, alpha=array.share)
         if aged is not None:
             aged.add_(array.aged, alpha=array.share)
+        if parts is not None:
+            parts[array.copy].add_(array.aged, alpha=array.weight_per_us)
     fresh.mul_(scale)
+    if parts is not None:
+        parts.mul_(scale)
     return fresh, fresh if aged is None else aged.mul_(scale)
+
+
+def _share_out(parts: Tensor, error: Tensor, spread: Tensor, chip: Chip, key: NoiseKey) -> None:
+    """Add to slices and replicas (copies, d_out, d_in) errors of their own that come to `error` together.
+
+    Every pair of cells errs independently, and a slice holds what undoes the error of the one before. So the error of
+    the whole is the mean over replicas of that of the last slice: the last slices' errors are drawn given their mean.
+
+    Args:
+        parts: What slices and replicas are to hold, changed in place.
+        error: Of the whole weight, `(d_out, d_in)`.
+        spread: Standard deviation it was drawn with, broadcasting over it.
+        chip: Its coding.
+        key: Address of the errors.
+    """
+    coding = chip.coding
+    last = coding.slice_ratio ** (coding.slices - 1)
+    of_pair = spread * last * sqrt(coding.replicas)
+    errors = torch.stack([standard_normal(key.part(f"copy {copy}"), error) for copy in range(coding.copies)])
+    errors = errors.mul_(of_pair).view(coding.replicas, coding.slices, *error.shape)
+    errors[:, -1] += error * last - errors[:, -1].mean(dim=0)
+    copies = parts.view(errors.shape)
+    copies += errors
+    copies[:, 1:] -= errors[:, :-1] * coding.slice_ratio
 
 
 @cache
@@ -310,62 +387,20 @@ def ir_drop_gain(in_features: int, chip: Chip) -> Tensor:
     return gain / gain.mean()
 
 
-def read_noise_power(weight: Tensor, chip: Chip) -> Tensor:
-    """Mean over the outputs of the variance that read noise gives the effective weight in one product.
-
-    White and thermal noise fall with the reads averaged, 1/f noise does not; cells of a pair, slices and replicas are
-    independent. Cells are taken where programming aims them.
-
-    Args:
-        weight: `(d_out, d_in)`.
-        chip: Read noise, cells and coding.
-
-    Returns:
-        `(d_in,)`, in squared weight units; the variance of an output is the sum over inputs of x^2 times it.
-    """
-    read = chip.read
-    power = torch.zeros(weight.shape[1], device=weight.device)
-    if not read.noisy:
-        return power
-    limit = clip_limit(weight, chip.coding)
-    scale = weight_scale(weight if limit is None else clipped(weight, limit), chip.coding)
-    for rows in _row_blocks(weight):
-        block_scale = _at(scale, rows)
-        for array in cell_arrays(_clipped_rows(weight, limit, rows) / block_scale, chip, None, None):
-            variance = white_read_variance(array.aged, chip.cells, read.white_us, read.thermal).div_(read.averaged)
-            variance.add_((read.flicker * array.aged).square_())
-            power.add_(variance.mul_((array.share * block_scale).square()).sum(dim=0))
-    return power.div_(weight.shape[0]).mul_(ir_drop_gain(weight.shape[1], chip).to(power).square_())
-
-
-def sampled_read_error(weight: Tensor, chip: Chip, key: NoiseKey) -> Tensor:
-    """Error of the effective weight in one product, drawn cell by cell and read by read: what the variance stands for.
-
-    Args:
-        weight: `(d_out, d_in)`.
-        chip: Read noise, cells and coding.
-        key: Address of the product; its K reads are draws of their own.
-
-    Returns:
-        `(d_out, d_in)`, in weight units.
-    """
-    values, read = clipped(weight, clip_limit(weight, chip.coding)), chip.read
-    scale = weight_scale(values, chip.coding)
-    total = torch.zeros_like(values)
-    for array in cell_arrays(values / scale, chip, None, None):
-        white = white_read_variance(array.aged, chip.cells, read.white_us, read.thermal).sqrt_()
-        slow = torch.from_numpy(key.part(f"{array.name}, 1/f").standard_normal(tuple(white.shape))).to(white)
-        total.add_(slow.mul_(array.aged), alpha=array.share * read.flicker)
-        for index in range(read.averaged):
-            unit = torch.from_numpy(key.part(array.name, draw=index).standard_normal(tuple(white.shape))).to(white)
-            total.add_(unit.mul_(white), alpha=array.share / read.averaged)
-    return total.mul_(scale) * ir_drop_gain(weight.shape[1], chip).to(total)
-
-
 def noise_to_signal_db(weight: Tensor, programmed: Tensor) -> float:
-    """Power of the weight error over the power of the weight, 10 log10(|W* - W|^2 / |W|^2); -inf without error."""
-    error = (programmed.float() - weight.float()).square().sum()
-    return float(10 * torch.log10(error / weight.float().square().sum()))
+    """Power of the weight error over the power of the weight, 10 log10(|W* - W|^2 / |W|^2).
+
+    -inf without error, whatever the weight; +inf for an error of weights that are all zero.
+    """
+    error, signal = ((values.float().square().sum().item()) for values in (programmed.float() - weight.float(), weight))
+    return ratio_db(error, signal)
+
+
+def ratio_db(power: float, reference: float) -> float:
+    """A ratio of powers in dB; -inf for no power, +inf for power over nothing."""
+    if power == 0:
+        return -inf
+    return 10 * log10(power / reference) if reference > 0 else inf
 
 
 def mean_db(ratios_db: Collection[float]) -> float:

@@ -10,7 +10,7 @@ one and how a plug-in adds another.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self, assert_never, final
+from typing import TYPE_CHECKING, ClassVar, Literal, Self, assert_never, final
 
 from numpy.polynomial.hermite_e import hermegauss
 from pydantic import Field
@@ -99,6 +99,13 @@ class WeightNoise(NoiseModel):
     def std(self, values: Tensor, time_s: float) -> Tensor:
         """Standard deviation for the whole matrix (d_out, d_in), in weight units and broadcasting over it."""
 
+    def std_in_tiles(self, values: Tensor, time_s: float, rows: int, columns: int) -> Tensor:
+        """The standard deviation on tiles of `rows` inputs and `columns` outputs; `std`, where they do not matter.
+
+        Broadcasting over the matrix, or one value per output and row tile, `(d_out, row tiles)`.
+        """
+        return self.std(values, time_s)
+
 
 class GaussianNoise(WeightNoise):
     """Independent Gaussian error of every programmed weight (HaLoRA: W* = W0 + N)."""
@@ -106,10 +113,8 @@ class GaussianNoise(WeightNoise):
     kind: Literal["gaussian"] = "gaussian"
     sigma: float = Field(ge=0, le=100)
     """Standard deviation in units of `reference`."""
-    reference: Literal["absolute", "tensor_max", "channel_max", "block_max", "std"]
-    """What sigma is relative to: weight units; max|W| of the tensor, the output channel or a block; the std of W."""
-    block: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = (64, 64)
-    """Outputs and inputs of a block; read by `block_max` only."""
+    reference: Literal["absolute", "tensor_max", "channel_max", "tile_max", "std"]
+    """What sigma is relative to: weight units; max|W| of the tensor, the output channel or the tile; the std of W."""
 
     @property
     def level(self) -> float:
@@ -121,25 +126,23 @@ class GaussianNoise(WeightNoise):
         return self.model_copy(update={"sigma": level})
 
     def std(self, values: Tensor, time_s: float) -> Tensor:
-        """Sigma times the reference."""
-        return self.sigma * self.scale(values)
+        """Sigma times the reference; the whole matrix is one tile."""
+        return self.std_in_tiles(values, time_s, values.shape[1], values.shape[0])
 
-    def scale(self, weight: Tensor) -> Tensor:
-        """What sigma is relative to, in weight units and at least float32; broadcasts over `weight` (d_out, d_in)."""
+    def std_in_tiles(self, values: Tensor, time_s: float, rows: int, columns: int) -> Tensor:
+        """Sigma times the reference, at least in float32."""
         import torch
 
-        dtype = torch.promote_types(weight.dtype, torch.float32)
+        from halora.hardware.regions import largest_magnitude
+
+        dtype = torch.promote_types(values.dtype, torch.float32)
         match self.reference:
             case "absolute":
-                return weight.new_ones((), dtype=dtype)
-            case "tensor_max":
-                return largest_magnitude(weight).to(dtype)
-            case "channel_max":
-                return largest_magnitude(weight, per_output=True).to(dtype)
-            case "block_max":
-                return _block_max(weight, *self.block).to(dtype)
+                return values.new_full((), self.sigma, dtype=dtype)
             case "std":
-                return weight.to(dtype).std()
+                return self.sigma * values.to(dtype).std()
+            case "tensor_max" | "channel_max" | "tile_max" as region:
+                return self.sigma * largest_magnitude(values, region, rows, columns).to(dtype)
             case unknown:
                 assert_never(unknown)
 
@@ -148,22 +151,6 @@ def quadrature() -> list[tuple[float, float]]:
     """Draws that stand for all standard normal ones, each with its share (Gauss-Hermite)."""
     nodes, weights = hermegauss(32)
     return list(zip(nodes.tolist(), (weights / weights.sum()).tolist(), strict=True))
-
-
-def largest_magnitude(weight: Tensor, per_output: bool = False) -> Tensor:
-    """max |W| of (d_out, d_in): a scalar, or (d_out, 1) per output; without a copy of the matrix."""
-    low, high = weight.aminmax(dim=1, keepdim=True) if per_output else weight.aminmax()
-    return (-low).maximum(high)
-
-
-def _block_max(weight: Tensor, outputs: int, inputs: int) -> Tensor:
-    """Largest magnitude in the block each entry of (d_out, d_in) lies in; the last blocks may be smaller."""
-    from torch.nn import functional as F
-
-    d_out, d_in = weight.shape
-    padded = F.pad(weight.abs(), (0, -d_in % inputs, 0, -d_out % outputs))
-    largest = F.max_pool2d(padded[None], (outputs, inputs))[0]
-    return largest.repeat_interleave(outputs, dim=0)[:d_out].repeat_interleave(inputs, dim=1)[:, :d_in]
 
 
 class CellNoise(NoiseModel):

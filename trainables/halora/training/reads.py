@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from halora.hardware.chip import Chip
-from halora.hardware.converters import ExactReads, fit_converters, full_scale, reads_are_exact
+from halora.hardware.converter_model import fit_converters
+from halora.hardware.converters import ExactReads, reads_are_exact
 from halora.hardware.mapping import Place
-from halora.hardware.noise import read_noise_power
 from halora.training.batches import PackedRow, lay_out, pack_answer
 from halora.training.models import BaseModel
 from halora.training.rram import Reads, RramArray, RramLinear
@@ -38,12 +38,8 @@ def calibrate(
     def fit(layer: RramLinear, x: Tensor) -> None:
         if places[layer.name] is not Place.RRAM:
             return
-        tokens = x[0, :num_tokens].float()
-        weight = layer.weight.float()
-        if converters == "exact":
-            reads[layer.name] = ExactReads(chip, full_scale(tokens, weight, chip), read_noise_power(weight, chip))
-        else:
-            reads[layer.name] = fit_converters(tokens, weight, chip)
+        fitted = ExactReads.calibrated if converters == "exact" else fit_converters
+        reads[layer.name] = fitted(x[0, :num_tokens].float(), layer.weight.float(), chip)
 
     with array.watching_inputs(fit):
         batch.hidden(base.causal_lm)

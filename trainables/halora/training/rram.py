@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from math import sqrt
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,8 @@ from torch import Tensor, nn
 from halora.errors import UserError
 from halora.hardware.addressing import canonical_name
 from halora.hardware.chip import Chip
-from halora.hardware.converters import ConverterModel, ExactReads
+from halora.hardware.converter_model import ConverterModel
+from halora.hardware.converters import ExactReads
 from halora.hardware.instance import ChipInstance
 from halora.hardware.mapping import Place
 from halora.hardware.noise import Programming, noise_to_signal_db
@@ -63,17 +63,18 @@ class RramLinear(FrozenLinear):
         self._wiring = wiring
         self._kept: Tensor | None = None
         self._spare: Tensor | None = None  # memory of the copy before
+        self._apart: Tensor | None = None  # slices and replicas, where they are converted one by one
         self._programming: Programming | None = None
 
     def reprogram(self) -> None:
         """Have the next forward make the programmed copy anew, in the memory of this one."""
         if self._kept is not None and self._kept.data_ptr() != self.weight.data_ptr():
             self._spare = self._kept
-        self._kept = None
+        self._kept = self._apart = None
 
     def forget(self) -> None:
         """Drop the programmed copy and its memory."""
-        self._kept = self._spare = None
+        self._kept = self._spare = self._apart = None
 
     @property
     def noisy(self) -> bool:
@@ -106,8 +107,24 @@ class RramLinear(FrozenLinear):
         if known is not None and known.chip == instance.chip and known.noise.level == level:
             return known
         programming = Programming.of(self.weight.detach(), instance.chip, level)
-        self._programming = programming if programming.is_small else None
+        small = programming.spread is None or programming.spread.numel() < self.weight.numel()
+        self._programming = programming if small else None
         return programming
+
+    def _copies(self) -> Tensor:
+        """What slices and replicas hold, `(replicas, slices, d_out, d_in)`, see `Programming.copies`."""
+        instance = self._wiring.instance
+        assert instance is not None
+        if instance.chip.coding.copies == 1:
+            return self.effective_weight()[None, None]
+        if self._apart is not None:
+            return self._apart
+        key = instance.key.at(module=self.name, purpose="programming")
+        with torch.no_grad():
+            copies = self._programmed(instance).copies(self.weight.detach(), key)
+        if not self._wiring.regenerate:
+            self._apart = copies
+        return copies
 
     def product(self, input: Tensor, branch: Branch | None = None) -> Tensor:
         """The product as it is read, and the branch's output, which is computed off the array."""
@@ -119,26 +136,21 @@ class RramLinear(FrozenLinear):
 
     def _read(self, input: Tensor, reads: Reads) -> Tensor:
         if isinstance(reads, ExactReads):
-            return reads.product(input, self.effective_weight(), self._read_noise)
+            return reads.product(input, self._copies(), self._read_noise)
         driven = reads.drive(input)
         product = super().product(driven.inputs)
         return reads.read(product, driven, self._read_noise(product))
 
     def _read_noise(self, like: Tensor) -> Tensor:
-        """Zero-mean unit-variance noise of one read, shaped (1, tokens, out_features).
-
-        Uniform over 256 levels, as quantisation errors are; the same for a row whatever batch it is in.
-        """
+        """Standard normal draws of one read, shaped (1, tokens, out_features); the same for a row in any batch."""
         instance, rows = self._wiring.instance, self._wiring.rows
         assert instance is not None
         assert sum(tokens for _, tokens in rows) == like.shape[1], "name the rows read with RramArray.reading"
-        levels = np.concatenate(
-            [
-                instance.key.at(module=self.name, purpose="adc", example=row_id).uniform_bytes((tokens, like.shape[2]))
-                for row_id, tokens in rows
-            ]
-        )
-        return (torch.from_numpy(levels).to(like)[None] - 127.5).div_(sqrt((256**2 - 1) / 12))
+        draws = [
+            instance.key.at(module=self.name, purpose="read", example=row_id).standard_normal((tokens, like.shape[2]))
+            for row_id, tokens in rows
+        ]
+        return torch.from_numpy(np.concatenate(draws)).to(like.device)[None]
 
 
 class RramArray:

@@ -1,0 +1,140 @@
+"""Noise of reads: fresh for every product, so known by its variance and drawn with the product.
+
+White and thermal noise are drawn anew in every read pulse, so they fall with the reads that are averaged and with the
+cycles that a product is driven in. 1/f noise is slow against a product: it is the same in all its reads and cycles.
+Cells of a pair, slices and replicas are independent.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from halora.hardware.addressing import NoiseKey
+from halora.hardware.cell_models import cmo_read_noise_us
+from halora.hardware.cells import clip_limit, clipped, weight_scale
+from halora.hardware.chip import Chip
+from halora.hardware.noise import block_rows, cell_arrays, ir_drop_gain
+from halora.hardware.regions import at_rows, in_tiles, widened
+
+BOLTZMANN_J_PER_K = 1.380649e-23
+TEMPERATURE_K = 300.0
+
+
+@dataclass(frozen=True)
+class ReadPower:
+    """Variance of the weights in one product; in every row tile that of an input times that of an output.
+
+    Attributes:
+        inputs: Mean over the outputs, `(d_in,)`, in squared weight units.
+        outputs: Mean over a row tile's inputs, relative to that of all outputs, `(row tiles, d_out)`.
+        rows: Inputs of a tile.
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+    rows: int
+
+    def of_product(self, power: Tensor) -> Tensor:
+        """Variance of a product by the squares of its inputs: (..., d_in) -> (..., d_out)."""
+        return in_tiles(power * self.inputs, self.rows).sum(dim=-1) @ self.outputs
+
+
+@dataclass(frozen=True)
+class ReadNoise:
+    """Read noise of one layer.
+
+    Attributes:
+        fresh: Of one cycle, white and thermal noise, `read.averaged` reads averaged.
+        lasting: The same in all cycles of a product, 1/f noise.
+    """
+
+    fresh: ReadPower
+    lasting: ReadPower
+
+
+def read_noise(weight: Tensor, chip: Chip) -> ReadNoise | None:
+    """The read noise of a layer (d_out, d_in), of cells where programming aims them; none on a chip without.
+
+    Args:
+        weight: Clean weight, `(d_out, d_in)`.
+        chip: Read noise, cells, coding and age.
+    """
+    if not chip.read.noisy:
+        return None
+    limit = clip_limit(weight, chip.coding, chip.tile)
+    whole = clipped(weight, limit, chip.tile)
+    scale = weight_scale(whole, chip.coding, chip.tile)
+    d_out, d_in = weight.shape
+    tiles = -(-d_in // chip.tile.rows)
+    by_input = torch.zeros(2, d_in, device=weight.device)
+    by_output = torch.zeros(2, tiles, d_out, device=weight.device)
+    step = block_rows(weight)
+    for start in range(0, d_out, step):
+        rows = slice(start, start + step)
+        block_scale = at_rows(scale, rows, d_in, chip.tile.rows)
+        for array in cell_arrays(whole[rows] / block_scale, chip, None, None):
+            fresh = white_deviation_us(array.aged, chip).square_().div_(chip.read.averaged)
+            for kind, variance in enumerate((fresh, slow_deviation_us(array.aged, chip).square_())):
+                power = variance.mul_((array.share * block_scale).square())
+                by_input[kind] += power.sum(dim=0)
+                by_output[kind, :, rows] += in_tiles(power, chip.tile.rows).sum(dim=-1).T
+    by_input = by_input.div_(d_out).mul_(ir_drop_gain(d_in, chip).to(by_input).square_())
+    mean = by_output.mean(dim=2, keepdim=True)
+    relative = torch.where(mean > 0, by_output / mean.clamp_min(torch.finfo(mean.dtype).tiny), 1.0)
+    return ReadNoise(*(ReadPower(by_input[kind], relative[kind], chip.tile.rows) for kind in range(2)))
+
+
+def sampled_read_error(weight: Tensor, chip: Chip, key: NoiseKey, cycles: int = 1) -> Tensor:
+    """Error of the effective weight in the cycles of one product, drawn cell by cell and read by read.
+
+    What the variance stands for.
+
+    Args:
+        weight: `(d_out, d_in)`.
+        chip: Read noise, cells, coding and age.
+        key: Address of the product; its K reads and its cycles are draws of their own.
+        cycles: Cycles the product is driven in.
+
+    Returns:
+        `(cycles, d_out, d_in)`, in weight units.
+    """
+    whole = clipped(weight, clip_limit(weight, chip.coding, chip.tile), chip.tile)
+    scale = widened(weight_scale(whole, chip.coding, chip.tile), weight.shape[1], chip.tile.rows)
+    total = whole.new_zeros(cycles, *whole.shape)
+    for array in cell_arrays(whole / scale, chip, None, None):
+        white, slow = white_deviation_us(array.aged, chip), slow_deviation_us(array.aged, chip)
+        total += _normal(key.part(f"{array.name}, 1/f"), slow) * slow * array.share
+        for index in range(cycles * chip.read.averaged):
+            unit = _normal(key.part(array.name, draw=index), white)
+            total[index % cycles].add_(unit * white, alpha=array.share / chip.read.averaged)
+    return total.mul_(scale) * ir_drop_gain(weight.shape[1], chip).to(total)
+
+
+def white_deviation_us(conductance: Tensor, chip: Chip) -> Tensor:
+    """Standard deviation of one read of a cell that averaging reduces, in microsiemens, shaped like `conductance`.
+
+    White noise of the read-out, and the thermal noise of the read pulse: (sigma_G / G)^2 = 2 k T / E with
+    E = V^2 G t of that cell, hence sigma_G^2 = 2 k T G / (V^2 t).
+    """
+    read, cells = chip.read, chip.cells
+    variance = torch.full_like(conductance, read.white_us**2)
+    if read.thermal:
+        energy_per_us_j = cells.read_voltage_v**2 * cells.read_time_ns * 1e-9 * 1e-6
+        variance.add_(conductance, alpha=2 * BOLTZMANN_J_PER_K * TEMPERATURE_K / energy_per_us_j)
+    return variance.sqrt_()
+
+
+def slow_deviation_us(conductance: Tensor, chip: Chip) -> Tensor:
+    """Standard deviation of the 1/f noise of a cell at the end of the refresh interval, in microsiemens.
+
+    A share of the conductance, and the published law if the chip names one; as independent causes.
+    """
+    share = conductance * chip.read.flicker
+    if chip.read.slow == "none":
+        return share
+    return torch.hypot(share, cmo_read_noise_us(conductance, chip.retention.refresh_interval_s))
+
+
+def _normal(key: NoiseKey, like: Tensor) -> Tensor:
+    return torch.from_numpy(key.standard_normal(tuple(like.shape))).to(like)
