@@ -4,10 +4,12 @@ import pytest
 import torch
 
 from halora.errors import UserError
+from halora.hardware.chip import Tile
 from halora.hardware.mapping import Mapping, Outliers, outlier_count
-from halora.hardware.outliers import SparseSide, split
+from halora.hardware.outliers import SparseSide, side_matrix
 
-TILE = (32, 16)  # rows (inputs), columns (outputs)
+TILE = Tile(rows=32, columns=16)
+SIZE = (32, 16)
 
 
 def _heavy_tails(d_out: int = 70, d_in: int = 90, seed: int = 0) -> torch.Tensor:
@@ -16,23 +18,24 @@ def _heavy_tails(d_out: int = 70, d_in: int = 90, seed: int = 0) -> torch.Tensor
     return normal * (1 + 20 * (torch.rand(d_out, d_in, generator=generator) < 0.005))
 
 
-def _whole(weight, split_):
-    total = split_.rest.clone()
-    split_.side.add_to(total)
-    return total
+def _side(weight, share, by, bits):
+    return side_matrix(weight, Outliers(share=share, by=by, weight_bits=bits), TILE)
 
 
 @pytest.mark.parametrize("by", ["weight", "tile", "column", "singular"])
 @pytest.mark.parametrize("bits", [6, 8, 16])
 def test_rest_and_side_add_up_to_the_weight_at_any_precision(by, bits):
     weight = _heavy_tails()
-    torch.testing.assert_close(_whole(weight, split(weight, 0.02, by, bits, TILE)), weight, rtol=0, atol=2e-5)
+    side = _side(weight, 0.02, by, bits)
+    total = side.rest_of(weight)
+    side.add_to(total)
+    torch.testing.assert_close(total, weight, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("by", ["weight", "tile", "column", "singular"])
 def test_the_product_of_the_side_is_that_of_its_matrix(by):
     weight, x = _heavy_tails(), torch.randn(3, 5, 90, generator=torch.Generator().manual_seed(1))
-    side = split(weight, 0.02, by, 8, TILE).side
+    side = _side(weight, 0.02, by, 8)
     matrix = torch.zeros_like(weight)
     side.add_to(matrix)
     torch.testing.assert_close(side.product(x), x @ matrix.T, rtol=1e-4, atol=1e-4)
@@ -40,23 +43,23 @@ def test_the_product_of_the_side_is_that_of_its_matrix(by):
 
 def test_the_largest_weights_leave_their_threshold_behind():
     weight = _heavy_tails()
-    found = split(weight, 0.01, "weight", 16, TILE)
+    side = _side(weight, 0.01, "weight", 16)
     ranked = weight.abs().flatten().sort(descending=True).values
     count = round(0.01 * weight.numel())
-    assert found.rest.abs().max() == ranked[count]
-    assert isinstance(found.side, SparseSide)
-    assert len(found.side.values) == count == outlier_count(90, 70, 0.01, "weight", TILE)
+    torch.testing.assert_close(side.rest_of(weight).abs().max(), ranked[count])
+    assert isinstance(side, SparseSide)
+    assert len(side.values) == count == outlier_count(90, 70, 0.01, "weight", SIZE)
 
 
 def test_rounding_the_side_leaves_the_full_scale_of_the_rest():
     weight = _heavy_tails()
-    exact, coarse = (split(weight, 0.01, "weight", bits, TILE).rest.abs().max() for bits in (16, 6))
-    assert coarse <= exact
+    exact, coarse = (_side(weight, 0.01, "weight", bits).rest_of(weight).abs().max() for bits in (16, 8))
+    assert coarse <= exact * 1.0001
 
 
 def test_every_tile_gives_its_own_share():
     weight = _heavy_tails()
-    side = split(weight, 0.02, "tile", 16, TILE).side
+    side = _side(weight, 0.02, "tile", 16)
     assert isinstance(side, SparseSide)
     matrix = torch.zeros_like(weight)
     side.add_to(matrix)
@@ -67,12 +70,12 @@ def test_every_tile_gives_its_own_share():
             count = round(0.02 * weight[block].numel())
             assert int((matrix[block] != 0).sum()) == count
             counts.append(count)
-    assert sum(counts) == outlier_count(90, 70, 0.02, "tile", TILE)
+    assert sum(counts) == outlier_count(90, 70, 0.02, "tile", SIZE)
 
 
 def test_columns_are_those_with_the_largest_weights():
     weight = _heavy_tails()
-    rest = split(weight, 0.05, "column", 16, TILE).rest
+    rest = _side(weight, 0.05, "column", 16).rest_of(weight)
     gone = {int(i) for i in (rest == 0).all(dim=0).nonzero()}
     largest = sorted(range(90), key=lambda i: -float(weight[:, i].abs().max()))
     assert gone == set(largest[: round(0.05 * 90)])
@@ -81,29 +84,29 @@ def test_columns_are_those_with_the_largest_weights():
 @pytest.mark.parametrize(("d_out", "d_in"), [(70, 90), (90, 70)])
 def test_the_singular_part_is_that_of_a_decomposition(d_out, d_in):
     weight = _heavy_tails(d_out, d_in)
-    rank = outlier_count(d_in, d_out, 0.1, "singular", TILE)
+    rank = outlier_count(d_in, d_out, 0.1, "singular", SIZE)
     u, s, v = torch.linalg.svd(weight.double())
-    rest = split(weight, 0.1, "singular", 16, TILE).rest
+    rest = _side(weight, 0.1, "singular", 16).rest_of(weight)
     torch.testing.assert_close(rest.double(), weight - (u[:, :rank] * s[:rank]) @ v[:rank], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("by", ["weight", "tile", "column", "singular"])
 def test_no_share_leaves_everything_and_the_whole_share_nothing(by):
     weight = _heavy_tails()
-    assert torch.equal(split(weight, 0.0, by, 8, TILE).rest, weight)
-    whole = split(weight, 1.0, by, 8, TILE)
-    assert not whole.rest.any()
-    error = _whole(weight, whole) - weight
-    if by in ("weight", "tile"):  # to the nearest of 127 levels up to each output's largest
-        assert (error.abs() <= weight.abs().amax(dim=1, keepdim=True) / 127 / 2 * 1.001).all()
-    assert error.norm() < 0.02 * weight.norm()
+    assert _side(weight, 0.0, by, 8) is None
+    side = _side(weight, 1.0, by, 8)
+    assert not side.rest_of(weight).any()
+    held = torch.zeros_like(weight)
+    side.add_to(held)
+    step = weight.abs().amax(dim=1, keepdim=True) / 127  # the nearest of 127 levels up to each output's largest
+    assert ((held - weight).abs() <= step / 2 * 1.001).all()
 
 
 def test_a_layer_has_the_share_of_the_first_pattern_that_matches():
     outliers = Outliers(share=0.001, shares={"*.0.*.down_proj": 0.005, "*.down_proj": 0.0})
-    assert outliers.share_of("model.layers.0.mlp.down_proj") == 0.005
-    assert outliers.share_of("model.layers.1.mlp.down_proj") == 0.0
-    assert outliers.share_of("model.layers.1.mlp.up_proj") == 0.001
+    assert outliers.of("model.layers.0.mlp.down_proj").share == 0.005
+    assert outliers.of("model.layers.1.mlp.down_proj").share == 0.0
+    assert outliers.of("model.layers.1.mlp.up_proj").share == 0.001
 
 
 def test_patterns_that_match_no_layer_are_refused():

@@ -37,9 +37,10 @@ class Outliers(Frozen):
     shares: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(default_factory=dict)
     """Other shares for some layers, by pattern; the first that matches counts."""
 
-    def share_of(self, layer: str) -> float:
-        """The share of one layer, by its canonical name."""
-        return next((share for pattern, share in self.shares.items() if fnmatchcase(layer, pattern)), self.share)
+    def of(self, layer: str) -> "Outliers":
+        """The outliers of one layer, by its canonical name."""
+        share = next((share for pattern, share in self.shares.items() if fnmatchcase(layer, pattern)), self.share)
+        return self.model_copy(update={"share": share, "shares": {}})
 
     @property
     def occur(self) -> bool:

@@ -22,20 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from halora.hardware.mapping import OutlierKind, outlier_count
-
-
-@dataclass(frozen=True)
-class Split:
-    """A weight matrix as it is split between RRAM and SRAM.
-
-    Attributes:
-        rest: What is programmed into RRAM, `(d_out, d_in)` in float32.
-        side: What stays in SRAM, at its own precision.
-    """
-
-    rest: Tensor
-    side: "SideMatrix"
+from halora.hardware.chip import Tile
+from halora.hardware.mapping import Outliers, outlier_count
 
 
 class SideMatrix(ABC):
@@ -44,6 +32,12 @@ class SideMatrix(ABC):
     @abstractmethod
     def add_to(self, weight: Tensor) -> None:
         """Add it to a weight `(d_out, d_in)`, in place."""
+
+    def rest_of(self, weight: Tensor) -> Tensor:
+        """What is programmed into RRAM of a weight `(d_out, d_in)`: what it has beyond this; float32, a new tensor."""
+        rest = weight.float().neg()
+        self.add_to(rest)
+        return rest.neg_()
 
     @abstractmethod
     def product(self, x: Tensor) -> Tensor:
@@ -119,43 +113,57 @@ class LowRankSide(SideMatrix):
         return F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
 
 
-def split(weight: Tensor, share: float, by: OutlierKind, bits: int, tile: tuple[int, int]) -> Split:
-    """Split a weight matrix.
+@dataclass(frozen=True)
+class WholeSide(SideMatrix):
+    """The whole matrix, so that nothing is left for RRAM.
+
+    Attributes:
+        values: `(d_out, d_in)`, in float32.
+    """
+
+    values: Tensor
+
+    def add_to(self, weight: Tensor) -> None:
+        """Add it."""
+        weight.add_(self.values)
+
+    def rest_of(self, weight: Tensor) -> Tensor:
+        """Nothing: what rounding took is lost."""
+        return torch.zeros_like(weight, dtype=torch.float32)
+
+    def product(self, x: Tensor) -> Tensor:
+        """x S^T."""
+        return F.linear(x, self.values.to(x.dtype))
+
+
+def side_matrix(weight: Tensor, outliers: Outliers, tile: Tile) -> SideMatrix | None:
+    """What a chip keeps in SRAM of a weight matrix; none where it keeps nothing.
 
     Args:
         weight: `(d_out, d_in)`; left unchanged.
-        share: Share of the matrix's weights that SRAM has room for, in [0, 1].
-        by: What is taken out, see `OutlierKind`.
-        bits: Precision of the values in SRAM; 16 leaves them as they are.
-        tile: Rows (inputs) and columns (outputs) of a tile; read by `tile`.
+        outliers: Share of this matrix, what is taken out, and the precision in SRAM.
+        tile: Its size; read where every tile gives its own share.
     """
+    share, bits = outliers.share, outliers.weight_bits
     values = weight.detach().float()
     d_out, d_in = values.shape
-    count = outlier_count(d_in, d_out, share, by, tile)
-    limit: Tensor | None = None
-    side: SideMatrix
-    match by:
+    if share == 1:
+        return WholeSide(rounded(values, bits, dim=1))
+    count = outlier_count(d_in, d_out, share, outliers.by, (tile.rows, tile.columns))
+    if count == 0:
+        return None
+    match outliers.by:
         case "weight":
-            limit = _threshold(values.abs().flatten(), count)
-            side = _excess(values, limit, bits)
+            return _excess(values, _threshold(values.abs().flatten(), count), bits)
         case "tile":
-            limit = _tile_thresholds(values.abs(), share, *tile)
-            side = _excess(values, limit, bits)
+            return _excess(values, _tile_thresholds(values.abs(), share, tile.rows, tile.columns), bits)
         case "column":
             inputs = values.abs().amax(dim=0).topk(count).indices.sort().values
-            side = ColumnSide(inputs, rounded(values[:, inputs], bits, dim=1))
-        case "singular" if share == 1:
-            side = ColumnSide(torch.arange(d_in), rounded(values, bits, dim=1))
+            return ColumnSide(inputs, rounded(values[:, inputs], bits, dim=1))
         case "singular":
-            side = _leading(values, count, bits)
+            return _leading(values, count, bits)
         case unknown:
             assert_never(unknown)
-    rest = -values
-    side.add_to(rest)
-    rest.neg_()
-    if limit is not None:
-        rest = torch.minimum(torch.maximum(rest, -limit), limit)
-    return Split(torch.zeros_like(rest) if share == 1 else rest, side)
 
 
 def rounded(values: Tensor, bits: int, dim: int) -> Tensor:
@@ -170,7 +178,7 @@ def rounded(values: Tensor, bits: int, dim: int) -> Tensor:
 def _excess(values: Tensor, threshold: Tensor, bits: int) -> SparseSide:
     """What single weights have over a threshold, which broadcasts over (d_out, d_in); a scale for every output.
 
-    Rounded up, so that the rest stays under the threshold; to the nearest where the threshold is 0 and no rest stays.
+    Rounded up, so that the rest stays under the threshold, unless a step of rounding is more than twice that.
     """
     flat = (values - torch.minimum(torch.maximum(values, -threshold), threshold)).flatten()
     places = flat.nonzero()[:, 0]
@@ -179,11 +187,7 @@ def _excess(values: Tensor, threshold: Tensor, bits: int) -> SparseSide:
         outputs = places // values.shape[1]
         largest = values.new_zeros(values.shape[0]).scatter_reduce_(0, outputs, excess.abs(), "amax")
         step = (largest / (2 ** (bits - 1) - 1))[outputs]
-        steps = excess.abs() / step
-        codes = torch.where(
-            (threshold > 0).expand_as(values).flatten()[places], (steps * (1 - 1e-6)).ceil(), steps.round()
-        )
-        excess = (codes * step).copysign(excess)
+        excess = (excess.abs() / step * (1 - 1e-6)).ceil_().mul_(step).copysign(excess)
     return SparseSide(places, excess, values.shape)
 
 
