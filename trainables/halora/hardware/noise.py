@@ -25,6 +25,7 @@ from halora.hardware.cells import (
 )
 from halora.hardware.chip import Chip
 from halora.hardware.draws import normal_rows, standard_normal
+from halora.hardware.fill import layer_fill
 from halora.hardware.noise_models import NoiseModel, WeightNoise
 
 _BLOCK = 2**19  # weights worked on at a time, about, so that memory stays that of the result
@@ -74,7 +75,7 @@ class Programming:
             limit,
             scale=weight_scale(whole, chip.coding) if cells_act(chip, noise) else None,
             spread=_added_spread(whole, chip, noise),
-            row_gain=ir_drop_gain(weight.shape[1], chip).to(weight.device) if chip.wires.resistance_ohm > 0 else None,
+            row_gain=ir_drop_gain(weight, chip) if chip.wires.resistance_ohm > 0 else None,
         )
 
     @property
@@ -297,15 +298,21 @@ def weight_error_factor(chip: Chip) -> float:
     return write_verify_ratio(chip) * coding.slice_ratio ** (1 - coding.slices) / sqrt(coding.replicas)
 
 
-def ir_drop_gain(in_features: int, chip: Chip) -> Tensor:
-    """Relative signal of each input row after the voltage lost along its tile column, `(in_features,)`, mean 1.
+def ir_drop_gain(weight: Tensor, chip: Chip) -> Tensor:
+    """Relative signal of each input row of a weight (d_out, d_in) after the voltage lost along its tile column, mean 1.
 
     First order, for equal cells: the current of all cells flows through the shared wire, so the cell k segments from
     the converter loses r G (k R - k^2 / 2) of its read voltage. The mean loss is taken out by the digital scale.
+
+    Returns:
+        `(d_in,)`, float32; ones without wires.
     """
-    rows = chip.tile.rows
-    position = torch.arange(in_features, dtype=torch.float32) % rows + 1
-    loss = chip.wires.resistance_ohm * chip.cells.mean_us * 1e-6 * (position * rows - position.square() / 2)
+    rows, inputs = chip.tile.rows, weight.shape[1]
+    if chip.wires.resistance_ohm == 0:
+        return torch.ones(inputs, device=weight.device)
+    mean_s = chip.cells.mean_us(layer_fill(weight, chip)) * 1e-6
+    position = torch.arange(inputs, dtype=torch.float32, device=weight.device) % rows + 1
+    loss = chip.wires.resistance_ohm * mean_s * (position * rows - position.square() / 2)
     gain = 1 / (1 + loss)
     return gain / gain.mean()
 
@@ -335,7 +342,7 @@ def read_noise_power(weight: Tensor, chip: Chip) -> Tensor:
             variance = white_read_variance(array.aged, chip.cells, read.white_us, read.thermal).div_(read.averaged)
             variance.add_((read.flicker * array.aged).square_())
             power.add_(variance.mul_((array.share * block_scale).square()).sum(dim=0))
-    return power.div_(weight.shape[0]).mul_(ir_drop_gain(weight.shape[1], chip).to(power).square_())
+    return power.div_(weight.shape[0]).mul_(ir_drop_gain(weight, chip).to(power).square_())
 
 
 def sampled_read_error(weight: Tensor, chip: Chip, key: NoiseKey) -> Tensor:
@@ -359,7 +366,7 @@ def sampled_read_error(weight: Tensor, chip: Chip, key: NoiseKey) -> Tensor:
         for index in range(read.averaged):
             unit = torch.from_numpy(key.part(array.name, draw=index).standard_normal(tuple(white.shape))).to(white)
             total.add_(unit.mul_(white), alpha=array.share / read.averaged)
-    return total.mul_(scale) * ir_drop_gain(weight.shape[1], chip).to(total)
+    return total.mul_(scale) * ir_drop_gain(weight, chip).to(total)
 
 
 def noise_to_signal_db(weight: Tensor, programmed: Tensor) -> float:

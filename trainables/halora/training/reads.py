@@ -46,5 +46,7 @@ def calibrate(
             reads[layer.name] = fit_converters(tokens, weight, chip)
 
     with array.watching_inputs(fit):
-        batch.hidden(base.causal_lm)
+        hidden = batch.hidden(base.causal_lm)
+        if chip.mapping.lm_head:
+            base.causal_lm.get_output_embeddings()(hidden)
     return reads
