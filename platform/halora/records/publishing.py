@@ -116,7 +116,7 @@ def baseline_energies(config: TrialConfig, shape: ModelShape | None = None) -> d
     except UserError:
         return {}
     found = {
-        name: baseline.energy_uj_per_token(shape, config.chip.boundary, config.evaluation.context_tokens)
+        name: baseline.energy_uj_per_token(shape, config.chip, config.evaluation.context_tokens)
         for name, baseline in baselines().items()
     }
     return {name: energy for name, energy in found.items() if energy is not None}

@@ -368,6 +368,7 @@ def _priced(config: TrialConfig) -> dict[str, Any]:
         "phase": str(energy.phase),
         "context_tokens": energy.context_tokens,
         "boundary": energy.boundary,
+        "fill": energy.fill,
         "baselines_uj_per_token": baseline_energies(config),
     }
 

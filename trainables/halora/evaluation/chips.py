@@ -155,7 +155,7 @@ def evaluate(
     level_correct: list[list[tuple[bool, ...]]] = [[] for _ in settings.noise_levels]
 
     def score_on(seed: int, level: float) -> tuple[tuple[float, ...], tuple[bool, ...]]:
-        array.program(ChipInstance(chip, NoiseKey(role=role, chip_seed=seed), level), reads)
+        array.program(ChipInstance(chip, NoiseKey(role=role, chip_seed=seed), level), reads, digital=True)
         array.materialise()
         return score()
 

@@ -37,7 +37,7 @@ def greedy_tokens(
         going = by_length[start : start + batch_size]
         for _ in range(max_new_tokens):
             batch = lay_out([_to_go_on(rows[i].row_id, prompts[i] + written[i]) for i in going])
-            with array.reading(batch.rows):
+            with array.reading(batch.rows, batch.predicting):
                 tokens = batch.logits(base.causal_lm).argmax(dim=-1).tolist()
             for i, token in zip(going, tokens, strict=True):
                 written[i].append(token)

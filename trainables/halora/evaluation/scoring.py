@@ -45,7 +45,7 @@ def margin(scores: Sequence[float], answer: int) -> float:
 
 def _score_batch(causal_lm: Any, array: RramArray, rows: Sequence[PackedRow]) -> list[list[float]]:
     batch = lay_out(rows)
-    with array.reading(batch.rows):
+    with array.reading(batch.rows, batch.predicting):
         log_likelihoods = iter(batch.log_likelihoods(causal_lm).tolist())
     scores = []
     for row in rows:

@@ -98,9 +98,9 @@ class Finetuner:
             seed=config.seed,
             steps=training.steps,
             epoch_steps=len(rows) / training.batch_size,
-            layers=[layer.name for layer in array.layers],
+            layers=[layer.name for layer in array.mapped(config.chip)],
         )
-        self._regenerate = _regenerates(array, config.training)
+        self._regenerate = _regenerates(array, config)
         self._peft_model = attach(base, config.lora, config.seed)
         if config.training.activation_checkpointing:
             _checkpoint_activations(base.causal_lm)
@@ -188,7 +188,7 @@ class Finetuner:
         for batch, target_weight in micro_batches:
             if losses:
                 self._engine.step()  # counts the micro-batch before; DeepSpeed updates after the last one only
-            with self._array.reading(batch.rows):  # a checkpointed block reads again in the backward
+            with self._array.reading(batch.rows, batch.predicting):  # a checkpointed block reads again in the backward
                 loss, task_loss, reg_loss = self._engine(batch, target_weight)
                 self._engine.backward(scale * loss)
             losses.append(torch.stack([loss.detach(), task_loss, reg_loss]))
@@ -243,14 +243,16 @@ def save_latest(finetuner: Finetuner, folder: Path) -> Path:
     return newest
 
 
-def _regenerates(array: RramArray, training: TrainingSettings) -> bool:
+def _regenerates(array: RramArray, config: TrialConfig) -> bool:
     """Whether noisy weights are made in every pass: at ZeRO-3, or where a copy would take half the free memory."""
+    training = config.training
     if training.noisy_weights != "auto":
         return training.noisy_weights == "regenerate"
     if training.zero_stage == 3:
         return True
     weight = array.layers[0].weight
-    copy = sum(layer.in_features * layer.out_features for layer in array.layers) * weight.element_size()
+    mapped = array.mapped(config.chip)
+    copy = sum(layer.in_features * layer.out_features for layer in mapped) * weight.element_size()
     free = torch.cuda.mem_get_info(weight.device)[0] if weight.is_cuda else psutil.virtual_memory().available
     return bool(copy > free / 2)
 

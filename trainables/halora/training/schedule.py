@@ -207,4 +207,6 @@ def _ranks(layers: Sequence[str], chip: Chip) -> dict[str, int]:
 
 def _block_numbers(layers: Sequence[str]) -> dict[str, int]:
     """Number of the decoder block of every layer, e.g. 3 of `model.layers.3.mlp.up_proj`."""
-    return {name: next(int(part) for part in name.split(".") if part.isdigit()) for name in layers}
+    blocks = {name: next((int(part) for part in name.split(".") if part.isdigit()), None) for name in layers}
+    behind = max((block for block in blocks.values() if block is not None), default=-1) + 1  # the output projection
+    return {name: behind if block is None else block for name, block in blocks.items()}
