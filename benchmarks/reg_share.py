@@ -39,10 +39,8 @@ def main() -> None:
         for part, name in _PARTS.items():
             shares = [report[f"reg_share{part}"] for report in reports if report.get(f"reg_share{part}")]
             middle = median(shares)
-            mus = ", ".join(
-                f"{100 * share:g} % at mu {arguments.mu * share / middle:.2g}" for share in (0.01, 0.1, 1.0)
-            )
-            print(f"{name}: {min(shares):.4f} to {max(shares):.4f}, median {middle:.4f}; {mus}")
+            mus = [f"{100 * share:g} % at mu {arguments.mu * share / middle:.2g}" for share in (0.01, 0.1, 1.0)]
+            print(f"{name}: {min(shares):.4f} to {max(shares):.4f}, median {middle:.4f}; {', '.join(mus)}")
 
 
 def _reports(workbench: Workbench, arguments: argparse.Namespace, reduction: str) -> list[dict[str, float]]:
