@@ -231,6 +231,9 @@ def test_a_card_has_what_is_recorded_of_its_trial(client, store):
     losses = {trace["name"]: trace for trace in page.figure("loss")["data"]}
     assert losses["loss"]["x"] == [2, 4, 6, 8, 10, 12, 14, 16]
     assert losses["loss"]["y"] == pytest.approx([3 / step for step in range(2, 17, 2)])
+    gradients = {trace["name"]: trace for trace in page.figure("gradients")["data"]}
+    assert gradients["task"]["y"] == [4.0] * 8
+    assert gradients["µ · regulariser"]["y"] == [step / 8 for step in range(2, 17, 2)]
     (bar,) = page.figure("energy")["data"]
     energies = dict(zip(bar["y"], bar["x"], strict=True))
     assert energies["trial 8: total"] == pytest.approx(point.energy_uj_per_token, rel=1e-12)

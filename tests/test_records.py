@@ -81,7 +81,17 @@ def test_the_recorded_names_are_frozen():
         "CAUSE": "halora.cause",
         "LABEL": "halora.{label}",
         "LABELS": ("method", "model", "chip", "task", "noise", "noise_level"),
-        "TRAINING_METRICS": ("train_loss", "train_task_loss", "train_reg_loss", "train_sigma"),
+        "TRAINING_METRICS": (
+            "train_loss",
+            "train_task_loss",
+            "train_reg_loss",
+            "train_sigma",
+            "train_task_grad_norm",
+            "train_reg_grad_norm",
+            "train_reg_share",
+            "train_reg_share_a",
+            "train_reg_share_b",
+        ),
         "SCORE_METRICS": (
             "clean_accuracy",
             "clean_margin",

@@ -9,10 +9,9 @@ import json
 import os
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
-from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -197,13 +196,12 @@ class Training:
         return self._finetuner.step >= self._until
 
     def advance(self) -> dict[str, float]:
-        """Train up to the next report and checkpoint; means over the steps taken."""
+        """Train up to the next report and checkpoint; means over the steps taken, and gradients of the last."""
         count = min(self._config.training.report_every, self._until - self._finetuner.step)
         with self._peers.in_step("advance", count, self._folder, **self._patience):
-            steps = [asdict(self._finetuner.train_step()) for _ in range(count)]
-            report: dict[str, float] = {"step": self._finetuner.step}
-            if steps:
-                report |= {f"train_{name}": fmean(step[name] for step in steps) for name in steps[0]}
+            seen = self._finetuner.train_steps(count) if count else {}
+            report = {"step": self._finetuner.step, **{f"train_{name}": value for name, value in seen.items()}}
+            if seen:
                 self._reports.append(report)
             write_json(self._folder / REPORTS_FILE, self._reports)  # first, so that no checkpoint lacks its report
             save_latest(self._finetuner, self._folder)
@@ -238,8 +236,8 @@ class Peer:
         """Take this worker's part in `count` steps and in the checkpoint."""
         assert self._finetuner is not None
         with leaving_on_failure():
-            for _ in range(count):
-                self._finetuner.train_step()
+            if count:
+                self._finetuner.train_steps(count)
             save_latest(self._finetuner, folder)
 
     def close(self) -> None:

@@ -19,7 +19,17 @@ LABEL = "halora.{label}"  # what a trial is, to filter by
 LABELS = ("method", "model", "chip", "task", "noise", "noise_level")
 
 # Metrics of a child run while it trains; step = optimiser step.
-TRAINING_METRICS = ("train_loss", "train_task_loss", "train_reg_loss", "train_sigma")
+TRAINING_METRICS = (
+    "train_loss",
+    "train_task_loss",
+    "train_reg_loss",  # before its weight
+    "train_sigma",
+    "train_task_grad_norm",  # of the last step, before clipping
+    "train_reg_grad_norm",  # of mu L_reg
+    "train_reg_share",  # of mu L_reg's gradient over the task's: of all A and B, of A, of B
+    "train_reg_share_a",
+    "train_reg_share_b",
+)
 
 # Metrics of an evaluated child run.
 SCORE_METRICS = (

@@ -251,8 +251,8 @@ class DecisionCore:
             proposal = self._proposal(trials, attempt)
             if point_key(proposal.values) in known and len(trials) >= len(self._problem.first):
                 continue
-            energy = self._problem.energy(proposal.values)
-            reason = self._reason_to_skip(energy, trials)
+            energy, refused = self._priced(proposal)
+            reason = refused or self._reason_to_skip(energy, trials)
             number = self._begin(proposal, energy, reason)
             trials = self._study.trials()
             if not reason:
@@ -273,15 +273,22 @@ class DecisionCore:
                     fixed = propose(space, make_sampler("random", space, 0, 0), fixed=values)
                     if job := self._if_allowed(fixed, known):
                         return job
-        self._study.end("no configuration is left that is new and keeps the constraint on energy")
+        self._study.end("no configuration is left that is new, possible, and keeps the constraint on energy")
         return None
 
     def _if_allowed(self, proposal: Proposal, known: set[str]) -> Job | None:
-        energy = self._problem.energy(proposal.values)
-        if point_key(proposal.values) in known or self._over_constraint(energy):
+        energy, refused = self._priced(proposal)
+        if point_key(proposal.values) in known or refused or self._over_constraint(energy):
             return None
         number = self._begin(proposal, energy, "")
         return self._job(self._study.trial(number))
+
+    def _priced(self, proposal: Proposal) -> tuple[float, str]:
+        """Energy of a configuration, and why no trial can have it; such a one stands at the reference's energy."""
+        try:
+            return self._problem.energy(proposal.values), ""
+        except ValueError as error:  # of a derived value, or a user's mistake
+            return self._problem.reference[1], str(error)
 
     def _proposal(self, trials: Sequence[Trial], attempt: int) -> Proposal:
         problem, number = self._problem, len(trials)

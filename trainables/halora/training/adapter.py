@@ -116,14 +116,20 @@ def lora_pairs(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
     return [(layer.lora_A["default"].weight, layer.lora_B["default"].weight) for layer in layers]
 
 
-def regulariser(pairs: Sequence[tuple[Tensor, Tensor]], norm: Literal["frobenius", "spectral"]) -> Tensor:
-    """HaLoRA's L_reg = ||A A^T|| + ||B^T B||, the mean over modules, so that mu means the same for any model.
+def regulariser(
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    norm: Literal["frobenius", "spectral"],
+    reduction: Literal["mean", "sum"] = "mean",
+) -> Tensor:
+    """HaLoRA's L_reg = ||A A^T|| + ||B^T B|| over the modules.
 
-    The paper writes a norm with subscript 2, which is ambiguous: both readings are offered (arXiv 2502.19747).
+    The paper writes a norm with subscript 2, which is ambiguous: both readings are offered (arXiv 2502.19747). Nor does
+    it say whether the modules are summed or averaged; of a mean each module gets 1 / modules of the gradient.
 
     Args:
         pairs: A (r, d_in) and B (d_out, r) per adapted module.
         norm: Frobenius, or spectral (the largest squared singular value).
+        reduction: Mean over the modules, or their sum.
 
     Returns:
         A scalar in float32; its gradient is finite at B = 0.
@@ -134,4 +140,4 @@ def regulariser(pairs: Sequence[tuple[Tensor, Tensor]], norm: Literal["frobenius
         by_shape.setdefault(matrix.shape, []).append(matrix)
     stacks = [torch.stack(matrices).float() for matrices in by_shape.values()]  # (modules, r, d) each
     norms = torch.cat([torch.linalg.matrix_norm(stack @ stack.mT, ord=order) for stack in stacks])
-    return norms.sum() / len(pairs)
+    return norms.sum() / (len(pairs) if reduction == "mean" else 1)
