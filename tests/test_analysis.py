@@ -380,6 +380,7 @@ def _summary(points, **more):
         "hypervolume": list(hypervolume_history(view.groups.feasible, (0.0, 6.0))),
         "baselines": {},
         "comparison": None,
+        "damage": [],
     }
     fixed = {"name": "s", "family": "f", "description": "d", "trials": 9, "time": "now"}
     return SweepSummary(front=view, **fixed, **(given | more))

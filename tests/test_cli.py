@@ -242,6 +242,7 @@ def test_mlflow_holds_the_whole_sweep(zoo, store, tiny_models):
         "front.png",
         "report.html",
         "comparison.json",
+        "damage.json",
     }
     for run in trials:
         assert run.info.status == "FINISHED"

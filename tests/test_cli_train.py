@@ -96,6 +96,32 @@ def test_evaluate_repeats_what_train_scored_and_takes_another_chip(halora_json, 
     assert base["clean_margin"] != pytest.approx(again["clean_margin"], abs=1e-3)
 
 
+def test_the_base_alone_is_scored_without_any_training(halora, halora_json, content, file, tmp_path):
+    config = TrialConfig.model_validate(content)
+    summary = Workbench().evaluate(config, None).summary()
+    (of_file,) = halora_json(f"evaluate {file} --base")
+    assert {name: of_file[name] for name in summary} == pytest.approx(summary)
+    assert of_file["adapter"] is None
+    above = summary["clean_accuracy"] - of_file["chance"]
+    lost = (summary["clean_accuracy"] - summary["accuracy"]) / above if above > 0 else None
+    assert of_file["lost"] == pytest.approx(lost)
+    assert of_file["layers_overwhelmed"] == 0
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "trial.json").write_text(config.model_dump_json())  # as a run that was stopped before its first checkpoint
+    assert halora_json(f"evaluate {run} --base") == [of_file]
+    sweep = tmp_path / "sweep.yaml"
+    sweep.write_text(yaml.safe_dump({"seed": 3, "trial": {**content, "chip": "ideal"}}))
+    (ideal,) = halora_json(f"evaluate {sweep} --base --rows 8 --instances 1")
+    assert (ideal["chip"], ideal["rows"], ideal["lost"] or 0.0) == ("ideal", 8, 0.0)
+    code, _, err = halora(f"evaluate {file} --base --set 'chip.noise.sigma=100'")
+    assert code == 0
+    assert "warning: " in err
+    assert "noise exceeds the signal in 14 of 14 layers" in err
+    code, _, err = halora(f"evaluate {tmp_path / 'nothing.yaml'} --base")
+    assert (code, "no trial '" in err) == (2, True)
+
+
 def test_a_plain_peft_folder_needs_to_be_told_chip_and_task(halora, halora_json, file, tmp_path, tiny_task):
     run = tmp_path / "run"
     (trained,) = halora_json(f"train {file} --output {run}")

@@ -79,6 +79,7 @@ def test_the_recorded_names_are_frozen():
         "RUNG_SCORES": ("accuracy", "clean_accuracy", "margin"),
         "FRONT_PROBABILITY": "front_probability",
         "CAUSE": "halora.cause",
+        "WARNING": "halora.warning",
         "LABEL": "halora.{label}",
         "LABELS": ("method", "model", "chip", "task", "noise", "noise_level"),
         "TRAINING_METRICS": (
@@ -121,6 +122,7 @@ def test_the_recorded_names_are_frozen():
         "FRONT_PNG": "front.png",
         "REPORT_FILE": "report.html",
         "COMPARISON_FILE": "comparison.json",
+        "DAMAGE_FILE": "damage.json",
         "CERTIFICATION_FOLDER": "selection/attempt-{attempt:02d}",
         "CERTIFICATION_FILE": "certification.json",
         "CANDIDATE": "candidate",

@@ -18,6 +18,7 @@ from ray.exceptions import RayError
 from safetensors.torch import load_file
 
 from halora.errors import UserError
+from halora.evaluation.chips import ChipScores
 from halora.heartbeat import Heartbeats
 from halora.peers import WorkerLostError
 from halora.storage import TrialStorage
@@ -199,6 +200,22 @@ def test_a_lost_worker_ends_the_job_and_not_the_trainable(heartbeats, tiny_trial
     trainable.reset_config({"number": 1, "folder": str(tmp_path / "next"), **job})
     assert trainable.step()["stage"] == "training"
     trainable.cleanup()
+
+
+def test_a_bare_base_is_scored_by_the_worker_that_trains_on_it_next(heartbeats, tiny_trial, tmp_path):
+    """Oracle: the bench that scores by hand; the base in memory is the same object."""
+    config = tiny_trial(steps=2, evaluation={"rows": 6, "chip_instances": 2, "calibration_tokens": 16})
+    job = _job(config, heartbeats) | {"folder": str(tmp_path)}
+    worker = HaloraTrainable.__new__(HaloraTrainable)
+    worker.setup(job | {"number": -1, "goal": None})
+    report = worker.step()
+    assert (report["stage"], report["done"]) == ("evaluated", True)
+    assert ChipScores.from_json(report["scores"]) == Workbench().evaluate(config, None)
+    loaded = worker._workbench.base(config)[0]
+    worker.reset_config(job | {"number": 0})
+    assert worker.step()["stage"] == "training"
+    assert worker._workbench.base(config)[0] is loaded
+    worker.cleanup()
 
 
 SCARCE = """

@@ -303,7 +303,7 @@ class HaloraTrainable(tune.Trainable):
     The `config` given by the executor holds the `job`'s name, `number`, `folder`, `trial` (a resolved `TrialConfig`),
     `goal`, the trial's place in the `storage` (a URL, or nothing), and `heartbeats` with the name of that actor and the
     longest silence in seconds. Reports carry `number`, `stage` (`training`, `evaluated`, `lost`, `out_of_memory` or
-    `failed`) and metrics; the last three say a `cause`.
+    `failed`) and metrics; the last three say a `cause`. Without a goal the bare base's `scores` are reported.
     """
 
     def setup(self, config: dict[str, Any]) -> None:
@@ -359,21 +359,25 @@ class HaloraTrainable(tune.Trainable):
         self._number, self._folder = int(config["number"]), Path(config["folder"])
         self._files = WorkFolder(self._folder, config.get("storage", ""))
         self._config = TrialConfig.model_validate(config["trial"])
-        self._goal = Goal(**config["goal"])
+        self._goal = Goal(**config["goal"]) if config["goal"] else None
         self._training: Training | None = None
-        self._trained = self._goal.first_chip > 0
+        self._trained = self._goal is None or self._goal.first_chip > 0
 
     def _step(self) -> dict[str, Any]:
-        self._folder = self._files.fetch(self._goal)
+        goal = self._goal
+        if goal is None:
+            scores = self._workbench.evaluate(self._config, None)
+            return {"stage": "evaluated", "scores": scores.to_json(), "done": True}
+        self._folder = self._files.fetch(goal)
         if not self._trained:
             if self._training is None:
-                self._training = self._workbench.train(self._config, self._folder, self._goal.steps)
+                self._training = self._workbench.train(self._config, self._folder, goal.steps)
             report = self._training.advance()
             self._files.put_checkpoint()
             self._trained = self._training.done
             return {"stage": "training", **report, "done": False}
         self._end_training()
-        goal, result = self._goal, self._folder / RESULT_FILE
+        result = self._folder / RESULT_FILE
         config = goal.config(self._config)
         scores = self._workbench.evaluate(config, adapter_folder(self._folder), first_chip=goal.first_chip)
         if goal.first_chip:

@@ -61,6 +61,7 @@ class SweepSummary:
         hypervolume: The hypervolume after each finished trial that breaks no constraint, in the order they ended.
         baselines: Energy per token of named GPU baselines in microjoule, by model and name.
         comparison: The closing comparison, in plain values; none where there is none.
+        damage: What the chips do to the untrained bases, in lines; warnings among them.
         time: When this was put together, as text.
     """
 
@@ -73,6 +74,7 @@ class SweepSummary:
     hypervolume: list[float]
     baselines: Mapping[str, Mapping[str, float]]
     comparison: Mapping[str, Any] | None
+    damage: Sequence[str]
     time: str
 
 

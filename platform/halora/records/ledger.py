@@ -62,6 +62,11 @@ class Ledger:
         """The closing comparison, once it is recorded."""
         return self.contents.get(_SWEEP, {}).get("comparison")
 
+    @property
+    def damage(self) -> list[dict[str, Any]] | None:
+        """What the chips do to the untrained bases, once it is recorded; see `halora.evaluation.damage.described`."""
+        return self.contents.get(_SWEEP, {}).get("damage")
+
     def point(self, number: int) -> TrialPoint:
         """One trial."""
         content = self.contents[number]  # replaced whenever it changes, see `_after`
@@ -109,8 +114,8 @@ def _after(content: Content | None, entry: Entry) -> Content:
             now["correct"] = entry["correct"]
         case "front":
             now["front_step"] = entry["step"]
-        case "comparison":
-            now["comparison"] = entry["content"]
+        case "comparison" | "damage":
+            now[entry["kind"]] = entry["content"]
         case "state":
             now |= {"state": entry["state"], "cause": entry["cause"], "ended_ms": entry["time_ms"]}
     return now

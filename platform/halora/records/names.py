@@ -15,6 +15,7 @@ VERSION = "halora.version"  # of this program, where the sweep was run
 COMMIT = "halora.commit"  # that it ran from, `+` after it where files differed; none outside of git
 STATE = "halora.state"  # running | finished | stopped | failed | interrupted
 CAUSE = "halora.cause"
+WARNING = "halora.warning"  # of a sweep, where noise exceeds the signal of layers of its untrained base
 LABEL = "halora.{label}"  # what a trial is, to filter by
 LABELS = ("method", "model", "chip", "task", "noise", "noise_level")
 
@@ -69,6 +70,7 @@ FRONT_CSV = "front.csv"
 FRONT_PNG = "front.png"
 REPORT_FILE = "report.html"
 COMPARISON_FILE = "comparison.json"
+DAMAGE_FILE = "damage.json"  # what the chips do to the untrained bases
 
 # Selection: artifacts of the trial's run, below a folder of their own for each certification.
 CERTIFICATION_FOLDER = "selection/attempt-{attempt:02d}"

@@ -134,6 +134,10 @@ class SweepRecorder:
         """Record the closing comparison."""
         self._write("comparison", None, content=dict(comparison))
 
+    def record_damage(self, outcomes: Sequence[Mapping[str, Any]]) -> None:
+        """Record what the chips do to the untrained bases, see `halora.evaluation.damage.described`."""
+        self._write("damage", None, content=[dict(outcome) for outcome in outcomes])
+
     def finish(self, *, interrupted: bool) -> None:
         """Record that this run of the sweep ended, and with it every trial that is still open."""
         for point in self.ledger.points():

@@ -13,6 +13,7 @@ import yaml
 
 from halora.analysis.trials import TrialPoint, grouped
 from halora.errors import UserError
+from halora.evaluation.damage import described
 from halora.records.names import ENERGY, VIOLATION
 from halora.records.store import Store, SweepFolder
 from halora.spaces.search import total_violation
@@ -22,6 +23,7 @@ from halora.sweep.cluster import LOCAL, RUNS, Cluster
 from halora.sweep.comparison import ClosingComparison, check_rows_left, compare, contestants
 from halora.sweep.core import DecisionCore, Job
 from halora.sweep.driver_log import DriverLog, Watcher
+from halora.sweep.probing import Probing, bases
 from halora.sweep.reconcile import record_as_studied
 from halora.sweep.simulator import SimulatedClock, simulate
 from halora.sweep.state import check_not_launched, only_driver, open_core
@@ -31,6 +33,7 @@ from halora.training.models import check_available
 from halora.trial import RESULT_FILE, adapter_folder, trial_energy
 
 if TYPE_CHECKING:
+    from halora.evaluation.chips import ChipScores
     from halora.records.recorder import SweepRecorder
 
 
@@ -121,6 +124,35 @@ def resume(
     return _run(sweep, store.serving(name), watcher, cluster, metrics_port)
 
 
+def probe(sweep: SweepConfig, store: Store, watcher: Watcher, *, cluster: Cluster = LOCAL) -> None:
+    """Say what a sweep's chips do to its untrained bases, and launch nothing.
+
+    Args:
+        sweep: The sweep.
+        store: Where it would be recorded.
+        watcher: Told of each base.
+        cluster: Where the bases are scored.
+
+    Raises:
+        UserError: A model cannot be loaded, or rows cannot be scored.
+        UnreachableError: The storage or the cluster does not answer, or one of its nodes could not run a trial.
+    """
+    _check_workers(sweep, store, cluster, store.storage)
+    from halora.sweep.executor import score_on_workers  # imports Ray and torch
+    from halora.sweep.session import ray_session
+    from halora.trainable import ScoringJob
+
+    waiting = bases(sweep, watcher.say)
+    jobs = [ScoringJob(base.config, None) for base in waiting]
+
+    def scored(place: int, scores: "ChipScores") -> None:
+        for line in described(waiting[place].damage(scores).to_json()):
+            watcher.say(line)
+
+    with ray_session(sweep.concurrent, cpus=sweep.resources.cpus, cluster=cluster):
+        score_on_workers(sweep, jobs, scored)
+
+
 def _check_workers(sweep: SweepConfig, store: Store, cluster: Cluster, storage: str) -> None:
     """Refuse a sweep that the machines it is to run on could not run, or whose trials could not be kept."""
     if storage:
@@ -200,7 +232,8 @@ def _train(
     processes = sweep.concurrent * sweep.workers
     with ray_session(processes, cpus=sweep.resources.cpus, cluster=cluster):
         watcher.say(f"{RUNS} on up to {processes} workers; each loads the model once")
-        run_trials(sweep, folder, core, events)
+        unknown = bases(sweep, watcher.say) if recorder.ledger.damage is None else []
+        run_trials(sweep, folder, core, events, Probing(unknown, watcher.say, recorder.record_damage))
         chosen = contestants(sweep.comparison, events.points()) if sweep.comparison else {}
         if not chosen or not core.over:
             return None

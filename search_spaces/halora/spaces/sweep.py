@@ -42,6 +42,17 @@ class Comparison(Frozen):
     """Chips to compare on, each a name of `chips`, a preset or a path; the trials' own when left out."""
 
 
+class Probe(Frozen):
+    """What the sweep's chips do to its untrained bases, scored on a few rows before anything is trained."""
+
+    rows: int = Field(default=16, ge=2)
+    """Validation rows; no more than a trial has."""
+    chip_instances: int = Field(default=2, ge=1)
+    """Chip instances of the search pool."""
+    most: int = Field(default=4, ge=1)
+    """Most pairs of a base and a chip: the fixed ones, then those of `first`, then choices and named chips."""
+
+
 class ReferencePoint(Frozen):
     """Corner that hypervolumes are measured from: worse than any trial worth having."""
 
@@ -97,6 +108,8 @@ class SweepConfig(Frozen):
     budget: Budget = Budget()
     reference_point: ReferencePoint
     comparison: Comparison | None = None
+    probe: Probe | None = Probe()
+    """None trains without looking."""
     gates: Gates = Gates()
     """What an adapter of this sweep has to pass before it may be deployed, see `halora adapter select`."""
 

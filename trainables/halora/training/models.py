@@ -26,6 +26,7 @@ from halora.training.config import LINEAR_NAMES, Dtype
 EMBEDDED = {
     "smollm2-135m-instruct": "SmolLM2-135M-Instruct (LLaMA architecture), de-quantised from 4 bits",
     "smollm2-135m-instruct-qwen2": "the same weights in the Qwen2 architecture, with zero q/k/v biases",
+    "smollm2-135m-instruct-outliers": "the same model, rescaled exactly to the weight outliers of a Qwen2.5",
 }
 FAMILIES = ("llama", "qwen2", "qwen3")
 """Values of `model_type` whose decoder blocks have the seven linear layers that chips and adapters name."""
@@ -257,6 +258,8 @@ def _embedded_folder(model: str, dtype: Dtype = "fp32") -> Path:
             _save_in_bf16(_embedded_folder(model), scratch)
         elif model.endswith("-qwen2"):
             _save_as_qwen2(_embedded_folder(model.removesuffix("-qwen2")), scratch)
+        elif model.endswith("-outliers"):
+            _save_with_outliers(_embedded_folder(model.removesuffix("-outliers")), scratch)
         else:
             _save_from_gguf(Path(spec.submodule_search_locations[0]), scratch)
         try:
@@ -291,6 +294,18 @@ def _save_in_bf16(source: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     AutoModelForCausalLM.from_pretrained(source, dtype=bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+
+
+def _save_with_outliers(source: Path, folder: Path) -> None:
+    from torch import float32
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from halora.training.outliers import add_outliers
+
+    causal_lm = AutoModelForCausalLM.from_pretrained(source, dtype=float32)
+    add_outliers(causal_lm)
+    causal_lm.save_pretrained(folder)
     AutoTokenizer.from_pretrained(source).save_pretrained(folder)
 
 
