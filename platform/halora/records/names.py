@@ -24,12 +24,16 @@ TRAINING_METRICS = ("train_loss", "train_task_loss", "train_reg_loss", "train_si
 # Metrics of an evaluated child run.
 SCORE_METRICS = (
     "clean_accuracy",
+    "clean_accuracy_low",
+    "clean_accuracy_high",
     "clean_margin",
     "accuracy",
     "accuracy_low",
     "accuracy_high",
     "accuracy_std_chips",
     "accuracy_worst",
+    "drop_low",
+    "drop_high",
     "margin",
     "margin_low",
     "margin_high",

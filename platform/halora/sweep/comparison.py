@@ -10,7 +10,7 @@ from halora.analysis.front import best
 from halora.analysis.trials import TrialPoint
 from halora.errors import UserError
 from halora.evaluation.chips import ChipScores
-from halora.evaluation.intervals import Interval, crossed_bootstrap
+from halora.evaluation.intervals import Interval, gain, share_gain
 from halora.records.store import SweepFolder
 from halora.spaces.sweep import Comparison, SweepConfig
 from halora.sweep.core import DecisionCore
@@ -134,7 +134,6 @@ def compare(
 def _cell(name: str, number: int | None, chip: str, scores: ChipScores, reference: ChipScores | None) -> Cell:
     accuracy = margin = None
     if reference is not None:
-        ours, theirs = np.array(scores.noisy), np.array(reference.noisy)
-        right = np.array(scores.noisy_correct, dtype=float) - np.array(reference.noisy_correct, dtype=float)
-        accuracy, margin = crossed_bootstrap(right), crossed_bootstrap(ours - theirs)
+        accuracy = share_gain(np.array([scores.noisy_correct]), np.array([reference.noisy_correct])).interval()
+        margin = gain(np.array([scores.noisy]), np.array([reference.noisy])).interval()
     return Cell(name, number, chip, scores.summary(), accuracy, margin)

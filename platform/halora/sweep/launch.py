@@ -170,6 +170,7 @@ def _run(sweep: SweepConfig, store: Store, watcher: Watcher, cluster: Cluster, m
             finally:
                 _tell_end(sweep, core, watcher)
                 record_as_studied(core.trials(), recorder)
+                recorder.record_estimates(core.estimates())
                 recorder.finish(interrupted=not core.over)
                 events.prune()
         return Outcome(core.over, core.counts()["failed"], comparison)
@@ -201,6 +202,7 @@ def _train(
     with ray_session(processes, cpus=sweep.resources.cpus, cluster=cluster):
         watcher.say(f"{RUNS} on up to {processes} workers; each loads the model once")
         run_trials(sweep, folder, core, events)
+        recorder.record_estimates(core.estimates())
         chosen = contestants(sweep.comparison, events.points()) if sweep.comparison else {}
         if not chosen or not core.over:
             return None
@@ -247,6 +249,7 @@ class _Recording:
         if self._to_prune:  # the study has by now what the events were told
             self.prune()
         if job.goal.first_chip:
+            self._recorder.record_estimates(self._core.estimates())  # of the race so far
             with suppress(UserError):  # its worker will say so
                 self._files.provide(job)
         if job.number not in self._begun and not job.goal.first_chip:
