@@ -7,7 +7,7 @@ docs/statistics.md quotes the tables.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable
 from statistics import NormalDist
 
 import numpy as np
@@ -124,9 +124,9 @@ def _right(
     return np.asarray(total > bound)
 
 
-def _table(corner: str, columns: "Sequence[str]", rows: dict[str, list[float]]) -> None:
-    columns = list(columns)
-    print(f"| {corner} | " + " | ".join(columns) + " |\n" + "|---" * (len(columns) + 1) + "|")
+def _table(corner: str, columns: Iterable[str], rows: dict[str, list[float]]) -> None:
+    names = list(columns)
+    print(f"| {corner} | " + " | ".join(names) + " |\n" + "|---" * (len(names) + 1) + "|")
     for name, found in rows.items():
         print(f"| {name} | " + " | ".join(f"{value:.3f}" for value in found) + " |", flush=True)
 

@@ -405,7 +405,7 @@ def test_the_parent_run_keeps_the_front(client, store, sweep, folder, said, tmp_
     assert parent.data.tags["mlflow.note.content"] == "what it is for"
 
 
-_COMPARISON = {"reference": "untrained", "rows": 8, "chip_instances": 2, "cells": []}
+_COMPARISON = {"reference": "untrained", "rows": 8, "chip_instances": 2, "seeds": 1, "cells": []}
 
 
 def test_a_journal_sent_again_from_its_beginning_leaves_the_same_rows(client, store, sweep, folder, said):

@@ -29,7 +29,7 @@ from halora.trial import Goal
 _RE_ASKS = 20  # points that are skipped, or known already, before one is drawn at random
 _RANDOM_DRAWS = 200
 _ENOUGH_TRIALS = 10  # finished ones, before a configuration is called unreachable
-_MOST_LOST = 3  # workers a trial may lose without a report between; the last of them fails it
+MOST_LOST = 3  # workers a trial may lose without a report between; the last of them fails it
 _DECIDED = 0.01  # a place on the front is decided when its probability is this close to 0 or 1
 
 
@@ -152,7 +152,7 @@ class DecisionCore:
     def on_loss(self, number: int) -> bool:
         """Take the end of the worker that had a trial. Whether the trial goes on from its checkpoint; else it fails."""
         trial = self.trial(number)
-        if trial.state is State.FINISHED or trial.lost_workers + 1 >= _MOST_LOST:
+        if trial.state is State.FINISHED or trial.lost_workers + 1 >= MOST_LOST:
             return False
         self._study.count_lost_workers(trial, trial.lost_workers + 1)
         self._in_flight.pop(number)

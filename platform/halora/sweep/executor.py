@@ -19,8 +19,8 @@ from halora.heartbeat import Heartbeats
 from halora.records.store import SweepFolder
 from halora.spaces.sweep import SweepConfig
 from halora.storage import read_adapter
-from halora.sweep.core import Decision, DecisionCore
-from halora.sweep.running import RunningJobs, TrialEvents
+from halora.sweep.core import Decision
+from halora.sweep.running import JobSource, RunningJobs, TrialEvents
 from halora.sweep.session import worker_share
 from halora.trainable import HaloraTrainable, ScoringJob
 
@@ -89,7 +89,7 @@ class _CoreScheduler(FIFOScheduler):
         job = self._running.job(trial.trial_id)
         if job is None:
             return
-        logs = f"see `halora trial logs {self._folder.name}/{job.number}`"
+        logs = f"see `{self._folder.logs_command(job.number)}`"
         if cause := self._frozen.causes.pop(trial.trial_id, "") or _loss(trial):
             self._running.lost(trial.trial_id, f"{cause}; {logs}")
         else:
@@ -137,7 +137,7 @@ class _FrozenWorkers(tune.Callback):
         return {}
 
 
-def run_trials(sweep: SweepConfig, folder: SweepFolder, core: DecisionCore, events: TrialEvents) -> None:
+def run_trials(sweep: SweepConfig, folder: SweepFolder, core: JobSource, events: TrialEvents) -> None:
     """Run the core's jobs until it has none left, or until Ctrl-C or a stop request.
 
     Trials still unfinished at the end keep their checkpoint and stay unfinished in the study.

@@ -2,14 +2,14 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
 
 from halora.evaluation.config import EvaluationSettings
 from halora.evaluation.generation import generate, parsed_answer, reference_answers, reference_scores, same_answer
-from halora.evaluation.intervals import crossed, share, share_gain, wilson
+from halora.evaluation.intervals import crossed, seeded, share, share_gain, wilson
 from halora.evaluation.scoring import margin, option_scores
 from halora.hardware.addressing import NoiseKey, Role
 from halora.hardware.chip import Chip
@@ -124,6 +124,28 @@ class ChipScores:
     def from_json(cls, content: Mapping[str, Any]) -> "ChipScores":
         """What `to_json` gave."""
         return cls(**{name: _as_tuple(value) for name, value in content.items()})
+
+
+def summary_over_seeds(seeds: Sequence[ChipScores]) -> dict[str, float]:
+    """The summary of one adapter, or of several that differ in their training seed, on the same rows and chips.
+
+    Of several, means over seeds with intervals over seeds, chips and rows; `accuracy_std_seeds` and `margin_std_seeds`
+    are the standard deviations of their means.
+    """
+    summaries = [each.summary() for each in seeds]
+    if len(seeds) == 1:
+        return summaries[0]
+    summary = {name: fmean(each[name] for each in summaries) for name in summaries[0] if name not in _ENDS}
+    accuracy = share(np.array([each.noisy_correct for each in seeds]))
+    margin = seeded(np.array([each.noisy for each in seeds])).interval()
+    summary |= {"accuracy_low": accuracy.low, "accuracy_high": accuracy.high}
+    summary |= {"margin_low": margin.low, "margin_high": margin.high}
+    spreads = {name: stdev(each[name] for each in summaries) for name in ("accuracy", "margin")}
+    return summary | {f"{name}_std_seeds": spread for name, spread in spreads.items()}
+
+
+_ENDS = {f"{name}_{end}" for name in ("clean_accuracy", "drop") for end in ("low", "high")}
+"""Ends of intervals that are said of one adapter alone."""
 
 
 def _as_tuple(value: Any) -> Any:
