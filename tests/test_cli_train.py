@@ -73,6 +73,29 @@ def test_train_goes_on_from_its_checkpoint_and_refuses_another_trial(halora, fil
     assert all((finished[name] == resumed[name]).all() for name in finished)
 
 
+def test_several_seeds_are_several_trainings_and_an_interval_over_them(halora, halora_json, content, file, tmp_path):
+    """Oracle: each seed trained on its own, and the spread of their means."""
+    short = "--set training.steps=2 --set evaluation.rows=6"
+    (said,) = halora_json(f"train {file} --output {tmp_path / 'many'} --seeds 2 {short}")
+    alone = [
+        halora_json(f"train {file} --output {tmp_path / str(seed)} {short} --set seed={seed}")[0] for seed in (3, 4)
+    ]
+    for seed, one in zip((3, 4), alone, strict=True):
+        ours, own = _weights(tmp_path / "many" / f"seed-{seed:05d}"), _weights(tmp_path / str(seed))
+        assert all((ours[name] == own[name]).all() for name in own)
+        assert said["margin_low"] < one["margin"] < said["margin_high"]
+    first, second = (one["margin"] for one in alone)
+    assert said["margin"] == pytest.approx((first + second) / 2)
+    assert said["margin_std_seeds"] == pytest.approx(abs(first - second) / 2**0.5)
+    code, _, err = halora(f"train {file} --output {tmp_path / 'many'} --seeds 2 {short}")
+    assert code == 0
+    assert "step 2/2" in err  # both are done: nothing is trained again
+    assert "over training seeds, chips and rows; this speaks of these 2 adapters, not of the method" in err
+    code, _, err = halora(f"train {file} --output {tmp_path / '3'} --seeds 2 {short}")
+    assert code == 2
+    assert "holds a trial of one seed" in err
+
+
 def test_a_sweep_s_fixed_values_are_a_trial():
     sweep = load_sweep("quickstart")
     assert load_trial("quickstart") == sweep.resolve({})

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from halora.evaluation.chips import ChipScores
-from halora.evaluation.intervals import crossed_bootstrap
+from halora.evaluation.intervals import share
 from halora.trainable import Workbench, task_rows
 from halora.training.config import LINEAR_NAMES
 from halora.trial import adapter_folder
@@ -128,7 +128,7 @@ def test_a_huge_sigma_leaves_chance(workbench, tiny_trial, architecture):
     chance = np.mean([1 / len(row.options) for row in rows])
     correct = np.array(scores.noisy) > 0
     assert np.isfinite(scores.noisy).all()
-    interval = crossed_bootstrap(correct.astype(float))  # of rows and chips: about two standard errors
+    interval = share(correct)  # of rows and chips: about two standard errors
     assert interval.low < chance < interval.high
     assert 10 < np.mean(scores.noise_db) < 40
 
@@ -146,7 +146,10 @@ def test_summary_averages_rows_and_chips():
     )
     summary = scores.summary()
     low_high = {key for key in summary if key.endswith(("_low", "_high"))}
-    assert low_high == {"accuracy_low", "accuracy_high", "margin_low", "margin_high"}
+    names = ("clean_accuracy", "accuracy", "drop", "margin")
+    assert low_high == {f"{name}_{end}" for name in names for end in ("low", "high")}
+    assert summary["drop_low"] <= 0.75 - 0.625 <= summary["drop_high"]
+    assert summary["clean_accuracy_low"] <= 0.75 <= summary["clean_accuracy_high"] <= 1
     assert {key: value for key, value in summary.items() if key not in low_high} == pytest.approx(
         {
             "clean_accuracy": 0.75,

@@ -95,12 +95,16 @@ def test_the_recorded_names_are_frozen():
         ),
         "SCORE_METRICS": (
             "clean_accuracy",
+            "clean_accuracy_low",
+            "clean_accuracy_high",
             "clean_margin",
             "accuracy",
             "accuracy_low",
             "accuracy_high",
             "accuracy_std_chips",
             "accuracy_worst",
+            "drop_low",
+            "drop_high",
             "margin",
             "margin_low",
             "margin_high",
@@ -413,7 +417,7 @@ def test_the_parent_run_keeps_the_front(client, store, sweep, folder, said, tmp_
     assert parent.data.tags["mlflow.note.content"] == "what it is for"
 
 
-_COMPARISON = {"reference": "untrained", "rows": 8, "chip_instances": 2, "cells": []}
+_COMPARISON = {"reference": "untrained", "rows": 8, "chip_instances": 2, "seeds": 1, "cells": []}
 
 
 def test_a_journal_sent_again_from_its_beginning_leaves_the_same_rows(client, store, sweep, folder, said):

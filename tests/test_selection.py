@@ -84,14 +84,15 @@ def test_a_certificate_states_its_conditions_and_comes_back_from_json():
 
 
 SCORES = {
-    "accuracy": 0.5, "accuracy_low": 0.4375, "accuracy_high": 0.5625, "clean_accuracy": 0.5625, "margin": 0.1,
+    "accuracy": 0.5625, "accuracy_low": 0.5, "accuracy_high": 0.625, "clean_accuracy": 0.5625, "drop_high": 0.0625,
+    "margin": 0.1,
 }  # fmt: skip
 
 
 def gates_by_name(gates, **changes):
     measured = {
         "energy_uj_per_token": 4.0, "adapter_bytes": 2_000_000, "chips": 59, "yield_bound": 0.9505,
-        "accuracy_at": {0.02: 0.4}, "reload_share": 1.0,
+        "accuracy_at": {0.02: (0.5, 0.4)}, "reload_share": 1.0,
     }  # fmt: skip
     return {
         gate.name: gate for gate in certified_gates(SCORES | changes.pop("scores", {}), gates, **measured | changes)
@@ -108,13 +109,13 @@ def test_a_gate_at_its_threshold_passes_and_beyond_it_fails():
     assert all(gate.passed for gate in gates_by_name(ALL_GATES).values())
     beyond = {
         "no_nan": {"scores": {"margin": nan}},
-        "min_accuracy": {"scores": {"accuracy": 0.499, "clean_accuracy": 0.5}},
-        "max_drop": {"scores": {"clean_accuracy": 0.563}},
+        "min_accuracy": {"scores": {"accuracy_low": 0.4999, "accuracy_high": 0.6249}},
+        "max_drop": {"scores": {"drop_high": 0.063}},
         "max_energy_uj_per_token": {"energy_uj_per_token": 4.01},
         "max_adapter_kb": {"adapter_bytes": 2_000_001},
-        "max_ci_halfwidth": {"scores": {"accuracy_high": 0.563}},
+        "max_ci_halfwidth": {"scores": {"accuracy_high": 0.626}},
         "min_chips": {"chips": 58},
-        "min_accuracy_at_0.02": {"accuracy_at": {0.02: 0.399}},
+        "min_accuracy_at_0.02": {"accuracy_at": {0.02: (0.5, 0.399)}},
         "min_yield": {"yield_bound": 0.9499},
         "reload_reproduces": {"reload_share": 1.01},
     }
@@ -127,6 +128,12 @@ def test_a_gate_tells_value_threshold_and_unit_and_no_number_fails():
     gate = Gate("max_energy_uj_per_token", 4.5, "<=", 4.0, "uJ/token")
     assert str(gate) == "max_energy_uj_per_token 4.5 > 4 uJ/token"
     assert str(Gate("min_accuracy", 0.5, ">=", 0.4)) == "min_accuracy 0.5 >= 0.4"
+    found = gates_by_name(ALL_GATES)
+    assert str(found["min_accuracy"]) == "min_accuracy 0.5 (lower end over rows and chips; mean 0.5625) >= 0.5"
+    assert str(found["max_drop"]) == "max_drop 0.0625 (upper end over rows and chips; mean 0) <= 0.0625"
+    assert Gate.from_json(found["max_drop"].to_json()) == found["max_drop"]
+    alone = gates_by_name(ALL_GATES, chips=1)
+    assert alone["min_accuracy"].over == alone["min_accuracy_at_0.02"].over == "rows of one chip"
     strange = Gate("min_accuracy", nan, ">=", 0.4)
     assert not strange.passed
     assert not Gate.from_json(strange.to_json()).passed

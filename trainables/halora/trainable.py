@@ -378,6 +378,8 @@ class HaloraTrainable(tune.Trainable):
             return {"stage": "training", **report, "done": False}
         self._end_training()
         result = self._folder / RESULT_FILE
+        if not goal.chip_instances:
+            return {"stage": "evaluated", "step": goal.steps, "done": True}
         config = goal.config(self._config)
         scores = self._workbench.evaluate(config, adapter_folder(self._folder), first_chip=goal.first_chip)
         if goal.first_chip:

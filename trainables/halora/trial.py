@@ -73,7 +73,7 @@ class Goal:
 
     Attributes:
         steps: Optimiser steps taken by then.
-        chip_instances: Chip instances scored by then, 0 .. n-1.
+        chip_instances: Chip instances scored by then, 0 .. n-1; none for a training that is scored elsewhere.
         rows: Validation rows scored; all of them for none.
         first_chip: First chip instance to score; those before it are scored already.
     """

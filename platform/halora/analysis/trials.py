@@ -14,7 +14,7 @@ LEVEL_METRIC = "accuracy_at."
 VIOLATION = "constraint_violation"
 """The metric that says by how much a trial breaks its sweep's constraints, above 0 if it does; or `.NAME` after it."""
 
-_LESS_IS_BETTER = re.compile(r"energy|loss|_std|latency|area|bytes|seconds|violation")
+_LESS_IS_BETTER = re.compile(r"energy|loss|_std|drop|latency|area|bytes|seconds|violation")
 _MORE_IS_BETTER = re.compile(r"accuracy|margin")
 
 

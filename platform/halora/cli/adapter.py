@@ -295,7 +295,7 @@ def _show_certification(certification: "Certification") -> None:
     gates = [
         {
             "gate": gate.name,
-            "measured": f"{gate.value:.4g}",
+            "measured": gate.measured,
             "asked": f"{gate.comparison} {gate.threshold:g} {gate.unit}".strip(),
             "verdict": _verdict(gate.passed),
         }
@@ -317,6 +317,7 @@ def _line(line: Any) -> dict[str, Any]:
         "chips": f"{line.meeting_spec} of {line.chips}",
         "share_low": round(line.bound, 3),
         "accuracy": round(line.accuracy, 4),
+        "low": round(line.accuracy_low, 4),
         "worst": round(line.accuracy_worst, 4),
     }
 

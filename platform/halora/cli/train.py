@@ -13,6 +13,7 @@ from halora.cli.output import Format, FormatOption, show_rows, talk
 from halora.errors import UserError
 
 if TYPE_CHECKING:
+    from halora.trainable import Workbench
     from halora.trial import TrialConfig
 
 SetOption = Annotated[
@@ -27,6 +28,9 @@ def train(
     ],
     output: Annotated[Path, typer.Option(help="Folder for checkpoints, reports, scores and the adapter.")],
     set_: SetOption = None,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Train so many adapters, from the trial's seed on, each in a folder of its own.")
+    ] = 1,
     scores: Annotated[bool, typer.Option(help="Score the adapter on chip instances once it is trained.")] = True,
     form: FormatOption = Format.TABLE,
 ) -> None:
@@ -34,14 +38,67 @@ def train(
     from halora.spaces.sweep import load_trial
 
     config = load_trial(file, overrides_from(set_, example="training.steps=40"))
-    _check_output(output, config)
+    runs = {output: config} if seeds == 1 else _by_seed(output, config, seeds)
+    for folder, each in runs.items():
+        _check_output(folder, each)
 
+    from halora.evaluation.chips import summary_over_seeds
     from halora.files import write_json
-    from halora.sweep.session import ray_session
     from halora.trainable import Workbench
     from halora.trial import RESULT_FILE, adapter_folder, trial_energy
 
-    workbench, num_peers = Workbench(), config.training.workers - 1
+    workbench = Workbench()
+    found = []
+    for folder, each in runs.items():
+        if seeds > 1:
+            _say(f"seed {each.seed}, {len(found) + 1} of {seeds}")
+        _train(workbench, each, folder)
+        adapter = adapter_folder(folder)
+        _say(f"adapter: {adapter}")
+        if scores:
+            _say(f"scoring on {each.evaluation.chip_instances} chip instances")
+            found.append(workbench.evaluate(each, adapter))
+            write_json(folder / RESULT_FILE, found[-1].to_json())
+    if not found:
+        return
+    summary = summary_over_seeds(found) | {"energy_uj_per_token": trial_energy(config).total_uj_per_token}
+    show_rows(_by_name(summary, form), form, str(output))
+    _tell_scope(seeds, config.evaluation.chip_instances)
+
+
+def _by_seed(output: Path, config: "TrialConfig", seeds: int) -> "dict[Path, TrialConfig]":
+    """The trial with so many seeds, from its own on, and the folder of each.
+
+    Raises:
+        UserError: The folder holds a trial of its own.
+    """
+    from halora.trial import TRIAL_FILE
+
+    if (output / TRIAL_FILE).exists():
+        raise UserError(f"'{output}' holds a trial of one seed", "name another folder")
+    each = [config.seed + i for i in range(seeds)]
+    return {output / f"seed-{seed:05d}": config.model_copy(update={"seed": seed}) for seed in each}
+
+
+def _tell_scope(seeds: int, chips: int) -> None:
+    """Say what the intervals are over."""
+    from halora.evaluation.decisions import ENOUGH_SEEDS
+
+    over = "rows alone" if chips == 1 else "chips and rows"
+    said = f"intervals are over {'training seeds, ' if seeds > 1 else ''}{over}"
+    if seeds < ENOUGH_SEEDS:
+        which = "this adapter" if seeds == 1 else f"these {seeds} adapters"
+        said += f"; this speaks of {which}, not of the method (--seeds {ENOUGH_SEEDS} or more)"
+    if chips == 1:
+        said += "; one chip says nothing about others"
+    _say(said)
+
+
+def _train(workbench: "Workbench", config: "TrialConfig", output: Path) -> None:
+    """Train, or go on from the last checkpoint in the folder."""
+    from halora.sweep.session import ray_session
+
+    num_peers = config.training.workers - 1
     try:
         with redirect_stdout(sys.stderr), ray_session(num_peers) if num_peers else nullcontext():  # DeepSpeed talks
             training = workbench.train(config, output)
@@ -58,15 +115,6 @@ def train(
     except KeyboardInterrupt:
         _say("interrupted; the same command goes on from the last report")
         raise
-    adapter = adapter_folder(output)
-    _say(f"adapter: {adapter}")
-    if not scores:
-        return
-    _say(f"scoring on {config.evaluation.chip_instances} chip instances")
-    found = workbench.evaluate(config, adapter)
-    write_json(output / RESULT_FILE, found.to_json())
-    energy = {"energy_uj_per_token": trial_energy(config).total_uj_per_token}
-    show_rows(_by_name(found.summary() | energy, form), form, str(output))
 
 
 def evaluate(
@@ -113,22 +161,22 @@ def evaluate(
         **found.summary(),
         "energy_uj_per_token": energy,
     }
-    if not base:
-        show_rows(_by_name(answer, form), form)
-        return
-    from halora.evaluation.damage import Damage
+    if base:
+        from halora.evaluation.damage import Damage
 
-    rows_scored = workbench.scored_rows(config, first_row)
-    damage = Damage.of(f"{config.model} on {config.chip.name}", found, rows_scored, config.evaluation.scoring)
-    answer |= {
-        "chance": damage.chance,
-        "lost": damage.lost,
-        "worst_layer": damage.worst[0][0] if damage.worst else None,
-        "worst_layer_noise_db": damage.worst[0][1] if damage.worst else None,
-        "layers_overwhelmed": damage.overwhelmed,
-    }
+        rows_scored = workbench.scored_rows(config, first_row)
+        damage = Damage.of(f"{config.model} on {config.chip.name}", found, rows_scored, config.evaluation.scoring)
+        answer |= {
+            "chance": damage.chance,
+            "lost": damage.lost,
+            "worst_layer": damage.worst[0][0] if damage.worst else None,
+            "worst_layer_noise_db": damage.worst[0][1] if damage.worst else None,
+            "layers_overwhelmed": damage.overwhelmed,
+        }
+        _say(damage.warning or damage.said)
     show_rows(_by_name(answer, form), form)
-    _say(damage.warning or damage.said)
+    if len(found.chip_seeds) == 1:
+        _say("one chip: the intervals are over rows alone, and say nothing about other chips")
 
 
 def _by_name(values: dict[str, Any], form: Format) -> list[dict[str, Any]]:

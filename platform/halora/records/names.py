@@ -35,12 +35,16 @@ TRAINING_METRICS = (
 # Metrics of an evaluated child run.
 SCORE_METRICS = (
     "clean_accuracy",
+    "clean_accuracy_low",
+    "clean_accuracy_high",
     "clean_margin",
     "accuracy",
     "accuracy_low",
     "accuracy_high",
     "accuracy_std_chips",
     "accuracy_worst",
+    "drop_low",
+    "drop_high",
     "margin",
     "margin_low",
     "margin_high",

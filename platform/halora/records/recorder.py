@@ -26,6 +26,9 @@ from halora.spaces.sweep import SweepConfig
 from halora.training.tasks import Split, load_rows
 from halora.trial import TrialConfig
 
+_MOVES = ("accuracy", "accuracy_low", "accuracy_high")
+_MOVES_AGAINST = ("drop_low", "drop_high")
+
 
 class SweepRecorder:
     """Writes one sweep's journal. Used by the one process that runs the sweep.
@@ -110,6 +113,22 @@ class SweepRecorder:
         self._record_front()
         return self.ledger.point(number)
 
+    def record_estimates(self, accuracies: Mapping[int, float]) -> None:
+        """Record the accuracies that a race compares trials by; their intervals move along.
+
+        What was measured on each trial's own chips stays in its scores. The same estimates again are left as they are.
+        """
+        for number, accuracy in accuracies.items():
+            measured = self.ledger.measured(number)
+            if not measured:
+                continue
+            shift = accuracy - measured["accuracy"]
+            moved = {name: min(max(measured[name] + shift, 0.0), 1.0) for name in _MOVES if name in measured}
+            moved |= {name: measured[name] - shift for name in _MOVES_AGAINST if name in measured}
+            now = self.ledger.metrics(number)
+            if any(abs(now[name] - value) > 1e-9 for name, value in moved.items()):
+                self._write("estimate", number, step=self.ledger.scored_step(number), metrics=moved)
+
     def mark_finished(self, number: int) -> None:
         """Record that a trial whose scores are recorded is finished."""
         self._state(number, "finished")
@@ -178,7 +197,7 @@ class SweepRecorder:
         """Whether these scores are recorded: by the answers where there are any, as sums differ by their order."""
         if answers is not None:
             return self.ledger.answers(number) == answers
-        return metrics.items() <= self.ledger.metrics(number).items()
+        return metrics.items() <= (self.ledger.metrics(number) | self.ledger.measured(number)).items()
 
     def _state(self, number: int | None, state: str, cause: str = "") -> None:
         """Record a state on the disk itself: whoever hears of it next may rely on it."""

@@ -32,7 +32,7 @@ def model_card(config: TrialConfig, certification: Certification) -> str:
         _table(
             ("gate", "measured", "asked", "verdict"),
             (
-                (g.name, f"{g.value:.4g} {g.unit}", f"{g.comparison} {g.threshold:g}", "pass" if g.passed else "FAIL")
+                (g.name, f"{g.measured} {g.unit}", f"{g.comparison} {g.threshold:g}", "pass" if g.passed else "FAIL")
                 for g in certification.gates
             ),
         ),

@@ -48,6 +48,7 @@ class RobustnessLine:
         chips: Chip instances tried.
         meeting_spec: Those of them that reach the certificate's accuracy.
         accuracy: Mean over chips and test rows.
+        accuracy_low: Lower end of its 95 % interval over chips and rows; over rows alone for one chip.
         accuracy_worst: Of the worst chip.
         bound: Lower bound of the yield at an error level of 5 %, for this line alone.
         reason: Why it cannot be said, and then nothing else is; empty otherwise.
@@ -58,6 +59,7 @@ class RobustnessLine:
     chips: int = 0
     meeting_spec: int = 0
     accuracy: float | None = None
+    accuracy_low: float | None = None
     accuracy_worst: float | None = None
     bound: float | None = None
     reason: str = ""
@@ -272,7 +274,11 @@ class _Work:
             noise=noise_words(self._config),
         )
         lines = [self._line(scenario, gates) for scenario in self._scenarios(gates)]
-        by_name = {line.name: line.accuracy for line in lines if line.accuracy is not None}
+        by_name = {
+            line.name: (line.accuracy, line.accuracy_low)
+            for line in lines
+            if line.accuracy is not None and line.accuracy_low is not None
+        }
         reload = agreement(self._config, self._read("recorded"), self._read("reload"))
         found = certified_gates(
             scores,
@@ -339,14 +345,16 @@ class _Work:
         if scenario.chip is None:
             return RobustnessLine(scenario.group, scenario.name, reason=scenario.reason)
         chips = min(gates.robustness_chips, self._attempt.chips)
-        by_chip = self._read(self._part_of(scenario, chips)).accuracy_by_chip
+        scores = self._read(self._part_of(scenario, chips))
+        by_chip, found = scores.accuracy_by_chip, scores.summary()
         meeting = sum(accuracy >= gates.min_accuracy for accuracy in by_chip)
         return RobustnessLine(
             scenario.group,
             scenario.name,
             chips=len(by_chip),
             meeting_spec=meeting,
-            accuracy=sum(by_chip) / len(by_chip),
+            accuracy=found["accuracy"],
+            accuracy_low=found["accuracy_low"],
             accuracy_worst=min(by_chip),
             bound=yield_lower_bound(len(by_chip), len(by_chip) - meeting, 0.05),
         )

@@ -19,9 +19,9 @@ from halora.heartbeat import Heartbeats
 from halora.records.store import SweepFolder
 from halora.spaces.sweep import SweepConfig
 from halora.storage import read_adapter
-from halora.sweep.core import Decision, DecisionCore
+from halora.sweep.core import Decision
 from halora.sweep.probing import Base, Probing
-from halora.sweep.running import RunningJobs, TrialEvents
+from halora.sweep.running import JobSource, RunningJobs, TrialEvents
 from halora.sweep.session import worker_share
 from halora.trainable import HaloraTrainable, ScoringJob
 
@@ -112,7 +112,7 @@ class _CoreScheduler(FIFOScheduler):
         job = self._running.job(trial.trial_id)
         if job is None:
             return
-        logs = f"see `halora trial logs {self._folder.name}/{job.number}`"
+        logs = f"see `{self._folder.logs_command(job.number)}`"
         if cause := self._frozen.causes.pop(trial.trial_id, "") or _loss(trial):
             self._running.lost(trial.trial_id, f"{cause}; {logs}")
         else:
@@ -161,7 +161,7 @@ class _FrozenWorkers(tune.Callback):
 
 
 def run_trials(
-    sweep: SweepConfig, folder: SweepFolder, core: DecisionCore, events: TrialEvents, probing: Probing
+    sweep: SweepConfig, folder: SweepFolder, core: JobSource, events: TrialEvents, probing: Probing | None = None
 ) -> None:
     """Score the bases that are to be probed, then run the core's jobs until none is left, or Ctrl-C or a stop request.
 
@@ -171,7 +171,7 @@ def run_trials(
     tuner = tune.Tuner(
         tune.with_resources(HaloraTrainable, tune.PlacementGroupFactory([worker_share(sweep)] * sweep.workers)),
         tune_config=tune.TuneConfig(
-            search_alg=_CoreSearcher(running, probing, sweep, folder, frozen.name),
+            search_alg=_CoreSearcher(running, probing or Probing([], print), sweep, folder, frozen.name),
             scheduler=_CoreScheduler(running, folder, frozen),
             num_samples=-1,
             max_concurrent_trials=sweep.concurrent,

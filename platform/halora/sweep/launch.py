@@ -42,7 +42,7 @@ class Outcome:
     """How a run of a sweep ended.
 
     Attributes:
-        complete: All trials ended; False after Ctrl-C or a stop request.
+        complete: All trials ended, and the comparison; False after Ctrl-C or a stop request.
         failed: Number of failed trials.
         comparison: The closing comparison, where the sweep asks for one and it was reached.
     """
@@ -187,6 +187,7 @@ def _run(sweep: SweepConfig, store: Store, watcher: Watcher, cluster: Cluster, m
                 metrics_port, SweepCollector(sweep.name, recorder.ledger, lambda: undelivered(store, sweep.name))
             ),
         ):
+            ended = False
             events = _Recording(sweep, core, recorder, watcher, files, folder)
             comparison = None
             try:
@@ -195,16 +196,18 @@ def _run(sweep: SweepConfig, store: Store, watcher: Watcher, cluster: Cluster, m
                     every = sweep.resolve({}).training.report_every
                     at_once = sweep.concurrent
                     simulate(core, table, clock, concurrent=at_once, report_every=every, events=events, folder=folder)
+                    ended = core.over
                 else:
-                    comparison = _train(sweep, folder, core, events, recorder, watcher, cluster)
+                    ended, comparison = _train(sweep, folder, core, events, recorder, watcher, cluster)
             except KeyboardInterrupt:
                 pass
             finally:
                 _tell_end(sweep, core, watcher)
                 record_as_studied(core.trials(), recorder)
-                recorder.finish(interrupted=not core.over)
+                recorder.record_estimates(core.estimates())
+                recorder.finish(interrupted=not ended)
                 events.prune()
-        return Outcome(core.over, core.counts()["failed"], comparison)
+        return Outcome(ended, core.counts()["failed"], comparison)
 
 
 def _tell_end(sweep: SweepConfig, core: DecisionCore, watcher: Watcher) -> None:
@@ -224,8 +227,8 @@ def _train(
     recorder: "SweepRecorder",
     watcher: Watcher,
     cluster: Cluster,
-) -> ClosingComparison | None:
-    """Run the core's jobs on Ray, and the closing comparison after them."""
+) -> tuple[bool, ClosingComparison | None]:
+    """Run the core's jobs on Ray, and the closing comparison after them; whether both came to their end."""
     from halora.sweep.executor import run_trials  # imports Ray and torch
     from halora.sweep.session import ray_session
 
@@ -234,14 +237,14 @@ def _train(
         watcher.say(f"{RUNS} on up to {processes} workers; each loads the model once")
         unknown = bases(sweep, watcher.say) if recorder.ledger.damage is None else []
         run_trials(sweep, folder, core, events, Probing(unknown, watcher.say, recorder.record_damage))
+        recorder.record_estimates(core.estimates())
         chosen = contestants(sweep.comparison, events.points()) if sweep.comparison else {}
         if not chosen or not core.over:
-            return None
-        numbers = ", ".join(str(point.number) for point in chosen.values())
-        watcher.say(f"comparing trial {numbers} with the untrained base on fresh chips and rows")
-        comparison = compare(sweep, folder, core, chosen)
-        recorder.record_comparison(comparison.to_json())
-        return comparison
+            return core.over, None
+        comparison = compare(sweep, folder, core, chosen, watcher.say)
+        if comparison is not None:
+            recorder.record_comparison(comparison.to_json())
+        return comparison is not None, comparison
 
 
 class _Recording:
@@ -280,6 +283,7 @@ class _Recording:
         if self._to_prune:  # the study has by now what the events were told
             self.prune()
         if job.goal.first_chip:
+            self._recorder.record_estimates(self._core.estimates())  # of the race so far
             with suppress(UserError):  # its worker will say so
                 self._files.provide(job)
         if job.number not in self._begun and not job.goal.first_chip:

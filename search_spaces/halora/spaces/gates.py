@@ -9,11 +9,14 @@ class Gates(Frozen):
     """Bounds on a candidate, and how many chips they are shown on."""
 
     min_accuracy: float = Field(default=0.0, ge=0, le=1)
-    """Accuracy that a chip needs; a trial is a candidate if its mean over the search's chips reaches it."""
+    """Accuracy that a chip needs; a trial is a candidate if its mean over the search's chips reaches it.
+
+    Certified, the lower end of the 95 % interval of the mean over chips and test rows has to reach it."""
     min_accuracy_at: dict[float, float] = Field(default_factory=dict)
-    """Mean accuracy needed at other strengths of the chip's noise, by the strength in the noise model's own measure."""
+    """Accuracy needed at other strengths of the chip's noise, by the strength in the noise model's own measure: of the
+    lower end of the 95 % interval of the mean over `robustness_chips` and test rows."""
     max_drop: float | None = Field(default=None, ge=0, le=1)
-    """Clean accuracy less the mean over chips."""
+    """Clean accuracy less the mean over chips; certified, the upper end of its 95 % interval."""
     max_energy_uj_per_token: float | None = Field(default=None, gt=0)
     max_adapter_kb: float | None = Field(default=None, gt=0)
     """Size of the adapter's weights as stored, in units of 1,000 bytes."""

@@ -27,6 +27,14 @@ Formula = Annotated[str, AfterValidator(lambda text: formula(text).text)]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,79}$")]
 
 
+class EquivalenceMargin(Frozen):
+    """Up to where two contestants count as equal, either way."""
+
+    accuracy: float | None = Field(default=None, gt=0, lt=1)
+    margin: float | None = Field(default=None, gt=0)
+    """Mean margin in nats."""
+
+
 class Comparison(Frozen):
     """The closing comparison of trained adapters and the untrained base, on rows and chips the search did not use."""
 
@@ -40,6 +48,12 @@ class Comparison(Frozen):
     """The value of `by` whose trial gains are measured from; the untrained base when left out."""
     chips: tuple[str, ...] = ()
     """Chips to compare on, each a name of `chips`, a preset or a path; the trials' own when left out."""
+    seeds: int = Field(default=1, ge=1)
+    """Adapters of every contestant. With 1 the chosen trial's own takes part, and what is said is about that adapter;
+    with more the configuration is trained anew so many times with other seeds, and the trial's own, whose seed was
+    chosen with it, does not count. From 3 on statements are about methods."""
+    equivalence_margin: EquivalenceMargin = EquivalenceMargin()
+    """Asks for an equivalence test beside that of a difference."""
 
 
 class Probe(Frozen):

@@ -2,14 +2,14 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
 
 from halora.evaluation.config import EvaluationSettings
 from halora.evaluation.generation import generate, parsed_answer, reference_answers, reference_scores, same_answer
-from halora.evaluation.intervals import crossed_bootstrap
+from halora.evaluation.intervals import crossed, seeded, share, share_gain, wilson
 from halora.evaluation.scoring import margin, option_scores
 from halora.hardware.addressing import NoiseKey, Role
 from halora.hardware.chip import Chip
@@ -62,6 +62,8 @@ class ChipScores:
     def summary(self) -> dict[str, float]:
         """Accuracy and mean margin, clean and over chips, with 95 % intervals over rows and chips.
 
+        With one chip they are over rows alone, and say nothing about other chips. `drop` is what noise takes of the
+        clean accuracy.
         At other strengths of noise the accuracy, as `accuracy_at.LEVEL`; with more than one task the accuracy of each,
         as `accuracy.TASK` and `clean_accuracy.TASK`.
         """
@@ -69,15 +71,21 @@ class ChipScores:
         correct = np.array(self.noisy_correct, dtype=float)
         clean_correct = np.array(self.clean_correct, dtype=float)
         by_chip = np.array(self.accuracy_by_chip)
-        accuracy, mean_margin = crossed_bootstrap(correct), crossed_bootstrap(margins)
+        accuracy, mean_margin = share(correct), crossed(margins).interval()
+        clean = wilson(float(clean_correct.mean()), len(clean_correct))
+        drop = share_gain(np.broadcast_to(clean_correct, correct.shape)[None], correct[None]).interval()
         summary = {
-            "clean_accuracy": float(clean_correct.mean()),
+            "clean_accuracy": clean.mean,
+            "clean_accuracy_low": clean.low,
+            "clean_accuracy_high": clean.high,
             "clean_margin": fmean(self.clean),
             "accuracy": accuracy.mean,
             "accuracy_low": accuracy.low,
             "accuracy_high": accuracy.high,
             "accuracy_std_chips": float(by_chip.std(ddof=1)) if len(by_chip) > 1 else 0.0,
             "accuracy_worst": float(by_chip.min()),
+            "drop_low": drop.low,
+            "drop_high": drop.high,
             "margin": mean_margin.mean,
             "margin_low": mean_margin.low,
             "margin_high": mean_margin.high,
@@ -116,6 +124,28 @@ class ChipScores:
     def from_json(cls, content: Mapping[str, Any]) -> "ChipScores":
         """What `to_json` gave."""
         return cls(**{name: _as_tuple(value) for name, value in content.items()})
+
+
+def summary_over_seeds(seeds: Sequence[ChipScores]) -> dict[str, float]:
+    """The summary of one adapter, or of several that differ in their training seed, on the same rows and chips.
+
+    Of several, means over seeds with intervals over seeds, chips and rows; `accuracy_std_seeds` and `margin_std_seeds`
+    are the standard deviations of their means.
+    """
+    summaries = [each.summary() for each in seeds]
+    if len(seeds) == 1:
+        return summaries[0]
+    summary = {name: fmean(each[name] for each in summaries) for name in summaries[0] if name not in _ENDS}
+    accuracy = share(np.array([each.noisy_correct for each in seeds]))
+    margin = seeded(np.array([each.noisy for each in seeds])).interval()
+    summary |= {"accuracy_low": accuracy.low, "accuracy_high": accuracy.high}
+    summary |= {"margin_low": margin.low, "margin_high": margin.high}
+    spreads = {name: stdev(each[name] for each in summaries) for name in ("accuracy", "margin")}
+    return summary | {f"{name}_std_seeds": spread for name, spread in spreads.items()}
+
+
+_ENDS = {f"{name}_{end}" for name in ("clean_accuracy", "drop") for end in ("low", "high")}
+"""Ends of intervals that are said of one adapter alone."""
 
 
 def _as_tuple(value: Any) -> Any:
