@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from halora.analysis.trials import OTHER_ACCURACY
 from halora.cli.output import Format, show_rows, talk
 
 if TYPE_CHECKING:
@@ -24,7 +25,9 @@ def print_comparison(comparison: "ClosingComparison") -> None:
         highlight=False,
         soft_wrap=True,
     )
-    for what, shown, title in (("accuracy", ".3f", "accuracy"), ("margin", "+.2f", "margin in nats")):
+    told = comparison.cells[0].summary
+    others = [(name, ".3f", title) for name, title in OTHER_ACCURACY.items() if name in told]
+    for what, shown, title in (("accuracy", ".3f", "accuracy"), *others, ("margin", "+.2f", "margin in nats")):
         rows = []
         for name, cells in by_name.items():
             number = cells[0].number
@@ -34,7 +37,7 @@ def print_comparison(comparison: "ClosingComparison") -> None:
 
 
 def _entry(cell: "Cell", what: str, shown: str) -> str:
-    gain: Interval | None = getattr(cell, f"{what}_gain")
+    gain: Interval | None = getattr(cell, f"{what}_gain", None)
     signed = f"+{shown.removeprefix('+')}"
     interval = "" if gain is None else f"  [{gain.low:{signed}} .. {gain.high:{signed}}]"
     return f"{cell.summary[what]:{shown}}{interval}"
@@ -50,6 +53,11 @@ def _print_pair(comparison: "ClosingComparison", base: "Cell", adapter: "Cell") 
         else "not significant: both intervals include 0; raise trial.training.steps and comparison.rows to decide"
     )
     before, after = base.summary, adapter.summary
+    others = "".join(
+        f"  {title}: {before[name]:.3f} -> {after[name]:.3f}\n"
+        for name, title in OTHER_ACCURACY.items()
+        if name in before
+    )
     talk.print(
         f"\nbest adapter (trial {adapter.number}) beside the {base.contestant} base, "
         f"on the same {comparison.chip_instances} fresh chips and {comparison.rows} fresh rows:\n"
@@ -59,7 +67,7 @@ def _print_pair(comparison: "ClosingComparison", base: "Cell", adapter: "Cell") 
         f"gain {accuracy.mean:+.3f}  95 % interval [{accuracy.low:+.3f}, {accuracy.high:+.3f}]\n"
         f"  margin    {before['margin']:+.2f} -> {after['margin']:+.2f} nats   "
         f"gain {gain.mean:+.2f}  95 % interval [{gain.low:+.2f}, {gain.high:+.2f}]\n"
-        f"  {verdict}",
+        f"{others}  {verdict}",
         markup=False,
         highlight=False,
         soft_wrap=True,
