@@ -97,24 +97,26 @@ def certify_made_up(store: Store, sweep: str, number: int, *, failures: int = 0,
         failures: Certified chips that missed the spec.
         adapter: The adapter's file; without one the certification is only begun, with eight chips scored.
     """
-    folder, gates = store.sweep(sweep), Gates(min_accuracy=0.3, min_yield=0.9, candidates=3)
+    folder, gates = store.sweep(sweep), Gates(min_accuracy=0.3, min_yield=0.9)
     point = read_ledger(store, sweep).point(number)
     folder.selection.mkdir(exist_ok=True)
     digest = hashlib.sha256(adapter or b"").hexdigest()
-    attempt = open_attempt(folder, sweep, number, digest, gates)
+    attempt = open_attempt(store, folder, "made-up", number, digest, gates, ("tiny",))
     if adapter is None:
         (attempt.folder(folder) / "chips-00000.json").write_text(json.dumps({"chip_seeds": list(range(8))}))
         return
     certificate = Certificate(
         sweep=sweep,
         trial=number,
+        launch=attempt.launch,
         attempt=attempt.number,
-        attempts=gates.candidates,
+        earlier=attempt.spent.earlier,
+        spent=attempt.spent.error,
         confidence=gates.confidence,
         min_accuracy=gates.min_accuracy,
+        scoring="options",
         min_yield=gates.min_yield,
         chips=attempt.chips,
-        first_chip=attempt.first_chip,
         failures=failures,
         task="tiny",
         rows=24,

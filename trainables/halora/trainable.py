@@ -124,6 +124,7 @@ class Workbench:
         first_chip: int = 0,
         split: Split = "validation",
         role: Role = Role.SEARCH,
+        series: str = "",
     ) -> ChipScores:
         """Score a stored adapter on chip instances.
 
@@ -134,6 +135,7 @@ class Workbench:
             first_chip: Number of the first chip instance.
             split: Where the rows come from.
             role: Pool of the chip instances.
+            series: Series within the pool of certification, see `NoiseKey`.
         """
         settings = config.evaluation
         rows = self.scored_rows(config, first_row, split)
@@ -142,7 +144,15 @@ class Workbench:
         peft_model = attach_saved(base, adapter, config.chip.lora.weight_bits) if adapter else None
         try:
             return evaluate(
-                base, array, config.chip, rows, calibration_rows, settings, role=role, first_chip=first_chip
+                base,
+                array,
+                config.chip,
+                rows,
+                calibration_rows,
+                settings,
+                role=role,
+                series=series,
+                first_chip=first_chip,
             )
         finally:
             array.clear()
@@ -258,6 +268,7 @@ class ScoringJob:
         first_chip: Number of the first chip instance.
         split: Where the rows come from.
         role: Pool of the chip instances.
+        series: Series within the pool of certification, see `NoiseKey`.
     """
 
     config: TrialConfig
@@ -266,6 +277,7 @@ class ScoringJob:
     first_chip: int = 0
     split: Split = "validation"
     role: Role = Role.SEARCH
+    series: str = ""
 
     def run(self, adapter_files: Mapping[str, bytes] | None = None) -> ChipScores:
         """Score on this process's workbench.
@@ -283,6 +295,7 @@ class ScoringJob:
                 first_chip=self.first_chip,
                 split=self.split,
                 role=self.role,
+                series=self.series,
             )
 
 

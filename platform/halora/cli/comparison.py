@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from halora.analysis.trials import OTHER_ACCURACY
 from halora.cli.output import Format, show_rows, talk
 
 if TYPE_CHECKING:
@@ -26,7 +27,9 @@ def print_comparison(comparison: "ClosingComparison") -> None:
         f"\ncomparison on {comparison.chip_instances} fresh instances of each chip and {comparison.rows} fresh rows; "
         f"in brackets the 95 % interval of the gain over '{comparison.reference}', and the p-value of no difference"
     )
-    for what, shown in _ENDPOINTS.items():
+    told = comparison.cells[0].summary
+    others = {name: ".3f" for name in OTHER_ACCURACY if name in told}
+    for what, shown in (_ENDPOINTS | others).items():
         rows = []
         for name, cells in by_name.items():
             number = cells[0].number
@@ -84,9 +87,10 @@ def _gain(cell: "Cell", what: str) -> "Gain":
 
 
 def _entry(cell: "Cell", what: str, shown: str) -> str:
-    if cell.accuracy_gain is None:
+    gain = _gain(cell, what) if what in _ENDPOINTS else None
+    if gain is None:
         return f"{cell.summary[what]:{shown}}"
-    gain, signed = _gain(cell, what), f"+{shown.removeprefix('+')}"
+    signed = f"+{shown.removeprefix('+')}"
     return f"{cell.summary[what]:{shown}}  [{gain.low:{signed}} .. {gain.high:{signed}}] p {gain.p_different:.2g}"
 
 
@@ -101,6 +105,7 @@ def _print_pair(comparison: "ClosingComparison", base: "Cell", adapter: "Cell") 
     ]
     for name, shown in _ENDPOINTS.items():
         gain, signed = _gain(adapter, name), f"+{shown.removeprefix('+')}"
+        assert gain is not None
         unit = " nats" if name == "margin" else ""
         equivalent = "" if gain.p_equivalent is None else f", of no equivalence {gain.p_equivalent:.2g}"
         lines.append(
@@ -108,6 +113,11 @@ def _print_pair(comparison: "ClosingComparison", base: "Cell", adapter: "Cell") 
             f"95 % interval [{gain.low:{signed}}, {gain.high:{signed}}]  p of no difference {gain.p_different:.2g}"
             f"{equivalent}"
         )
+    lines += [
+        f"  {title}: {before[name]:.3f} -> {after[name]:.3f}"
+        for name, title in OTHER_ACCURACY.items()
+        if name in before
+    ]
     _say("\n".join([*lines, f"  {verdict(comparison, adapter)}", _foot(comparison)]))
 
 

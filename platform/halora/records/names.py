@@ -8,6 +8,7 @@ from halora.analysis.trials import VIOLATION as VIOLATION
 
 # Tags of parent and child runs.
 SWEEP = "halora.sweep"
+LAUNCH = "halora.launch"  # of the parent run: identity of the launch, which the sweep's certified chips are drawn from
 KIND = "halora.kind"  # sweep | trial
 NUMBER = "halora.trial"
 CHIP_HASH = "halora.chip_hash"
@@ -50,10 +51,27 @@ SCORE_METRICS = (
     "margin_high",
     "noise_db",
 )
-TASK_METRICS = ("accuracy.", "clean_accuracy.")  # followed by the name of a mixture's task
+BESIDE_METRICS = (  # by the way of scoring options that was not asked for
+    "clean_accuracy_per_byte",
+    "clean_margin_per_byte",
+    "accuracy_per_byte",
+    "margin_per_byte",
+    "clean_accuracy_summed",
+    "clean_margin_summed",
+    "accuracy_summed",
+    "margin_summed",
+)
+TASK_METRICS = (  # followed by the name of a mixture's task
+    "accuracy.",
+    "clean_accuracy.",
+    "accuracy_per_byte.",
+    "clean_accuracy_per_byte.",
+    "accuracy_summed.",
+    "clean_accuracy_summed.",
+)
 # LEVEL_METRIC: accuracy at another strength of the chip's noise, which follows.
 RUNG_METRIC = "rung_{score}"  # a score at a rung of early stopping; step = optimiser step
-RUNG_SCORES = ("accuracy", "clean_accuracy", "margin")
+RUNG_SCORES = ("accuracy", "clean_accuracy", "margin")  # and those of BESIDE_METRICS that there are
 FRONT_PROBABILITY = "front_probability"  # step = trials finished so far
 ENERGY = "energy_uj_per_token"
 ENERGY_COMPONENT = "energy_uj_per_token.{component}"
@@ -98,7 +116,7 @@ def registered_name(model: str, task: str, chip: str, chip_hash: str) -> str:
 
 def is_score(name: str) -> bool:
     """Whether a metric is one of an evaluated trial: a score, or by how much it breaks a constraint."""
-    return name in SCORE_METRICS or name.startswith((*TASK_METRICS, LEVEL_METRIC, VIOLATION))
+    return name in (*SCORE_METRICS, *BESIDE_METRICS) or name.startswith((*TASK_METRICS, LEVEL_METRIC, VIOLATION))
 
 
 def identity(sweep: str, number: int | None) -> dict[str, str]:

@@ -84,7 +84,8 @@ class SweepRecorder:
     def report_rung(self, number: int, step: int, scores: Mapping[str, float]) -> None:
         """Record the scores at a rung of early stopping; a rung that is recorded already is left as it is."""
         if step not in self.ledger.rungs(number):
-            reached = {names.RUNG_METRIC.format(score=name): float(scores[name]) for name in names.RUNG_SCORES}
+            told = (*names.RUNG_SCORES, *(name for name in names.BESIDE_METRICS if name in scores))
+            reached = {names.RUNG_METRIC.format(score=name): float(scores[name]) for name in told}
             self._write("rung", number, step=step, metrics=reached)
 
     def finish_trial(

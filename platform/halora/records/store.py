@@ -60,6 +60,11 @@ class Store:
         """Cache of what the journals add up to."""
         return self.root / "index.db"
 
+    @property
+    def certifications_file(self) -> Path:
+        """Every certification begun in the store, and what it took of the error level of its test rows."""
+        return self.root / "certifications.json"
+
     def sweep(self, name: str) -> "SweepFolder":
         """The folder of a sweep, which need not exist."""
         return SweepFolder(self.root / "sweeps" / name)

@@ -180,8 +180,10 @@ class MlflowSweep:
             tags[_NAME_TAG] = self._sweep.name if number is None else f"{self._sweep.name}/{number}"
             if number is not None:
                 tags[_PARENT_TAG] = self._run(None, began_ms)
-            elif self._sweep.description:
-                tags[_NOTE_TAG] = self._sweep.description
+            else:
+                tags[names.LAUNCH] = self._sweep.launch
+                if self._sweep.description:
+                    tags[_NOTE_TAG] = self._sweep.description
             self._unsure.add(number)
             found = [self._client.create_run(self._experiment, start_time=began_ms, tags=tags)]
             self._unsure.discard(number)

@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import yaml
 
@@ -95,6 +96,7 @@ def launch(
         folder.server_file.write_text(store.server)
     if curves:
         folder.curves_file.write_bytes(curves.read_bytes())
+    sweep = sweep.model_copy(update={"launch": uuid4().hex})
     folder.sweep_file.write_text(yaml.safe_dump(sweep.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
     return _run(sweep, store, watcher, cluster, metrics_port)
 

@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from halora.errors import StorageError
+from halora.records.names import BESIDE_METRICS
 from halora.spaces.search import METRICS
 from halora.sweep.core import Decision, Job
 
-_KEPT = (*METRICS, "step", "rows", "accuracy_by_chip")
+_KEPT = (*METRICS, *BESIDE_METRICS, "step", "rows", "accuracy_by_chip")
 
 
 class JobSource(Protocol):

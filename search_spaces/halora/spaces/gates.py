@@ -29,9 +29,9 @@ class Gates(Frozen):
     failures: int = Field(default=0, ge=0)
     """Certified chips that may miss it all the same; more of them ask for more chips."""
     confidence: float = Field(default=0.95, gt=0, lt=1)
-    """Of all bounds that a sweep's candidates are certified with, together."""
+    """Of all certifications begun in a store on the same test rows, whatever sweep they are of, together."""
     candidates: int = Field(default=1, ge=1)
-    """Certifications that the sweep may ever try: they share the error level."""
+    """Candidates that a selection certifies at most, the preferred ones in turn, until one passes."""
     test_rows: int | None = Field(default=None, ge=2)
     """Rows of the test split, in a fixed shuffled order; all of them when left out."""
     robustness_chips: int = Field(default=5, ge=0)

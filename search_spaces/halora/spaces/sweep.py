@@ -98,6 +98,8 @@ class SweepConfig(Frozen):
     name: Name
     family: Name
     """MLflow experiment; sweeps of a family can be compared."""
+    launch: str = ""
+    """Identity of the launch that certified chips depend on, drawn at each launch whatever a file says."""
     description: str = ""
     seed: int = Field(default=0, ge=0)
     trials: int = Field(ge=1)

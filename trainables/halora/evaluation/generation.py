@@ -92,7 +92,8 @@ def check_scorable(rows: Sequence[Row], scoring: str, pattern: str) -> None:
     """Refuse rows that cannot be scored the asked way.
 
     Raises:
-        UserError: Rows with nothing to choose from for `cloze`, or without an answer to find for `generation`.
+        UserError: Rows with nothing to choose from where options are scored, or without an answer to find for
+            `generation`.
     """
     if scoring == "generation":
         reference_answers(rows, pattern)
@@ -100,7 +101,8 @@ def check_scorable(rows: Sequence[Row], scoring: str, pattern: str) -> None:
     single = sorted({row.task for row in rows if len(row.options) == 1})
     if single:
         raise UserError(
-            f"evaluation.scoring cloze: rows of task {', '.join(single)} have one completion, nothing to choose from",
+            f"evaluation.scoring {scoring}: rows of task {', '.join(single)} have one completion, nothing to choose "
+            "from",
             "take evaluation.scoring generation",
         )
 
