@@ -28,14 +28,14 @@ def print_comparison(comparison: "ClosingComparison") -> None:
         f"in brackets the 95 % interval of the gain over '{comparison.reference}', and the p-value of no difference"
     )
     told = comparison.cells[0].summary
-    others = {name: ".3f" for name in OTHER_ACCURACY if name in told}
-    for what, shown in (_ENDPOINTS | others).items():
+    others = [(name, ".3f", title) for name, title in OTHER_ACCURACY.items() if name in told]
+    for what, shown, title in (("accuracy", ".3f", "accuracy"), *others, ("margin", "+.2f", "margin in nats")):
         rows = []
         for name, cells in by_name.items():
             number = cells[0].number
             row = {"contestant": name, "trial": "-" if number is None else str(number)}
             rows.append(row | {cell.chip: _entry(cell, what, shown) for cell in cells})
-        show_rows(rows, Format.TABLE, "accuracy" if what == "accuracy" else "margin in nats")
+        show_rows(rows, Format.TABLE, title)
     for cell in comparison.cells:
         if cell.accuracy_gain is not None:
             _say(f"  {verdict(comparison, cell)} on {cell.chip}")
@@ -87,10 +87,9 @@ def _gain(cell: "Cell", what: str) -> "Gain":
 
 
 def _entry(cell: "Cell", what: str, shown: str) -> str:
-    gain = _gain(cell, what) if what in _ENDPOINTS else None
-    if gain is None:
+    if what not in _ENDPOINTS or cell.accuracy_gain is None:
         return f"{cell.summary[what]:{shown}}"
-    signed = f"+{shown.removeprefix('+')}"
+    gain, signed = _gain(cell, what), f"+{shown.removeprefix('+')}"
     return f"{cell.summary[what]:{shown}}  [{gain.low:{signed}} .. {gain.high:{signed}}] p {gain.p_different:.2g}"
 
 
@@ -105,7 +104,6 @@ def _print_pair(comparison: "ClosingComparison", base: "Cell", adapter: "Cell") 
     ]
     for name, shown in _ENDPOINTS.items():
         gain, signed = _gain(adapter, name), f"+{shown.removeprefix('+')}"
-        assert gain is not None
         unit = " nats" if name == "margin" else ""
         equivalent = "" if gain.p_equivalent is None else f", of no equivalence {gain.p_equivalent:.2g}"
         lines.append(
