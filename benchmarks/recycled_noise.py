@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.ways import trial
-from halora.evaluation.intervals import crossed_bootstrap
+from halora.evaluation.intervals import crossed
 from halora.hardware import draws
 from halora.hardware.addressing import NoiseKey
 from halora.trainable import Workbench
@@ -54,7 +54,7 @@ def main() -> None:
         "true": np.array(true),
         "recycled less true": np.array(recycled) - np.array(true),
     }.items():
-        found = crossed_bootstrap(values)
+        found = crossed(values).interval()
         print(f"margin in nats, {name}: {found.mean:.3f}, 95 % interval [{found.low:.3f}, {found.high:.3f}]")
 
 

@@ -62,6 +62,7 @@ def _gaps(
         "training.method": "halora",
         "training.mu": mu,
         "training.reg_norm": norm,
+        "training.reg_reduction": "mean",
         "training.steps": arguments.steps,
         "training.batch_size": arguments.batch_size,
         "training.schedule": {"sigma_start": arguments.sigma, "redraw_steps": 4},

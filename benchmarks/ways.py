@@ -27,10 +27,13 @@ CLEAN = {"training.schedule": {"sigma_start": 0.0, "clean_probability": 1.0}}
 
 def trial(settings: Mapping[str, Any]) -> TrialConfig:
     """HaLoRA of SmolLM2-135M on ARC-Easy, its noise redrawn at every step, with settings by dotted path."""
-    schedule = {"shape": "constant", "sigma_start": SIGMA, "redraw_steps": 1}
-    return load_trial(
-        "quickstart", {"chip": CHIP, "training.method": "halora", "training.schedule": schedule, **settings}
-    )
+    fixed = {
+        "chip": CHIP,
+        "training.method": "halora",
+        "training.reg_reduction": "mean",  # as the other ways have it
+        "training.schedule": {"shape": "constant", "sigma_start": SIGMA, "redraw_steps": 1},
+    }
+    return load_trial("quickstart", fixed | settings)
 
 
 def row_order(config: TrialConfig, rows: Sequence[Row]) -> Iterator[list[int]]:

@@ -97,24 +97,26 @@ def certify_made_up(store: Store, sweep: str, number: int, *, failures: int = 0,
         failures: Certified chips that missed the spec.
         adapter: The adapter's file; without one the certification is only begun, with eight chips scored.
     """
-    folder, gates = store.sweep(sweep), Gates(min_accuracy=0.3, min_yield=0.9, candidates=3)
+    folder, gates = store.sweep(sweep), Gates(min_accuracy=0.3, min_yield=0.9)
     point = read_ledger(store, sweep).point(number)
     folder.selection.mkdir(exist_ok=True)
     digest = hashlib.sha256(adapter or b"").hexdigest()
-    attempt = open_attempt(folder, sweep, number, digest, gates)
+    attempt = open_attempt(store, folder, "made-up", number, digest, gates, ("tiny",))
     if adapter is None:
         (attempt.folder(folder) / "chips-00000.json").write_text(json.dumps({"chip_seeds": list(range(8))}))
         return
     certificate = Certificate(
         sweep=sweep,
         trial=number,
+        launch=attempt.launch,
         attempt=attempt.number,
-        attempts=gates.candidates,
+        earlier=attempt.spent.earlier,
+        spent=attempt.spent.error,
         confidence=gates.confidence,
         min_accuracy=gates.min_accuracy,
+        scoring="options",
         min_yield=gates.min_yield,
         chips=attempt.chips,
-        first_chip=attempt.first_chip,
         failures=failures,
         task="tiny",
         rows=24,
@@ -161,7 +163,9 @@ def varied_trial(recorder: SweepRecorder, sweep: SweepConfig, folder: Path, numb
         values["training__mu"] = float(10 ** rng.uniform(-3, 0))
     begin(recorder, sweep, number, **values)
     for step in range(2, 17, 2):
-        recorder.report_step(number, step, {"train_loss": 3 / step, "train_task_loss": 2.5 / step, "train_sigma": 0.01})
+        losses = {"train_loss": 3 / step, "train_task_loss": 2.5 / step, "train_sigma": 0.01}
+        gradients = {"train_task_grad_norm": 4.0, "train_reg_grad_norm": step / 8, "train_reg_share": step / 32}
+        recorder.report_step(number, step, losses | (gradients if method == "halora" else {}))
     if number == 3:
         log = folder / "ray" / f"{number:05d}_trial" / "stderr"
         log.parent.mkdir(parents=True)

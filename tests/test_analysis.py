@@ -30,7 +30,6 @@ from halora.analysis.trials import (
 )
 from halora.analysis.uncertainty import front_probability
 from halora.errors import UserError
-from halora.evaluation.intervals import crossed_bootstrap
 from halora.records.publishing import front_csv
 
 DECIBEL = Objective("noise_db", maximise=False)
@@ -164,6 +163,19 @@ def test_trials_that_met_the_same_rows_are_resampled_together():
     assert front_probability(apart, draws=2000)[1] < 0.75  # what their wide intervals alone would say
 
 
+def test_after_a_race_the_draws_are_centred_on_its_estimates():
+    """The raced trial met harder chips; its estimate is 0.1 above its plain mean, and so is every draw."""
+    rng = np.random.default_rng(2)
+    correct = rng.random((6, 40)) < 0.5
+    rival = TrialPoint(number=0, metrics={"accuracy": correct.mean() + 0.1, "energy_uj_per_token": 1.0})
+    plain, estimated = (
+        front_probability([rival, _point(1, correct.mean() + shift, 2.0, correct=_answers(correct))], draws=4000)[1]
+        for shift in (0.0, 0.1)
+    )
+    assert plain < 0.25
+    assert estimated == pytest.approx(0.5, abs=0.06)
+
+
 def test_a_trial_on_more_chips_shares_its_rows_with_the_others():
     """As above, on chips that change no answer; sums of sixteenths and of quarters are exact."""
     answers = np.random.default_rng(0).random(16) < 0.5
@@ -173,11 +185,11 @@ def test_a_trial_on_more_chips_shares_its_rows_with_the_others():
     assert front_probability(points, draws=20_000)[1] == pytest.approx(1 - (1 - 1 / 16) ** 16, abs=0.01)
 
 
-def test_resampled_accuracies_spread_as_their_interval_does():
+def test_accuracies_are_resampled_over_rows_and_chips():
     rng = np.random.default_rng(1)
     correct = rng.random((5, 40)) < 0.6
-    interval = crossed_bootstrap(correct.astype(float))
-    rival_accuracy = interval.low  # a cheaper trial, known exactly, at the lower end of the interval
+    means = [correct[np.ix_(rng.integers(5, size=5), rng.integers(40, size=40))].mean() for _ in range(4000)]
+    rival_accuracy = np.quantile(means, 0.025)  # a cheaper trial, known exactly
     rival = TrialPoint(number=0, metrics={"accuracy": rival_accuracy, "energy_uj_per_token": 1.0})
     trial = _point(1, correct.mean(), 2.0, correct=_answers(correct))
     assert front_probability([rival, trial], draws=8000)[1] == pytest.approx(0.975, abs=0.01)
@@ -380,6 +392,7 @@ def _summary(points, **more):
         "hypervolume": list(hypervolume_history(view.groups.feasible, (0.0, 6.0))),
         "baselines": {},
         "comparison": None,
+        "damage": [],
     }
     fixed = {"name": "s", "family": "f", "description": "d", "trials": 9, "time": "now"}
     return SweepSummary(front=view, **fixed, **(given | more))

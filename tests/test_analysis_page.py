@@ -9,7 +9,7 @@ from halora.analysis import charts
 from halora.analysis.layers import by_kind
 from halora.analysis.parallel import ABSENT, line_places, parallel_axes
 from halora.analysis.summary import narrowed, view_front
-from halora.analysis.trial_charts import beside_chart, layers_chart, loss_chart, time_chart
+from halora.analysis.trial_charts import beside_chart, gradients_chart, layers_chart, loss_chart, time_chart
 from halora.analysis.trials import ACCURACY, ENERGY, Objective, TrialPoint, filtered
 
 
@@ -120,6 +120,18 @@ def test_losses_that_are_no_numbers_are_left_out():
         ("task loss", [4], [1.0]),
     ]
     assert loss_chart([])["data"] == []
+
+
+def test_gradients_are_drawn_beside_each_other_with_their_ratio():
+    first = {"train_task_grad_norm": 2.0, "train_reg_grad_norm": 0.5, "train_reg_share": 0.25}
+    chart = gradients_chart([(2, first), (4, {"train_task_grad_norm": 1.0})])
+    plotly.graph_objects.Figure(chart)
+    assert [(t["name"], t["x"], t["y"], t["text"]) for t in chart["data"]] == [
+        ("task", [2, 4], [2.0, 1.0], ["0.25 of the task's", ""]),
+        ("µ · regulariser", [2], [0.5], ["0.25 of the task's"]),
+    ]
+    assert chart["layout"]["yaxis"]["type"] == "log"
+    assert gradients_chart([(2, {"train_loss": 1.0})])["data"] == []
 
 
 def test_layers_are_drawn_by_kind_over_the_depth():

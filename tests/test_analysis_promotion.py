@@ -90,6 +90,33 @@ def test_what_a_chip_does_to_all_alike_is_no_uncertainty():
     assert estimated - estimated[0] == pytest.approx(means - means[0], abs=1e-6)
 
 
+def test_the_front_of_a_race_is_made_of_its_own_estimates():
+    """Two chips that only raced trials met are easier by 0.16; a fit by hand gives 0.42 and 0.44, plain means 0.50."""
+    raced, cheaper, other = [0.42, 0.42, 0.58, 0.58], [0.44, 0.44], [0.60, 0.60, 0.76, 0.76]
+    means, _ = chip_estimates([raced, cheaper, other])
+    assert means == pytest.approx([0.42, 0.44, 0.60], abs=1e-9)
+    assert np.mean(raced) > 0.44 > means[0]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_estimates_are_the_least_squares_fit_and_those_on_the_shared_chips_keep_their_means(seed):
+    rng = np.random.default_rng(seed)
+    tables = [rng.random(int(count)).tolist() for count in rng.choice([2, 2, 2, 4, 5], 7)] + [rng.random(2).tolist()]
+    most = max(map(len, tables))
+    rows = [(i, chip, value) for i, own in enumerate(tables) for chip, value in enumerate(own)]
+    design = np.zeros((len(rows) + 1, len(tables) + most))
+    for place, (i, chip, _) in enumerate(rows):
+        design[place, i] = design[place, len(tables) + chip] = 1
+    design[-1, len(tables) : len(tables) + 2] = 1e6  # chips 0 and 1, which all have, add up to nothing
+    fit = np.linalg.lstsq(design, np.array([*(value for _, _, value in rows), 0.0]), rcond=None)[0]
+    means, _ = chip_estimates(tables)
+    if len([own for own in tables if len(own) == most]) > 1:  # else a chip of one trial alone says nothing of it
+        assert means == pytest.approx(fit[: len(tables)], abs=1e-5)
+    for own, mean in zip(tables, means, strict=True):
+        if len(own) == 2:
+            assert mean == pytest.approx(np.mean(own))
+
+
 def test_standard_errors_are_those_of_many_repetitions():
     rng = np.random.default_rng(1)
     true, std = np.linspace(0.4, 0.6, 12), 0.05

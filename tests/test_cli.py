@@ -242,6 +242,7 @@ def test_mlflow_holds_the_whole_sweep(zoo, store, tiny_models):
         "front.png",
         "report.html",
         "comparison.json",
+        "damage.json",
     }
     for run in trials:
         assert run.info.status == "FINISHED"
@@ -324,6 +325,63 @@ def test_the_closing_comparison_scores_every_contestant_on_every_chip(store, tin
     (again,) = json.loads(evaluated.stdout)
     summary = cells["noisy", "stuck"]["summary"]
     assert {name: again[name] for name in summary} == pytest.approx(summary, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_a_comparison_over_seeds_goes_on_after_a_kill(store, tiny_models, tiny_task, tmp_path):
+    """Killed while it trains the comparison's adapters; oracle: the same trainings by `halora train`, undisturbed."""
+    content = _content("seeds", tiny_models, tiny_task, steps=16, report_every=2, schedule={"redraw_steps": 4})
+    by_method = {"by": "training.method", "against": "lora", "seeds": 2, "equivalence_margin": {"margin": 50.0}}
+    content |= {
+        "trials": 2,
+        "space": {"training.method": {"choices": ["lora", "halora"]}},
+        "first": [{"training.method": "lora"}, {"training.method": "halora"}],
+        "comparison": {"rows": 8, "chip_instances": 2, **by_method},
+    }
+    path = tmp_path / "seeds.yaml"
+    path.write_text(yaml.safe_dump(content))
+    with background(store, "sweep", "launch", path) as driver:
+        driver.wait_for("comparison, lora with seed 8: trained")
+        driver.wait_for("comparison, halora with seed 8: step 4/16")
+        workers = driver.workers()
+        driver.process.kill()
+        driver.end()
+    psutil.wait_procs(workers, timeout=120)
+    resumed = halora(store, "sweep", "resume", "seeds")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "training 3 of 4 adapters for the comparison" in resumed.stderr
+    told = re.findall(r"comparison, (\w+) with seed (\d): step (\d+)/60", resumed.stderr)
+    assert ("lora", "8") not in {(name, seed) for name, seed, _ in told}
+    assert min(int(step) for name, seed, step in told if (name, seed) == ("halora", "8")) > 4  # from its checkpoint
+    (parent,) = runs(store, "seeds", kind="sweep")
+    assert parent.info.status == "FINISHED"
+    text = _client(store).download_artifacts(parent.info.run_id, "comparison.json", str(tmp_path))
+    comparison = json.loads(Path(text).read_text())
+    origins = [(each["contestant"], each["seed"]) for each in comparison["adapters"]]
+    assert origins == [("lora", 8), ("halora", 8), ("lora", 9), ("halora", 9)]
+    assert comparison["program"]["version"]
+    cells = {cell["contestant"]: cell for cell in comparison["cells"]}
+    assert {name: cell["seeds"] for name, cell in cells.items()} == {"untrained": 0, "lora": 2, "halora": 2}
+    assert "these 2 adapters of 'halora' are" in resumed.stderr
+    by_hand = tmp_path / "by hand"
+    fresh = ["--rows", 8, "--first-row", 8, "--first-chip", 2, "--instances", 2, "--format", "json"]
+    margins = []
+    for seed in (8, 9):
+        own = ["--set", "training.method=halora", "--set", f"seed={seed}"]
+        trained = halora(store, "train", path, "--output", by_hand / str(seed), "--no-scores", *own)
+        assert trained.returncode == 0, trained.stderr
+        (scored,) = json.loads(halora(store, "evaluate", by_hand / str(seed), *fresh).stdout)
+        margins.append(scored["margin"])
+    summary = cells["halora"]["summary"]
+    assert summary["margin"] == pytest.approx(sum(margins) / 2, abs=1e-3)
+    assert summary["margin_std_seeds"] == pytest.approx(abs(margins[0] - margins[1]) / 2**0.5, abs=1e-3)
+    gain = cells["halora"]["margin_gain"]
+    assert gain["mean"] == pytest.approx(summary["margin"] - cells["lora"]["summary"]["margin"])
+    assert gain["p_equivalent"] < 1
+    again = halora(store, "sweep", "resume", "seeds")  # nothing is left to train or to score
+    assert "adapters for the comparison" not in again.stderr
+    assert "evaluations" not in again.stderr
+    assert "these 2 adapters of 'halora' are" in again.stderr
 
 
 @pytest.mark.slow

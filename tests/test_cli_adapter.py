@@ -159,19 +159,20 @@ def test_selecting_again_changes_nothing(store, ask, registered):
 
 def test_who_qualifies_and_how_many_chips_it_takes_without_touching_anything(ask, store, selections):
     before = sorted((store / "sweeps/tiny/selection").rglob("*"))
-    code, out, err = ask("adapter select tiny --dry-run --max-energy 1e-9 --confidence 0.95 --yield 0.95 --format json")
+    code, out, err = ask("adapter select tiny --dry-run --max-energy 1e-9 --yield 0.95 --format json")
     assert code == 0
     assert all(row["why_not"][0].startswith("max_energy_uj_per_token") for row in json.loads(out))
-    assert "80 with 0, 119 with 1, 153 with 2" in err  # three candidates share 5 %
+    assert "1 certification begun in this store on test rows of tiny took 0.05 of an error level of 0.1" in err
+    assert "80 with 0, 119 with 1, 153 with 2" in err  # the next takes a third of the 0.05 left
     assert sorted((store / "sweeps/tiny/selection").rglob("*")) == before
     code, _, err = ask("adapter select tiny --max-energy 1e-9")
     assert (code, "no trial qualifies" in err) == (1, True)
 
 
 def test_the_error_level_is_remembered(ask, selections):
-    code, _, err = ask("adapter select tiny --set candidates=1")
+    code, _, err = ask("adapter select tiny --confidence 0.95")
     assert code == 2
-    assert "confidence 0.9 over 3, not 0.9 over 1" in err
+    assert "leaves nothing for another certification on these test rows: the 1 begun" in err
     code, _, err = ask("adapter select tiny --min-accuracy 0")
     assert (code, "which every chip reaches" in err) == (2, True)
     code, _, err = ask("adapter select tiny --yield 1.5 --set min_chip=3")
@@ -367,3 +368,38 @@ def test_a_task_without_a_test_split_is_told(tiny_trial, tmp_path, tiny_task):
     other = config.model_copy(update={"task": str(folder) + "/"})  # read anew
     with pytest.raises(UserError, match=r"lacks test\.jsonl"):
         test_rows(other, Gates())
+
+
+def test_another_launch_has_an_identity_and_certified_chips_of_its_own(store, registered):
+    """The last test here, as it adds to the store: a second sweep, launched from the first's own file."""
+    file = store / "sweeps/tiny/sweep.yaml"
+    launch = _launched(store, "sweep", "launch", file, "--name", "again", "--set", "trials=1")
+    said = launch.communicate(timeout=1200)
+    assert launch.returncode == 0, said
+    client = MlflowClient(f"sqlite:///{store / 'mlflow.db'}")
+    launches = {}
+    for name in ("tiny", "again"):
+        (experiment,) = client.search_experiments(filter_string="name = 'selection'")
+        (parent,) = client.search_runs(
+            [experiment.experiment_id], f"tags.`halora.sweep` = '{name}' and tags.`halora.kind` = 'sweep'"
+        )
+        launches[name] = yaml.safe_load((store / f"sweeps/{name}/sweep.yaml").read_text())["launch"]
+        assert parent.data.tags["halora.launch"] == launches[name]
+    assert all(re.fullmatch("[0-9a-f]{32}", launch) for launch in launches.values())
+    assert len(set(launches.values())) == 2
+    select = _launched(store, "adapter", "select", "again", "--yield", "0.3", "--format", "json")
+    out, err = select.communicate(timeout=1200)
+    assert select.returncode in (0, 1), err  # whether it passes is not the question
+    certificates = [json.loads(out)[0]["certificate"]]
+    certificates.append(
+        json.loads((store / "sweeps/tiny/selection/attempt-01/certification.json").read_text())["certificate"]
+    )
+    assert [(each["launch"], each["earlier"]) for each in certificates] == [
+        (launches["again"], 1),
+        (launches["tiny"], 0),
+    ]
+    noise = [
+        json.loads((store / f"sweeps/{name}/selection/attempt-01/chips-00000.json").read_text())["noise_db"]
+        for name in ("tiny", "again")
+    ]
+    assert not set(noise[0]) & set(noise[1])  # the same base on the same description: only the chips differ

@@ -73,6 +73,29 @@ def test_train_goes_on_from_its_checkpoint_and_refuses_another_trial(halora, fil
     assert all((finished[name] == resumed[name]).all() for name in finished)
 
 
+def test_several_seeds_are_several_trainings_and_an_interval_over_them(halora, halora_json, content, file, tmp_path):
+    """Oracle: each seed trained on its own, and the spread of their means."""
+    short = "--set training.steps=2 --set evaluation.rows=6"
+    (said,) = halora_json(f"train {file} --output {tmp_path / 'many'} --seeds 2 {short}")
+    alone = [
+        halora_json(f"train {file} --output {tmp_path / str(seed)} {short} --set seed={seed}")[0] for seed in (3, 4)
+    ]
+    for seed, one in zip((3, 4), alone, strict=True):
+        ours, own = _weights(tmp_path / "many" / f"seed-{seed:05d}"), _weights(tmp_path / str(seed))
+        assert all((ours[name] == own[name]).all() for name in own)
+        assert said["margin_low"] < one["margin"] < said["margin_high"]
+    first, second = (one["margin"] for one in alone)
+    assert said["margin"] == pytest.approx((first + second) / 2)
+    assert said["margin_std_seeds"] == pytest.approx(abs(first - second) / 2**0.5)
+    code, _, err = halora(f"train {file} --output {tmp_path / 'many'} --seeds 2 {short}")
+    assert code == 0
+    assert "step 2/2" in err  # both are done: nothing is trained again
+    assert "over training seeds, chips and rows; this speaks of these 2 adapters, not of the method" in err
+    code, _, err = halora(f"train {file} --output {tmp_path / '3'} --seeds 2 {short}")
+    assert code == 2
+    assert "holds a trial of one seed" in err
+
+
 def test_a_sweep_s_fixed_values_are_a_trial():
     sweep = load_sweep("quickstart")
     assert load_trial("quickstart") == sweep.resolve({})
@@ -94,6 +117,32 @@ def test_evaluate_repeats_what_train_scored_and_takes_another_chip(halora_json, 
     assert fresh["margin"] != pytest.approx(again["margin"], abs=1e-3)
     (base,) = halora_json(f"evaluate {run} --base")
     assert base["clean_margin"] != pytest.approx(again["clean_margin"], abs=1e-3)
+
+
+def test_the_base_alone_is_scored_without_any_training(halora, halora_json, content, file, tmp_path):
+    config = TrialConfig.model_validate(content)
+    summary = Workbench().evaluate(config, None).summary()
+    (of_file,) = halora_json(f"evaluate {file} --base")
+    assert {name: of_file[name] for name in summary} == pytest.approx(summary)
+    assert of_file["adapter"] is None
+    above = summary["clean_accuracy"] - of_file["chance"]
+    lost = (summary["clean_accuracy"] - summary["accuracy"]) / above if above > 0 else None
+    assert of_file["lost"] == pytest.approx(lost)
+    assert of_file["layers_overwhelmed"] == 0
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "trial.json").write_text(config.model_dump_json())  # as a run that was stopped before its first checkpoint
+    assert halora_json(f"evaluate {run} --base") == [of_file]
+    sweep = tmp_path / "sweep.yaml"
+    sweep.write_text(yaml.safe_dump({"seed": 3, "trial": {**content, "chip": "ideal"}}))
+    (ideal,) = halora_json(f"evaluate {sweep} --base --rows 8 --instances 1")
+    assert (ideal["chip"], ideal["rows"], ideal["lost"] or 0.0) == ("ideal", 8, 0.0)
+    code, _, err = halora(f"evaluate {file} --base --set 'chip.noise.sigma=100'")
+    assert code == 0
+    assert "warning: " in err
+    assert "noise exceeds the signal in 14 of 14 layers" in err
+    code, _, err = halora(f"evaluate {tmp_path / 'nothing.yaml'} --base")
+    assert (code, "no trial '" in err) == (2, True)
 
 
 def test_a_plain_peft_folder_needs_to_be_told_chip_and_task(halora, halora_json, file, tmp_path, tiny_task):

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from halora.evaluation.chips import ChipScores
-from halora.evaluation.intervals import crossed_bootstrap
+from halora.evaluation.intervals import share
+from halora.records.names import BESIDE_METRICS
 from halora.trainable import Workbench, task_rows
 from halora.training.config import LINEAR_NAMES
 from halora.trial import adapter_folder
@@ -128,7 +129,7 @@ def test_a_huge_sigma_leaves_chance(workbench, tiny_trial, architecture):
     chance = np.mean([1 / len(row.options) for row in rows])
     correct = np.array(scores.noisy) > 0
     assert np.isfinite(scores.noisy).all()
-    interval = crossed_bootstrap(correct.astype(float))  # of rows and chips: about two standard errors
+    interval = share(correct)  # of rows and chips: about two standard errors
     assert interval.low < chance < interval.high
     assert 10 < np.mean(scores.noise_db) < 40
 
@@ -146,7 +147,10 @@ def test_summary_averages_rows_and_chips():
     )
     summary = scores.summary()
     low_high = {key for key in summary if key.endswith(("_low", "_high"))}
-    assert low_high == {"accuracy_low", "accuracy_high", "margin_low", "margin_high"}
+    names = ("clean_accuracy", "accuracy", "drop", "margin")
+    assert low_high == {f"{name}_{end}" for name in names for end in ("low", "high")}
+    assert summary["drop_low"] <= 0.75 - 0.625 <= summary["drop_high"]
+    assert summary["clean_accuracy_low"] <= 0.75 <= summary["clean_accuracy_high"] <= 1
     assert {key: value for key, value in summary.items() if key not in low_high} == pytest.approx(
         {
             "clean_accuracy": 0.75,
@@ -179,10 +183,35 @@ def test_a_mixture_tells_the_accuracy_of_each_task():
     )
 
 
-def test_right_answers_of_a_cloze_task_are_its_positive_margins(workbench, tiny_trial):
+def test_right_answers_by_options_are_the_positive_margins(workbench, tiny_trial):
     scores = workbench.evaluate(tiny_trial(evaluation=EVALUATION), None)
     assert scores.clean_correct == tuple(value > 0 for value in scores.clean)
     assert scores.noisy_correct == tuple(tuple(value > 0 for value in margins) for margins in scores.noisy)
+
+
+def test_both_ways_of_scoring_options_come_from_one_pass(workbench, tiny_trial, adapter):
+    """Oracle: the same trial scored by the other way."""
+    summed, lengths = (
+        workbench.evaluate(tiny_trial(evaluation=EVALUATION | {"scoring": scoring}), adapter)
+        for scoring in ("options", "options_per_byte")
+    )
+    assert (summed.beside, lengths.beside) == ("per_byte", "summed")
+    assert (lengths.clean, lengths.noisy) == (summed.clean_beside, summed.noisy_beside)
+    assert (lengths.clean_beside, lengths.noisy_beside) == (summed.clean, summed.noisy)
+    assert lengths.clean_correct == tuple(value > 0 for value in summed.clean_beside)
+    assert lengths.clean != summed.clean
+    one, other = summed.summary(), lengths.summary()
+    for name in ("accuracy", "clean_accuracy", "margin", "clean_margin"):
+        assert one[f"{name}_per_byte"] == pytest.approx(other[name])
+        assert other[f"{name}_summed"] == pytest.approx(one[name])
+    assert {name for name in {*one, *other} if "_per_byte" in name or "_summed" in name} == set(BESIDE_METRICS)
+    for scores in (summed, lengths):
+        np.testing.assert_array_equal(scores.nats[1], summed.noisy)
+        assert ChipScores.from_json(json.loads(json.dumps(scores.to_json()))) == scores
+        assert scores.first_chips(1).with_chips_after(1, scores).noisy_beside == (
+            scores.noisy_beside[0],
+            *scores.noisy_beside,
+        )
 
 
 def test_a_mixture_is_trained_and_scored_by_task(workbench, tiny_trial, tiny_task, tmp_path):
@@ -197,5 +226,6 @@ def test_a_mixture_is_trained_and_scored_by_task(workbench, tiny_trial, tiny_tas
     assert scores.tasks == (tiny_task, str(other)) * 5
     assert scores.clean[::2] == pytest.approx(scores.clean[1::2], abs=1e-4)  # the same rows
     summary = scores.summary()
-    per_task = [summary[f"accuracy.{task}"] for task in (tiny_task, other)]
-    assert summary["accuracy"] == pytest.approx(np.mean(per_task))
+    for way in ("", "_per_byte"):
+        per_task = [summary[f"accuracy{way}.{task}"] for task in (tiny_task, other)]
+        assert summary[f"accuracy{way}"] == pytest.approx(np.mean(per_task))

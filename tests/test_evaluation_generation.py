@@ -132,10 +132,10 @@ def test_a_bad_pattern_is_refused(pattern, problem):
 def test_rows_that_cannot_be_scored_are_refused():
     options = Row("o", "Which?", (" stone", " apple"), 1, "fruits")
     completion = Row("c", "Why?", (" Because.",), 0, "reasons")
-    check_scorable([options], "cloze", NUMBER)
+    check_scorable([options], "options", NUMBER)
     check_scorable([*ROWS, Row("r", "Why?", (" Because.",), 0, "reasons", "18")], "generation", NUMBER)
     with pytest.raises(UserError, match="rows of task reasons have one completion, nothing to choose from"):
-        check_scorable([options, completion], "cloze", NUMBER)
+        check_scorable([options, completion], "options", NUMBER)
     with pytest.raises(UserError, match=r"row 'o' of task 'fruits': no answer in 'apple'; row 'c' of .*answer_pattern"):
         check_scorable([options, completion], "generation", NUMBER)
 
@@ -165,6 +165,6 @@ def test_a_trial_trains_on_completions_and_is_scored_by_what_it_generates(tiny_t
     assert after.summary()["clean_accuracy"] == 1
     assert max(before.clean) < min(after.clean) <= 0
     assert len(after.noisy_correct) == 2
-    cloze = config.model_copy(update={"evaluation": EvaluationSettings()})
+    by_options = config.model_copy(update={"evaluation": EvaluationSettings()})
     with pytest.raises(UserError, match="nothing to choose from"):  # before anything is trained
-        workbench.train(cloze, tmp_path / "other")
+        workbench.train(by_options, tmp_path / "other")

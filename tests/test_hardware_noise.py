@@ -360,8 +360,8 @@ def test_slices_are_read_back_before_they_relax(weight):
 
 @pytest.mark.parametrize(("rows", "in_features"), [(64, 64), (64, 150), (128, 96)])
 def test_ir_drop_gain_is_the_loss_of_every_wire_segment_summed_up(rows, in_features):
-    chip = _chip(wires={"resistance_ohm": 2.0}, tile={"rows": rows})
-    r_g = 2.0 * chip.cells.mean_us * 1e-6
+    chip = _chip(wires={"resistance_ohm": 2.0}, tile={"rows": rows}, cells={"mean_fill": 0.1})
+    r_g = 2.0 * chip.cells.mean_us(0.1) * 1e-6
     gains = []
     for i in range(in_features):
         cell = i % rows + 1  # segments between the cell and the converter
@@ -369,11 +369,13 @@ def test_ir_drop_gain_is_the_loss_of_every_wire_segment_summed_up(rows, in_featu
         drop = r_g * sum(rows - j + 1 for j in range(1, cell + 1))
         gains.append(1 / (1 + drop))
     expected = torch.tensor(gains) / (sum(gains) / len(gains))
-    torch.testing.assert_close(ir_drop_gain(in_features, chip), expected, rtol=5e-4, atol=0)  # k/2 dropped
+    torch.testing.assert_close(
+        ir_drop_gain(torch.ones(1, in_features), chip), expected, rtol=5e-4, atol=0
+    )  # k/2 dropped
 
 
 def test_ir_drop_gain_has_mean_one_falls_along_the_column_and_repeats_per_tile():
-    gain = ir_drop_gain(3 * 64, _chip(wires={"resistance_ohm": 5.0}))
+    gain = ir_drop_gain(torch.ones(1, 3 * 64), _chip(wires={"resistance_ohm": 5.0}))
     assert gain.mean().item() == pytest.approx(1, abs=1e-6)
     tiles = gain.reshape(3, 64)
     assert (tiles.diff(dim=1) <= 0).all()
@@ -384,7 +386,7 @@ def test_ir_drop_gain_has_mean_one_falls_along_the_column_and_repeats_per_tile()
 def test_taller_tiles_and_thinner_wires_spread_the_gain():
     def spread(rows: int, resistance_ohm: float) -> float:
         chip = _chip(wires={"resistance_ohm": resistance_ohm}, tile={"rows": rows})
-        return ir_drop_gain(1024, chip).std().item()
+        return ir_drop_gain(torch.ones(1, 1024), chip).std().item()
 
     assert all(b > 3 * a for a, b in pairwise(spread(rows, 2.0) for rows in (32, 64, 128, 256)))  # with rows squared
     assert spread(64, 4.0) > 1.9 * spread(64, 2.0)
@@ -394,7 +396,7 @@ def test_ir_drop_scales_the_noisy_columns(weight):
     wires = {"resistance_ohm": 2.0}
     for sections in ({"noise": {"sigma": 0.1}}, {"noise": {"kind": "wan-2022"}}):
         clean, dropped = _programmed(weight, **sections), _programmed(weight, **sections, wires=wires)
-        torch.testing.assert_close(dropped, clean * ir_drop_gain(500, _chip(wires=wires)))
+        torch.testing.assert_close(dropped, clean * ir_drop_gain(weight, _chip(wires=wires)))
 
 
 # Read noise.
@@ -407,7 +409,7 @@ def _power(weight: Tensor, chip) -> Tensor:
 
 
 READS = {
-    "white": {"white_us": 0.4},
+    "white": {"white_us": 0.4, "thermal": False},
     "thermal": {"thermal": True},
     "flicker": {"flicker": 0.02},
     "all": {"white_us": 0.2, "thermal": True, "flicker": 0.01},
@@ -440,7 +442,7 @@ def test_read_noise_has_its_closed_form(weight):
     assert read_noise(weight, _chip()) is None
     wires = {"resistance_ohm": 50.0}
     dropped = _power(weight, _chip(read={"white_us": 0.3, "averaged": 4}, wires=wires))
-    torch.testing.assert_close(dropped, expected * ir_drop_gain(500, _chip(wires=wires)).square())
+    torch.testing.assert_close(dropped, expected * ir_drop_gain(weight, _chip(wires=wires)).square())
 
 
 def test_white_noise_falls_with_the_reads_and_flicker_is_its_floor(weight):
@@ -523,7 +525,7 @@ def test_cmo_read_noise_is_the_published_fit_at_its_age(time_s):
     weight = torch.tensor([[1.0, (13.0 - 9.0) / (88.2 - 9.0)]])  # the second is that pair
     whole = read_noise(weight, chip)
     assert whole is not None
-    drop = ir_drop_gain(2, chip)[1].item()
+    drop = ir_drop_gain(weight, chip)[1].item()
     assert whole.lasting.inputs[1].sqrt().item() == pytest.approx(math.hypot(*fit) / 79.2 * drop, rel=1e-4)
 
 

@@ -69,6 +69,7 @@ def test_the_recorded_names_are_frozen():
     assert public == {
         "SWEEP": "halora.sweep",
         "KIND": "halora.kind",
+        "LAUNCH": "halora.launch",
         "NUMBER": "halora.trial",
         "CHIP_HASH": "halora.chip_hash",
         "VERSION": "halora.version",
@@ -79,23 +80,55 @@ def test_the_recorded_names_are_frozen():
         "RUNG_SCORES": ("accuracy", "clean_accuracy", "margin"),
         "FRONT_PROBABILITY": "front_probability",
         "CAUSE": "halora.cause",
+        "WARNING": "halora.warning",
         "LABEL": "halora.{label}",
         "LABELS": ("method", "model", "chip", "task", "noise", "noise_level"),
-        "TRAINING_METRICS": ("train_loss", "train_task_loss", "train_reg_loss", "train_sigma"),
+        "TRAINING_METRICS": (
+            "train_loss",
+            "train_task_loss",
+            "train_reg_loss",
+            "train_sigma",
+            "train_task_grad_norm",
+            "train_reg_grad_norm",
+            "train_reg_share",
+            "train_reg_share_a",
+            "train_reg_share_b",
+        ),
         "SCORE_METRICS": (
             "clean_accuracy",
+            "clean_accuracy_low",
+            "clean_accuracy_high",
             "clean_margin",
             "accuracy",
             "accuracy_low",
             "accuracy_high",
             "accuracy_std_chips",
             "accuracy_worst",
+            "drop_low",
+            "drop_high",
             "margin",
             "margin_low",
             "margin_high",
             "noise_db",
         ),
-        "TASK_METRICS": ("accuracy.", "clean_accuracy."),
+        "BESIDE_METRICS": (
+            "clean_accuracy_per_byte",
+            "clean_margin_per_byte",
+            "accuracy_per_byte",
+            "margin_per_byte",
+            "clean_accuracy_summed",
+            "clean_margin_summed",
+            "accuracy_summed",
+            "margin_summed",
+        ),
+        "TASK_METRICS": (
+            "accuracy.",
+            "clean_accuracy.",
+            "accuracy_per_byte.",
+            "clean_accuracy_per_byte.",
+            "accuracy_summed.",
+            "clean_accuracy_summed.",
+        ),
         "ENERGY": "energy_uj_per_token",
         "ENERGY_COMPONENT": "energy_uj_per_token.{component}",
         "VIOLATION": "constraint_violation",
@@ -111,6 +144,7 @@ def test_the_recorded_names_are_frozen():
         "FRONT_PNG": "front.png",
         "REPORT_FILE": "report.html",
         "COMPARISON_FILE": "comparison.json",
+        "DAMAGE_FILE": "damage.json",
         "CERTIFICATION_FOLDER": "selection/attempt-{attempt:02d}",
         "CERTIFICATION_FILE": "certification.json",
         "CANDIDATE": "candidate",
@@ -401,7 +435,7 @@ def test_the_parent_run_keeps_the_front(client, store, sweep, folder, said, tmp_
     assert parent.data.tags["mlflow.note.content"] == "what it is for"
 
 
-_COMPARISON = {"reference": "untrained", "rows": 8, "chip_instances": 2, "cells": []}
+_COMPARISON = {"reference": "untrained", "rows": 8, "chip_instances": 2, "seeds": 1, "cells": []}
 
 
 def test_a_journal_sent_again_from_its_beginning_leaves_the_same_rows(client, store, sweep, folder, said):

@@ -103,13 +103,13 @@ def _many(recorder, folder, sweep):
         elif number < 11:
             broken = {"constraint_violation.energy": 0.3} if number == 5 else {}
             finish(recorder, folder, number, float(rng.uniform(0.3, 0.8)), noise_db=-30.0 + number, **broken)
-    gain = {"mean": 0.1, "low": 0.05, "high": 0.15}
+    gain = {"mean": 0.1, "low": 0.05, "high": 0.15, "p_different": 0.012, "verdict": "better"}
     cell = {"chip": HOSTILE, "summary": {"clean_accuracy": 0.5, "accuracy": 0.4, "margin": 0.1}}
     cells = [
         {**cell, "contestant": "untrained", "number": None, "accuracy_gain": None, "margin_gain": None},
         {**cell, "contestant": "best", "number": 4, "accuracy_gain": gain, "margin_gain": gain},
     ]
-    recorder.record_comparison({"reference": "untrained", "rows": 8, "chip_instances": 2, "cells": cells})
+    recorder.record_comparison({"reference": "untrained", "rows": 8, "chip_instances": 2, "seeds": 3, "cells": cells})
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,10 @@ def _many(recorder, folder, sweep):
         (_all_infeasible, ["3 of 12", "breaks a constraint", "Break a constraint", "energy_uj_per_token by 1.5"]),
         (_all_failed, ["0 of 12", "Failed", HOSTILE]),
         (_not_numbers, ["3 of 12", "Finished without a score that is a number", "No trial has a score"]),
-        (_many, ["9 of 12", "Closing comparison", "+0.100 [+0.050 .. +0.150]", "What matters", HOSTILE]),
+        (
+            _many,
+            ["9 of 12", "Closing comparison", "[+0.050 .. +0.150] better, p 0.012", "What matters", HOSTILE],
+        ),
     ],
 )
 def test_the_report_opens_without_a_network_and_shows_every_state(store, sweep, story, shown, tmp_path):

@@ -60,7 +60,8 @@ def _scores(job, accuracy=None):
     """Scores of a job as a trainable reports them."""
     by_chip = [job.values["lora.rank"] / 10 if accuracy is None else accuracy] * job.goal.chip_instances
     mean = sum(by_chip) / len(by_chip)
-    return {"accuracy": mean, "clean_accuracy": 0.9, "accuracy_by_chip": by_chip, "step": job.goal.steps}
+    clean = {"clean_accuracy": 0.9, "clean_accuracy_high": 0.9}
+    return {"accuracy": mean, **clean, "accuracy_by_chip": by_chip, "step": job.goal.steps}
 
 
 def _run_out(core):
@@ -133,6 +134,36 @@ def test_a_new_core_goes_on_with_what_was_left_unfinished(sweep, store, tmp_path
     assert [job.number for job in _run_out(third)] == [0, 2, 3, 4, 5]
     assert third.counts()["finished"] == 6
     assert [third.trial(number).values for number in range(6)] == expected  # the random phase sees no results
+
+
+def test_values_that_contradict_each_other_are_skipped_with_their_cause(tiny_models, tiny_task, store):
+    """Each end of each range is allowed beside the defaults; more stages than steps are not."""
+    stages = {"low": 2, "high": 12, "kind": "int"}
+    training = {"steps": 12, "schedule": {"shape": "step", "sigma_start": 0.0, "sigma_end": 0.01, "stages": 2}}
+    sweep = _sweep(
+        tiny_models["llama"],
+        tiny_task,
+        trial={"model": tiny_models["llama"], "task": tiny_task, "chip": "halora-2026", "training": training},
+        space={
+            "training.steps": {"low": 2, "high": 12, "kind": "int"},
+            "training.schedule.stages": stages,
+            "lora.rank": {"choices": [2, 4]},
+        },
+        first=[{"training.steps": 3, "training.schedule.stages": 9, "lora.rank": 4}],
+        trials=12,
+    )
+    core = open_core(sweep, store)
+    done = _run_out(core)
+    assert len(done) == 12
+    assert all(job.values["training.schedule.stages"] <= job.values["training.steps"] for job in done)
+    first, *others = core.trials()
+    assert first.skipped == (
+        "training.schedule.shape: 'step' with 9 stages takes 9 steps to be met, the training has 3"
+    )
+    assert {trial.energy_uj_per_token for trial in others if trial.skipped} <= {
+        sweep.reference_point.energy_uj_per_token
+    }
+    assert core.counts()["finished"] == 12
 
 
 def test_the_journal_holds_how_trials_ended(sweep, store):

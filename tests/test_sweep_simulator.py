@@ -211,6 +211,19 @@ def test_a_configuration_that_cannot_reach_the_front_is_skipped_once_enough_are_
     assert everything.counts()["skipped"] == 0
 
 
+class _CleanOnFewRows(_CleanIsReached):
+    """The same, but clean accuracies rest on few rows, so that more may be reached than was seen."""
+
+    def clean(self, values, step):
+        return {"clean_accuracy": 1.0, "clean_accuracy_high": 1.02}
+
+
+def test_what_a_clean_accuracy_on_few_rows_leaves_open_is_not_skipped():
+    curves = _CleanOnFewRows(FUNCTIONS["zdt1"])
+    core, _ = _run(_problem(curves, trials=15, skip_unreachable=True), curves=curves, concurrent=1)
+    assert core.counts()["skipped"] == 0
+
+
 def test_a_race_spends_its_chips_on_the_undecided():
     racing = Racing(extra=24, most=10, at_once=2)
     core, _ = _run(_problem(NOISY, trials=20, racing=racing), curves=NOISY)

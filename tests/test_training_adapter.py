@@ -70,6 +70,16 @@ def test_it_is_a_mean_over_modules(norm):
     assert regulariser([first, second], norm).item() == pytest.approx(sum(alone) / 2, rel=1e-6)
 
 
+@pytest.mark.parametrize("norm", ["frobenius", "spectral"])
+def test_a_sum_is_the_mean_times_the_modules_in_value_and_gradient(norm):
+    pairs = [(_random(3, d_in), _random(d_out, 3)) for d_in, d_out in ((8, 20), (12, 9), (8, 20), (20, 8))]
+    flat = [weight for pair in pairs for weight in pair]
+    mean, total = regulariser(pairs, norm, "mean"), regulariser(pairs, norm, "sum")
+    assert total.item() == pytest.approx(4 * mean.item(), rel=1e-6)
+    for four, one in zip(torch.autograd.grad(total, flat), torch.autograd.grad(mean, flat), strict=True):
+        torch.testing.assert_close(four, 4 * one)
+
+
 def test_bf16_weights_are_measured_in_float32():
     pair = (_random(4, 300).detach().bfloat16(), _random(200, 4).detach().bfloat16())
     value = regulariser([pair], "frobenius")

@@ -75,7 +75,7 @@ def test_noisy_losses_are_those_of_a_plain_model_with_perturbed_weights(workbenc
     schedule = {"shape": "linear", "sigma_start": 0.02, "sigma_end": 0.1, "redraw_steps": 2}
     config = tiny_trial(method="noise_lora", steps=5, schedule=schedule, seed=3)
     reports = run_reports(workbench, config, tmp_path, stop_at=3)
-    sigmas = [0.02, 0.02, 0.02 + 0.08 * 2 / 4, 0.02 + 0.08 * 2 / 4, 0.1]
+    sigmas = [0.02, 0.04, 0.06, 0.08, 0.1]  # of steps 0 and 1 the same draw, of 2 and 3 another
     assert [report["train_sigma"] for report in reports] == pytest.approx(sigmas[:3])
     model = _plain(config)
     _perturb(model, config, draw=0, sigma=sigmas[0])
@@ -86,6 +86,30 @@ def test_noisy_losses_are_those_of_a_plain_model_with_perturbed_weights(workbenc
     whole = run_reports(workbench, config, tmp_path / "whole")
     assert whole[3]["train_loss"] == pytest.approx(expected, abs=1e-4)
     assert [report["train_sigma"] for report in whole] == pytest.approx(sigmas)
+
+
+@pytest.mark.parametrize(("chip", "unit"), [("neurram-2022", 1.0), ("halora-2026", 0.1)])
+@pytest.mark.parametrize("holding", ["materialise", "regenerate"])
+def test_weights_have_the_strength_that_is_reported_wherever_a_run_was_interrupted(
+    workbench, tiny_trial, tmp_path, chip, unit, holding
+):
+    """Loss of a plain model whose weights were programmed at the reported strength; the uninterrupted run."""
+    schedule = {"shape": "linear", "sigma_start": 0.5 * unit, "sigma_end": unit, "redraw_steps": 24}
+    settings = {"method": "noise_lora", "steps": 24, "noisy_weights": holding, "learning_rate": 1e-3}
+    config = tiny_trial(chip=chip, schedule=schedule, **settings)
+    whole = run_reports(workbench, config, tmp_path / "whole")
+    sigmas = [report["train_sigma"] for report in whole]
+    assert len(set(sigmas)) == 12  # every second or third step moves by a twentieth
+    assert (sigmas[0], sigmas[-1]) == (0.5 * unit, unit)
+    parts = [each for stop in (5, 6, 17, None) for each in run_reports(workbench, config, tmp_path / "parts", stop)]
+    assert [report["train_sigma"] for report in parts] == sigmas
+    losses = [[report["train_loss"] for report in reports] for reports in (parts, whole)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    run_reports(workbench, config, tmp_path / "begun", stop_at=7)
+    model = _plain(config)
+    _perturb(model, config, draw=0, sigma=sigmas[7])
+    expected = _plain_task_loss(PeftModel.from_pretrained(model, adapter_folder(tmp_path / "begun")), config, 7)
+    assert whole[7]["train_loss"] == pytest.approx(expected, abs=1e-3)
 
 
 @pytest.mark.parametrize("norm", ["frobenius", "spectral"])

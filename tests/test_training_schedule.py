@@ -7,13 +7,16 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
+from halora.errors import UserError
 from halora.hardware.chip import load_chip
+from halora.hardware.noise import programmed_weight
 from halora.hardware.noise_settings import noise_kinds
 from halora.spaces.mistakes import describe
+from halora.spaces.sweep import load_trial
 from halora.trainable import Workbench
 from halora.training.config import LoraSettings, TrainingSettings
 from halora.training.rram import install
-from halora.training.schedule import NoiseSchedule, TrainingNoise
+from halora.training.schedule import MOST_MOVED, NoiseSchedule, TrainingNoise
 from halora.trial import TrialConfig
 
 LAYERS = [f"model.layers.{block}.mlp.{name}" for block in range(5) for name in ("up_proj", "down_proj")]
@@ -41,8 +44,26 @@ SHAPES = {
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("start", "end"), [(0.0, 0.1), (0.3, 0.05)])
 def test_every_shape_is_its_closed_form(shape, start, end):
-    expected = [start + (end - start) * SHAPES[shape](step / 12) for step in range(13)]
-    assert _sigmas(shape=shape, sigma_start=start, sigma_end=end) == pytest.approx(expected)
+    expected = [start + (end - start) * SHAPES[shape](step / 24) for step in range(25)]
+    found = _sigmas(25, shape=shape, sigma_start=start, sigma_end=end)
+    assert found == pytest.approx(expected)
+    assert (found[0], max(found), min(found)) == (start, max(start, end), min(start, end))  # the ends exactly
+
+
+@pytest.mark.parametrize(("steps", "cycles"), [(7, 3), (8, 3), (13, 4), (100, 7), (121, 60)])
+def test_every_cycle_turns_at_both_ends(steps, cycles):
+    sigmas = _sigmas(steps, shape="cyclic", cycles=cycles, sigma_start=0.25, sigma_end=0.75)
+    assert (sigmas.count(0.75), sigmas.count(0.25)) == (cycles, cycles + 1)
+    assert max(sigmas) == 0.75
+
+
+@pytest.mark.parametrize(("steps", "stages"), [(4, 4), (5, 4), (50, 49), (100, 7)])
+def test_every_stage_is_met_once_for_as_long_as_any(steps, stages):
+    sigmas = _sigmas(steps, shape="step", stages=stages, sigma_start=0.0, sigma_end=1.0)
+    lengths = [sigmas.count(value) for value in sorted(set(sigmas))]
+    assert sigmas == sorted(sigmas)
+    assert len(lengths) == stages
+    assert max(lengths) - min(lengths) <= 1
 
 
 def test_constant_holds_sigma_start():
@@ -56,12 +77,82 @@ def test_random_sigmas_are_uniform_between_start_and_end_and_depend_on_the_seed(
     assert sigmas.mean().item() == pytest.approx(0.15, abs=0.0015)
     assert sigmas.std().item() == pytest.approx(0.1 / 12**0.5, rel=0.03)
     assert len(set(sigmas.tolist())) == 4000
+    assert len(set(_sigmas(40, shape="random", sigma_end=0.1, redraw_steps=10))) == 4  # one strength per draw
     assert _sigmas(3, shape="random", sigma_end=0.1, seed=1) != _sigmas(3, shape="random", sigma_end=0.1, seed=2)
 
 
-def test_sigma_changes_only_when_the_noise_is_redrawn():
-    sigmas = _sigmas(shape="linear", sigma_start=0.0, sigma_end=1.0, redraw_steps=4)
-    assert sigmas == pytest.approx([0] * 4 + [4 / 12] * 4 + [8 / 12] * 4 + [1.0])
+def test_sigma_follows_the_step_whenever_the_noise_is_redrawn():
+    """Within a share of the closed form; its ends exactly, in one draw or in many."""
+    for redraw_steps in (400, 50, 7):
+        noise = _noise(120, redraw_steps=redraw_steps, shape="linear", sigma_start=0.002, sigma_end=0.015)
+        draws = [noise.at(step) for step in range(120)]
+        wanted = [0.002 + 0.013 * step / 119 for step in range(120)]
+        assert [draw.sigma for draw in draws] == pytest.approx(wanted, rel=MOST_MOVED / (1 - MOST_MOVED))
+        assert (draws[0].sigma, draws[-1].sigma) == (0.002, 0.015)
+        assert [draw.instance.level for draw in draws] == [draw.sigma for draw in draws]
+        assert len({(draw.index, draw.instance.key) for draw in draws}) == -(-120 // redraw_steps)
+
+
+def test_a_warm_up_is_over_when_it_says():
+    sigmas = _sigmas(400, sigma_start=0.01, warmup_steps=100, redraw_steps=400)
+    wanted = [0.01 * (step + 1) / 101 for step in range(101)]
+    assert sigmas[:101] == pytest.approx(wanted, rel=MOST_MOVED / (1 - MOST_MOVED))
+    assert set(sigmas[100:]) == {0.01}
+
+
+def test_the_demo_meets_the_end_of_its_shape():
+    config = load_trial("quickstart", {f"training.schedule.{key}": v for key, v in DEMO.items()})
+    noise = TrainingNoise(config.training.schedule, config.chip, 0, config.training.steps, 100.0, LAYERS)
+    assert noise.at(config.training.steps - 1).sigma == 0.015
+
+
+DEMO = {"shape": "linear", "sigma_start": 0.002, "sigma_end": 0.015}
+WALKS = {
+    "linear": {"shape": "linear", "warmup_steps": 20},
+    "cosine": {"shape": "cosine"},
+    "cyclic": {"shape": "cyclic", "cycles": 2},
+    "warm-up": {"warmup_steps": 100},
+}
+
+
+@pytest.mark.parametrize("walk", WALKS.values(), ids=WALKS)
+@pytest.mark.parametrize("redraw_steps", [400, 50])
+def test_noise_is_made_again_when_its_strength_has_moved_by_a_share(walk, redraw_steps):
+    """Oracle: the same schedule redrawn, hence exact, at every step."""
+    settings = {"steps": 300, "sigma_start": 0.1, **({"sigma_end": 1.0} if "shape" in walk else {}), **walk}
+    wanted, noise = _sigmas(**settings), _noise(redraw_steps=redraw_steps, **settings)
+    held = [noise.at(step).sigma for step in range(300)]
+    assert all(abs(a - b) <= MOST_MOVED * a for a, b in zip(held, wanted, strict=True))
+    assert len(set(held)) < 0.75 * len(set(wanted))
+    assert [held[step] for step in range(0, 300, redraw_steps)] == wanted[::redraw_steps]
+    assert (max(held), held[-1]) == (max(wanted), wanted[-1])  # turns, rests and the end as they are written
+    fresh = [_noise(redraw_steps=redraw_steps, **settings).at(step).sigma for step in (299, 0, 57, 180)]
+    assert fresh == [held[step] for step in (299, 0, 57, 180)]  # whichever steps came before
+    assert [noise.at(step).sigma for step in (57, 56, 58)] == [held[step] for step in (57, 56, 58)]
+
+
+def test_a_strength_of_nothing_is_left_and_met_exactly():
+    sigmas = _sigmas(101, shape="cyclic", cycles=1, sigma_start=0.0, sigma_end=1.0, redraw_steps=400)
+    assert (sigmas[0], sigmas[1], sigmas[50], sigmas[100]) == (0.0, 0.02, 1.0, 0.0)
+
+
+def test_a_constant_schedule_makes_noise_once_per_draw():
+    noise = _noise(chip="neurram-2022", sigma_start=0.3, redraw_steps=10, steps=40)
+    assert len({(draw.index, draw.sigma) for draw in map(noise.at, range(40))}) == 4
+
+
+@pytest.mark.parametrize("reference", ["absolute", "tensor_max", "channel_max", "block_max", "std"])
+def test_the_same_draw_at_another_strength_is_scaled(reference):
+    """Noise of whole weights within float32's rounding: the error at twice sigma is twice the error."""
+    weight = torch.randn(96, 64, generator=torch.Generator().manual_seed(1))
+    noise = _noise(40, chip={"preset": "ideal", "noise": {"sigma": 0.01, "reference": reference}}, redraw_steps=40,
+                   shape="linear", sigma_start=0.01, sigma_end=0.02)  # fmt: skip
+    first, last = (noise.at(step).instance for step in (0, 39))
+    errors = [
+        programmed_weight(weight, each.chip, each.key.at(module="m", purpose="programming"), each.level) - weight
+        for each in (first, last)
+    ]
+    torch.testing.assert_close(errors[1], 2 * errors[0], rtol=1e-4, atol=1e-6)
 
 
 def test_redrawn_every_epoch():
@@ -75,6 +166,8 @@ def test_a_single_step_takes_the_start():
 
 def test_warm_up_rises_to_the_shape():
     assert _sigmas(5, sigma_start=0.4, warmup_steps=3) == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4])
+    rising = _sigmas(5, shape="linear", sigma_start=0.4, sigma_end=0.8, warmup_steps=3)
+    assert rising == pytest.approx([0.1, 0.25, 0.45, 0.7, 0.8])
 
 
 def test_a_draw_depends_on_seed_and_step_alone():
@@ -167,7 +260,14 @@ CHIPS = {
 @pytest.mark.parametrize("shape", ["constant", *SHAPES, "random"])
 @pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
 def test_any_shape_trains_over_any_noise(tiny_trial, tmp_path, workbench, chip, shape):
-    schedule = {"shape": shape, "sigma_start": 0.5, "redraw_steps": 1, "clean_probability": 0.3}
+    schedule = {
+        "shape": shape,
+        "sigma_start": 0.5,
+        "redraw_steps": 1,
+        "clean_probability": 0.3,
+        "stages": 3,
+        "cycles": 1,
+    }
     schedule |= {} if shape == "constant" else {"sigma_end": 1.0}
     config = tiny_trial(chip=chip, steps=3, schedule=schedule)
     training = workbench.train(config, tmp_path)
@@ -217,9 +317,79 @@ def test_a_bad_schedule_is_refused(bad, told):
 )
 def test_a_schedule_that_does_not_suit_the_chip_is_refused(tiny_trial, chip, schedule, told):
     with pytest.raises(ValidationError) as error:
-        tiny_trial(chip=chip, schedule=schedule)
+        tiny_trial(chip=chip, schedule={"redraw_steps": 1, **schedule})
     (sentence,) = describe(error.value, TrialConfig, "trial.")
     assert sentence.startswith(f"trial.training.schedule.{told}")
+
+
+NEVER_MET = {
+    "a warm-up as long as the training": (
+        {"sigma_start": 0.01, "warmup_steps": 40},
+        "warmup_steps: 40, but the training has 40 steps and would never meet the level; 39 at most",
+    ),
+    "more stages than steps": (
+        {"shape": "step", "sigma_end": 0.1, "stages": 41},
+        "shape: 'step' with 41 stages takes 41 steps to be met, the training has 40",
+    ),
+    "more cycles than steps can show": (
+        {"shape": "cyclic", "sigma_end": 0.1, "cycles": 20},
+        "shape: 'cyclic' with 20 cycles takes 41 steps to be met, the training has 40",
+    ),
+    "a pool larger than the draws": (
+        {"chips": 5, "redraw_steps": 10},
+        "chips: takes 5 draws to be met, but 40 steps with a draw every 10 have 4; redraw every 9 steps or less",
+    ),
+    "a pool larger than the steps": (
+        {"chips": 41, "redraw_steps": 1},
+        "chips: takes 41 draws to be met, but 40 steps with a draw every 1 have 40; train longer",
+    ),
+    "chances of one draw": (
+        {"clean_probability": 0.5},
+        "clean_probability: takes 2 draws to be met, but 40 steps with a draw every 400 have 1; redraw every 39 steps "
+        "or less",
+    ),
+    "one random strength": (
+        {"shape": "random", "sigma_end": 0.1},
+        "shape: takes 2 draws to be met, but 40 steps with a draw every 400 have 1; redraw every 39 steps or less",
+    ),
+    "a mixture of one draw": (
+        {"others": [{"chip": "halora-2026"}, {"chip": "ideal"}], "redraw_steps": 20},
+        "others: takes 3 draws to be met, but 40 steps with a draw every 20 have 2; redraw every 19 steps or less",
+    ),
+}
+
+
+@pytest.mark.parametrize(("schedule", "told"), NEVER_MET.values(), ids=NEVER_MET)
+def test_what_a_training_never_meets_is_refused(tiny_trial, schedule, told):
+    with pytest.raises(ValidationError) as error:
+        tiny_trial(steps=40, schedule=schedule)
+    assert describe(error.value, TrialConfig, "trial.") == [f"trial.training.schedule.{told}"]
+    tiny_trial(steps=40, schedule=schedule, method="lora")  # which reads no schedule
+    tiny_trial(steps=0, schedule=schedule)
+    tiny_trial(steps=41, schedule={**schedule, "redraw_steps": min(schedule.get("redraw_steps", 8), 8)})
+
+
+def test_all_that_is_never_met_is_told_at_once(tiny_trial):
+    schedule = {"shape": "cyclic", "sigma_end": 0.1, "warmup_steps": 9, "chips": 2, "clean_probability": 0.1}
+    with pytest.raises(ValidationError) as error:
+        tiny_trial(steps=8, warmup_steps=8, schedule=schedule)
+    told = describe(error.value, TrialConfig)
+    assert [text.partition(":")[0].removeprefix("training.") for text in told] == [
+        "schedule.warmup_steps",
+        "schedule.shape",
+        "schedule.chips",
+        "schedule.clean_probability",
+        "warmup_steps",
+    ]
+
+
+def test_draws_of_an_epoch_that_are_too_few_are_told_when_the_rows_are_known(tiny_trial, tmp_path, workbench):
+    """64 rows in batches of 4: an epoch is 16 steps."""
+    schedule = {"redraw_steps": "epoch", "chips": 3}
+    told = "training.schedule.chips: takes 3 draws to be met, but 32 steps with a draw every 16 have 2"
+    with pytest.raises(UserError, match=told):
+        workbench.train(tiny_trial(steps=32, schedule=schedule), tmp_path)
+    workbench.train(tiny_trial(steps=33, schedule=schedule), tmp_path).close()
 
 
 def test_only_the_method_decides_on_noise_and_regulariser():

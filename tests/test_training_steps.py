@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
-from training_runs import run_losses
+from training_runs import run_losses, run_reports
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from halora.hardware.addressing import NoiseKey, Role, derive_seed
@@ -35,9 +35,7 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def _checkpoint_in_mid_training(workbench: Workbench, config: TrialConfig, folder: Path, step: int) -> None:
     """A checkpoint whose weights and moments are drawn at random, so that every term of a step matters."""
-    run_losses(
-        workbench, config.model_copy(update={"training": config.training.model_copy(update={"steps": 1})}), folder
-    )
+    run_losses(workbench, config, folder, stop_at=1)
     checkpoint = latest_checkpoint(folder)
     for file, scale in (("adapter/adapter_model.safetensors", 0.3), ("optimizer.safetensors", 0.02)):
         drawn = {
@@ -53,8 +51,13 @@ def _checkpoint_in_mid_training(workbench: Workbench, config: TrialConfig, folde
     (folder / "reports.json").unlink()
 
 
-def _step_by_hand(config: TrialConfig, folder: Path, step: int) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss and adapter after one step from the checkpoint: noise, LoRA, both losses, clipping and AdamW written out."""
+def _step_by_hand(
+    config: TrialConfig, folder: Path, step: int
+) -> tuple[float, dict[str, torch.Tensor], dict[str, float]]:
+    """Loss, adapter and gradient norms of a step from the checkpoint, all of it written out.
+
+    That is noise, LoRA, both losses, each with its gradient by autograd, clipping and AdamW.
+    """
     training, lora = config.training, config.lora
     model = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32).eval().requires_grad_(False)
     adapter = {name: w.clone().requires_grad_() for name, w in _weights(folder).items()}
@@ -77,8 +80,14 @@ def _step_by_hand(config: TrialConfig, folder: Path, step: int) -> tuple[float, 
         prompt, option = tokenizer(rows[i].prompt).input_ids, tokenizer(rows[i].options[rows[i].answer]).input_ids
         logits = model(input_ids=torch.tensor([prompt + option])).logits[0]
         nats.append(F.cross_entropy(logits[len(prompt) - 1 : -1], torch.tensor(option), reduction="none"))
-    loss = torch.cat(nats).mean() + training.mu * sum(norms) / (len(norms) / 2)
-    gradients = dict(zip(adapter, torch.autograd.grad(loss, list(adapter.values())), strict=True))
+    modules = len(norms) / 2 if training.reg_reduction == "mean" else 1
+    terms = {"task": torch.cat(nats).mean(), "reg": training.mu * sum(norms) / modules}
+    loss = sum(terms.values())
+    of_term = {
+        term: dict(zip(adapter, torch.autograd.grad(value, list(adapter.values())), strict=True))
+        for term, value in terms.items()
+    }
+    gradients = {name: of_term["task"][name] + of_term["reg"][name] for name in adapter}
     norm = torch.cat([gradient.flatten() for gradient in gradients.values()]).norm()
     clip = min(1.0, training.gradient_clip / norm.item())
     assert clip < 0.9  # it takes part
@@ -93,7 +102,17 @@ def _step_by_hand(config: TrialConfig, folder: Path, step: int) -> tuple[float, 
         unbiased = first / (1 - 0.9 ** (step + 1)), second / (1 - 0.999 ** (step + 1))
         decayed = weight.detach() * (1 - rate * training.weight_decay)
         after[name] = decayed - rate * unbiased[0] / (unbiased[1].sqrt() + 1e-8)
-    return loss.item(), after
+    length = {
+        (term, part): torch.cat([g.flatten() for name, g in found.items() if part in name]).norm().item()
+        for term, found in of_term.items()
+        for part in ("lora_", "lora_A", "lora_B")
+    }
+    told = {f"train_{term}_grad_norm": length[term, "lora_"] for term in of_term}
+    told |= {
+        f"train_reg_share{suffix}": length["reg", part] / length["task", part]
+        for suffix, part in (("", "lora_"), ("_a", "lora_A"), ("_b", "lora_B"))
+    }
+    return loss.item(), after, told
 
 
 @pytest.mark.parametrize(
@@ -105,17 +124,45 @@ def _step_by_hand(config: TrialConfig, folder: Path, step: int) -> tuple[float, 
         {"activation_checkpointing": True, "gradient_accumulation": 2, "zero_stage": 3},
     ],
 )
-def test_a_step_is_the_one_written_out_in_plain_torch(tiny_trial, tmp_path, engine):
-    """Within 2e-6 of weights of 0.3 that move by 5e-3."""
-    settings = {"method": "halora", "mu": 0.3, "steps": 4, "warmup_steps": 6, "weight_decay": 0.1}
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_step_is_the_one_written_out_in_plain_torch(tiny_trial, tmp_path, engine, reduction):
+    """Within 2e-6 of weights of 0.3 that move by 5e-3; gradient norms within 1e-3 of themselves."""
+    settings = {"method": "halora", "mu": 0.3, "reg_reduction": reduction, "weight_decay": 0.1}
+    settings |= {"steps": 8, "warmup_steps": 6}
     settings |= {"gradient_clip": 0.5, "schedule": {"sigma_start": 0.05, "redraw_steps": 2}, "batch_size": 5}
     _checkpoint_in_mid_training(Workbench(), tiny_trial(**settings), tmp_path, step=3)
     config = tiny_trial(**settings, **engine)
-    expected_loss, expected = _step_by_hand(config, tmp_path, step=3)
-    (loss,) = run_losses(Workbench(), config, tmp_path)
-    assert loss == pytest.approx(expected_loss, abs=1e-4)
+    expected_loss, expected, gradients = _step_by_hand(config, tmp_path, step=3)
+    (report,) = run_reports(Workbench(), config, tmp_path, stop_at=4)
+    assert report["train_loss"] == pytest.approx(expected_loss, abs=1e-4)
+    assert {name: report[name] for name in gradients} == pytest.approx(gradients, rel=1e-3)
     for name, weight in _weights(tmp_path).items():
         torch.testing.assert_close(weight, expected[name], rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 3])
+def test_gradients_in_bf16_are_those_written_out(tiny_trial, tmp_path, zero_stage):
+    """Within a twentieth: the model, the gradients and their sums are rounded to 8 bits."""
+    settings = {"mu": 3.0, "reg_reduction": "sum", "steps": 8, "schedule": {"sigma_start": 0.01, "redraw_steps": 2}}
+    settings |= {"gradient_clip": 0.5}
+    _checkpoint_in_mid_training(Workbench(), tiny_trial(**settings), tmp_path, step=3)
+    _, _, gradients = _step_by_hand(tiny_trial(**settings), tmp_path, step=3)
+    config = tiny_trial(**settings, dtype="bf16", zero_stage=zero_stage, gradient_accumulation=2)
+    (report,) = run_reports(Workbench(), config, tmp_path, stop_at=4)
+    assert {name: report[name] for name in gradients} == pytest.approx(gradients, rel=0.05)
+
+
+def test_gradients_are_told_of_the_last_step_of_a_report_alone(workbench, tiny_trial, tmp_path):
+    """Each figure only where it says something: at B = 0 the task has no gradient by A, and plain LoRA has no L_reg."""
+    told = {"train_task_grad_norm", "train_reg_grad_norm", "train_reg_share", "train_reg_share_a", "train_reg_share_b"}
+    single = run_reports(workbench, tiny_trial(mu=0.3), tmp_path / "single")
+    assert [told - report.keys() for report in single] == [{"train_reg_share_a"}] + [set()] * 5
+    assert single[0]["train_reg_share_b"] == 0
+    means = run_reports(workbench, tiny_trial(mu=0.3, report_every=3), tmp_path / "means")
+    for report, last in zip(means, (single[2], single[5]), strict=True):
+        assert {name: report[name] for name in told} == pytest.approx({name: last[name] for name in told}, rel=1e-4)
+    plain = run_reports(workbench, tiny_trial(method="lora"), tmp_path / "plain")
+    assert all(told & report.keys() == {"train_task_grad_norm"} for report in plain)
 
 
 GOLDEN = [

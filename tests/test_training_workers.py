@@ -18,12 +18,13 @@ from ray.exceptions import RayError
 from safetensors.torch import load_file
 
 from halora.errors import UserError
+from halora.evaluation.chips import ChipScores
 from halora.heartbeat import Heartbeats
 from halora.peers import WorkerLostError
 from halora.storage import TrialStorage
 from halora.sweep.executor import _loss
 from halora.trainable import HaloraTrainable, Training, Workbench
-from halora.trial import TrialConfig, adapter_folder
+from halora.trial import REPORTS_FILE, TrialConfig, adapter_folder
 
 SETTINGS = {"steps": 6, "schedule": {"sigma_start": 0.05, "redraw_steps": 2}, "mu": 0.3, "worker_timeout_s": 60}
 
@@ -102,6 +103,22 @@ def test_two_workers_train_like_one(workbench, alone, tiny_trial, tmp_path, dtyp
     assert losses == pytest.approx(alone[dtype], abs=1e-4 if dtype == "fp32" else 3e-2)
     parts = [loss for stop in (2, None) for loss in _run(workbench, config, tmp_path / "parts", stop_at=stop)]
     assert parts == pytest.approx(losses, abs=1e-4 if dtype == "fp32" else 3e-2)
+
+
+@pytest.mark.parametrize(
+    ("zero_stage", "engine"),
+    [(0, {}), (2, {"gradient_accumulation": 2}), pytest.param(3, {}, marks=pytest.mark.slow)],
+)
+def test_gradients_of_two_workers_are_those_of_one(workbench, tiny_trial, tmp_path, zero_stage, engine):
+    """Norms of both terms' gradients within 1e-2 of themselves after two steps; 7 rows are shared unevenly."""
+    settings = SETTINGS | {"steps": 3, "batch_size": 7, "reg_reduction": "sum"}
+    _run(Workbench(), tiny_trial(**settings), tmp_path / "one")
+    _run(workbench, tiny_trial(**settings, zero_stage=zero_stage, workers=2, **engine), tmp_path / "two")
+    one, two = (json.loads((tmp_path / name / REPORTS_FILE).read_text()) for name in ("one", "two"))
+    for alone, shared in zip(one, two, strict=True):
+        told = {name for name in alone if "grad_norm" in name or "share" in name}
+        assert len(told) >= 4
+        assert {name: shared[name] for name in told} == pytest.approx({name: alone[name] for name in told}, rel=1e-2)
 
 
 @pytest.mark.slow
@@ -183,6 +200,22 @@ def test_a_lost_worker_ends_the_job_and_not_the_trainable(heartbeats, tiny_trial
     trainable.reset_config({"number": 1, "folder": str(tmp_path / "next"), **job})
     assert trainable.step()["stage"] == "training"
     trainable.cleanup()
+
+
+def test_a_bare_base_is_scored_by_the_worker_that_trains_on_it_next(heartbeats, tiny_trial, tmp_path):
+    """Oracle: the bench that scores by hand; the base in memory is the same object."""
+    config = tiny_trial(steps=2, evaluation={"rows": 6, "chip_instances": 2, "calibration_tokens": 16})
+    job = _job(config, heartbeats) | {"folder": str(tmp_path)}
+    worker = HaloraTrainable.__new__(HaloraTrainable)
+    worker.setup(job | {"number": -1, "goal": None})
+    report = worker.step()
+    assert (report["stage"], report["done"]) == ("evaluated", True)
+    assert ChipScores.from_json(report["scores"]) == Workbench().evaluate(config, None)
+    loaded = worker._workbench.base(config)[0]
+    worker.reset_config(job | {"number": 0})
+    assert worker.step()["stage"] == "training"
+    assert worker._workbench.base(config)[0] is loaded
+    worker.cleanup()
 
 
 SCARCE = """

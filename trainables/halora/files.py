@@ -8,16 +8,26 @@ from pathlib import Path
 from typing import Any
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file."""
+def write_whole(path: Path, text: str, *, durable: bool = False) -> None:
+    """Write a text file; one that is `durable` is on the disk itself when this returns, power loss or not."""
     scratch = path.with_name(f".{path.name}.partial")
-    scratch.write_text(text)
+    with scratch.open("w") as file:
+        file.write(text)
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
     scratch.replace(path)
+    if durable:
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file."""
-    write_whole(path, json.dumps(content, indent=1))
+def write_json(path: Path, content: Any, *, durable: bool = False) -> None:
+    """Write a JSON file, see `write_whole`."""
+    write_whole(path, json.dumps(content, indent=1), durable=durable)
 
 
 def no_room(error: BaseException) -> bool:

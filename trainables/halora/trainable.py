@@ -9,10 +9,9 @@ import json
 import os
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
-from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -125,6 +124,7 @@ class Workbench:
         first_chip: int = 0,
         split: Split = "validation",
         role: Role = Role.SEARCH,
+        series: str = "",
     ) -> ChipScores:
         """Score a stored adapter on chip instances.
 
@@ -135,6 +135,7 @@ class Workbench:
             first_chip: Number of the first chip instance.
             split: Where the rows come from.
             role: Pool of the chip instances.
+            series: Series within the pool of certification, see `NoiseKey`.
         """
         settings = config.evaluation
         rows = self.scored_rows(config, first_row, split)
@@ -143,7 +144,15 @@ class Workbench:
         peft_model = attach_saved(base, adapter, config.chip.lora.weight_bits) if adapter else None
         try:
             return evaluate(
-                base, array, config.chip, rows, calibration_rows, settings, role=role, first_chip=first_chip
+                base,
+                array,
+                config.chip,
+                rows,
+                calibration_rows,
+                settings,
+                role=role,
+                series=series,
+                first_chip=first_chip,
             )
         finally:
             array.clear()
@@ -197,13 +206,12 @@ class Training:
         return self._finetuner.step >= self._until
 
     def advance(self) -> dict[str, float]:
-        """Train up to the next report and checkpoint; means over the steps taken."""
+        """Train up to the next report and checkpoint; means over the steps taken, and gradients of the last."""
         count = min(self._config.training.report_every, self._until - self._finetuner.step)
         with self._peers.in_step("advance", count, self._folder, **self._patience):
-            steps = [asdict(self._finetuner.train_step()) for _ in range(count)]
-            report: dict[str, float] = {"step": self._finetuner.step}
-            if steps:
-                report |= {f"train_{name}": fmean(step[name] for step in steps) for name in steps[0]}
+            seen = self._finetuner.train_steps(count) if count else {}
+            report = {"step": self._finetuner.step, **{f"train_{name}": value for name, value in seen.items()}}
+            if seen:
                 self._reports.append(report)
             write_json(self._folder / REPORTS_FILE, self._reports)  # first, so that no checkpoint lacks its report
             save_latest(self._finetuner, self._folder)
@@ -238,8 +246,8 @@ class Peer:
         """Take this worker's part in `count` steps and in the checkpoint."""
         assert self._finetuner is not None
         with leaving_on_failure():
-            for _ in range(count):
-                self._finetuner.train_step()
+            if count:
+                self._finetuner.train_steps(count)
             save_latest(self._finetuner, folder)
 
     def close(self) -> None:
@@ -260,6 +268,7 @@ class ScoringJob:
         first_chip: Number of the first chip instance.
         split: Where the rows come from.
         role: Pool of the chip instances.
+        series: Series within the pool of certification, see `NoiseKey`.
     """
 
     config: TrialConfig
@@ -268,6 +277,7 @@ class ScoringJob:
     first_chip: int = 0
     split: Split = "validation"
     role: Role = Role.SEARCH
+    series: str = ""
 
     def run(self, adapter_files: Mapping[str, bytes] | None = None) -> ChipScores:
         """Score on this process's workbench.
@@ -285,6 +295,7 @@ class ScoringJob:
                 first_chip=self.first_chip,
                 split=self.split,
                 role=self.role,
+                series=self.series,
             )
 
 
@@ -305,7 +316,7 @@ class HaloraTrainable(tune.Trainable):
     The `config` given by the executor holds the `job`'s name, `number`, `folder`, `trial` (a resolved `TrialConfig`),
     `goal`, the trial's place in the `storage` (a URL, or nothing), and `heartbeats` with the name of that actor and the
     longest silence in seconds. Reports carry `number`, `stage` (`training`, `evaluated`, `lost`, `out_of_memory` or
-    `failed`) and metrics; the last three say a `cause`.
+    `failed`) and metrics; the last three say a `cause`. Without a goal the bare base's `scores` are reported.
     """
 
     def setup(self, config: dict[str, Any]) -> None:
@@ -361,21 +372,27 @@ class HaloraTrainable(tune.Trainable):
         self._number, self._folder = int(config["number"]), Path(config["folder"])
         self._files = WorkFolder(self._folder, config.get("storage", ""))
         self._config = TrialConfig.model_validate(config["trial"])
-        self._goal = Goal(**config["goal"])
+        self._goal = Goal(**config["goal"]) if config["goal"] else None
         self._training: Training | None = None
-        self._trained = self._goal.first_chip > 0
+        self._trained = self._goal is None or self._goal.first_chip > 0
 
     def _step(self) -> dict[str, Any]:
-        self._folder = self._files.fetch(self._goal)
+        goal = self._goal
+        if goal is None:
+            scores = self._workbench.evaluate(self._config, None)
+            return {"stage": "evaluated", "scores": scores.to_json(), "done": True}
+        self._folder = self._files.fetch(goal)
         if not self._trained:
             if self._training is None:
-                self._training = self._workbench.train(self._config, self._folder, self._goal.steps)
+                self._training = self._workbench.train(self._config, self._folder, goal.steps)
             report = self._training.advance()
             self._files.put_checkpoint()
             self._trained = self._training.done
             return {"stage": "training", **report, "done": False}
         self._end_training()
-        goal, result = self._goal, self._folder / RESULT_FILE
+        result = self._folder / RESULT_FILE
+        if not goal.chip_instances:
+            return {"stage": "evaluated", "step": goal.steps, "done": True}
         config = goal.config(self._config)
         scores = self._workbench.evaluate(config, adapter_folder(self._folder), first_chip=goal.first_chip)
         if goal.first_chip:

@@ -45,7 +45,14 @@ class TrialConfig(Frozen):
 
     @model_validator(mode="after")
     def _parts_suit_each_other(self) -> "TrialConfig":
-        problems = [f"training.schedule.{problem}" for problem in self.training.schedule.problems(self.chip)]
+        training, schedule = self.training, self.training.schedule
+        unmet = []
+        if training.noisy and schedule.redraw_steps != "epoch":  # the length of an epoch is known with the rows only
+            unmet = schedule.unmet(training.steps, schedule.redraw_steps)
+        problems = [f"training.schedule.{problem}" for problem in [*schedule.problems(self.chip), *unmet]]
+        if 0 < training.steps <= training.warmup_steps:
+            never = f"but the training has {training.steps} steps and would never meet its learning rate"
+            problems.append(f"training.warmup_steps: {training.warmup_steps}, {never}; {training.steps - 1} at most")
         if self.lora.variant == "dora" and self.training.zero_stage == 3:
             problems.append(
                 "lora.variant: 'dora' reads frozen weights whole, which training.zero_stage 3 does not keep; "
@@ -66,7 +73,7 @@ class Goal:
 
     Attributes:
         steps: Optimiser steps taken by then.
-        chip_instances: Chip instances scored by then, 0 .. n-1.
+        chip_instances: Chip instances scored by then, 0 .. n-1; none for a training that is scored elsewhere.
         rows: Validation rows scored; all of them for none.
         first_chip: First chip instance to score; those before it are scored already.
     """

@@ -167,13 +167,13 @@ def explore(setting: Setting) -> Explored:
     shape, rank = named_shapes()[setting.model], int(setting.values["rank"])
     targets = LoraSettings().targets
     energy = energy_per_token(shape, described, rank=rank, targets=targets, context_tokens=setting.context_tokens)
-    sizes = {name: layer.weights for name, layer in shape.linear_layers.items()}
-    places = described.mapping.places(sizes)
+    sizes, places = shape.sizes, described.mapping.places(shape.sizes)
+    on_chip = sum(size for name, size in sizes.items() if places[name] is not Place.HOST)
     in_rram = sum(size for name, size in sizes.items() if places[name] is Place.RRAM)
     named = {
         f"{name} ({it.phase})": found
         for name, it in baselines().items()
-        if (found := it.energy_uj_per_token(shape, described.boundary, setting.context_tokens)) is not None
+        if (found := it.energy_uj_per_token(shape, described, setting.context_tokens)) is not None
     }
     own = _own_values(setting.preset)
     moved = [k.path for k in KNOBS if k.path and own[k.name] != overrides[k.path]]
@@ -182,7 +182,7 @@ def explore(setting: Setting) -> Explored:
     return Explored(
         energy=energy,
         noise=expected_noise(described, inputs=min(shape.hidden, _MOST_INPUTS)),
-        rram_share=in_rram / sum(sizes.values()),
+        rram_share=in_rram / on_chip,
         named_uj=named,
         chart=beside_chart(energy.components_uj, named, setting.preset),
         command=" ".join(command),

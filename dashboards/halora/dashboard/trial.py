@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import RedirectResponse, Response
 
 from halora.analysis.charts import Chart, noise_chart
-from halora.analysis.trial_charts import beside_chart, layers_chart, loss_chart, time_chart
+from halora.analysis.trial_charts import beside_chart, gradients_chart, layers_chart, loss_chart, time_chart
 from halora.analysis.trials import Answers, TrialPoint
 from halora.dashboard.readiness import Readiness, readiness
 from halora.dashboard.reading import Snapshot
@@ -98,6 +98,7 @@ def card(snapshot: Snapshot, point: TrialPoint, ready: Readiness) -> Card:
     charts = {
         **_sweep_charts(snapshot, point, trial),
         "loss": loss_chart(reports),
+        "gradients": gradients_chart(reports),
         "layers": layers_chart(scored.get("layer_noise_db", {})),
         "time": over_time,
     }

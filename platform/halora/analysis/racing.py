@@ -14,8 +14,9 @@ def chip_estimates(accuracy_by_chip: Sequence[Sequence[float]]) -> tuple[np.ndar
     """Mean accuracy of every trial and its standard error, for trials scored on chips 0 .. n-1 with n their own.
 
     What a chip does to all trials alike cancels out of a comparison (common random numbers): accuracies are fitted as
-    trial plus chip, and the error is that of the residuals, each trial's variance drawn towards the pooled one. The
-    rows are taken as given.
+    trial plus chip by least squares, and the error is that of the residuals, each trial's variance drawn towards the
+    pooled one. The rows are taken as given. Chips are measured from the mean of those that every trial has, so that a
+    trial on these alone keeps its plain mean.
 
     Args:
         accuracy_by_chip: Accuracies of each trial on chips 0 .. n-1, at least two for one of them.
@@ -28,11 +29,12 @@ def chip_estimates(accuracy_by_chip: Sequence[Sequence[float]]) -> tuple[np.ndar
     for row, own in zip(table, accuracy_by_chip, strict=True):
         row[: len(own)] = own
     scored = ~np.isnan(table)
-    chips = np.zeros(table.shape[1])
-    for _ in range(50):  # least squares by turns
-        means = np.nanmean(table - chips, axis=1)
-        chips = np.nanmean(table - means[:, None], axis=0)
-        chips -= chips.mean()
+    plain = np.nanmean(table, axis=1)
+    shared = scored / counts[:, None]  # (trials, chips)
+    laplacian = np.diag(scored.sum(axis=0)) - scored.T.astype(float) @ shared
+    chips = np.linalg.lstsq(laplacian, np.nansum(table - plain[:, None], axis=0), rcond=None)[0]
+    chips -= chips[scored.all(axis=0)].mean() if len(counts) else 0.0
+    means = plain - shared @ chips
     squares = np.nansum((table - means[:, None] - chips) ** 2, axis=1)
     freedom = max(int(scored.sum()) - len(means) - (table.shape[1] - 1), 1)
     variances = (squares + _PRIOR_CHIPS * squares.sum() / freedom) / (counts - 1 + _PRIOR_CHIPS)

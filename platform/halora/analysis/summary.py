@@ -6,7 +6,7 @@ from math import isfinite
 from typing import Any
 
 from halora.analysis.front import front, hypervolume_history, knee
-from halora.analysis.trials import DEFAULT_OBJECTIVES, Groups, Objective, TrialPoint, grouped
+from halora.analysis.trials import DEFAULT_OBJECTIVES, OTHER_ACCURACY, Groups, Objective, TrialPoint, grouped
 from halora.analysis.uncertainty import front_probability
 
 
@@ -32,10 +32,11 @@ class FrontView:
         """Every trial that has all objectives, by number, in plain values; what is not a number becomes none."""
         members = {point.number for point in self.members}
         ranked = sorted([*self.groups.feasible, *self.groups.violating], key=lambda point: point.number)
+        columns = _columns(self.objectives, ranked)
         return [
             {
                 "number": point.number,
-                **{name: _plain(point.metrics.get(name)) for name in _columns(self.objectives)},
+                **{name: _plain(point.metrics.get(name)) for name in columns},
                 "on_front": point.number in members,
                 "front_probability": self.probability.get(point.number, 0.0),
                 "knee": point is self.knee,
@@ -61,6 +62,7 @@ class SweepSummary:
         hypervolume: The hypervolume after each finished trial that breaks no constraint, in the order they ended.
         baselines: Energy per token of named GPU baselines in microjoule, by model and name.
         comparison: The closing comparison, in plain values; none where there is none.
+        damage: What the chips do to the untrained bases, in lines; warnings among them.
         time: When this was put together, as text.
     """
 
@@ -73,6 +75,7 @@ class SweepSummary:
     hypervolume: list[float]
     baselines: Mapping[str, Mapping[str, float]]
     comparison: Mapping[str, Any] | None
+    damage: Sequence[str]
     time: str
 
 
@@ -98,8 +101,9 @@ def volumes(view: FrontView, reference: Sequence[float]) -> list[float]:
     return list(hypervolume_history(ended, reference, view.objectives))
 
 
-def _columns(objectives: Sequence[Objective]) -> list[str]:
+def _columns(objectives: Sequence[Objective], points: Sequence[TrialPoint]) -> list[str]:
     usual = ["energy_uj_per_token", "accuracy", "accuracy_low", "accuracy_high", "margin", "clean_accuracy", "noise_db"]
+    usual += [name for name in OTHER_ACCURACY if any(name in point.metrics for point in points)]
     return list(dict.fromkeys([*(each.metric for each in objectives), *usual]))
 
 

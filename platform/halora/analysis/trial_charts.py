@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from html import escape
 from math import ceil, isfinite, nan
+from typing import Any
 
 from halora.analysis.charts import NEUTRAL, PLAIN_STYLES, Chart, chart_layout
 
@@ -10,6 +11,11 @@ from halora.analysis.charts import NEUTRAL, PLAIN_STYLES, Chart, chart_layout
 def loss_chart(reports: Sequence[tuple[int, Mapping[str, float]]]) -> Chart:
     """Training losses over optimiser steps, and the noise trained under on an axis of its own."""
     names = {"train_loss": "loss", "train_task_loss": "task loss", "train_reg_loss": "regulariser"}
+    return {"data": _lines(reports, names), "layout": chart_layout("optimiser step", "loss (nats)")}
+
+
+def _lines(reports: Sequence[tuple[int, Mapping[str, float]]], names: Mapping[str, str]) -> list[dict[str, Any]]:
+    """A line for each of the metrics that any report has, under its name."""
     data = []
     for (metric, name), (colour, _) in zip(names.items(), PLAIN_STYLES, strict=False):
         known = [(step, metrics[metric]) for step, metrics in reports if isfinite(metrics.get(metric, nan))]
@@ -17,7 +23,19 @@ def loss_chart(reports: Sequence[tuple[int, Mapping[str, float]]]) -> Chart:
             line = {"x": [step for step, _ in known], "y": [value for _, value in known], "line": {"color": colour}}
             mode = "lines+markers" if len(known) < 30 else "lines"
             data.append({"type": "scatter", "mode": mode, "name": name, **line})
-    return {"data": data, "layout": chart_layout("optimiser step", "loss (nats)")}
+    return data
+
+
+def gradients_chart(reports: Sequence[tuple[int, Mapping[str, float]]]) -> Chart:
+    """What each term of the loss pulls at the adapter with over optimiser steps; their ratio is a distance."""
+    names = {"train_task_grad_norm": "task", "train_reg_grad_norm": "µ · regulariser"}
+    chart = _lines(reports, names)
+    for line in chart:
+        shares = {step: metrics["train_reg_share"] for step, metrics in reports if "train_reg_share" in metrics}
+        line["text"] = [f"{shares[step]:.3g} of the task's" if step in shares else "" for step in line["x"]]
+    layout = chart_layout("optimiser step", "norm of the gradient")
+    layout["yaxis"] |= {"type": "log"}
+    return {"data": chart, "layout": layout}
 
 
 def layers_chart(noise_db: Mapping[str, Sequence[tuple[int, float]]]) -> Chart:

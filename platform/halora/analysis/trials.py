@@ -11,10 +11,12 @@ from halora.errors import UserError, nearest
 
 LEVEL_METRIC = "accuracy_at."
 """Followed by a strength of noise other than the chip's own: accuracy there."""
+OTHER_ACCURACY = {"accuracy_per_byte": "accuracy per byte", "accuracy_summed": "accuracy, summed"}
+"""Accuracy by the way of scoring options that was not asked for, and its name for people; a trial has at most one."""
 VIOLATION = "constraint_violation"
 """The metric that says by how much a trial breaks its sweep's constraints, above 0 if it does; or `.NAME` after it."""
 
-_LESS_IS_BETTER = re.compile(r"energy|loss|_std|latency|area|bytes|seconds|violation")
+_LESS_IS_BETTER = re.compile(r"energy|loss|_std|drop|latency|area|bytes|seconds|violation")
 _MORE_IS_BETTER = re.compile(r"accuracy|margin")
 
 

@@ -86,7 +86,7 @@ def select(
             "gates.min_accuracy: 0, which every chip reaches; a certificate says something only above it",
             f"halora adapter select {sweep} --min-accuracy 0.5, or set gates.min_accuracy in the sweep file",
         )
-    _tell_chips(gates)
+    _tell_chips(place, config, gates)
     if dry_run:
         show_rows(_standing_rows(standings(points, gates, prefer.value), form), form, f"candidates of {sweep}")
         return
@@ -264,17 +264,24 @@ def _client(folder: Path | None, server: str | None) -> "tuple[Store, MlflowClie
     return place, open_client(place)
 
 
-def _tell_chips(gates: "Gates") -> None:
-    """Say how many chips the wanted yield takes."""
-    from halora.selection.attempts import chips_by_failures
-    from halora.selection.certificate import error_per_attempt
+def _tell_chips(store: Store, sweep: "SweepConfig", gates: "Gates") -> None:
+    """Say what certifications in this store took of the error level of the test rows, and what the next takes."""
+    from halora.selection.attempts import chips_by_failures, spent_on
+    from halora.selection.certificate import error_share
+    from halora.selection.certification import splits_of
+    from halora.training.tasks import as_sum, task_id
 
-    needed = ", ".join(f"{chips} with {failures}" for failures, chips in chips_by_failures(gates).items())
-    error = error_per_attempt(gates.confidence, gates.candidates)
-    _say(
-        f"a yield of {gates.min_yield:g} at an error level of {error:.3g} per certification takes this many chips with "
-        f"so many failing: {needed}; {gates.failures} may fail"
-    )
+    for task in map(as_sum, sweep.values_of("task")):
+        spent = spent_on(store, splits_of(task), gates.confidence)
+        needed = ", ".join(f"{chips} with {failures}" for failures, chips in chips_by_failures(gates, spent).items())
+        error = error_share(gates.confidence, spent.earlier, spent.error)
+        begun = f"{spent.earlier} certification{'' if spent.earlier == 1 else 's'}"
+        _say(
+            f"{begun} begun in this store on test rows of {task_id(task)} took "
+            f"{spent.error:.3g} of an error level of {1 - gates.confidence:.3g}; the next takes {error:.3g}. A yield "
+            f"of {gates.min_yield:g} then takes this many chips with so many failing: {needed}; "
+            f"{gates.failures} may fail"
+        )
 
 
 def _standing_rows(standings: Sequence["Standing"], form: Format) -> list[dict[str, Any]]:
@@ -295,7 +302,7 @@ def _show_certification(certification: "Certification") -> None:
     gates = [
         {
             "gate": gate.name,
-            "measured": f"{gate.value:.4g}",
+            "measured": gate.measured,
             "asked": f"{gate.comparison} {gate.threshold:g} {gate.unit}".strip(),
             "verdict": _verdict(gate.passed),
         }
@@ -317,6 +324,7 @@ def _line(line: Any) -> dict[str, Any]:
         "chips": f"{line.meeting_spec} of {line.chips}",
         "share_low": round(line.bound, 3),
         "accuracy": round(line.accuracy, 4),
+        "low": round(line.accuracy_low, 4),
         "worst": round(line.accuracy_worst, 4),
     }
 

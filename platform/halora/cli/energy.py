@@ -85,6 +85,7 @@ def _figures(found: "EnergyBreakdown", tokens: int) -> dict[str, Any]:
         "tokens": tokens,
         "context": found.phase.context(found.context_tokens),
         "boundary": found.boundary,
+        "fill": found.fill,
         "area_mm2": found.area_mm2,
         "total_mj": found.total_uj_per_token * tokens / 1000,
         "components_mj": {name: value * tokens / 1000 for name, value in found.components_uj.items()},
@@ -97,7 +98,7 @@ def _comparison(
 ) -> dict[str, Any]:
     from halora.hardware.baselines import baseline_energy_uj_per_token, named_baseline
 
-    energy_uj_per_token = baseline_energy_uj_per_token(baseline, shape, chip.boundary, found.context_tokens)
+    energy_uj_per_token = baseline_energy_uj_per_token(baseline, shape, chip, found.context_tokens)
     return {
         "baseline": baseline,
         "baseline_description": named_baseline(baseline).description,
@@ -133,13 +134,12 @@ def _phase(name: str) -> "Phase":
 
 def _baseline(name: str | None, shape: "ModelShape | None") -> str | None:
     """The name, if it is a baseline's and that has a figure for the model."""
-    from halora.hardware.baselines import baseline_energy_uj_per_token, named_baseline
-    from halora.hardware.chip import Boundary
+    from halora.hardware.baselines import check_baseline, named_baseline
 
     if name is not None:
         named_baseline(name)
         if shape is not None:
-            baseline_energy_uj_per_token(name, shape, Boundary(), 1)
+            check_baseline(name, shape)
     return name
 
 

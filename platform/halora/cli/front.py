@@ -92,7 +92,9 @@ def _rows(view: "FrontView", form: Format, everything: bool) -> list[dict[str, A
             row["accuracy"] = round(p.accuracy, 4)
             row["interval"] = f"{p.metrics['accuracy_low']:.3f}..{p.metrics['accuracy_high']:.3f}"
         row["p_front"] = round(view.probability[p.number], 2)
-        for column, metric in (("margin", "margin"), ("clean", "clean_accuracy")):
+        columns = {"margin": "margin", "clean": "clean_accuracy"}
+        columns |= {"per_byte": "accuracy_per_byte", "summed": "accuracy_summed"}
+        for column, metric in columns.items():
             if metric in p.metrics:
                 row[column] = round(p.metrics[metric], 4)
         if everything:

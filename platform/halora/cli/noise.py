@@ -136,7 +136,7 @@ def _check_model(problems: list[str], model: str | None, chip: "Chip | None") ->
 
     shape = attempt(problems, lambda: model_shape(model)) if model is not None else None
     if shape is not None and chip is not None:
-        attempt(problems, lambda: chip.mapping.places({n: layer.weights for n, layer in shape.linear_layers.items()}))
+        attempt(problems, lambda: chip.mapping.places(shape.sizes))
 
 
 def _check_task(task: str) -> None:

@@ -69,6 +69,10 @@ def launch(
         typer.Option(metavar="TABLE", help="Take results from a CSV table of recorded curves instead of training."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what it would take, and launch nothing.")] = False,
+    probe: Annotated[
+        bool,
+        typer.Option("--probe", help="With --dry-run: score the untrained bases on their chips all the same."),
+    ] = False,
     store: StoreOption = None,
     tracking_uri: ServerOption = None,
     storage: StorageOption = None,
@@ -83,8 +87,10 @@ def launch(
     cluster = Cluster.at(address, wheel)
     if simulate and cluster.address:
         raise UserError("--simulate takes results from a table of this machine", "leave --address out")
-    if not dry_run:
-        detached(cluster, name or Path(sweep).stem, follow, sweep)
+    if probe and not dry_run:
+        raise UserError("--probe goes with --dry-run", "a launch probes by itself, as `probe` in the sweep's file says")
+    if probe or not dry_run:
+        detached(cluster, name or Path(sweep).stem, dry_run or follow, sweep)
 
     overrides = overrides_from(set_)
     overrides |= {key: value for key, value in (("name", name), ("seed", seed)) if value is not None}
@@ -93,6 +99,8 @@ def launch(
     _tell_free_knobs(config)
     if dry_run:
         _print_plan(config)
+        if probe:
+            _probe(config, place, cluster)
         return
 
     from halora.sweep import launch as launching
@@ -298,6 +306,15 @@ def _print_plan(sweep: "SweepConfig") -> None:
         f"the whole sweep: about {planned.hours:.2g} hours of training and scoring, good to a factor of two",
     ):
         talk.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _probe(sweep: "SweepConfig", store: Store, cluster: Cluster) -> None:
+    from halora.sweep import launch as launching
+
+    if sweep.probe is None:
+        raise UserError("the sweep's file switches the probe off", "--set probe={} asks for it all the same")
+    with SweepProgress(0) as progress:
+        launching.probe(sweep, store, progress, cluster=cluster)
 
 
 def _close_records(name: str, store: Store) -> None:

@@ -13,6 +13,7 @@ from halora.cli.output import Format, FormatOption, show_rows, talk
 from halora.errors import UserError
 
 if TYPE_CHECKING:
+    from halora.trainable import Workbench
     from halora.trial import TrialConfig
 
 SetOption = Annotated[
@@ -27,6 +28,9 @@ def train(
     ],
     output: Annotated[Path, typer.Option(help="Folder for checkpoints, reports, scores and the adapter.")],
     set_: SetOption = None,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Train so many adapters, from the trial's seed on, each in a folder of its own.")
+    ] = 1,
     scores: Annotated[bool, typer.Option(help="Score the adapter on chip instances once it is trained.")] = True,
     form: FormatOption = Format.TABLE,
 ) -> None:
@@ -34,14 +38,67 @@ def train(
     from halora.spaces.sweep import load_trial
 
     config = load_trial(file, overrides_from(set_, example="training.steps=40"))
-    _check_output(output, config)
+    runs = {output: config} if seeds == 1 else _by_seed(output, config, seeds)
+    for folder, each in runs.items():
+        _check_output(folder, each)
 
+    from halora.evaluation.chips import summary_over_seeds
     from halora.files import write_json
-    from halora.sweep.session import ray_session
     from halora.trainable import Workbench
     from halora.trial import RESULT_FILE, adapter_folder, trial_energy
 
-    workbench, num_peers = Workbench(), config.training.workers - 1
+    workbench = Workbench()
+    found = []
+    for folder, each in runs.items():
+        if seeds > 1:
+            _say(f"seed {each.seed}, {len(found) + 1} of {seeds}")
+        _train(workbench, each, folder)
+        adapter = adapter_folder(folder)
+        _say(f"adapter: {adapter}")
+        if scores:
+            _say(f"scoring on {each.evaluation.chip_instances} chip instances")
+            found.append(workbench.evaluate(each, adapter))
+            write_json(folder / RESULT_FILE, found[-1].to_json())
+    if not found:
+        return
+    summary = summary_over_seeds(found) | {"energy_uj_per_token": trial_energy(config).total_uj_per_token}
+    show_rows(_by_name(summary, form), form, str(output))
+    _tell_scope(seeds, config.evaluation.chip_instances)
+
+
+def _by_seed(output: Path, config: "TrialConfig", seeds: int) -> "dict[Path, TrialConfig]":
+    """The trial with so many seeds, from its own on, and the folder of each.
+
+    Raises:
+        UserError: The folder holds a trial of its own.
+    """
+    from halora.trial import TRIAL_FILE
+
+    if (output / TRIAL_FILE).exists():
+        raise UserError(f"'{output}' holds a trial of one seed", "name another folder")
+    each = [config.seed + i for i in range(seeds)]
+    return {output / f"seed-{seed:05d}": config.model_copy(update={"seed": seed}) for seed in each}
+
+
+def _tell_scope(seeds: int, chips: int) -> None:
+    """Say what the intervals are over."""
+    from halora.evaluation.decisions import ENOUGH_SEEDS
+
+    over = "rows alone" if chips == 1 else "chips and rows"
+    said = f"intervals are over {'training seeds, ' if seeds > 1 else ''}{over}"
+    if seeds < ENOUGH_SEEDS:
+        which = "this adapter" if seeds == 1 else f"these {seeds} adapters"
+        said += f"; this speaks of {which}, not of the method (--seeds {ENOUGH_SEEDS} or more)"
+    if chips == 1:
+        said += "; one chip says nothing about others"
+    _say(said)
+
+
+def _train(workbench: "Workbench", config: "TrialConfig", output: Path) -> None:
+    """Train, or go on from the last checkpoint in the folder."""
+    from halora.sweep.session import ray_session
+
+    num_peers = config.training.workers - 1
     try:
         with redirect_stdout(sys.stderr), ray_session(num_peers) if num_peers else nullcontext():  # DeepSpeed talks
             training = workbench.train(config, output)
@@ -58,21 +115,15 @@ def train(
     except KeyboardInterrupt:
         _say("interrupted; the same command goes on from the last report")
         raise
-    adapter = adapter_folder(output)
-    _say(f"adapter: {adapter}")
-    if not scores:
-        return
-    _say(f"scoring on {config.evaluation.chip_instances} chip instances")
-    found = workbench.evaluate(config, adapter)
-    write_json(output / RESULT_FILE, found.to_json())
-    energy = {"energy_uj_per_token": trial_energy(config).total_uj_per_token}
-    show_rows(_by_name(found.summary() | energy, form), form, str(output))
 
 
 def evaluate(
     adapter: Annotated[
         Path,
-        typer.Argument(metavar="ADAPTER", help="A trial's folder, or a PEFT folder in safetensors."),
+        typer.Argument(
+            metavar="ADAPTER",
+            help="A trial's folder, or a PEFT folder in safetensors; with --base also a trial's file or a sweep.",
+        ),
     ],
     chip: Annotated[
         str | None, typer.Option(help="A preset's name or a YAML file; default: the trial's.", show_default=False)
@@ -82,27 +133,27 @@ def evaluate(
     rows: Annotated[int | None, typer.Option(min=2, help="Number of validation rows.", show_default=False)] = None,
     first_chip: Annotated[int, typer.Option(min=0, help="Number of the first chip instance of the search pool.")] = 0,
     first_row: Annotated[int, typer.Option(min=0, help="Validation rows to leave out.")] = 0,
-    base: Annotated[bool, typer.Option("--base", help="Score the base without the adapter.")] = False,
+    base: Annotated[
+        bool, typer.Option("--base", help="Score the untrained base alone: what the chip does to it before training.")
+    ] = False,
     set_: SetOption = None,
     form: FormatOption = Format.TABLE,
 ) -> None:
-    """Score an adapter on chip instances of the search pool, by the trial that made it or as told here."""
-    from halora.spaces.sweep import trial_from
-
-    folder, described = _adapter_and_trial(adapter)
+    """Score an adapter, or the untrained base, on chip instances of the search pool, by its trial or as told here."""
     overrides: dict[str, Any] = {"chip": chip, "task": task}
     overrides |= {"evaluation.chip_instances": instances, "evaluation.rows": rows}
     overrides = {path: value for path, value in overrides.items() if value is not None}
     overrides |= overrides_from(set_, example="chip.adc.bits=6")
-    config = trial_from(described, str(adapter), overrides)
+    folder, config = _base_alone(adapter, overrides) if base else _adapter_and_trial(adapter, overrides)
 
     from halora.trainable import Workbench
     from halora.trial import trial_energy
 
     energy = trial_energy(config).total_uj_per_token  # refused before anything is loaded
-    found = Workbench().evaluate(config, None if base else folder, first_row=first_row, first_chip=first_chip)
+    workbench = Workbench()
+    found = workbench.evaluate(config, folder, first_row=first_row, first_chip=first_chip)
     answer = {
-        "adapter": None if base else str(folder),
+        "adapter": str(folder) if folder else None,
         "chip": config.chip.name,
         "chip_hash": config.chip.content_hash,
         "rows": len(found.row_ids),
@@ -110,7 +161,22 @@ def evaluate(
         **found.summary(),
         "energy_uj_per_token": energy,
     }
+    if base:
+        from halora.evaluation.damage import Damage
+
+        rows_scored = workbench.scored_rows(config, first_row)
+        damage = Damage.of(f"{config.model} on {config.chip.name}", found, rows_scored, config.evaluation.scoring)
+        answer |= {
+            "chance": damage.chance,
+            "lost": damage.lost,
+            "worst_layer": damage.worst[0][0] if damage.worst else None,
+            "worst_layer_noise_db": damage.worst[0][1] if damage.worst else None,
+            "layers_overwhelmed": damage.overwhelmed,
+        }
+        _say(damage.warning or damage.said)
     show_rows(_by_name(answer, form), form)
+    if len(found.chip_seeds) == 1:
+        _say("one chip: the intervals are over rows alone, and say nothing about other chips")
 
 
 def _by_name(values: dict[str, Any], form: Format) -> list[dict[str, Any]]:
@@ -133,26 +199,44 @@ def _check_output(output: Path, config: "TrialConfig") -> None:
         raise UserError(f"--output '{output}' is not empty and holds no trial", "name an empty or new folder")
 
 
-def _adapter_and_trial(adapter: Path) -> tuple[Path, dict[str, Any]]:
-    """The folder of the weights, and what is known of the trial that made them.
+def _base_alone(where: Path, overrides: dict[str, Any]) -> tuple[None, "TrialConfig"]:
+    """No adapter, and the trial that a run's folder, an adapter's, a trial's file or a sweep tells of.
 
     Raises:
-        UserError: There is no adapter.
+        UserError: It tells of none, or of a wrong one.
     """
+    from halora.spaces.sweep import load_trial, trial_from
+    from halora.trial import TRIAL_FILE
+
+    if not where.is_dir():
+        return None, load_trial(str(where), overrides)
+    if (where / TRIAL_FILE).is_file():
+        return None, trial_from(json.loads((where / TRIAL_FILE).read_text()), str(where), overrides)
+    return None, _adapter_and_trial(where, overrides)[1]
+
+
+def _adapter_and_trial(adapter: Path, overrides: dict[str, Any]) -> tuple[Path, "TrialConfig"]:
+    """The folder of the weights, and the trial that made them as far as it is known.
+
+    Raises:
+        UserError: There is no adapter, or too little is known of its trial.
+    """
+    from halora.spaces.sweep import trial_from
     from halora.trial import TRIAL_FILE, adapter_folder
 
     folder = adapter_folder(adapter) or adapter
-    weights, described = folder / "adapter_model.safetensors", folder / "adapter_config.json"
-    if not weights.is_file() or not described.is_file():
+    weights, settings = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    if not weights.is_file() or not settings.is_file():
         raise UserError(
             f"no adapter in '{adapter}': neither a trial's folder nor adapter_config.json and adapter_model.safetensors"
         )
     trials = [parent / TRIAL_FILE for parent in (folder, *folder.parents[:2]) if (parent / TRIAL_FILE).is_file()]
     if trials:
-        return folder, json.loads(trials[0].read_text())
-    peft = json.loads(described.read_text())
+        return folder, trial_from(json.loads(trials[0].read_text()), str(adapter), overrides)
+    peft = json.loads(settings.read_text())
     lora = {"rank": peft["r"], "targets": peft["target_modules"], "alpha_over_rank": peft["lora_alpha"] / peft["r"]}
-    return folder, {"model": peft["base_model_name_or_path"], "lora": lora, "training": {"steps": 0}}
+    described = {"model": peft["base_model_name_or_path"], "lora": lora, "training": {"steps": 0}}
+    return folder, trial_from(described, str(adapter), overrides)
 
 
 def _say(text: str) -> None:

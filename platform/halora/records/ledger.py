@@ -62,6 +62,11 @@ class Ledger:
         """The closing comparison, once it is recorded."""
         return self.contents.get(_SWEEP, {}).get("comparison")
 
+    @property
+    def damage(self) -> list[dict[str, Any]] | None:
+        """What the chips do to the untrained bases, once it is recorded; see `halora.evaluation.damage.described`."""
+        return self.contents.get(_SWEEP, {}).get("damage")
+
     def point(self, number: int) -> TrialPoint:
         """One trial."""
         content = self.contents[number]  # replaced whenever it changes, see `_after`
@@ -85,6 +90,14 @@ class Ledger:
         """Latest value of each of the trial's metrics."""
         return dict(self.contents.get(number, {}).get("metrics", {}))
 
+    def measured(self, number: int) -> dict[str, float]:
+        """The trial's scores on its own chips, whatever a race made of them; none before it is scored."""
+        return dict(self.contents.get(number, {}).get("measured", {}))
+
+    def scored_step(self, number: int) -> int:
+        """Optimiser step at which the trial was scored last; 0 before it is."""
+        return int(self.contents.get(number, {}).get("scored_step", 0))
+
     def rungs(self, number: int) -> set[int]:
         """Steps of the rungs of early stopping at which the trial's scores are recorded."""
         return set(self.contents.get(number, {}).get("rungs", ()))
@@ -106,11 +119,11 @@ def _after(content: Content | None, entry: Entry) -> Content:
         case "rung":
             now["rungs"] = [*now.get("rungs", ()), entry["step"]]
         case "scores":
-            now["correct"] = entry["correct"]
+            now |= {"correct": entry["correct"], "measured": entry["metrics"], "scored_step": entry["step"]}
         case "front":
             now["front_step"] = entry["step"]
-        case "comparison":
-            now["comparison"] = entry["content"]
+        case "comparison" | "damage":
+            now[entry["kind"]] = entry["content"]
         case "state":
             now |= {"state": entry["state"], "cause": entry["cause"], "ended_ms": entry["time_ms"]}
     return now

@@ -8,6 +8,7 @@ from halora.analysis.trials import VIOLATION as VIOLATION
 
 # Tags of parent and child runs.
 SWEEP = "halora.sweep"
+LAUNCH = "halora.launch"  # of the parent run: identity of the launch, which the sweep's certified chips are drawn from
 KIND = "halora.kind"  # sweep | trial
 NUMBER = "halora.trial"
 CHIP_HASH = "halora.chip_hash"
@@ -15,30 +16,62 @@ VERSION = "halora.version"  # of this program, where the sweep was run
 COMMIT = "halora.commit"  # that it ran from, `+` after it where files differed; none outside of git
 STATE = "halora.state"  # running | finished | stopped | failed | interrupted
 CAUSE = "halora.cause"
+WARNING = "halora.warning"  # of a sweep, where noise exceeds the signal of layers of its untrained base
 LABEL = "halora.{label}"  # what a trial is, to filter by
 LABELS = ("method", "model", "chip", "task", "noise", "noise_level")
 
 # Metrics of a child run while it trains; step = optimiser step.
-TRAINING_METRICS = ("train_loss", "train_task_loss", "train_reg_loss", "train_sigma")
+TRAINING_METRICS = (
+    "train_loss",
+    "train_task_loss",
+    "train_reg_loss",  # before its weight
+    "train_sigma",
+    "train_task_grad_norm",  # of the last step, before clipping
+    "train_reg_grad_norm",  # of mu L_reg
+    "train_reg_share",  # of mu L_reg's gradient over the task's: of all A and B, of A, of B
+    "train_reg_share_a",
+    "train_reg_share_b",
+)
 
 # Metrics of an evaluated child run.
 SCORE_METRICS = (
     "clean_accuracy",
+    "clean_accuracy_low",
+    "clean_accuracy_high",
     "clean_margin",
     "accuracy",
     "accuracy_low",
     "accuracy_high",
     "accuracy_std_chips",
     "accuracy_worst",
+    "drop_low",
+    "drop_high",
     "margin",
     "margin_low",
     "margin_high",
     "noise_db",
 )
-TASK_METRICS = ("accuracy.", "clean_accuracy.")  # followed by the name of a mixture's task
+BESIDE_METRICS = (  # by the way of scoring options that was not asked for
+    "clean_accuracy_per_byte",
+    "clean_margin_per_byte",
+    "accuracy_per_byte",
+    "margin_per_byte",
+    "clean_accuracy_summed",
+    "clean_margin_summed",
+    "accuracy_summed",
+    "margin_summed",
+)
+TASK_METRICS = (  # followed by the name of a mixture's task
+    "accuracy.",
+    "clean_accuracy.",
+    "accuracy_per_byte.",
+    "clean_accuracy_per_byte.",
+    "accuracy_summed.",
+    "clean_accuracy_summed.",
+)
 # LEVEL_METRIC: accuracy at another strength of the chip's noise, which follows.
 RUNG_METRIC = "rung_{score}"  # a score at a rung of early stopping; step = optimiser step
-RUNG_SCORES = ("accuracy", "clean_accuracy", "margin")
+RUNG_SCORES = ("accuracy", "clean_accuracy", "margin")  # and those of BESIDE_METRICS that there are
 FRONT_PROBABILITY = "front_probability"  # step = trials finished so far
 ENERGY = "energy_uj_per_token"
 ENERGY_COMPONENT = "energy_uj_per_token.{component}"
@@ -59,6 +92,7 @@ FRONT_CSV = "front.csv"
 FRONT_PNG = "front.png"
 REPORT_FILE = "report.html"
 COMPARISON_FILE = "comparison.json"
+DAMAGE_FILE = "damage.json"  # what the chips do to the untrained bases
 
 # Selection: artifacts of the trial's run, below a folder of their own for each certification.
 CERTIFICATION_FOLDER = "selection/attempt-{attempt:02d}"
@@ -82,7 +116,7 @@ def registered_name(model: str, task: str, chip: str, chip_hash: str) -> str:
 
 def is_score(name: str) -> bool:
     """Whether a metric is one of an evaluated trial: a score, or by how much it breaks a constraint."""
-    return name in SCORE_METRICS or name.startswith((*TASK_METRICS, LEVEL_METRIC, VIOLATION))
+    return name in (*SCORE_METRICS, *BESIDE_METRICS) or name.startswith((*TASK_METRICS, LEVEL_METRIC, VIOLATION))
 
 
 def identity(sweep: str, number: int | None) -> dict[str, str]:

@@ -13,6 +13,7 @@ from halora.analysis.importance import importance_of
 from halora.analysis.report import render_report
 from halora.analysis.summary import SweepSummary, view_front, volumes
 from halora.errors import UserError
+from halora.evaluation.damage import described
 from halora.files import write_whole
 from halora.hardware.baselines import baselines
 from halora.hardware.shapes import ModelShape
@@ -41,6 +42,7 @@ def summarise(sweep: SweepConfig, ledger: Ledger) -> SweepSummary:
         hypervolume=volumes(view, (corner.accuracy, corner.energy_uj_per_token)),
         baselines={model: baseline_energies(sweep.resolve({"model": model})) for model in sorted(models)},
         comparison=ledger.comparison,
+        damage=[line for outcome in ledger.damage or () for line in described(outcome)],
         time=time.strftime("%Y-%m-%d %H:%M:%S %Z"),
     )
 
@@ -116,7 +118,7 @@ def baseline_energies(config: TrialConfig, shape: ModelShape | None = None) -> d
     except UserError:
         return {}
     found = {
-        name: baseline.energy_uj_per_token(shape, config.chip.boundary, config.evaluation.context_tokens)
+        name: baseline.energy_uj_per_token(shape, config.chip, config.evaluation.context_tokens)
         for name, baseline in baselines().items()
     }
     return {name: energy for name, energy in found.items() if energy is not None}

@@ -26,6 +26,9 @@ from halora.spaces.sweep import SweepConfig
 from halora.training.tasks import Split, load_rows
 from halora.trial import TrialConfig
 
+_MOVES = ("accuracy", "accuracy_low", "accuracy_high")
+_MOVES_AGAINST = ("drop_low", "drop_high")
+
 
 class SweepRecorder:
     """Writes one sweep's journal. Used by the one process that runs the sweep.
@@ -81,7 +84,8 @@ class SweepRecorder:
     def report_rung(self, number: int, step: int, scores: Mapping[str, float]) -> None:
         """Record the scores at a rung of early stopping; a rung that is recorded already is left as it is."""
         if step not in self.ledger.rungs(number):
-            reached = {names.RUNG_METRIC.format(score=name): float(scores[name]) for name in names.RUNG_SCORES}
+            told = (*names.RUNG_SCORES, *(name for name in names.BESIDE_METRICS if name in scores))
+            reached = {names.RUNG_METRIC.format(score=name): float(scores[name]) for name in told}
             self._write("rung", number, step=step, metrics=reached)
 
     def finish_trial(
@@ -110,6 +114,22 @@ class SweepRecorder:
         self._record_front()
         return self.ledger.point(number)
 
+    def record_estimates(self, accuracies: Mapping[int, float]) -> None:
+        """Record the accuracies that a race compares trials by; their intervals move along.
+
+        What was measured on each trial's own chips stays in its scores. The same estimates again are left as they are.
+        """
+        for number, accuracy in accuracies.items():
+            measured = self.ledger.measured(number)
+            if not measured:
+                continue
+            shift = accuracy - measured["accuracy"]
+            moved = {name: min(max(measured[name] + shift, 0.0), 1.0) for name in _MOVES if name in measured}
+            moved |= {name: measured[name] - shift for name in _MOVES_AGAINST if name in measured}
+            now = self.ledger.metrics(number)
+            if any(abs(now[name] - value) > 1e-9 for name, value in moved.items()):
+                self._write("estimate", number, step=self.ledger.scored_step(number), metrics=moved)
+
     def mark_finished(self, number: int) -> None:
         """Record that a trial whose scores are recorded is finished."""
         self._state(number, "finished")
@@ -133,6 +153,10 @@ class SweepRecorder:
     def record_comparison(self, comparison: Mapping[str, Any]) -> None:
         """Record the closing comparison."""
         self._write("comparison", None, content=dict(comparison))
+
+    def record_damage(self, outcomes: Sequence[Mapping[str, Any]]) -> None:
+        """Record what the chips do to the untrained bases, see `halora.evaluation.damage.described`."""
+        self._write("damage", None, content=[dict(outcome) for outcome in outcomes])
 
     def finish(self, *, interrupted: bool) -> None:
         """Record that this run of the sweep ended, and with it every trial that is still open."""
@@ -174,7 +198,7 @@ class SweepRecorder:
         """Whether these scores are recorded: by the answers where there are any, as sums differ by their order."""
         if answers is not None:
             return self.ledger.answers(number) == answers
-        return metrics.items() <= self.ledger.metrics(number).items()
+        return metrics.items() <= (self.ledger.metrics(number) | self.ledger.measured(number)).items()
 
     def _state(self, number: int | None, state: str, cause: str = "") -> None:
         """Record a state on the disk itself: whoever hears of it next may rely on it."""

@@ -60,6 +60,11 @@ class Store:
         """Cache of what the journals add up to."""
         return self.root / "index.db"
 
+    @property
+    def certifications_file(self) -> Path:
+        """Every certification begun in the store, and what it took of the error level of its test rows."""
+        return self.root / "certifications.json"
+
     def sweep(self, name: str) -> "SweepFolder":
         """The folder of a sweep, which need not exist."""
         return SweepFolder(self.root / "sweeps" / name)
@@ -190,11 +195,33 @@ class SweepFolder:
         """Locked by the process that runs the sweep."""
         return self.root / "driver.lock"
 
+    @property
+    def comparison(self) -> "ComparisonFolder":
+        """Trainings of the closing comparison, laid out as a sweep's trials, and the scores it rests on."""
+        return ComparisonFolder(self.root / "comparison")
+
     def logs(self, number: int) -> list[Path]:
         """What the workers of a trial printed, and the error that ended it, of every run of the sweep."""
         files = ("stdout", "stderr", "error.txt")
         return [path for path in sorted(self.root.glob(f"ray*/{number:05d}*/*")) if path.name in files]
 
+    def logs_command(self, number: int) -> str:
+        """How to look at them."""
+        return f"halora trial logs {self.name}/{number}"
+
     def trial(self, number: int) -> Path:
         """Checkpoints and result of one trial."""
         return self.root / "trials" / f"{number:05d}"
+
+
+class ComparisonFolder(SweepFolder):
+    """Files of a closing comparison; its trainings stand where a sweep has trials."""
+
+    @property
+    def scores(self) -> Path:
+        """Scores it took, a file for each evaluation."""
+        return self.root / "scores"
+
+    def logs_command(self, number: int) -> str:
+        """How to look at what the workers of a training printed."""
+        return f"ls {self.root}/ray*/{number:05d}*"

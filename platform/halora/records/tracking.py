@@ -22,6 +22,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, 
 from mlflow.exceptions import MlflowException
 
 from halora.errors import UnreachableError
+from halora.evaluation.damage import Damage
 from halora.records import names
 from halora.records.journal import Entry
 from halora.records.store import Store
@@ -114,6 +115,8 @@ class MlflowSweep:
                 case "comparison":
                     text = json.dumps(entry["content"], indent=1)
                     self._client.log_text(run_id, text, names.COMPARISON_FILE)
+                case "damage":
+                    self._damage(run_id, entry["content"])
                 case "state":
                     self._metrics(run_id, metrics)
                     metrics = []
@@ -177,8 +180,10 @@ class MlflowSweep:
             tags[_NAME_TAG] = self._sweep.name if number is None else f"{self._sweep.name}/{number}"
             if number is not None:
                 tags[_PARENT_TAG] = self._run(None, began_ms)
-            elif self._sweep.description:
-                tags[_NOTE_TAG] = self._sweep.description
+            else:
+                tags[names.LAUNCH] = self._sweep.launch
+                if self._sweep.description:
+                    tags[_NOTE_TAG] = self._sweep.description
             self._unsure.add(number)
             found = [self._client.create_run(self._experiment, start_time=began_ms, tags=tags)]
             self._unsure.discard(number)
@@ -253,6 +258,12 @@ class MlflowSweep:
         outputs = self._client.get_run(run_id).outputs
         if not any(output.model_id == model.model_id for output in (outputs.model_outputs if outputs else ())):
             self._client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=entry["step"])])
+
+    def _damage(self, run_id: str, outcomes: Sequence[Mapping[str, Any]]) -> None:
+        self._client.log_text(run_id, json.dumps(outcomes, indent=1), names.DAMAGE_FILE)
+        warnings = [Damage.from_json(outcome).warning for outcome in outcomes if "cause" not in outcome]
+        if any(warnings):
+            self._client.set_tag(run_id, names.WARNING, "\n".join(filter(None, warnings))[:5000])
 
     def _state(self, run_id: str, entry: Entry) -> None:
         state = entry["state"]

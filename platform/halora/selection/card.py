@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 
 import yaml
 
+from halora.analysis.trials import OTHER_ACCURACY
 from halora.selection.certification import Certification, RobustnessLine
 from halora.trial import TrialConfig
 
@@ -13,6 +14,7 @@ def model_card(config: TrialConfig, certification: Certification) -> str:
     certificate, scores, energy = certification.certificate, certification.scores, certification.energy
     header = {"base_model": certification.base, "library_name": "peft", "tags": ["lora", "halora", "rram"]}
     drop = scores["clean_accuracy"] - scores["accuracy"]
+    others = "".join(f"| {title} | {scores[name]:.4f} |\n" for name, title in OTHER_ACCURACY.items() if name in scores)
     sections = [
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
         f"# {certification.base} for {certificate.task} on {certificate.chip}",
@@ -26,13 +28,14 @@ def model_card(config: TrialConfig, certification: Certification) -> str:
         f"| accuracy | {scores['accuracy']:.4f} [{scores['accuracy_low']:.4f}, {scores['accuracy_high']:.4f}] |\n"
         f"| accuracy of the worst chip | {scores['accuracy_worst']:.4f} |\n"
         f"| clean accuracy | {scores['clean_accuracy']:.4f} (drop {drop:+.4f}) |\n"
+        f"{others}"
         f"| margin in nats | {scores['margin']:.3f} [{scores['margin_low']:.3f}, {scores['margin_high']:.3f}] |\n"
         f"| noise of the weights | {scores['noise_db']:.1f} dB |",
         "## Gates",
         _table(
             ("gate", "measured", "asked", "verdict"),
             (
-                (g.name, f"{g.value:.4g} {g.unit}", f"{g.comparison} {g.threshold:g}", "pass" if g.passed else "FAIL")
+                (g.name, f"{g.measured} {g.unit}", f"{g.comparison} {g.threshold:g}", "pass" if g.passed else "FAIL")
                 for g in certification.gates
             ),
         ),

@@ -3,10 +3,14 @@
 n chip instances are fixed beforehand and all are tried. With k failures among them the bound is that of Clopper and
 Pearson (Biometrika 1934), one-sided: the share p at which n - k or more successes would be seen with a probability of
 just the error level.
+
+What a chip is here: one draw of everything that differs from cell to cell and from read to read under one description.
+Not modelled: what differs from die to die, wafer to wafer or lot to lot, so the yield is none of manufacturing.
 """
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any
 
 from scipy.stats import beta
@@ -14,6 +18,8 @@ from scipy.stats import beta
 from halora.errors import UserError
 
 _MOST_CHIPS = 100_000
+_LEAST_LEFT = 1e-12
+"""What differs by rounding alone from nothing left of an error level."""
 
 
 def yield_lower_bound(chips: int, failures: int, error: float) -> float:
@@ -29,6 +35,7 @@ def yield_lower_bound(chips: int, failures: int, error: float) -> float:
     return float(beta.ppf(error, chips - failures, failures + 1)) if failures < chips else 0.0
 
 
+@cache
 def chips_needed(min_yield: float, error: float, failures: int = 0) -> int:
     """Fewest chips with which the bound reaches `min_yield` though `failures` of them miss the spec.
 
@@ -55,13 +62,15 @@ class Certificate:
     Attributes:
         sweep: Name of the sweep.
         trial: Number of the trial.
-        attempt: Which of the sweep's certifications this is, from 1.
-        attempts: How many there may ever be; they share the error level.
-        confidence: Of all of them together.
+        launch: Identity of the sweep's launch.
+        attempt: Which of the launch's certifications this is, from 1.
+        earlier: Certifications begun before it in its store, of whatever sweep, on any of its test rows.
+        spent: Sum of their error levels.
+        confidence: Of all of them together with this one.
         min_accuracy: A chip meets the spec if its accuracy on the test rows is this or more.
+        scoring: How answers are chosen, see `EvaluationSettings.scoring`.
         min_yield: Share of chips asked for.
-        chips: Chips tried, fixed beforehand.
-        first_chip: Number of the first in the `certify` pool; those before it served earlier attempts.
+        chips: Chips tried, fixed beforehand: those from 0 on of `series`.
         failures: Chips that missed the spec.
         task: Task of the test rows.
         rows: Number of test rows.
@@ -73,13 +82,15 @@ class Certificate:
 
     sweep: str
     trial: int
+    launch: str
     attempt: int
-    attempts: int
+    earlier: int
+    spent: float
     confidence: float
     min_accuracy: float
+    scoring: str
     min_yield: float
     chips: int
-    first_chip: int
     failures: int
     task: str
     rows: int
@@ -89,9 +100,14 @@ class Certificate:
     noise: str
 
     @property
+    def series(self) -> str:
+        """Which series of the `certify` pool its chips are of; no other certification has it."""
+        return f"{self.launch}/{self.attempt}"
+
+    @property
     def error(self) -> float:
         """Error level of this attempt."""
-        return error_per_attempt(self.confidence, self.attempts)
+        return error_share(self.confidence, self.earlier, self.spent)
 
     @property
     def bound(self) -> float:
@@ -105,12 +121,32 @@ class Certificate:
 
     def statement(self) -> str:
         """What may be said, with its conditions."""
-        shared = "" if self.attempts == 1 else f", attempt {self.attempt} of {self.attempts} that share it"
-        return (
+        said = [
             f"At least {100 * self.bound:.2f} % of chips reach an accuracy of {self.min_accuracy:g} on this test set "
-            f"({self.rows} rows of {self.task}), under this noise model ({self.noise}; chip {self.chip} "
-            f"{self.chip_hash}): {self.chips - self.failures} of {self.chips} chip instances that no search saw did. "
-            f"Confidence {100 * self.confidence:g} %{shared}."
+            f"({self.rows} rows of {self.task}, scored by {self.scoring}), under this noise model ({self.noise}; chip "
+            f"{self.chip} {self.chip_hash}): {self.chips - self.failures} of {self.chips} chip instances that no "
+            f"search saw did (series {self.series}, this certification's own).",
+            "A chip is a draw of its cells' errors and reads under this one description; how dies, wafers and lots "
+            "differ is not modelled.",
+        ]
+        level = f"of an error level of {1 - self.confidence:.3g} it takes {self.error:.3g}"
+        if not self.earlier:
+            return " ".join(
+                [
+                    *said,
+                    f"Confidence {100 * self.confidence:g} %: {level}, as the first on these rows in this store; other "
+                    "stores are not counted.",
+                ]
+            )
+        before = "the one" if self.earlier == 1 else f"the {self.earlier}"
+        return " ".join(
+            [
+                *said,
+                f"Confidence {100 * self.confidence:g} % for this certification and {before} begun before it on these "
+                f"rows in this store together: {level}, after {self.spent:.3g}; other stores are not counted.",
+                "The rows are the same as then: the more often adapters are chosen by results on them, the further "
+                "these lie above results on new rows, of which this says nothing.",
+            ]
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -124,6 +160,16 @@ class Certificate:
         return cls(**{name: content[name] for name in cls.__dataclass_fields__})
 
 
-def error_per_attempt(confidence: float, attempts: int) -> float:
-    """The error level split evenly: every attempt meets chips of its own, so that the shares add up (union bound)."""
-    return (1 - confidence) / attempts
+def error_share(confidence: float, earlier: int, spent: float) -> float:
+    """What the next certification takes of an error level that is `1 - confidence` for all of them together.
+
+    One part in `earlier + 2` of what is left: at an unchanged confidence the k-th takes 1 / (k (k + 1)) of the level,
+    and k of them k / (k + 1), so that some is left for any number (union bound; every attempt meets chips of its own).
+
+    Args:
+        confidence: Asked for.
+        earlier: Certifications begun before.
+        spent: Sum of their error levels.
+    """
+    left = 1 - confidence - spent
+    return left / (earlier + 2) if left > _LEAST_LEFT else 0.0

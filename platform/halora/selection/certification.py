@@ -4,6 +4,7 @@ Scores are kept as they come, in the attempt's folder, so a crash costs only tho
 answered from what is kept.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -18,7 +19,7 @@ from halora.files import sha256_of, write_json
 from halora.hardware.addressing import Role
 from halora.records import names
 from halora.records.publishing import baseline_energies
-from halora.records.store import SweepFolder
+from halora.records.store import Store, SweepFolder
 from halora.selection.attempts import Attempt, attempts_of, open_attempt
 from halora.selection.certificate import Certificate, yield_lower_bound
 from halora.selection.gates import Gate, certified_gates
@@ -26,7 +27,7 @@ from halora.selection.robustness import Scenario, level_name, scenarios
 from halora.spaces.gates import Gates
 from halora.spaces.sweep import SweepConfig
 from halora.training.models import model_id, plain_base, weights_digest
-from halora.training.tasks import task_id
+from halora.training.tasks import load_rows, task_id, task_weights
 from halora.trial import TrialConfig, trial_energy
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class RobustnessLine:
         chips: Chip instances tried.
         meeting_spec: Those of them that reach the certificate's accuracy.
         accuracy: Mean over chips and test rows.
+        accuracy_low: Lower end of its 95 % interval over chips and rows; over rows alone for one chip.
         accuracy_worst: Of the worst chip.
         bound: Lower bound of the yield at an error level of 5 %, for this line alone.
         reason: Why it cannot be said, and then nothing else is; empty otherwise.
@@ -58,6 +60,7 @@ class RobustnessLine:
     chips: int = 0
     meeting_spec: int = 0
     accuracy: float | None = None
+    accuracy_low: float | None = None
     accuracy_worst: float | None = None
     bound: float | None = None
     reason: str = ""
@@ -137,7 +140,7 @@ def logged_certification(client: "MlflowClient", adapter: "RegisteredAdapter") -
 def certify(
     client: "MlflowClient",
     sweep: SweepConfig,
-    folder: SweepFolder,
+    store: Store,
     point: TrialPoint,
     gates: Gates,
     say: Callable[[str], None] = lambda text: None,
@@ -147,19 +150,19 @@ def certify(
     Args:
         client: Where the adapter is recorded.
         sweep: The sweep.
-        folder: Its folder; `only_selection` is held.
+        store: Its store; `only_selection` is held.
         point: The trial.
         gates: What is asked.
         say: Told how it goes on.
 
     Raises:
-        ErrorSpent: The sweep's error level is spent.
-        UserError: It is shared otherwise, the task has no test split or too few rows in it, the adapter is not in
-            MLflow.
+        UserError: Nothing is left of the error level, the task has no test split or too few rows in it, the adapter
+            is not in MLflow.
     """
     from halora.records.queries import download_adapter, logged_config, logged_scores, trial_run
     from halora.records.registry import log_certification
 
+    folder = store.sweep(sweep.name)
     run = trial_run(client, sweep.name, point.number)
     config = logged_config(client, run.info.run_id)
     with TemporaryDirectory() as scratch:
@@ -169,7 +172,8 @@ def certify(
         weights = adapter / "adapter_model.safetensors"
         adapter_bytes = weights.stat().st_size
         rows = test_rows(config, gates)
-        attempt = open_attempt(folder, sweep.name, point.number, sha256_of(weights), gates)
+        splits = splits_of(config.task)
+        attempt = open_attempt(store, folder, sweep.launch, point.number, sha256_of(weights), gates, splits)
         work = _Work(sweep, config, adapter, attempt, attempt.folder(folder), int(rows["rows"]), say)
         work.carry_out(logged_scores(client, run.info.run_id), gates)
     found = work.result(gates, rows, adapter_bytes)
@@ -198,6 +202,23 @@ def test_rows(config: TrialConfig, gates: Gates) -> dict[str, str]:
             "lower it: --set test_rows=N",
         )
     return rows
+
+
+def splits_of(task: str) -> tuple[str, ...]:
+    """What tells the test splits of a task's parts: the name of each, and a digest of its texts in any order.
+
+    Certifications that share one of these look at the same rows, or at rows of the same name: a copy of a data set
+    under another name counts, and so does one of the same name with a row mended.
+
+    Raises:
+        UserError: A part has no test split.
+    """
+    found: list[str] = []
+    for part in task_weights(task):
+        texts = sorted(repr((row.prompt, row.options, row.answer)) for row in load_rows(part, "test"))
+        digest = hashlib.sha256("\n".join(texts).encode("utf-8", "surrogatepass")).hexdigest()
+        found += [task_id(part), digest[:32]]
+    return tuple(found)
 
 
 class _Work:
@@ -231,7 +252,7 @@ class _Work:
         from halora.sweep.session import ray_session
 
         evaluations = sum(job.config.evaluation.chip_instances for job in jobs.values())
-        chips = f"{self._attempt.chips} chips of the certify pool, {self._rows} test rows"
+        chips = f"{self._attempt.chips} chips of series {self._attempt.series}, {self._rows} test rows"
         self._say(f"attempt {self._attempt.number}: trial {self._attempt.trial} on {chips}")
         wanted = list(jobs.items())
         left = evaluations
@@ -256,13 +277,15 @@ class _Work:
         certificate = Certificate(
             sweep=self._sweep.name,
             trial=attempt.trial,
+            launch=attempt.launch,
             attempt=attempt.number,
-            attempts=gates.candidates,
+            earlier=attempt.spent.earlier,
+            spent=attempt.spent.error,
             confidence=gates.confidence,
             min_accuracy=gates.min_accuracy,
+            scoring=self._config.evaluation.scoring,
             min_yield=gates.min_yield,
             chips=attempt.chips,
-            first_chip=attempt.first_chip,
             failures=reached.count(False),
             task=task_id(self._config.task),
             rows=int(rows["rows"]),
@@ -272,7 +295,11 @@ class _Work:
             noise=noise_words(self._config),
         )
         lines = [self._line(scenario, gates) for scenario in self._scenarios(gates)]
-        by_name = {line.name: line.accuracy for line in lines if line.accuracy is not None}
+        by_name = {
+            line.name: (line.accuracy, line.accuracy_low)
+            for line in lines
+            if line.accuracy is not None and line.accuracy_low is not None
+        }
         reload = agreement(self._config, self._read("recorded"), self._read("reload"))
         found = certified_gates(
             scores,
@@ -313,20 +340,26 @@ class _Work:
             if scenario.chip is not None:
                 config = self._config.model_copy(update={"chip": scenario.chip})
                 chips = min(gates.robustness_chips, self._attempt.chips)
-                yield self._part_of(scenario, chips), self._held_out(config, self._attempt.first_chip, chips)
+                yield self._part_of(scenario, chips), self._held_out(config, 0, chips)
 
     def _held_out(self, config: TrialConfig, first_chip: int, chips: int) -> "ScoringJob":
         from halora.trainable import ScoringJob
 
         asked = config.evaluation.at_own_level().model_copy(update={"rows": self._rows, "chip_instances": chips})
         config = config.model_copy(update={"evaluation": asked})
-        return ScoringJob(config, self._adapter, first_chip=first_chip, split="test", role=Role.CERTIFY)
+        return ScoringJob(
+            config,
+            self._adapter,
+            first_chip=first_chip,
+            split="test",
+            role=Role.CERTIFY,
+            series=self._attempt.series,
+        )
 
     def _chip_parts(self) -> Iterator[tuple[str, int, int]]:
         """Name, first chip and number of chips of every part of the certificate."""
-        end = self._attempt.first_chip + self._attempt.chips
-        for first_chip in range(self._attempt.first_chip, end, _CHIPS_PER_JOB):
-            yield f"chips-{first_chip:05d}", first_chip, min(_CHIPS_PER_JOB, end - first_chip)
+        for first_chip in range(0, self._attempt.chips, _CHIPS_PER_JOB):
+            yield f"chips-{first_chip:05d}", first_chip, min(_CHIPS_PER_JOB, self._attempt.chips - first_chip)
 
     def _scenarios(self, gates: Gates) -> list[Scenario]:
         return scenarios(self._config.chip, gates.min_accuracy_at) if gates.robustness_chips else []
@@ -339,14 +372,16 @@ class _Work:
         if scenario.chip is None:
             return RobustnessLine(scenario.group, scenario.name, reason=scenario.reason)
         chips = min(gates.robustness_chips, self._attempt.chips)
-        by_chip = self._read(self._part_of(scenario, chips)).accuracy_by_chip
+        scores = self._read(self._part_of(scenario, chips))
+        by_chip, found = scores.accuracy_by_chip, scores.summary()
         meeting = sum(accuracy >= gates.min_accuracy for accuracy in by_chip)
         return RobustnessLine(
             scenario.group,
             scenario.name,
             chips=len(by_chip),
             meeting_spec=meeting,
-            accuracy=sum(by_chip) / len(by_chip),
+            accuracy=found["accuracy"],
+            accuracy_low=found["accuracy_low"],
             accuracy_worst=min(by_chip),
             bound=yield_lower_bound(len(by_chip), len(by_chip) - meeting, 0.05),
         )
@@ -368,6 +403,7 @@ def _priced(config: TrialConfig) -> dict[str, Any]:
         "phase": str(energy.phase),
         "context_tokens": energy.context_tokens,
         "boundary": energy.boundary,
+        "fill": energy.fill,
         "baselines_uj_per_token": baseline_energies(config),
     }
 

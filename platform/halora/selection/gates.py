@@ -15,10 +15,12 @@ class Gate:
 
     Attributes:
         name: As in the sweep file.
-        value: What was measured.
+        value: What is compared: for accuracies and drops the worse end of the 95 % interval of what was measured.
         comparison: How it has to compare with the threshold.
         threshold: The bound.
         unit: Of both; empty for shares and counts.
+        mean: What was measured, where `value` is an end of its interval.
+        over: What that interval is over.
     """
 
     name: str
@@ -26,6 +28,8 @@ class Gate:
     comparison: Literal["<=", ">="]
     threshold: float
     unit: str = ""
+    mean: float | None = None
+    over: str = ""
 
     @property
     def passed(self) -> bool:
@@ -35,11 +39,21 @@ class Gate:
     def __str__(self) -> str:
         unit = f" {self.unit}" if self.unit else ""
         sign = self.comparison if self.passed else {"<=": ">", ">=": "<"}[self.comparison]
-        return f"{self.name} {self.value:.4g} {sign} {self.threshold:g}{unit}"
+        return f"{self.name} {self.measured} {sign} {self.threshold:g}{unit}"
+
+    @property
+    def measured(self) -> str:
+        """The value, and the mean that it is an end of."""
+        if self.mean is None:
+            return f"{self.value:.4g}"
+        end = "lower" if self.comparison == ">=" else "upper"
+        return f"{self.value:.4g} ({end} end over {self.over}; mean {self.mean:.4g})"
 
     def to_json(self) -> dict[str, Any]:
         """Plain values and the verdict."""
-        return {**asdict(self), "value": self.value if isfinite(self.value) else None, "passed": self.passed}
+        numbers = {"value": self.value, "mean": self.mean}
+        said = {name: value if value is not None and isfinite(value) else None for name, value in numbers.items()}
+        return {**asdict(self), **said, "passed": self.passed}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "Gate":
@@ -49,9 +63,19 @@ class Gate:
 
 
 def search_gates(point: TrialPoint, gates: Gates) -> list[Gate]:
-    """What can be said of a finished trial by what the search recorded of it."""
+    """What can be said of a finished trial by what the search recorded of it.
+
+    It says which trials are worth certifying, so it goes by their means: on the few rows and chips of a search the
+    lower end of an interval would turn good ones away. What is claimed of an adapter goes by `certified_gates`.
+    """
     strange = [name for name, value in point.metrics.items() if not isfinite(value)]
-    return [Gate("no_nan", float(len(strange)), "<=", 0, "metrics"), *_measured(point.metrics, gates)]
+    accuracy, clean = (point.metrics.get(name, nan) for name in ("accuracy", "clean_accuracy"))
+    return [
+        Gate("no_nan", float(len(strange)), "<=", 0, "metrics"),
+        Gate("min_accuracy", accuracy, ">=", gates.min_accuracy),
+        *([] if gates.max_drop is None else [Gate("max_drop", clean - accuracy, "<=", gates.max_drop)]),
+        *_energy(point.metrics, gates),
+    ]
 
 
 def certified_gates(
@@ -62,10 +86,13 @@ def certified_gates(
     adapter_bytes: int,
     chips: int,
     yield_bound: float,
-    accuracy_at: Mapping[float, float],
+    accuracy_at: Mapping[float, tuple[float, float]],
     reload_share: float,
 ) -> list[Gate]:
     """All gates of a candidate, measured on test rows and on chips that no search saw.
+
+    An accuracy is compared by the lower end of its 95 % interval over rows and chips, a drop by the upper end; on one
+    chip the interval is over rows alone, and speaks of that chip. The yield is a bound already.
 
     Args:
         scores: `ChipScores.summary()` of them.
@@ -74,20 +101,23 @@ def certified_gates(
         adapter_bytes: Size of the adapter's weights as stored.
         chips: Chip instances tried.
         yield_bound: The certificate's lower bound.
-        accuracy_at: Mean accuracy by strength of the noise, for those of `gates.min_accuracy_at`.
+        accuracy_at: Mean accuracy and the lower end of its interval by strength of the noise, for those of
+            `gates.min_accuracy_at`.
         reload_share: How far margins that the sweep recorded are from those of the adapter as read back from the
             records, as a share of what is allowed, see `halora.evaluation.agreement`.
     """
     measured = {**scores, "energy_uj_per_token": energy_uj_per_token}
     strange = [name for name, value in measured.items() if not isfinite(value)]
-    found = [Gate("no_nan", float(len(strange)), "<=", 0, "metrics"), *_measured(measured, gates)]
+    found = [Gate("no_nan", float(len(strange)), "<=", 0, "metrics"), *_accuracies(scores, gates, _over(chips))]
+    found += _energy(measured, gates)
     if gates.max_ci_halfwidth is not None:
         halfwidth = (scores["accuracy_high"] - scores["accuracy_low"]) / 2
         found.append(Gate("max_ci_halfwidth", halfwidth, "<=", gates.max_ci_halfwidth))
     if gates.max_adapter_kb is not None:
         found.append(Gate("max_adapter_kb", adapter_bytes / 1000, "<=", gates.max_adapter_kb, "kB"))
+    over = _over(min(gates.robustness_chips, chips))
     found += [
-        Gate(f"min_accuracy_at_{level:g}", accuracy_at[level], ">=", least)
+        Gate(f"min_accuracy_at_{level:g}", accuracy_at[level][1], ">=", least, mean=accuracy_at[level][0], over=over)
         for level, least in gates.min_accuracy_at.items()
     ]
     return [
@@ -98,12 +128,18 @@ def certified_gates(
     ]
 
 
-def _measured(metrics: Mapping[str, float], gates: Gates) -> Iterator[Gate]:
-    """The gates on scores and energy; a metric that is missing counts as no number."""
-    accuracy = metrics.get("accuracy", nan)
-    yield Gate("min_accuracy", accuracy, ">=", gates.min_accuracy)
+def _over(chips: int) -> str:
+    return "rows and chips" if chips > 1 else "rows of one chip"
+
+
+def _accuracies(scores: Mapping[str, float], gates: Gates, over: str) -> Iterator[Gate]:
+    accuracy, drop = scores["accuracy"], scores["clean_accuracy"] - scores["accuracy"]
+    yield Gate("min_accuracy", scores["accuracy_low"], ">=", gates.min_accuracy, mean=accuracy, over=over)
     if gates.max_drop is not None:
-        yield Gate("max_drop", metrics.get("clean_accuracy", nan) - accuracy, "<=", gates.max_drop)
+        yield Gate("max_drop", scores["drop_high"], "<=", gates.max_drop, mean=drop, over=over)
+
+
+def _energy(metrics: Mapping[str, float], gates: Gates) -> Iterator[Gate]:
     if gates.max_energy_uj_per_token is not None:
         energy = metrics.get("energy_uj_per_token", nan)
         yield Gate("max_energy_uj_per_token", energy, "<=", gates.max_energy_uj_per_token, "uJ/token")

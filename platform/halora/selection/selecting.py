@@ -10,7 +10,7 @@ from halora.analysis.trials import TrialPoint
 from halora.errors import UserError
 from halora.records import names
 from halora.records.store import Store
-from halora.selection.attempts import ErrorSpent, only_selection
+from halora.selection.attempts import only_selection
 from halora.selection.candidates import Preference, Standing, standings
 from halora.selection.certification import Certification, certify
 from halora.spaces.gates import Gates
@@ -46,7 +46,7 @@ def select(
     prefer: Preference = "knee",
     say: Callable[[str], None] = lambda text: None,
 ) -> Selection:
-    """Certify candidates in their order until one passes every gate, and register that one.
+    """Certify candidates in their order, `gates.candidates` at most, until one passes, and register that one.
 
     Raises:
         UserError: Certification is refused, see `certify`.
@@ -62,13 +62,8 @@ def select(
     client, folder = open_client(store), store.sweep(sweep.name)
     tried: list[Certification] = []
     with only_selection(folder, lambda: say("another selection of this sweep is running; waiting for it")):
-        for point in chosen:
-            try:
-                tried.append(certify(client, sweep, folder, point, gates, say))
-            except ErrorSpent:
-                if not tried:
-                    raise
-                break
+        for point in chosen[: gates.candidates]:
+            tried.append(certify(client, sweep, store, point, gates, say))
             if tried[-1].passed:
                 registered, changed = register_certified(store, client, tried[-1])
                 return Selection(found, tuple(tried), registered, changed)

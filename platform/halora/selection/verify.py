@@ -180,8 +180,7 @@ def _inner_problems(folder: Path, config: TrialConfig, certification: Certificat
         mode="json"
     ):
         problems.append("its chip is not the one that was certified on")
-    first = certificate.first_chip
-    if scores.chip_seeds != tuple(range(first, first + certificate.chips)) or len(scores.row_ids) != certificate.rows:
+    if scores.chip_seeds != tuple(range(certificate.chips)) or len(scores.row_ids) != certificate.rows:
         problems.append("its scores are not those of the certificate")
     failures = sum(accuracy < certificate.min_accuracy for accuracy in scores.accuracy_by_chip)
     if failures != certificate.failures:
@@ -204,14 +203,14 @@ def _plain_check(folder: Path, base: BaseModel, config: TrialConfig, scores: "Ch
     peft_model = attach_saved(base, folder, config.chip.lora.weight_bits)
     differences = []
     for row, recorded in zip(
-        prepared_rows(rows[:_CHECKED_ROWS], base, config.prompt_format), scores.clean, strict=False
+        prepared_rows(rows[:_CHECKED_ROWS], base, config.prompt_format), scores.nats[0], strict=False
     ):
         found = plain_option_scores(peft_model, base.tokenizer, row)
         if config.evaluation.scoring == "generation":
             own = found[row.answer] / len(encode(row, base.tokenizer)[1][row.answer])
         else:
             own = margin(found, row.answer)
-        differences.append(abs(own - recorded))
+        differences.append(abs(own - float(recorded)))
     mean, allowed = fmean(differences), TOLERANCE_NATS[config.training.dtype]
     text = f"clean margins of {len(differences)} rows differ by {mean:.2g} nats in the mean (allowed {allowed:g})"
     return Check("plain PEFT", mean <= allowed, text)
@@ -225,9 +224,8 @@ def _scored_again(folder: Path, config: TrialConfig, bundle: Bundle, chips: int 
     certificate, recorded = bundle.certification.certificate, bundle.scores
     if chips is not None:
         recorded = recorded.first_chips(chips)
-    first_chip = certificate.first_chip
     again = Workbench().evaluate(
-        as_scored(config, recorded), folder, first_chip=first_chip, split="test", role=Role.CERTIFY
+        as_scored(config, recorded), folder, split="test", role=Role.CERTIFY, series=certificate.series
     )
     found = agreement(config, recorded, again)
     before, now = (

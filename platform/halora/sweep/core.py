@@ -29,7 +29,7 @@ from halora.trial import Goal
 _RE_ASKS = 20  # points that are skipped, or known already, before one is drawn at random
 _RANDOM_DRAWS = 200
 _ENOUGH_TRIALS = 10  # finished ones, before a configuration is called unreachable
-_MOST_LOST = 3  # workers a trial may lose without a report between; the last of them fails it
+MOST_LOST = 3  # workers a trial may lose without a report between; the last of them fails it
 _DECIDED = 0.01  # a place on the front is decided when its probability is this close to 0 or 1
 
 
@@ -152,7 +152,7 @@ class DecisionCore:
     def on_loss(self, number: int) -> bool:
         """Take the end of the worker that had a trial. Whether the trial goes on from its checkpoint; else it fails."""
         trial = self.trial(number)
-        if trial.state is State.FINISHED or trial.lost_workers + 1 >= _MOST_LOST:
+        if trial.state is State.FINISHED or trial.lost_workers + 1 >= MOST_LOST:
             return False
         self._study.count_lost_workers(trial, trial.lost_workers + 1)
         self._in_flight.pop(number)
@@ -251,8 +251,8 @@ class DecisionCore:
             proposal = self._proposal(trials, attempt)
             if point_key(proposal.values) in known and len(trials) >= len(self._problem.first):
                 continue
-            energy = self._problem.energy(proposal.values)
-            reason = self._reason_to_skip(energy, trials)
+            energy, refused = self._priced(proposal)
+            reason = refused or self._reason_to_skip(energy, trials)
             number = self._begin(proposal, energy, reason)
             trials = self._study.trials()
             if not reason:
@@ -273,15 +273,22 @@ class DecisionCore:
                     fixed = propose(space, make_sampler("random", space, 0, 0), fixed=values)
                     if job := self._if_allowed(fixed, known):
                         return job
-        self._study.end("no configuration is left that is new and keeps the constraint on energy")
+        self._study.end("no configuration is left that is new, possible, and keeps the constraint on energy")
         return None
 
     def _if_allowed(self, proposal: Proposal, known: set[str]) -> Job | None:
-        energy = self._problem.energy(proposal.values)
-        if point_key(proposal.values) in known or self._over_constraint(energy):
+        energy, refused = self._priced(proposal)
+        if point_key(proposal.values) in known or refused or self._over_constraint(energy):
             return None
         number = self._begin(proposal, energy, "")
         return self._job(self._study.trial(number))
+
+    def _priced(self, proposal: Proposal) -> tuple[float, str]:
+        """Energy of a configuration, and why no trial can have it; such a one stands at the reference's energy."""
+        try:
+            return self._problem.energy(proposal.values), ""
+        except ValueError as error:  # of a derived value, or a user's mistake
+            return self._problem.reference[1], str(error)
 
     def _proposal(self, trials: Sequence[Trial], attempt: int) -> Proposal:
         problem, number = self._problem, len(trials)
@@ -308,11 +315,11 @@ class DecisionCore:
         finished = [trial for trial in trials if trial.state is State.FINISHED and trial.violation <= 0]
         if not self._problem.settings.skip_unreachable or len(finished) < _ENOUGH_TRIALS:
             return ""
-        best_clean = max(float(trial.scores[-1]["clean_accuracy"]) for trial in finished)
+        reachable = max(float(trial.scores[-1]["clean_accuracy_high"]) for trial in finished)
         for trial in finished:
             assert trial.accuracy is not None
-            if trial.energy_uj_per_token < energy and trial.accuracy >= best_clean:
-                return f"trial {trial.number} has the best clean accuracy at less energy"
+            if trial.energy_uj_per_token < energy and trial.accuracy >= reachable:
+                return f"trial {trial.number} has at less energy what clean weights may reach at most, {reachable:.3g}"
         return ""
 
     def _over_constraint(self, energy: float) -> str:
@@ -329,7 +336,7 @@ class DecisionCore:
         racing = self._problem.racing
         if racing is None:
             return None
-        finished = [trial for trial in trials if trial.state is State.FINISHED and trial.violation <= 0]
+        finished = self._racers(trials)
         if not finished:
             return None
         spent = sum(_chips(trial) - self._levels_of(trial)[-1].chip_instances for trial in finished)
@@ -352,6 +359,21 @@ class DecisionCore:
         goal = replace(whole, chip_instances=chips, first_chip=_chips(trial))
         name = f"{trial.number:05d}-chips-{chips}"
         return Job(trial.number, trial.values, trial.energy_uj_per_token, goal, True, name, trial.halvings)
+
+    def estimates(self) -> dict[int, float]:
+        """Accuracies of finished trials as the race compares them, by number; none where nothing raced.
+
+        What chips that only some of the trials met do to all alike is taken out, see `chip_estimates`.
+        """
+        finished = self._racers(self._study.trials())
+        by_chip = [trial.scores[-1]["accuracy_by_chip"] for trial in finished]
+        if len(set(map(len, by_chip))) < 2:
+            return {}
+        means, _ = chip_estimates(by_chip)
+        return {trial.number: float(mean) for trial, mean in zip(finished, means, strict=True)}
+
+    def _racers(self, trials: Sequence[Trial]) -> list[Trial]:
+        return [trial for trial in trials if trial.state is State.FINISHED and trial.violation <= 0]
 
     def _job(self, trial: Trial) -> Job:
         levels = self._levels_of(trial)

@@ -19,21 +19,28 @@ from halora.heartbeat import Heartbeats
 from halora.records.store import SweepFolder
 from halora.spaces.sweep import SweepConfig
 from halora.storage import read_adapter
-from halora.sweep.core import Decision, DecisionCore
-from halora.sweep.running import RunningJobs, TrialEvents
+from halora.sweep.core import Decision
+from halora.sweep.probing import Base, Probing
+from halora.sweep.running import JobSource, RunningJobs, TrialEvents
 from halora.sweep.session import worker_share
 from halora.trainable import HaloraTrainable, ScoringJob
 
 
 class _CoreSearcher(Searcher):
-    """Tune's searcher: asks the core. Tune pickles it; there is nothing to keep."""
+    """Tune's searcher: asks the core, once all bases are probed. Tune pickles it; there is nothing to keep."""
 
-    def __init__(self, running: RunningJobs, sweep: SweepConfig, folder: SweepFolder, heartbeats: str) -> None:
+    def __init__(
+        self, running: RunningJobs, probing: Probing, sweep: SweepConfig, folder: SweepFolder, heartbeats: str
+    ) -> None:
         super().__init__()
-        self._running, self._sweep, self._folder, self._heartbeats = running, sweep, folder, heartbeats
+        self._running, self._probing, self._sweep, self._folder = running, probing, sweep, folder
+        self._heartbeats = (heartbeats, sweep.resources.heartbeat_s)
 
     def suggest(self, trial_id: str) -> Any:
         """The next job as Ray's config for the trainable; nothing for now, or `FINISHED`."""
+        if not self._probing.over and not self._running.core.stopping:
+            base = self._probing.begin(trial_id)
+            return base and self._probe(base)
         job = self._running.begin(trial_id)
         if job is None:
             return None if self._running.core.waiting else Searcher.FINISHED
@@ -44,12 +51,28 @@ class _CoreSearcher(Searcher):
             "storage": self._folder.trial_url(job.number),
             "trial": self._sweep.resolve(job.values).with_micro_batch_halved(job.halvings).model_dump(mode="json"),
             "goal": asdict(job.goal),
-            "heartbeats": (self._heartbeats, self._sweep.resources.heartbeat_s),
+            "heartbeats": self._heartbeats,
+        }
+
+    def _probe(self, base: Base) -> dict[str, Any]:
+        return {
+            "job": f"probe-{uuid.uuid4().hex[:8]}",
+            "number": -1,
+            "folder": str(self._folder.root),
+            "trial": base.config.model_dump(mode="json"),
+            "goal": None,
+            "heartbeats": self._heartbeats,
         }
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
         """A job ended or was stopped; one that was paused or interrupted stays unfinished."""
         job, report = self._running.job(trial_id), result or {}
+        if self._probing.holds(trial_id):
+            if "scores" in report:
+                self._probing.scored(trial_id, ChipScores.from_json(report["scores"]))
+            else:
+                self._probing.failed(trial_id, str(report.get("cause", "its worker ended")))
+            return
         if job is None:
             return
         stage = report.get("stage")
@@ -89,7 +112,7 @@ class _CoreScheduler(FIFOScheduler):
         job = self._running.job(trial.trial_id)
         if job is None:
             return
-        logs = f"see `halora trial logs {self._folder.name}/{job.number}`"
+        logs = f"see `{self._folder.logs_command(job.number)}`"
         if cause := self._frozen.causes.pop(trial.trial_id, "") or _loss(trial):
             self._running.lost(trial.trial_id, f"{cause}; {logs}")
         else:
@@ -137,8 +160,10 @@ class _FrozenWorkers(tune.Callback):
         return {}
 
 
-def run_trials(sweep: SweepConfig, folder: SweepFolder, core: DecisionCore, events: TrialEvents) -> None:
-    """Run the core's jobs until it has none left, or until Ctrl-C or a stop request.
+def run_trials(
+    sweep: SweepConfig, folder: SweepFolder, core: JobSource, events: TrialEvents, probing: Probing | None = None
+) -> None:
+    """Score the bases that are to be probed, then run the core's jobs until none is left, or Ctrl-C or a stop request.
 
     Trials still unfinished at the end keep their checkpoint and stay unfinished in the study.
     """
@@ -146,7 +171,7 @@ def run_trials(sweep: SweepConfig, folder: SweepFolder, core: DecisionCore, even
     tuner = tune.Tuner(
         tune.with_resources(HaloraTrainable, tune.PlacementGroupFactory([worker_share(sweep)] * sweep.workers)),
         tune_config=tune.TuneConfig(
-            search_alg=_CoreSearcher(running, sweep, folder, frozen.name),
+            search_alg=_CoreSearcher(running, probing or Probing([], print), sweep, folder, frozen.name),
             scheduler=_CoreScheduler(running, folder, frozen),
             num_samples=-1,
             max_concurrent_trials=sweep.concurrent,

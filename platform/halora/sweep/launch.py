@@ -8,11 +8,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import yaml
 
 from halora.analysis.trials import TrialPoint, grouped
 from halora.errors import UserError
+from halora.evaluation.damage import described
 from halora.records.names import ENERGY, VIOLATION
 from halora.records.store import Store, SweepFolder
 from halora.spaces.search import total_violation
@@ -22,6 +24,7 @@ from halora.sweep.cluster import LOCAL, RUNS, Cluster
 from halora.sweep.comparison import ClosingComparison, check_rows_left, compare, contestants
 from halora.sweep.core import DecisionCore, Job
 from halora.sweep.driver_log import DriverLog, Watcher
+from halora.sweep.probing import Probing, bases
 from halora.sweep.reconcile import record_as_studied
 from halora.sweep.simulator import SimulatedClock, simulate
 from halora.sweep.state import check_not_launched, only_driver, open_core
@@ -31,6 +34,7 @@ from halora.training.models import check_available
 from halora.trial import RESULT_FILE, adapter_folder, trial_energy
 
 if TYPE_CHECKING:
+    from halora.evaluation.chips import ChipScores
     from halora.records.recorder import SweepRecorder
 
 
@@ -39,7 +43,7 @@ class Outcome:
     """How a run of a sweep ended.
 
     Attributes:
-        complete: All trials ended; False after Ctrl-C or a stop request.
+        complete: All trials ended, and the comparison; False after Ctrl-C or a stop request.
         failed: Number of failed trials.
         comparison: The closing comparison, where the sweep asks for one and it was reached.
     """
@@ -92,6 +96,7 @@ def launch(
         folder.server_file.write_text(store.server)
     if curves:
         folder.curves_file.write_bytes(curves.read_bytes())
+    sweep = sweep.model_copy(update={"launch": uuid4().hex})
     folder.sweep_file.write_text(yaml.safe_dump(sweep.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
     return _run(sweep, store, watcher, cluster, metrics_port)
 
@@ -119,6 +124,35 @@ def resume(
     if not folder.curves_file.exists():
         _check_workers(sweep, store, cluster, store.storage or folder.storage_url)
     return _run(sweep, store.serving(name), watcher, cluster, metrics_port)
+
+
+def probe(sweep: SweepConfig, store: Store, watcher: Watcher, *, cluster: Cluster = LOCAL) -> None:
+    """Say what a sweep's chips do to its untrained bases, and launch nothing.
+
+    Args:
+        sweep: The sweep.
+        store: Where it would be recorded.
+        watcher: Told of each base.
+        cluster: Where the bases are scored.
+
+    Raises:
+        UserError: A model cannot be loaded, or rows cannot be scored.
+        UnreachableError: The storage or the cluster does not answer, or one of its nodes could not run a trial.
+    """
+    _check_workers(sweep, store, cluster, store.storage)
+    from halora.sweep.executor import score_on_workers  # imports Ray and torch
+    from halora.sweep.session import ray_session
+    from halora.trainable import ScoringJob
+
+    waiting = bases(sweep, watcher.say)
+    jobs = [ScoringJob(base.config, None) for base in waiting]
+
+    def scored(place: int, scores: "ChipScores") -> None:
+        for line in described(waiting[place].damage(scores).to_json()):
+            watcher.say(line)
+
+    with ray_session(sweep.concurrent, cpus=sweep.resources.cpus, cluster=cluster):
+        score_on_workers(sweep, jobs, scored)
 
 
 def _check_workers(sweep: SweepConfig, store: Store, cluster: Cluster, storage: str) -> None:
@@ -155,6 +189,7 @@ def _run(sweep: SweepConfig, store: Store, watcher: Watcher, cluster: Cluster, m
                 metrics_port, SweepCollector(sweep.name, recorder.ledger, lambda: undelivered(store, sweep.name))
             ),
         ):
+            ended = False
             events = _Recording(sweep, core, recorder, watcher, files, folder)
             comparison = None
             try:
@@ -163,16 +198,18 @@ def _run(sweep: SweepConfig, store: Store, watcher: Watcher, cluster: Cluster, m
                     every = sweep.resolve({}).training.report_every
                     at_once = sweep.concurrent
                     simulate(core, table, clock, concurrent=at_once, report_every=every, events=events, folder=folder)
+                    ended = core.over
                 else:
-                    comparison = _train(sweep, folder, core, events, recorder, watcher, cluster)
+                    ended, comparison = _train(sweep, folder, core, events, recorder, watcher, cluster)
             except KeyboardInterrupt:
                 pass
             finally:
                 _tell_end(sweep, core, watcher)
                 record_as_studied(core.trials(), recorder)
-                recorder.finish(interrupted=not core.over)
+                recorder.record_estimates(core.estimates())
+                recorder.finish(interrupted=not ended)
                 events.prune()
-        return Outcome(core.over, core.counts()["failed"], comparison)
+        return Outcome(ended, core.counts()["failed"], comparison)
 
 
 def _tell_end(sweep: SweepConfig, core: DecisionCore, watcher: Watcher) -> None:
@@ -192,23 +229,24 @@ def _train(
     recorder: "SweepRecorder",
     watcher: Watcher,
     cluster: Cluster,
-) -> ClosingComparison | None:
-    """Run the core's jobs on Ray, and the closing comparison after them."""
+) -> tuple[bool, ClosingComparison | None]:
+    """Run the core's jobs on Ray, and the closing comparison after them; whether both came to their end."""
     from halora.sweep.executor import run_trials  # imports Ray and torch
     from halora.sweep.session import ray_session
 
     processes = sweep.concurrent * sweep.workers
     with ray_session(processes, cpus=sweep.resources.cpus, cluster=cluster):
         watcher.say(f"{RUNS} on up to {processes} workers; each loads the model once")
-        run_trials(sweep, folder, core, events)
+        unknown = bases(sweep, watcher.say) if recorder.ledger.damage is None else []
+        run_trials(sweep, folder, core, events, Probing(unknown, watcher.say, recorder.record_damage))
+        recorder.record_estimates(core.estimates())
         chosen = contestants(sweep.comparison, events.points()) if sweep.comparison else {}
         if not chosen or not core.over:
-            return None
-        numbers = ", ".join(str(point.number) for point in chosen.values())
-        watcher.say(f"comparing trial {numbers} with the untrained base on fresh chips and rows")
-        comparison = compare(sweep, folder, core, chosen)
-        recorder.record_comparison(comparison.to_json())
-        return comparison
+            return core.over, None
+        comparison = compare(sweep, folder, core, chosen, watcher.say)
+        if comparison is not None:
+            recorder.record_comparison(comparison.to_json())
+        return comparison is not None, comparison
 
 
 class _Recording:
@@ -247,6 +285,7 @@ class _Recording:
         if self._to_prune:  # the study has by now what the events were told
             self.prune()
         if job.goal.first_chip:
+            self._recorder.record_estimates(self._core.estimates())  # of the race so far
             with suppress(UserError):  # its worker will say so
                 self._files.provide(job)
         if job.number not in self._begun and not job.goal.first_chip:

@@ -4,11 +4,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic import ValidationError
+
+from halora.errors import UserError
 from halora.spaces.language import Distribution
+from halora.spaces.mistakes import describe
 from halora.spaces.recipes import first_points
 from halora.spaces.search import Budget, Constraint, Racing, SearchSettings
 from halora.spaces.sweep import SweepConfig
-from halora.trial import Goal, trial_energy
+from halora.trial import Goal, TrialConfig, trial_energy
 
 
 @dataclass(frozen=True)
@@ -20,7 +24,8 @@ class Problem:
         seed: Its seed.
         trials: Configurations to try.
         space: Searched fields by path.
-        energy: Energy per token in microjoule of the values of a point.
+        energy: Energy per token in microjoule of the values of a point; raises `UserError` for one that no trial can
+            have.
         levels: Goals a point is brought to in turn, the last one its whole training.
         reference: Accuracy and energy that hypervolumes are measured from.
         first: Points to try first.
@@ -54,6 +59,12 @@ def problem_of(sweep: SweepConfig) -> Problem:
     point = sweep.reference_point
     floor = stopping.accuracy_floor if stopping else None
 
+    def energy(values: Mapping[str, Any]) -> float:
+        try:
+            return trial_energy(sweep.resolve(values)).total_uj_per_token
+        except ValidationError as error:
+            raise UserError(describe(error, TrialConfig)) from None
+
     def levels(values: Mapping[str, Any]) -> list[Goal]:
         config = sweep.resolve(values)
         own = config.evaluation
@@ -68,7 +79,7 @@ def problem_of(sweep: SweepConfig) -> Problem:
         seed=sweep.seed,
         trials=sweep.trials,
         space=sweep.space,
-        energy=lambda values: trial_energy(sweep.resolve(values)).total_uj_per_token,
+        energy=energy,
         levels=levels,
         reference=(point.accuracy, point.energy_uj_per_token),
         first=first_points(sweep),

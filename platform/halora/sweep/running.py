@@ -4,10 +4,37 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from halora.errors import StorageError
+from halora.records.names import BESIDE_METRICS
 from halora.spaces.search import METRICS
-from halora.sweep.core import Decision, DecisionCore, Job
+from halora.sweep.core import Decision, Job
 
-_KEPT = (*METRICS, "step", "rows", "accuracy_by_chip")
+_KEPT = (*METRICS, *BESIDE_METRICS, "step", "rows", "accuracy_by_chip")
+
+
+class JobSource(Protocol):
+    """Who hands out jobs and judges what comes of them: a `DecisionCore`, or a fixed list."""
+
+    @property
+    def waiting(self) -> bool:
+        """Whether jobs are running whose end may bring new ones."""
+
+    def suggest(self) -> Job | None:
+        """The next job."""
+
+    def on_report(self, number: int, report: Mapping[str, Any]) -> Decision:
+        """Judge a report on the way to a goal."""
+
+    def on_scores(self, number: int, scores: Mapping[str, Any]) -> None:
+        """Take the scores at the goal."""
+
+    def on_failure(self, number: int) -> None:
+        """Take a failure."""
+
+    def on_loss(self, number: int) -> bool:
+        """Take the end of a worker; whether the job is handed out again."""
+
+    def on_out_of_memory(self, number: int) -> None:
+        """Hand a job out again, with half the micro-batch."""
 
 
 class TrialEvents(Protocol):
@@ -40,7 +67,7 @@ class RunningJobs:
         events: Told of everything before the core, so that a crash between the two repeats a record and loses none.
     """
 
-    def __init__(self, core: DecisionCore, events: TrialEvents | None = None) -> None:
+    def __init__(self, core: JobSource, events: TrialEvents | None = None) -> None:
         self.core, self._events = core, events
         self._jobs: dict[str, Job] = {}
 

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from statistics import fmean, stdev
 from typing import Any, Protocol
 
+import numpy as np
+
+from halora.evaluation.intervals import crossed
 from halora.files import write_json
 from halora.records.store import SweepFolder
 from halora.sweep.core import Decision, DecisionCore, Job
@@ -125,18 +128,23 @@ def simulate(
 def _scores(curves: Curves, job: Job, step: int) -> dict[str, Any]:
     by_chip = [curves.accuracy(job.values, step, chip) for chip in range(job.goal.chip_instances)]
     mean, spread = fmean(by_chip), stdev(by_chip) if len(by_chip) > 1 else 0.0
-    error = 2 * spread / len(by_chip) ** 0.5
-    known = {"margin": mean, "margin_low": mean - error, "margin_high": mean + error, "noise_db": 0.0}
+    found = crossed(np.array(by_chip)[:, None]).interval()  # over chips: curves rest on no rows
+    low, high = found.low, found.high
+    known = {"margin": mean, "margin_low": low, "margin_high": high, "noise_db": 0.0}
     clean = curves.clean(job.values, step)
     return {
         **known,
+        "clean_accuracy_low": clean["clean_accuracy"],
+        "clean_accuracy_high": clean["clean_accuracy"],
         "clean_margin": clean["clean_accuracy"],
         **clean,
         "accuracy": mean,
-        "accuracy_low": mean - error,
-        "accuracy_high": mean + error,
+        "accuracy_low": low,
+        "accuracy_high": high,
         "accuracy_std_chips": spread,
         "accuracy_worst": min(by_chip),
+        "drop_low": clean["clean_accuracy"] - high,
+        "drop_high": clean["clean_accuracy"] - low,
         "accuracy_by_chip": by_chip,
         "stage": "evaluated",
         "step": step,

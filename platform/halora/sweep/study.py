@@ -46,7 +46,7 @@ class State(StrEnum):
     STOPPED = "stopped"
     """Left at a rung when the search ended."""
     SKIPPED = "skipped"
-    """Never trained, for its energy."""
+    """Never trained, for its energy or because its values contradict each other."""
     FAILED = "failed"
 
 

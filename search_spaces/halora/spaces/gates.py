@@ -9,11 +9,14 @@ class Gates(Frozen):
     """Bounds on a candidate, and how many chips they are shown on."""
 
     min_accuracy: float = Field(default=0.0, ge=0, le=1)
-    """Accuracy that a chip needs; a trial is a candidate if its mean over the search's chips reaches it."""
+    """Accuracy that a chip needs; a trial is a candidate if its mean over the search's chips reaches it.
+
+    Certified, the lower end of the 95 % interval of the mean over chips and test rows has to reach it."""
     min_accuracy_at: dict[float, float] = Field(default_factory=dict)
-    """Mean accuracy needed at other strengths of the chip's noise, by the strength in the noise model's own measure."""
+    """Accuracy needed at other strengths of the chip's noise, by the strength in the noise model's own measure: of the
+    lower end of the 95 % interval of the mean over `robustness_chips` and test rows."""
     max_drop: float | None = Field(default=None, ge=0, le=1)
-    """Clean accuracy less the mean over chips."""
+    """Clean accuracy less the mean over chips; certified, the upper end of its 95 % interval."""
     max_energy_uj_per_token: float | None = Field(default=None, gt=0)
     max_adapter_kb: float | None = Field(default=None, gt=0)
     """Size of the adapter's weights as stored, in units of 1,000 bytes."""
@@ -26,9 +29,9 @@ class Gates(Frozen):
     failures: int = Field(default=0, ge=0)
     """Certified chips that may miss it all the same; more of them ask for more chips."""
     confidence: float = Field(default=0.95, gt=0, lt=1)
-    """Of all bounds that a sweep's candidates are certified with, together."""
+    """Of all certifications begun in a store on the same test rows, whatever sweep they are of, together."""
     candidates: int = Field(default=1, ge=1)
-    """Certifications that the sweep may ever try: they share the error level."""
+    """Candidates that a selection certifies at most, the preferred ones in turn, until one passes."""
     test_rows: int | None = Field(default=None, ge=2)
     """Rows of the test split, in a fixed shuffled order; all of them when left out."""
     robustness_chips: int = Field(default=5, ge=0)

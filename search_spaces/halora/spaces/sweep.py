@@ -27,6 +27,14 @@ Formula = Annotated[str, AfterValidator(lambda text: formula(text).text)]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,79}$")]
 
 
+class EquivalenceMargin(Frozen):
+    """Up to where two contestants count as equal, either way."""
+
+    accuracy: float | None = Field(default=None, gt=0, lt=1)
+    margin: float | None = Field(default=None, gt=0)
+    """Mean margin in nats."""
+
+
 class Comparison(Frozen):
     """The closing comparison of trained adapters and the untrained base, on rows and chips the search did not use."""
 
@@ -40,6 +48,23 @@ class Comparison(Frozen):
     """The value of `by` whose trial gains are measured from; the untrained base when left out."""
     chips: tuple[str, ...] = ()
     """Chips to compare on, each a name of `chips`, a preset or a path; the trials' own when left out."""
+    seeds: int = Field(default=1, ge=1)
+    """Adapters of every contestant. With 1 the chosen trial's own takes part, and what is said is about that adapter;
+    with more the configuration is trained anew so many times with other seeds, and the trial's own, whose seed was
+    chosen with it, does not count. From 3 on statements are about methods."""
+    equivalence_margin: EquivalenceMargin = EquivalenceMargin()
+    """Asks for an equivalence test beside that of a difference."""
+
+
+class Probe(Frozen):
+    """What the sweep's chips do to its untrained bases, scored on a few rows before anything is trained."""
+
+    rows: int = Field(default=16, ge=2)
+    """Validation rows; no more than a trial has."""
+    chip_instances: int = Field(default=2, ge=1)
+    """Chip instances of the search pool."""
+    most: int = Field(default=4, ge=1)
+    """Most pairs of a base and a chip: the fixed ones, then those of `first`, then choices and named chips."""
 
 
 class ReferencePoint(Frozen):
@@ -73,6 +98,8 @@ class SweepConfig(Frozen):
     name: Name
     family: Name
     """MLflow experiment; sweeps of a family can be compared."""
+    launch: str = ""
+    """Identity of the launch that certified chips depend on, drawn at each launch whatever a file says."""
     description: str = ""
     seed: int = Field(default=0, ge=0)
     trials: int = Field(ge=1)
@@ -97,6 +124,8 @@ class SweepConfig(Frozen):
     budget: Budget = Budget()
     reference_point: ReferencePoint
     comparison: Comparison | None = None
+    probe: Probe | None = Probe()
+    """None trains without looking."""
     gates: Gates = Gates()
     """What an adapter of this sweep has to pass before it may be deployed, see `halora adapter select`."""
 

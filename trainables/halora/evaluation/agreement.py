@@ -74,14 +74,14 @@ def agreement(config: TrialConfig, recorded: ChipScores, again: ChipScores) -> A
     if again.row_ids != recorded.row_ids or again.chip_seeds != recorded.chip_seeds:
         raise UserError(f"task '{config.task}' no longer gives the rows on record", "use the data of the sweep")
     tolerance = TOLERANCE_NATS[config.training.dtype]
-    clean, noisy = np.array(recorded.clean), np.array(recorded.noisy)
+    (clean, noisy), (clean_again, noisy_again) = recorded.nats, again.nats
     exact = config.chip.adc.lossless and config.chip.dac.lossless
     moved = 0.0 if exact else float(np.abs(noisy - clean).mean())
     return Agreement(
         recorded_accuracy=fmean(recorded.accuracy_by_chip),
         accuracy=fmean(again.accuracy_by_chip),
-        clean_nats=float(np.abs(np.array(again.clean) - clean).mean()),
+        clean_nats=float(np.abs(clean_again - clean).mean()),
         clean_allowed_nats=tolerance,
-        noisy_nats=float(np.abs(np.array(again.noisy) - noisy).mean()),
+        noisy_nats=float(np.abs(noisy_again - noisy).mean()),
         noisy_allowed_nats=max(tolerance, _CONVERTED_SHARE * moved),
     )

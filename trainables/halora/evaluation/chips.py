@@ -2,15 +2,15 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from statistics import fmean
-from typing import Any
+from statistics import fmean, stdev
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from halora.evaluation.config import EvaluationSettings
+from halora.evaluation.config import BESIDE, EvaluationSettings
 from halora.evaluation.generation import generate, parsed_answer, reference_answers, reference_scores, same_answer
-from halora.evaluation.intervals import crossed_bootstrap
-from halora.evaluation.scoring import margin, option_scores
+from halora.evaluation.intervals import crossed, seeded, share, share_gain, wilson
+from halora.evaluation.scoring import margin, option_scores, per_byte
 from halora.hardware.addressing import NoiseKey, Role
 from halora.hardware.chip import Chip
 from halora.hardware.instance import ChipInstance
@@ -21,7 +21,7 @@ from halora.training.reads import calibrate
 from halora.training.rram import RramArray
 from halora.training.tasks import Row
 
-_BY_CHIP = ("chip_seeds", "noisy", "noisy_correct", "noise_db", "layer_noise_db")
+_BY_CHIP = ("chip_seeds", "noisy", "noisy_correct", "noisy_beside", "noise_db", "layer_noise_db")
 _NO_NOISE_DB = -300.0  # stands for none, as JSON has no infinity
 
 
@@ -29,7 +29,9 @@ _NO_NOISE_DB = -300.0  # stands for none, as JSON has no infinity
 class ChipScores:
     """Margins and right answers of an adapter on clean weights and on every chip instance, over the same rows.
 
-    The margin of a row scored by generation is the mean log-likelihood per token of its reference completion.
+    Margins and answers are those of the way of scoring asked for; where options are scored, the margins of the other
+    way are kept beside them. Margins per byte are in nats per byte. The margin of a row scored by generation is the
+    mean log-likelihood per token of its reference completion.
 
     Attributes:
         row_ids: Id of each row.
@@ -44,6 +46,9 @@ class ChipScores:
         level_correct: Whether each row is answered rightly there, `[level][chip][row]`; chips that a race adds are not.
         layers: Canonical names of the layers in RRAM.
         layer_noise_db: Realised noise-to-signal ratio of each one's weights in dB, `[chip][layer]`.
+        beside: The other way, see `halora.evaluation.config.BESIDE`; empty for generation.
+        clean_beside: Margin per row by that way, on clean weights.
+        noisy_beside: The same per chip and row.
     """
 
     row_ids: tuple[str, ...]
@@ -58,44 +63,77 @@ class ChipScores:
     level_correct: tuple[tuple[tuple[bool, ...], ...], ...] = ()
     layers: tuple[str, ...] = ()
     layer_noise_db: tuple[tuple[float, ...], ...] = ()
+    beside: str = ""
+    clean_beside: tuple[float, ...] = ()
+    noisy_beside: tuple[tuple[float, ...], ...] = ()
 
     def summary(self) -> dict[str, float]:
         """Accuracy and mean margin, clean and over chips, with 95 % intervals over rows and chips.
 
+        With one chip they are over rows alone, and say nothing about other chips. `drop` is what noise takes of the
+        clean accuracy.
         At other strengths of noise the accuracy, as `accuracy_at.LEVEL`; with more than one task the accuracy of each,
-        as `accuracy.TASK` and `clean_accuracy.TASK`.
+        as `accuracy.TASK` and `clean_accuracy.TASK`. By the other way of scoring options, means alone, as
+        `accuracy_WAY`, `clean_accuracy_WAY`, `margin_WAY` and `clean_margin_WAY`.
         """
         margins = np.array(self.noisy)  # (chips, rows)
         correct = np.array(self.noisy_correct, dtype=float)
         clean_correct = np.array(self.clean_correct, dtype=float)
         by_chip = np.array(self.accuracy_by_chip)
-        accuracy, mean_margin = crossed_bootstrap(correct), crossed_bootstrap(margins)
+        accuracy, mean_margin = share(correct), crossed(margins).interval()
+        clean = wilson(float(clean_correct.mean()), len(clean_correct))
+        drop = share_gain(np.broadcast_to(clean_correct, correct.shape)[None], correct[None]).interval()
         summary = {
-            "clean_accuracy": float(clean_correct.mean()),
+            "clean_accuracy": clean.mean,
+            "clean_accuracy_low": clean.low,
+            "clean_accuracy_high": clean.high,
             "clean_margin": fmean(self.clean),
             "accuracy": accuracy.mean,
             "accuracy_low": accuracy.low,
             "accuracy_high": accuracy.high,
             "accuracy_std_chips": float(by_chip.std(ddof=1)) if len(by_chip) > 1 else 0.0,
             "accuracy_worst": float(by_chip.min()),
+            "drop_low": drop.low,
+            "drop_high": drop.high,
             "margin": mean_margin.mean,
             "margin_low": mean_margin.low,
             "margin_high": mean_margin.high,
             "noise_db": fmean(self.noise_db),
         }
+        by_way = {"": (clean_correct, correct)}
+        if self.beside:
+            clean_beside, noisy_beside = np.array(self.clean_beside), np.array(self.noisy_beside)
+            by_way[f"_{self.beside}"] = (clean_beside > 0).astype(float), (noisy_beside > 0).astype(float)
+            summary |= {
+                f"{name}_{self.beside}": float(values.mean())
+                for name, values in (
+                    ("clean_accuracy", clean_beside > 0),
+                    ("clean_margin", clean_beside),
+                    ("accuracy", noisy_beside > 0),
+                    ("margin", noisy_beside),
+                )
+            }
         for level, right in zip(self.levels, self.level_correct, strict=True):
             summary[f"accuracy_at.{level:g}"] = float(np.mean(right))
         if len(names := dict.fromkeys(self.tasks)) > 1:
             for name in names:
                 own = np.array([task == name for task in self.tasks])
-                summary[f"accuracy.{name}"] = float(correct[:, own].mean())
-                summary[f"clean_accuracy.{name}"] = float(clean_correct[own].mean())
+                for way, (clean_right, right_by_chip) in by_way.items():
+                    summary[f"accuracy{way}.{name}"] = float(right_by_chip[:, own].mean())
+                    summary[f"clean_accuracy{way}.{name}"] = float(clean_right[own].mean())
         return summary
 
     @property
     def accuracy_by_chip(self) -> list[float]:
         """Accuracy on each chip instance, in their order."""
         return [fmean(row) for row in self.noisy_correct]
+
+    @property
+    def nats(self) -> tuple[np.ndarray, np.ndarray]:
+        """Margins in nats, whatever way of scoring was asked for: clean `(rows,)` and noisy `(chips, rows)`."""
+        summed = self.beside == BESIDE["options_per_byte"]
+        chosen = (self.clean_beside, self.noisy_beside) if summed else (self.clean, self.noisy)
+        return np.array(chosen[0]), np.array(chosen[1])
 
     def with_chips_after(self, kept: int, more: "ChipScores") -> "ChipScores":
         """The first `kept` chips of these scores, and then those of another evaluation on the same rows."""
@@ -118,6 +156,28 @@ class ChipScores:
         return cls(**{name: _as_tuple(value) for name, value in content.items()})
 
 
+def summary_over_seeds(seeds: Sequence[ChipScores]) -> dict[str, float]:
+    """The summary of one adapter, or of several that differ in their training seed, on the same rows and chips.
+
+    Of several, means over seeds with intervals over seeds, chips and rows; `accuracy_std_seeds` and `margin_std_seeds`
+    are the standard deviations of their means.
+    """
+    summaries = [each.summary() for each in seeds]
+    if len(seeds) == 1:
+        return summaries[0]
+    summary = {name: fmean(each[name] for each in summaries) for name in summaries[0] if name not in _ENDS}
+    accuracy = share(np.array([each.noisy_correct for each in seeds]))
+    margin = seeded(np.array([each.noisy for each in seeds])).interval()
+    summary |= {"accuracy_low": accuracy.low, "accuracy_high": accuracy.high}
+    summary |= {"margin_low": margin.low, "margin_high": margin.high}
+    spreads = {name: stdev(each[name] for each in summaries) for name in ("accuracy", "margin")}
+    return summary | {f"{name}_std_seeds": spread for name, spread in spreads.items()}
+
+
+_ENDS = {f"{name}_{end}" for name in ("clean_accuracy", "drop") for end in ("low", "high")}
+"""Ends of intervals that are said of one adapter alone."""
+
+
 def _as_tuple(value: Any) -> Any:
     return tuple(map(_as_tuple, value)) if isinstance(value, list) else value
 
@@ -131,6 +191,7 @@ def evaluate(
     settings: EvaluationSettings,
     *,
     role: Role = Role.SEARCH,
+    series: str = "",
     first_chip: int = 0,
 ) -> ChipScores:
     """Score the model, with whatever adapter is attached to it, clean and on chip instances.
@@ -143,45 +204,49 @@ def evaluate(
         calibration_rows: Training rows that set the ADC ranges.
         settings: Number of chip instances, way of scoring, batch size, converters.
         role: Pool of the chip instances.
+        series: Series within the pool of certification, see `NoiseKey`.
         first_chip: Number of the first chip instance.
     """
     score = (_by_generation if settings.scoring == "generation" else _by_options)(base, array, rows, settings)
     array.clear()
     reads = calibrate(base, array, chip, calibration_rows, settings.calibration_tokens, settings.converters)
-    clean, clean_correct = score()
+    clean = score()
     seeds = tuple(range(first_chip, first_chip + settings.chip_instances))
-    noisy, noisy_correct, noise_db = [], [], []
+    noisy: list[_Scored] = []
+    noise_db: list[float] = []
     layer_noise_db: list[dict[str, float]] = []
     level_correct: list[list[tuple[bool, ...]]] = [[] for _ in settings.noise_levels]
 
-    def score_on(seed: int, level: float) -> tuple[tuple[float, ...], tuple[bool, ...]]:
-        array.program(ChipInstance(chip, NoiseKey(role=role, chip_seed=seed), level), reads)
+    def score_on(seed: int, level: float) -> _Scored:
+        key = NoiseKey(role=role, series=series, chip_seed=seed)
+        array.program(ChipInstance(chip, key, level), reads, digital=True)
         array.materialise()
         return score()
 
     for seed in seeds:
-        margins, correct = score_on(seed, chip.noise.level)
-        noisy.append(margins)
-        noisy_correct.append(correct)
+        noisy.append(score_on(seed, chip.noise.level))
         by_layer = array.noise_db()
         noise_db.append(_finite_db(mean_db(by_layer.values())))
         layer_noise_db.append({layer: _finite_db(ratio_db) for layer, ratio_db in by_layer.items()})
         for level, right in zip(settings.noise_levels, level_correct, strict=True):
-            right.append(score_on(seed, level)[1])
+            right.append(score_on(seed, level).correct)
     array.clear()
     return ChipScores(
         row_ids=tuple(row.row_id for row in rows),
         tasks=tuple(row.task for row in rows),
         chip_seeds=seeds,
-        clean=clean,
-        clean_correct=clean_correct,
-        noisy=tuple(noisy),
-        noisy_correct=tuple(noisy_correct),
+        clean=clean.margins,
+        clean_correct=clean.correct,
+        noisy=tuple(scored.margins for scored in noisy),
+        noisy_correct=tuple(scored.correct for scored in noisy),
         noise_db=tuple(noise_db),
         levels=settings.noise_levels,
         level_correct=tuple(map(tuple, level_correct)),
         layers=tuple(layer_noise_db[0]),
         layer_noise_db=tuple(tuple(by_layer.values()) for by_layer in layer_noise_db),
+        beside=BESIDE.get(settings.scoring, ""),
+        clean_beside=clean.beside,
+        noisy_beside=tuple(scored.beside for scored in noisy),
     )
 
 
@@ -189,17 +254,32 @@ def _finite_db(ratio_db: float) -> float:
     return max(ratio_db, _NO_NOISE_DB)
 
 
-_Score = Callable[[], tuple[tuple[float, ...], tuple[bool, ...]]]
-"""Scores the rows on the chip under the model: the margin of each, and whether it is answered rightly."""
+class _Scored(NamedTuple):
+    """The rows on the chip under the model.
+
+    Attributes:
+        margins: Margin of each.
+        correct: Whether each is answered rightly.
+        beside: Margin of each by the other way of scoring options; none for generation.
+    """
+
+    margins: tuple[float, ...]
+    correct: tuple[bool, ...]
+    beside: tuple[float, ...]
+
+
+_Score = Callable[[], _Scored]
 
 
 def _by_options(base: BaseModel, array: RramArray, rows: Sequence[Row], settings: EvaluationSettings) -> _Score:
     packed = [pack(row, base.tokenizer) for row in rows]
 
-    def score() -> tuple[tuple[float, ...], tuple[bool, ...]]:
-        scores = option_scores(base.causal_lm, array, packed, settings.batch_size)
-        margins = tuple(margin(s, row.answer) for s, row in zip(scores, packed, strict=True))
-        return margins, tuple(value > 0 for value in margins)
+    def score() -> _Scored:
+        found = option_scores(base.causal_lm, array, packed, settings.batch_size)
+        summed = tuple(margin(scores, row.answer) for scores, row in zip(found, rows, strict=True))
+        per_length = tuple(margin(per_byte(s, row.options), row.answer) for s, row in zip(found, rows, strict=True))
+        chosen, other = (summed, per_length) if settings.scoring == "options" else (per_length, summed)
+        return _Scored(chosen, tuple(value > 0 for value in chosen), other)
 
     return score
 
@@ -207,10 +287,10 @@ def _by_options(base: BaseModel, array: RramArray, rows: Sequence[Row], settings
 def _by_generation(base: BaseModel, array: RramArray, rows: Sequence[Row], settings: EvaluationSettings) -> _Score:
     references = reference_answers(rows, settings.answer_pattern)
 
-    def score() -> tuple[tuple[float, ...], tuple[bool, ...]]:
+    def score() -> _Scored:
         texts = generate(base, array, rows, settings.batch_size, settings.max_new_tokens)
         answers = (parsed_answer(text, settings.answer_pattern) for text in texts)
         correct = tuple(same_answer(answer, reference) for answer, reference in zip(answers, references, strict=True))
-        return tuple(reference_scores(base, array, rows, settings.batch_size)), correct
+        return _Scored(tuple(reference_scores(base, array, rows, settings.batch_size)), correct, ())
 
     return score

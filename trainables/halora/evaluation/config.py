@@ -7,6 +7,10 @@ from pydantic import Field, field_validator
 
 from halora.hardware.description import Frozen
 
+Scoring = Literal["options", "options_per_byte", "generation"]
+BESIDE: dict[Scoring, str] = {"options": "per_byte", "options_per_byte": "summed"}
+"""The other way to choose an option, told beside the one asked for: a suffix of its metrics' names."""
+
 
 class EvaluationSettings(Frozen):
     """Chips of the search pool and validation rows a trial is scored on."""
@@ -18,8 +22,9 @@ class EvaluationSettings(Frozen):
     rows: int | None = Field(default=None, ge=2)
     """Use only the first validation rows, in a fixed shuffled order; all of them when left out."""
     batch_size: int = Field(default=16, ge=1)
-    scoring: Literal["cloze", "generation"] = "cloze"
-    """Choose the option of the largest log-likelihood, or generate greedily and compare the answer in the text."""
+    scoring: Scoring = "options"
+    """Choose the option of the largest log-likelihood, or of the largest per byte of its text; or generate greedily and
+    compare the answer in the text."""
     max_new_tokens: int = Field(default=64, ge=1)
     """Tokens generated at most; read by `generation` only."""
     answer_pattern: str = r"-?\d[\d,]*(?:\.\d+)?"

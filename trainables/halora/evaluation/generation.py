@@ -37,7 +37,7 @@ def greedy_tokens(
         going = by_length[start : start + batch_size]
         for _ in range(max_new_tokens):
             batch = lay_out([_to_go_on(rows[i].row_id, prompts[i] + written[i]) for i in going])
-            with array.reading(batch.rows):
+            with array.reading(batch.rows, batch.predicting):
                 tokens = batch.logits(base.causal_lm).argmax(dim=-1).tolist()
             for i, token in zip(going, tokens, strict=True):
                 written[i].append(token)
@@ -92,7 +92,8 @@ def check_scorable(rows: Sequence[Row], scoring: str, pattern: str) -> None:
     """Refuse rows that cannot be scored the asked way.
 
     Raises:
-        UserError: Rows with nothing to choose from for `cloze`, or without an answer to find for `generation`.
+        UserError: Rows with nothing to choose from where options are scored, or without an answer to find for
+            `generation`.
     """
     if scoring == "generation":
         reference_answers(rows, pattern)
@@ -100,7 +101,8 @@ def check_scorable(rows: Sequence[Row], scoring: str, pattern: str) -> None:
     single = sorted({row.task for row in rows if len(row.options) == 1})
     if single:
         raise UserError(
-            f"evaluation.scoring cloze: rows of task {', '.join(single)} have one completion, nothing to choose from",
+            f"evaluation.scoring {scoring}: rows of task {', '.join(single)} have one completion, nothing to choose "
+            "from",
             "take evaluation.scoring generation",
         )
 

@@ -1,6 +1,7 @@
-"""Cloze scoring: the log-likelihood of every option's text after the prompt, all options of a row in one pass.
+"""Scoring by options: the log-likelihood of every option's text after the prompt, all options of a row in one pass.
 
-The scores equal those of one sequence per option.
+The scores equal those of one sequence per option. Summed, they favour short options; over their length in bytes they do
+less so.
 """
 
 from collections.abc import Sequence
@@ -38,6 +39,22 @@ def plain_option_scores(causal_lm: Any, tokenizer: Any, row: Row) -> list[float]
     return scores
 
 
+def per_byte(scores: Sequence[float], options: Sequence[str]) -> list[float]:
+    """Scores over the length of their options in UTF-8 bytes, without the space that parts them from the prompt.
+
+    The `acc_bytes` of lm-evaluation-harness (`lm_eval/api/task.py`). Its `acc_norm` divides by characters, likewise
+    without that space: the same for plain ASCII.
+
+    Args:
+        scores: Log-likelihood in nats of every option.
+        options: Their texts.
+
+    Returns:
+        Nats per byte.
+    """
+    return [score / len(text.removeprefix(" ").encode()) for score, text in zip(scores, options, strict=True)]
+
+
 def margin(scores: Sequence[float], answer: int) -> float:
     """Score of the right option less the best wrong one, in nats; positive when the row is answered rightly."""
     return scores[answer] - max(score for i, score in enumerate(scores) if i != answer)
@@ -45,7 +62,7 @@ def margin(scores: Sequence[float], answer: int) -> float:
 
 def _score_batch(causal_lm: Any, array: RramArray, rows: Sequence[PackedRow]) -> list[list[float]]:
     batch = lay_out(rows)
-    with array.reading(batch.rows):
+    with array.reading(batch.rows, batch.predicting):
         log_likelihoods = iter(batch.log_likelihoods(causal_lm).tolist())
     scores = []
     for row in rows:

@@ -79,13 +79,11 @@ def layer_sensitivity(
     clean = scores()
     places = array.places(chip)
     candidates = [layer for layer in array.layers if places[layer.name] is Place.RRAM]
+    instance = ChipInstance(chip, NoiseKey(role=Role.SEARCH, chip_seed=chip_seed), chip.noise.level)
     found: list[LayerSensitivity] = []
     try:
         for layer in candidates:
-            others = tuple(name for name in places if name != layer.name)
-            alone = with_mapping(chip, sram=(), digital=others)
-            instance = ChipInstance(alone, NoiseKey(role=Role.SEARCH, chip_seed=chip_seed), chip.noise.level)
-            array.program(instance, reads)
+            array.program(instance, reads, alone=layer.name)
             change = mean_change(clean, scores())
             weights = layer.in_features * layer.out_features
             found.append(LayerSensitivity(layer.name, weights, array.noise_db()[layer.name], change))

@@ -1,8 +1,8 @@
 """Every random draw of a chip has an address, so it never depends on the order of calls.
 
-A draw is named by (role, chip seed, canonical module name, purpose, draw index, example id). The name is hashed to the
-seed of a generator of its own, SFC64 on the CPU (docs/decisions/004). A chip instance therefore shows the same noise to
-every adapter, in every process, on every device, at every batch size.
+A draw is named by (role, series, chip seed, canonical module name, purpose, draw index, example id). The name is hashed
+to the seed of a generator of its own, SFC64 on the CPU (docs/decisions/004). A chip instance therefore shows the same
+noise to every adapter, in every process, on every device, at every batch size.
 """
 
 import hashlib
@@ -31,11 +31,12 @@ class NoiseKey:
 
     Attributes:
         role: Pool the chip instance comes from.
-        chip_seed: Number of the chip instance within its pool.
+        chip_seed: Number of the chip instance within its pool, or within its series.
         module: Canonical name of the linear layer, see `canonical_name`.
         purpose: What is drawn, e.g. `programming` or `adc`.
         draw: Index of the programming event or read; static draws stay at 0.
         example: Id of the row being read; empty for draws that do not depend on it.
+        series: Which series of a pool that has several: every certification draws chips of its own.
     """
 
     role: Role
@@ -44,6 +45,7 @@ class NoiseKey:
     purpose: str = ""
     draw: int = 0
     example: str = ""
+    series: str = ""
 
     def at(self, *, module: str, purpose: str, example: str = "") -> "NoiseKey":
         """The same chip instance and draw index, at one module, purpose and example."""
@@ -75,7 +77,8 @@ class NoiseKey:
 
     def seed(self) -> int:
         """128 bits that depend on every part of the address."""
-        address = _ADDRESSES.encode(vars(self)).encode()
+        named = {name: part for name, part in vars(self).items() if part or name != "series"}
+        address = _ADDRESSES.encode(named).encode()
         return int.from_bytes(hashlib.blake2b(address, digest_size=16).digest(), "little")
 
 

@@ -10,7 +10,7 @@ import yaml
 from pydantic import Field, TypeAdapter
 
 from halora.errors import UserError, nearest
-from halora.hardware.chip import Boundary
+from halora.hardware.chip import Chip
 from halora.hardware.description import Frozen
 from halora.hardware.energy import Phase
 from halora.hardware.shapes import ModelShape, named_shapes
@@ -24,8 +24,12 @@ class Baseline(Frozen, ABC):
     description: str
     """Its assumptions."""
 
+    def covers(self, shape: ModelShape) -> bool:
+        """Whether the source gives a figure for a model."""
+        return True
+
     @abstractmethod
-    def energy_uj_per_token(self, shape: ModelShape, boundary: Boundary, context_tokens: int) -> float | None:
+    def energy_uj_per_token(self, shape: ModelShape, chip: Chip, context_tokens: int) -> float | None:
         """Microjoule per token of a model; none where the source gives no figure for it."""
 
 
@@ -38,12 +42,17 @@ class PublishedBaseline(Baseline):
     energy_mj: dict[str, float]
     """Millijoule for that many tokens, by known model name."""
 
-    def energy_uj_per_token(self, shape: ModelShape, boundary: Boundary, context_tokens: int) -> float | None:
+    def energy_uj_per_token(self, shape: ModelShape, chip: Chip, context_tokens: int) -> float | None:
         """The published total over its tokens; the boundary is the publication's."""
-        for name, energy_mj in self.energy_mj.items():
-            if named_shapes()[name] == shape:
-                return energy_mj * 1000 / self.tokens
-        return None
+        energy_mj = self._energy_mj(shape)
+        return None if energy_mj is None else energy_mj * 1000 / self.tokens
+
+    def covers(self, shape: ModelShape) -> bool:
+        """Whether the publication has the model."""
+        return self._energy_mj(shape) is not None
+
+    def _energy_mj(self, shape: ModelShape) -> float | None:
+        return next((mj for name, mj in self.energy_mj.items() if named_shapes()[name] == shape), None)
 
 
 class PeakBaseline(Baseline):
@@ -53,10 +62,10 @@ class PeakBaseline(Baseline):
     power_w: float = Field(gt=0)
     tera_operations_per_s: float = Field(gt=0)
 
-    def energy_uj_per_token(self, shape: ModelShape, boundary: Boundary, context_tokens: int) -> float:
+    def energy_uj_per_token(self, shape: ModelShape, chip: Chip, context_tokens: int) -> float:
         """Operations at the energy of one, power over rate."""
-        macs = _weights(shape, boundary)
-        if boundary.attention:
+        macs = _weights(shape, chip)
+        if chip.boundary.attention:
             macs += shape.attention_macs_per_context_token * context_tokens
         return 2 * macs * self.power_w / self.tera_operations_per_s * 1e-6
 
@@ -69,10 +78,10 @@ class BandwidthBaseline(Baseline):
     giga_bytes_per_s: float = Field(gt=0)
     bytes_per_value: int = Field(gt=0)
 
-    def energy_uj_per_token(self, shape: ModelShape, boundary: Boundary, context_tokens: int) -> float:
+    def energy_uj_per_token(self, shape: ModelShape, chip: Chip, context_tokens: int) -> float:
         """Power for as long as reading takes."""
-        values = _weights(shape, boundary)
-        if boundary.attention:
+        values = _weights(shape, chip)
+        if chip.boundary.attention:
             values += shape.cache_values_per_context_token * context_tokens
         return values * self.bytes_per_value * self.power_w / self.giga_bytes_per_s * 1e-3
 
@@ -80,8 +89,8 @@ class BandwidthBaseline(Baseline):
 _AnyBaseline = Annotated[PublishedBaseline | PeakBaseline | BandwidthBaseline, Field(discriminator="kind")]
 
 
-def _weights(shape: ModelShape, boundary: Boundary) -> int:
-    head = shape.lm_head.weights if boundary.lm_head else 0
+def _weights(shape: ModelShape, chip: Chip) -> int:
+    head = shape.lm_head.weights if chip.mapping.lm_head else 0
     return head + sum(layer.weights for layer in shape.linear_layers.values())
 
 
@@ -110,21 +119,27 @@ def default_baseline(shape: ModelShape, phase: Phase) -> str:
             return "a100_decode_bw"
         case Phase.PREFILL:
             paper = "a100_halora_paper"
-            return paper if _has_figure(baselines()[paper], shape) else "a100_int8_peak"
+            return paper if baselines()[paper].covers(shape) else "a100_int8_peak"
 
 
-def baseline_energy_uj_per_token(name: str, shape: ModelShape, boundary: Boundary, context_tokens: int) -> float:
+def baseline_energy_uj_per_token(name: str, shape: ModelShape, chip: Chip, context_tokens: int) -> float:
     """Microjoule per token by a named baseline.
 
     Raises:
         UserError: There is no such baseline, or it has no figure for this model.
     """
-    energy = named_baseline(name).energy_uj_per_token(shape, boundary, context_tokens)
-    if energy is None:
-        others = ", ".join(other for other, it in baselines().items() if _has_figure(it, shape))
-        raise UserError(f"baseline '{name}' has no figure for this model; these have: {others}")
+    check_baseline(name, shape)
+    energy = named_baseline(name).energy_uj_per_token(shape, chip, context_tokens)
+    assert energy is not None
     return energy
 
 
-def _has_figure(baseline: Baseline, shape: ModelShape) -> bool:
-    return baseline.energy_uj_per_token(shape, Boundary(), 1) is not None
+def check_baseline(name: str, shape: ModelShape) -> None:
+    """Refuse a baseline that is not there or has no figure for a model.
+
+    Raises:
+        UserError: So it is.
+    """
+    if not named_baseline(name).covers(shape):
+        others = ", ".join(other for other, it in baselines().items() if it.covers(shape))
+        raise UserError(f"baseline '{name}' has no figure for this model; these have: {others}")

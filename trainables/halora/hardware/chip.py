@@ -34,10 +34,12 @@ class Cells(Frozen):
     levels: int | None = Field(default=None, ge=2, le=4096)
     """Number of conductances a cell can be programmed to; continuous when left out."""
     read_voltage_v: float = Field(gt=0, le=5)
+    """Read voltage; the cells' current, and so the thermal noise of a read, follows from it."""
     read_time_ns: float = Field(gt=0, le=10_000)
     """Length of one read pulse; the read energy of a cell is V^2 G t."""
-    mean_fill: float = Field(default=0.1, ge=0, le=1)
-    """Mean |weight| over the largest, from which the mean conductance follows; assumed, for energy and IR drop."""
+    mean_fill: float | None = Field(default=None, ge=0, le=1)
+    """Mean of what a pair of cells holds over the largest it can hold, which sets the mean conductance, so the array's
+    energy and the IR drop. Left out, it follows from the weights and their coding (`halora.hardware.fill`)."""
 
     @model_validator(mode="after")
     def _range_is_not_empty(self) -> "Cells":
@@ -45,15 +47,13 @@ class Cells(Frozen):
             raise ValueError(f"g_min_us {self.g_min_us:g} must be below g_max_us {self.g_max_us:g}")
         return self
 
-    @property
-    def mean_us(self) -> float:
-        """Mean conductance over both cells of the pairs, in microsiemens."""
-        return self.g_min_us + (self.g_max_us - self.g_min_us) * self.mean_fill / 2
+    def mean_us(self, fill: float) -> float:
+        """Mean conductance over both cells of the pairs, in microsiemens, at a mean fill."""
+        return self.g_min_us + (self.g_max_us - self.g_min_us) * fill / 2
 
-    @property
-    def read_energy_fj(self) -> float:
-        """Mean energy of one cell in one read pulse, V^2 G t, in femtojoule."""
-        return self.read_voltage_v**2 * self.mean_us * self.read_time_ns
+    def read_energy_fj(self, fill: float) -> float:
+        """Mean energy of one cell in one read pulse, V^2 G t, in femtojoule, at a mean fill."""
+        return self.read_voltage_v**2 * self.mean_us(fill) * self.read_time_ns
 
 
 class Coding(Frozen):
@@ -125,8 +125,9 @@ class Read(Frozen):
     """1/f noise of one cell as a fraction of its conductance; the floor under averaging."""
     slow: Literal["none", "cmo"] = "none"
     """Published 1/f noise besides, by conductance and age: `cmo`, that of CMO/HfOx cells (arXiv 2502.04524)."""
-    thermal: bool = False
-    """Thermal noise of the read pulse: sigma_G / G = sqrt(2 k T / read energy of the cell)."""
+    thermal: bool = True
+    """Thermal noise of the read pulse: sigma_G / G = sqrt(2 k T / read energy of the cell). Without it the read pulse
+    (`cells.read_voltage_v`, `cells.read_time_ns`) costs energy and buys nothing."""
 
     @property
     def noisy(self) -> bool:
@@ -186,23 +187,36 @@ class Boundary(Frozen):
 
     attention: bool = True
     """Attention products and softmax."""
-    lm_head: bool = False
-    """The output projection, mapped to RRAM."""
     buffers: bool = False
     """Moving inputs and outputs through buffers and network."""
-    programming: bool = False
-    """Programming the cells, spread over the tokens between two refreshes."""
+    programming: bool = True
+    """Programming the cells, spread over the tokens between two refreshes. Without it write-verify and refreshes are
+    free."""
     tokens_per_s: float = Field(default=100.0, gt=0, le=1e9)
     """Throughput over which a refresh is spread."""
     adapter_swap_tokens: float | None = Field(default=None, gt=0)
     """Tokens between two adapter loads from DRAM; never when left out."""
 
 
-class Lora(Frozen):
-    """The digital SRAM macro of the LoRA branch."""
+class Products(Frozen):
+    """Precision of exact, digital products: their energy is that of so many bits, and scoring computes with them."""
 
     weight_bits: int = Field(default=8, ge=2, le=16)
-    """Precision of A and B; 16 leaves them as trained."""
+    """Of the weights, symmetric; 16 leaves them as they are."""
+    input_bits: int = Field(default=8, ge=2, le=16)
+    """Of what is multiplied with them, symmetric with a scale per token; 16 leaves it as it is."""
+
+    @property
+    def cost(self) -> float:
+        """Bits of a product over those of 8 x 8."""
+        return self.weight_bits * self.input_bits / 64
+
+
+class Attention(Frozen):
+    """The digital macros that multiply what changes with every token."""
+
+    bits: int = Field(default=8, ge=2, le=16)
+    """Of queries, keys, values and softmax weights; 16 leaves them as they are."""
 
 
 class Chip(Frozen):
@@ -222,7 +236,13 @@ class Chip(Frozen):
     adc: Adc
     tile: Tile
     wires: Wires
-    lora: Lora = Lora()
+    sram: Products = Products()
+    """Frozen layers that `mapping` keeps in SRAM macros: a weight scale per output."""
+    digital: Products = Products()
+    """Frozen layers that `mapping` keeps in plain logic: a weight scale per output."""
+    lora: Products = Products()
+    """The LoRA branch, in SRAM macros: a weight scale per rank; what lies between A and B is an input as well."""
+    attention: Attention = Attention()
     boundary: Boundary = Boundary()
     costs: dict[str, float] = Field(default_factory=dict)
     """Constants of `constants.yaml` that this chip replaces, by name."""

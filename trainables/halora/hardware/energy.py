@@ -5,12 +5,15 @@ cycles of b_d bits and K reads averaged:
 
     adc, shift_add   d_out ceil(d_in / R) N_w N_rep N_i K    conversions: every cycle of every tile column ends in one
     dac              d_in ceil(d_out / C) N_w N_rep N_i K    driven inputs of b_d bits: every tile has its own drivers
-    array            2 d_in d_out N_w N_rep N_i K            reads of a cell, V^2 G t each (differential pairs)
+    array            2 d_in d_out N_w N_rep N_i K            reads of a cell, V^2 G t each (differential pairs), G by
+                                                             the layer's fill (`halora.hardware.fill`)
     programming      2 d_in d_out N_w N_rep                  cells, over the tokens between two refreshes
 
-and r (d_in + d_out) SRAM multiply-accumulates per adapted layer. Counts are exact; a token passes every linear layer
-once, in prefill and in decode. The constants and their sources stand in `constants.yaml`. Not modelled: leakage, clocks
-and control, partial sums between tiles, norms and embeddings, host traffic, the probe reads of drift compensation.
+and r (d_in + d_out) SRAM multiply-accumulates per adapted layer. Digital products cost by their bits of weights and
+inputs, with which scoring computes them. The output projection counts where the mapping puts it on the chip. Counts are
+exact; a token passes every linear layer once, in prefill and in decode. The constants and their sources stand in
+`constants.yaml`. Not modelled: leakage, clocks and control, partial sums between tiles, norms and embeddings, host
+traffic, the probe reads of drift compensation.
 """
 
 from collections.abc import Mapping
@@ -20,13 +23,12 @@ from math import ceil
 from typing import Any
 
 from halora.errors import UserError, attempt, nearest
-from halora.hardware.chip import Boundary, Chip
+from halora.hardware.chip import Chip
 from halora.hardware.costs import adc_cost, energy_constants
 from halora.hardware.mapping import Place
 from halora.hardware.shapes import LinearShape, ModelShape
 
 _CELLS_PER_WEIGHT = 2  # a differential pair
-_DIGITAL_BITS = 8  # weights and activations of layers outside RRAM
 
 
 class Phase(StrEnum):
@@ -54,6 +56,7 @@ class EnergyBreakdown:
         context_tokens: Number of tokens every token attends to; `phase.context` says which.
         boundary: What is included and what is not.
         area_mm2: Area of ADCs, cells and SRAM, in square millimetre; rough.
+        fill: Where the fill of the cells comes from: the chip, the weights, or an estimate.
     """
 
     components_uj: Mapping[str, float]
@@ -61,6 +64,7 @@ class EnergyBreakdown:
     context_tokens: int
     boundary: str
     area_mm2: float
+    fill: str
 
     @property
     def total_uj_per_token(self) -> float:
@@ -79,7 +83,6 @@ class _Counts:
 
     conversions: int
     driven_inputs: int
-    cell_reads: int
     cells: int
     tiles: int
 
@@ -108,18 +111,18 @@ def energy_per_token(
             targets, a negative rank or context.
     """
     constants = {**energy_constants(), **chip.costs}
-    layers = shape.linear_layers
+    layers = shape.all_layers
     problems = _problems(shape, rank, targets, context_tokens)
     adc = attempt(problems, lambda: adc_cost(chip.adc.costs, chip.adc.bits, constants))
-    places = attempt(problems, lambda: chip.mapping.places({name: layer.weights for name, layer in layers.items()}))
+    places = attempt(problems, lambda: chip.mapping.places(shape.sizes))
     if problems:
         raise UserError(problems)
     assert adc is not None
     assert places is not None
 
-    head = [shape.lm_head] if chip.boundary.lm_head else []
-    rram = [layer for name, layer in layers.items() if places[name] is Place.RRAM] + head
-    counts = _count(rram, chip)
+    layers = {name: layer for name, layer in layers.items() if places[name] is not Place.HOST}
+    rram = {name: layer for name, layer in layers.items() if places[name] is Place.RRAM}
+    counts = _count(list(rram.values()), chip)
     sram_weights, digital_weights = (
         sum(layer.weights for name, layer in layers.items() if places[name] is place)
         for place in (Place.SRAM, Place.DIGITAL)
@@ -131,17 +134,22 @@ def energy_per_token(
         "adc": counts.conversions * adc.conversion_pj * 1e-6,
         "dac": counts.driven_inputs * min(chip.dac.bits, chip.dac.input_bits) * constants["dac_pj_per_bit"] * 1e-6,
         "shift_add": counts.conversions * constants["shift_add_pj"] * 1e-6,
-        "array": counts.cell_reads * chip.cells.read_energy_fj * 1e-9,
-        "sram": sram_weights * constants["sram_mac_fj"] * 1e-9,
-        "digital": digital_weights * constants["digital_mac_fj"] * 1e-9,
-        "lora_sram": lora_weights * constants["sram_mac_fj"] * chip.lora.weight_bits / _DIGITAL_BITS * 1e-9,
-        **_around(shape, chip, constants, [*layers.values(), *head], counts.cells, lora_weights, context_tokens),
+        "array": _array_fj(rram, shape, chip) * 1e-9,
+        "sram": sram_weights * constants["sram_mac_fj"] * chip.sram.cost * 1e-9,
+        "digital": digital_weights * _digital_mac_fj(chip, constants) * 1e-9,
+        "lora_sram": lora_weights * constants["sram_mac_fj"] * chip.lora.cost * 1e-9,
+        **_around(shape, chip, constants, list(layers.values()), counts.cells, lora_weights, context_tokens),
     }
-    sram_bits = _DIGITAL_BITS * (sram_weights + digital_weights) + chip.lora.weight_bits * lora_weights
+    sram_bits = (
+        chip.sram.weight_bits * sram_weights
+        + chip.digital.weight_bits * digital_weights
+        + chip.lora.weight_bits * lora_weights
+    )
     area_um2 = (
         counts.tiles * adc.area_um2 + counts.cells * constants["rram_cell_um2"] + sram_bits * constants["sram_bit_um2"]
     )
-    return EnergyBreakdown(components, phase, context_tokens, _describe(chip.boundary), area_um2 * 1e-6)
+    fill = "chip" if chip.cells.mean_fill is not None else shape.fill_source
+    return EnergyBreakdown(components, phase, context_tokens, _describe(chip), area_um2 * 1e-6, fill)
 
 
 def _problems(shape: ModelShape, rank: int, targets: tuple[str, ...], context_tokens: int) -> list[str]:
@@ -156,16 +164,36 @@ def _problems(shape: ModelShape, rank: int, targets: tuple[str, ...], context_to
 
 def _count(layers: list[LinearShape], chip: Chip) -> _Counts:
     copies = chip.coding.slices * chip.coding.replicas
-    reads = copies * chip.dac.cycles * chip.read.averaged
+    reads = _reads(chip)
     rows, columns = chip.tile.rows, chip.tile.columns
     cells = _CELLS_PER_WEIGHT * sum(layer.weights for layer in layers)
     return _Counts(
         conversions=reads * sum(layer.out_features * ceil(layer.in_features / rows) for layer in layers),
         driven_inputs=reads * sum(layer.in_features * ceil(layer.out_features / columns) for layer in layers),
-        cell_reads=reads * cells,
         cells=copies * cells,
         tiles=copies * sum(ceil(layer.in_features / rows) * ceil(layer.out_features / columns) for layer in layers),
     )
+
+
+def _reads(chip: Chip) -> int:
+    """Reads of every pair of cells that one product takes, over all slices and replicas."""
+    return chip.coding.slices * chip.coding.replicas * chip.dac.cycles * chip.read.averaged
+
+
+def _array_fj(layers: Mapping[str, LinearShape], shape: ModelShape, chip: Chip) -> float:
+    """Femtojoule per token of all cells' reads."""
+    stated = chip.cells.mean_fill
+    weight_fj = sum(
+        layer.weights * chip.cells.read_energy_fj(shape.fill(name, chip) if stated is None else stated)
+        for name, layer in layers.items()
+    )
+    return _CELLS_PER_WEIGHT * _reads(chip) * weight_fj
+
+
+def _digital_mac_fj(chip: Chip, constants: Mapping[str, Any]) -> float:
+    """Femtojoule of a multiply-accumulate in plain logic with its weight's read."""
+    bits = chip.digital
+    return float(constants["digital_mac_fj"] * bits.cost + constants["digital_read_fj_per_bit"] * bits.weight_bits)
 
 
 def _around(
@@ -182,7 +210,7 @@ def _around(
     if boundary.attention:
         macs = shape.attention_macs_per_context_token * context_tokens
         scores = shape.layers * shape.heads * context_tokens
-        components["attention"] = macs * constants["attention_mac_fj"] * 1e-9
+        components["attention"] = macs * constants["attention_mac_fj"] * (chip.attention.bits / 8) ** 2 * 1e-9
         components["softmax"] = scores * constants["softmax_element_pj"] * 1e-6
     if boundary.buffers:
         bits = chip.dac.input_bits * sum(layer.in_features + layer.out_features for layer in layers)
@@ -197,10 +225,11 @@ def _around(
     return components
 
 
-def _describe(boundary: Boundary) -> str:
+def _describe(chip: Chip) -> str:
+    boundary = chip.boundary
     parts = {
         "attention": boundary.attention,
-        "lm_head": boundary.lm_head,
+        "lm_head": chip.mapping.lm_head,
         "buffers": boundary.buffers,
         "programming": boundary.programming,
         "adapter swap": boundary.adapter_swap_tokens is not None,

@@ -1,4 +1,4 @@
-"""Which linear layer of the decoder blocks sits where: RRAM (noisy), SRAM or plain digital logic (both exact)."""
+"""Which linear layer sits where: in RRAM (noisy), in SRAM or plain digital logic (both rounded), or off the chip."""
 
 from collections.abc import Iterable
 from collections.abc import Mapping as MappingOf
@@ -23,6 +23,12 @@ class Place(StrEnum):
     RRAM = "rram"
     SRAM = "sram"
     DIGITAL = "digital"
+    HOST = "host"
+    """Off the chip: computed as the model has it, and outside every total."""
+
+
+LM_HEAD = "lm_head"
+"""Canonical name of the output projection."""
 
 
 class Outliers(Frozen):
@@ -82,6 +88,9 @@ class Mapping(Frozen):
     A pattern is a layer's canonical name with shell wildcards, for example `model.layers.0.*` or `*.v_proj`.
     """
 
+    lm_head: bool = False
+    """Whether the output projection is one of the chip's layers, the last of them, named `lm_head`; else the host
+    computes it, outside every total. Where it is tied to the embedding the chip holds a copy: the look-up stays."""
     sram: tuple[str, ...] = ()
     """Patterns of layers kept in SRAM compute-in-memory macros."""
     digital: tuple[str, ...] = ()
@@ -97,17 +106,20 @@ class Mapping(Frozen):
         """The place of every layer.
 
         Args:
-            sizes: Number of weights by canonical layer name, in the order of the forward pass.
+            sizes: Number of weights by canonical name, of the decoder blocks' linear layers and the output
+                projection, in the order of the forward pass.
 
         Raises:
             UserError: Patterns that match no layer, or ranked names that are no layers; all at once.
         """
+        host = {} if self.lm_head else {name: Place.HOST for name in sizes if name == LM_HEAD}
+        sizes = {name: size for name, size in sizes.items() if name not in host}
         patterns = {"sram": self.sram, "digital": self.digital}
         if self.ranking != "depth":
             patterns["ranking"] = self.ranking
         patterns["outliers.shares"] = tuple(self.outliers.shares)
         problems = [
-            f"chip.mapping.{where}: '{pattern}' matches no layer{nearest(pattern, list(sizes))}"
+            f"chip.mapping.{where}: '{pattern}' matches no layer{_hint(pattern, sizes, host)}"
             for where, group in patterns.items()
             for pattern in group
             if not any(fnmatchcase(name, pattern) for name in sizes)
@@ -124,7 +136,7 @@ class Mapping(Frozen):
                 room -= sizes[name]
         for place, group in ((Place.SRAM, self.sram), (Place.DIGITAL, self.digital)):
             places |= {name: place for name in sizes if any(fnmatchcase(name, pattern) for pattern in group)}
-        return places
+        return places | host
 
     def ranked(self, layers: Iterable[str]) -> list[str]:
         """Names of the ranked layers, most sensitive first; `layers` come in the order of the forward pass."""
@@ -132,3 +144,9 @@ class Mapping(Frozen):
         if self.ranking == "depth":
             return layers
         return [name for pattern in self.ranking for name in layers if fnmatchcase(name, pattern)]
+
+
+def _hint(pattern: str, sizes: MappingOf[str, int], host: MappingOf[str, Place]) -> str:
+    if any(fnmatchcase(name, pattern) for name in host):
+        return " of the chip: chip.mapping.lm_head puts the output projection there"
+    return nearest(pattern, list(sizes))

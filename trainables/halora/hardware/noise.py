@@ -18,6 +18,7 @@ from halora.hardware.addressing import NoiseKey
 from halora.hardware.cells import clip_limit, clipped, target_conductance, weight_scale, with_faults
 from halora.hardware.chip import Chip
 from halora.hardware.draws import normal_rows, standard_normal
+from halora.hardware.fill import layer_fill
 from halora.hardware.noise_models import NoiseModel, WeightNoise
 from halora.hardware.regions import at_rows
 
@@ -71,7 +72,7 @@ class Programming:
             limit,
             scale=weight_scale(whole, chip.coding, chip.tile) if cells_act(chip, noise) else None,
             spread=added_spread(whole, chip, noise),
-            row_gain=ir_drop_gain(weight.shape[1], chip).to(weight.device) if chip.wires.resistance_ohm > 0 else None,
+            row_gain=ir_drop_gain(weight, chip) if chip.wires.resistance_ohm > 0 else None,
         )
 
     @property
@@ -374,15 +375,21 @@ def weight_error_factor(chip: Chip) -> float:
     return write_verify_ratio(chip) * coding.slice_ratio ** (1 - coding.slices) / sqrt(coding.replicas)
 
 
-def ir_drop_gain(in_features: int, chip: Chip) -> Tensor:
-    """Relative signal of each input row after the voltage lost along its tile column, `(in_features,)`, mean 1.
+def ir_drop_gain(weight: Tensor, chip: Chip) -> Tensor:
+    """Relative signal of each input row of a weight (d_out, d_in) after the voltage lost along its tile column, mean 1.
 
     First order, for equal cells: the current of all cells flows through the shared wire, so the cell k segments from
     the converter loses r G (k R - k^2 / 2) of its read voltage. The mean loss is taken out by the digital scale.
+
+    Returns:
+        `(d_in,)`, float32; ones without wires.
     """
-    rows = chip.tile.rows
-    position = torch.arange(in_features, dtype=torch.float32) % rows + 1
-    loss = chip.wires.resistance_ohm * chip.cells.mean_us * 1e-6 * (position * rows - position.square() / 2)
+    rows, inputs = chip.tile.rows, weight.shape[1]
+    if chip.wires.resistance_ohm == 0:
+        return torch.ones(inputs, device=weight.device)
+    mean_s = chip.cells.mean_us(layer_fill(weight, chip)) * 1e-6
+    position = torch.arange(inputs, dtype=torch.float32, device=weight.device) % rows + 1
+    loss = chip.wires.resistance_ohm * mean_s * (position * rows - position.square() / 2)
     gain = 1 / (1 + loss)
     return gain / gain.mean()
 

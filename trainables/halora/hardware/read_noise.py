@@ -79,7 +79,7 @@ def read_noise(weight: Tensor, chip: Chip) -> ReadNoise | None:
                 power = variance.mul_((array.share * block_scale).square())
                 by_input[kind] += power.sum(dim=0)
                 by_output[kind, :, rows] += in_tiles(power, chip.tile.rows).sum(dim=-1).T
-    by_input = by_input.div_(d_out).mul_(ir_drop_gain(d_in, chip).to(by_input).square_())
+    by_input = by_input.div_(d_out).mul_(ir_drop_gain(weight, chip).to(by_input).square_())
     mean = by_output.mean(dim=2, keepdim=True)
     relative = torch.where(mean > 0, by_output / mean.clamp_min(torch.finfo(mean.dtype).tiny), 1.0)
     return ReadNoise(*(ReadPower(by_input[kind], relative[kind], chip.tile.rows) for kind in range(2)))
@@ -108,7 +108,7 @@ def sampled_read_error(weight: Tensor, chip: Chip, key: NoiseKey, cycles: int = 
         for index in range(cycles * chip.read.averaged):
             unit = _normal(key.part(array.name, draw=index), white)
             total[index % cycles].add_(unit * white, alpha=array.share / chip.read.averaged)
-    return total.mul_(scale) * ir_drop_gain(weight.shape[1], chip).to(total)
+    return total.mul_(scale) * ir_drop_gain(weight, chip).to(total)
 
 
 def white_deviation_us(conductance: Tensor, chip: Chip) -> Tensor:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -11,6 +11,8 @@ from typing import Any
 import yaml
 
 from halora.errors import UserError
+from halora.hardware.fill import LayerFill, estimated_fill
+from halora.hardware.mapping import LM_HEAD
 
 _BLOCK_OF = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "self_attn") | dict.fromkeys(
     ("gate_proj", "up_proj", "down_proj"), "mlp"
@@ -33,7 +35,7 @@ class LinearShape:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The dimensions of a decoder-only transformer that its energy depends on."""
+    """What the energy of a decoder-only transformer depends on: its dimensions, and how its weights fill the cells."""
 
     layers: int
     hidden: int
@@ -41,6 +43,9 @@ class ModelShape:
     head_dim: int
     vocabulary: int
     linears: tuple[LinearShape, ...]
+    fill: LayerFill = field(default=estimated_fill("smollm2"), compare=False, repr=False)
+    """Fill of a layer's cells where the chip states none; an estimate where no weights were at hand."""
+    fill_source: str = field(default="estimate (smollm2)", compare=False, repr=False)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "ModelShape":
@@ -65,7 +70,17 @@ class ModelShape:
             LinearShape("up_proj", hidden, inner),
             LinearShape("down_proj", inner, hidden),
         )
-        return cls(int(config["num_hidden_layers"]), hidden, heads, head_dim, int(config["vocab_size"]), linears)
+        weights = "qwen2.5" if str(config.get("model_type", "")).startswith("qwen") else "smollm2"
+        return cls(
+            int(config["num_hidden_layers"]),
+            hidden,
+            heads,
+            head_dim,
+            int(config["vocab_size"]),
+            linears,
+            estimated_fill(weights),
+            f"estimate ({weights})",
+        )
 
     @property
     def linear_layers(self) -> dict[str, LinearShape]:
@@ -79,7 +94,17 @@ class ModelShape:
     @property
     def lm_head(self) -> LinearShape:
         """The output projection."""
-        return LinearShape("lm_head", self.hidden, self.vocabulary)
+        return LinearShape(LM_HEAD, self.hidden, self.vocabulary)
+
+    @property
+    def all_layers(self) -> dict[str, LinearShape]:
+        """Every linear layer by canonical name, the output projection last: what `Mapping.places` places."""
+        return {**self.linear_layers, LM_HEAD: self.lm_head}
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Number of weights of every linear layer by canonical name, the output projection last."""
+        return {name: layer.weights for name, layer in self.all_layers.items()}
 
     @property
     def attention_macs_per_context_token(self) -> int:

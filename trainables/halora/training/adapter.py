@@ -1,6 +1,7 @@
 """The LoRA branch: attached with PEFT, regularised by HaLoRA's L_reg, stored as a standard PEFT folder."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from halora.errors import UserError
 from halora.hardware.addressing import derive_seed
+from halora.hardware.rounding import AS_IT_IS, rounded
 from halora.training.config import LoraSettings
 from halora.training.frozen import Branch, FrozenLinear
 from halora.training.models import BaseModel
@@ -52,20 +54,37 @@ def _fused_lora() -> type[nn.Module]:
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             (adapter,) = self.active_adapters
             if self.disable_adapters or self.lora_variant:
-                return cast(Tensor, super().forward(x, *args, **kwargs))
+                parts = (self.lora_A[adapter], self.lora_B[adapter])
+                with _rounding_inputs(parts, cast(FrozenLinear, self.base_layer).branch_bits, x.ndim):
+                    return cast(Tensor, super().forward(x, *args, **kwargs))
             a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
             return cast(Tensor, self.base_layer(x, Branch(a, b, self.scaling[adapter])))
 
     return FusedLora
 
 
-def attach_saved(base: BaseModel, folder: Path, weight_bits: int = 16) -> Any:
+@contextmanager
+def _rounding_inputs(modules: Sequence[nn.Module], bits: int, ndim: int) -> Iterator[None]:
+    """Round what these modules are given of so many axes; PEFT also asks them for their weights, with matrices."""
+
+    def seen(module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(rounded(each, bits, dim=-1) if each.ndim == ndim else each for each in given)
+
+    handles = [module.register_forward_pre_hook(seen) for module in modules] if bits < AS_IT_IS else []
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def attach_saved(base: BaseModel, folder: Path, weight_bits: int = AS_IT_IS) -> Any:
     """A PEFT model around `base` with the adapter stored in `folder`, for evaluation.
 
     Args:
         base: The base model.
         folder: A PEFT folder.
-        weight_bits: Precision of A and B in the chip's SRAM, see `rounded`; 16 leaves them as stored.
+        weight_bits: Precision of A and B in the chip's SRAM, with a scale per rank; 16 leaves them as stored.
 
     Raises:
         UserError: The folder holds no adapter in safetensors.
@@ -77,18 +96,11 @@ def attach_saved(base: BaseModel, folder: Path, weight_bits: int = 16) -> Any:
     config: Any = PeftConfig.from_pretrained(folder)
     config._register_custom_module({FrozenLinear: _fused_lora()})
     peft_model = PeftModel.from_pretrained(base.causal_lm, folder, config=config)
-    if weight_bits < 16:
-        with torch.no_grad():
-            for a, b in lora_pairs(peft_model):
-                a.copy_(rounded(a, weight_bits, dim=1))
-                b.copy_(rounded(b, weight_bits, dim=0))
+    with torch.no_grad():
+        for a, b in lora_pairs(peft_model):
+            a.copy_(rounded(a, weight_bits, dim=1))
+            b.copy_(rounded(b, weight_bits, dim=0))
     return peft_model
-
-
-def rounded(weight: Tensor, bits: int, dim: int) -> Tensor:
-    """The weight rounded to 2^bits - 1 symmetric levels, with one scale per rank (the largest value along `dim`)."""
-    step = weight.abs().amax(dim=dim, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny) / (2 ** (bits - 1) - 1)
-    return (weight / step).round() * step
 
 
 def detach(peft_model: Any) -> None:
@@ -104,14 +116,20 @@ def lora_pairs(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
     return [(layer.lora_A["default"].weight, layer.lora_B["default"].weight) for layer in layers]
 
 
-def regulariser(pairs: Sequence[tuple[Tensor, Tensor]], norm: Literal["frobenius", "spectral"]) -> Tensor:
-    """HaLoRA's L_reg = ||A A^T|| + ||B^T B||, the mean over modules, so that mu means the same for any model.
+def regulariser(
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    norm: Literal["frobenius", "spectral"],
+    reduction: Literal["mean", "sum"] = "mean",
+) -> Tensor:
+    """HaLoRA's L_reg = ||A A^T|| + ||B^T B|| over the modules.
 
-    The paper writes a norm with subscript 2, which is ambiguous: both readings are offered (arXiv 2502.19747).
+    The paper writes a norm with subscript 2, which is ambiguous: both readings are offered (arXiv 2502.19747). Nor does
+    it say whether the modules are summed or averaged; of a mean each module gets 1 / modules of the gradient.
 
     Args:
         pairs: A (r, d_in) and B (d_out, r) per adapted module.
         norm: Frobenius, or spectral (the largest squared singular value).
+        reduction: Mean over the modules, or their sum.
 
     Returns:
         A scalar in float32; its gradient is finite at B = 0.
@@ -122,4 +140,4 @@ def regulariser(pairs: Sequence[tuple[Tensor, Tensor]], norm: Literal["frobenius
         by_shape.setdefault(matrix.shape, []).append(matrix)
     stacks = [torch.stack(matrices).float() for matrices in by_shape.values()]  # (modules, r, d) each
     norms = torch.cat([torch.linalg.matrix_norm(stack @ stack.mT, ord=order) for stack in stacks])
-    return norms.sum() / len(pairs)
+    return norms.sum() / (len(pairs) if reduction == "mean" else 1)

@@ -5,15 +5,19 @@ them out as a padded block, which is small, and puts its results end to end agai
 name, see `use_row_attention`.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from halora.hardware.rounding import AS_IT_IS, rounded
+
 _NAME = "halora_rows"
+_BITS = "operand_bits"  # of a model's attention modules
 
 
 @dataclass(frozen=True)
@@ -104,22 +108,66 @@ def _row_attention(
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
+    if (bits := getattr(module, _BITS, AS_IT_IS)) < AS_IT_IS:
+        return attend_rounded(query, key, value, row_layout, scaling, bits), None
     attend = attend_on_cpu if query.device.type == "cpu" else _attend
     return attend(query, key, value, row_layout, scaling), None
 
 
+def is_attention(module: nn.Module) -> bool:
+    """Whether it is the attention of a decoder block."""
+    return hasattr(module, "q_proj") and hasattr(module, "k_proj")
+
+
+def set_attention_bits(modules: Iterable[nn.Module], bits: int) -> None:
+    """Have these attentions compute with so many bits where rows are packed, see `attend_rounded`; 16: as they are."""
+    for module in modules:
+        setattr(module, _BITS, bits)
+
+
+def attend_rounded(query: Tensor, key: Tensor, value: Tensor, layout: RowLayout, scaling: float, bits: int) -> Tensor:
+    """Attention as digital macros compute it, without a gradient: what is multiplied has `bits` bits.
+
+    Queries, keys and values are symmetric with a scale per token and head, which the macros are taken to apply; so no
+    token's rounding depends on another. Softmax weights are exp(score - largest score) on the 2^bits - 1 steps from 0
+    to 1, divided by their sum behind the product; scores are exact.
+
+    Args:
+        query: `(1, heads, tokens, dim)`.
+        key: `(1, groups, tokens, dim)`; the heads of a group share it.
+        value: As `key`.
+        layout: Which token is of which row and sees which.
+        scaling: Of the scores.
+        bits: Below 16.
+
+    Returns:
+        `(1, tokens, heads, dim)` in the query's dtype.
+    """
+    groups = key.shape[1]
+    q, k, v = (_padded(rounded(states, bits, dim=-1), layout).float() for states in (query, key, value))
+    rows, heads, longest, dim = q.shape
+    q = q.view(rows, groups, heads // groups, longest, dim).mul_(scaling)
+    scores = (q @ k[:, :, None].transpose(-1, -2)).masked_fill_(~layout.visible[:, None], -torch.inf)
+    scores.sub_(scores.amax(dim=-1, keepdim=True).nan_to_num_(neginf=0.0))
+    steps = 2**bits - 1
+    weights = scores.exp_().mul_(steps).round_()
+    total = weights.sum(dim=-1, keepdim=True).clamp_min_(1.0)  # 0 where no token stands
+    found = (weights @ v[:, :, None]).div_(total).view(rows, heads, longest, dim)
+    return found.transpose(1, 2).flatten(0, 1).index_select(0, layout.places).to(query.dtype)[None]
+
+
+def _padded(states: Tensor, layout: RowLayout) -> Tensor:
+    """States (1, heads, tokens, dim) as (rows, heads, longest, dim), zero where there is no token."""
+    rows, _, longest, _ = layout.visible.shape
+    by_token = states[0].transpose(0, 1)
+    block = by_token.new_zeros(layout.num_places, *by_token.shape[1:]).index_copy(0, layout.places, by_token)
+    return block.view(rows, longest, *by_token.shape[1:]).transpose(1, 2)
+
+
 def _attend(query: Tensor, key: Tensor, value: Tensor, layout: RowLayout, scaling: float) -> Tensor:
     """Torch's own, see `attend_on_cpu`."""
-    rows, _, longest, _ = layout.visible.shape
-
-    def padded(states: Tensor) -> Tensor:  # (rows, heads, longest, dim), zero where there is no token
-        by_token = states[0].transpose(0, 1)
-        block = by_token.new_zeros(layout.num_places, *by_token.shape[1:]).index_copy(0, layout.places, by_token)
-        return block.view(rows, longest, *by_token.shape[1:]).transpose(1, 2)
-
-    found = F.scaled_dot_product_attention(
-        padded(query), padded(key), padded(value), layout.visible, scale=scaling, enable_gqa=True
-    )
+    q, k, v = (_padded(states, layout) for states in (query, key, value))
+    found = F.scaled_dot_product_attention(q, k, v, layout.visible, scale=scaling, enable_gqa=True)
     return found.transpose(1, 2).flatten(0, 1).index_select(0, layout.places)[None]
 
 

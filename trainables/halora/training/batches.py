@@ -111,6 +111,8 @@ class Batch:
         position_ids: Position of every token in the sequence it stands for, `(1, tokens)`.
         row_layout: Which tokens attend to which.
         sources: The tokens whose outputs predict option tokens, `(targets,)`, row after row.
+        predicting: A name and 1 for each of these tokens, the same wherever its row stands: what the output projection
+            reads, for `RramArray.reading`.
         targets: Those option tokens, `(targets,)`.
     """
 
@@ -119,6 +121,7 @@ class Batch:
     position_ids: Tensor
     row_layout: RowLayout
     sources: Tensor
+    predicting: list[tuple[str, int]]
     targets: Tensor
 
     def hidden(self, causal_lm: Any) -> Tensor:
@@ -134,8 +137,8 @@ class Batch:
 
     def logits(self, causal_lm: Any) -> Tensor:
         """Logits where a target is predicted, and nowhere else, `(targets, vocabulary)`."""
-        hidden = self.hidden(causal_lm)[0, self.sources]
-        logits: Tensor = causal_lm.get_output_embeddings()(hidden).float()
+        hidden = self.hidden(causal_lm)[:, self.sources]
+        logits: Tensor = causal_lm.get_output_embeddings()(hidden)[0].float()
         return logits
 
     def log_likelihoods(self, causal_lm: Any) -> Tensor:
@@ -160,6 +163,7 @@ def lay_out(rows: Sequence[PackedRow]) -> Batch:
         sources=torch.tensor(
             [start + source for row, start in zip(rows, starts, strict=True) for source in row.sources]
         ),
+        predicting=[(f"{row.row_id}, token {source}", 1) for row in rows for source in row.sources],
         targets=torch.tensor([token for row in rows for token in row.tokens[row.prompt_length :]]),
     )
 

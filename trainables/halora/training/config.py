@@ -42,9 +42,12 @@ class TrainingSettings(Frozen):
 
     method: Method = "halora"
     mu: float = Field(default=0.1, ge=0)
-    """Weight of L_reg; read by `halora` only."""
+    """Weight of L_reg; read by `halora` only. What it is worth beside the task is `train_reg_share` of a report."""
     reg_norm: Literal["frobenius", "spectral"] = "frobenius"
     """Norm of A A^T and B^T B in L_reg."""
+    reg_reduction: Literal["mean", "sum"] = "mean"
+    """L_reg over the adapted layers: their mean, or their sum, which is that many times as large (150 in SmolLM2-135M).
+    The paper does not say which."""
     schedule: NoiseSchedule = NoiseSchedule()
     """Read by `noise_lora` and `halora`."""
     steps: int = Field(ge=0)

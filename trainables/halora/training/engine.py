@@ -7,21 +7,26 @@ gradient is that of one batch, however it is shared.
 
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from math import ceil, isfinite
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import psutil
 import torch
 from torch import Tensor, nn
 
+from halora.errors import UserError
 from halora.hardware.addressing import derive_seed
 from halora.hardware.chip import Chip, Retention
 from halora.training.adapter import attach, detach, lora_pairs, regulariser
 from halora.training.batches import Batch, lay_out, mixture_of, pack_answer, rows_at_step
 from halora.training.checkpoint import Checkpoint, TrainedState
 from halora.training.config import TrainingSettings
+from halora.training.gradients import GradientShares, gradient_shares, watching_gradients
 from halora.training.models import BaseModel
 from halora.training.reads import calibrate
 from halora.training.rram import Reads, RramArray
@@ -40,12 +45,14 @@ class StepReport:
         task_loss: Mean cross-entropy of the option tokens, in nats.
         reg_loss: L_reg before its weight.
         sigma: Training noise in force, in units of the chip's noise reference.
+        gradients: What each term of the loss pulls at the adapter with, where that was asked for.
     """
 
     loss: float
     task_loss: float
     reg_loss: float
     sigma: float
+    gradients: GradientShares | None = None
 
 
 class HaloraLoss(nn.Module):
@@ -54,7 +61,8 @@ class HaloraLoss(nn.Module):
     def __init__(self, peft_model: Any, training: TrainingSettings) -> None:
         super().__init__()
         self.peft_model = peft_model
-        self._reg_weight, self._reg_norm = training.reg_weight, training.reg_norm
+        self._reg_weight = training.reg_weight
+        self._regulariser = partial(regulariser, norm=training.reg_norm, reduction=training.reg_reduction)
 
     def forward(self, batch: Batch, target_weight: float) -> tuple[Tensor, Tensor, Tensor]:
         """The loss of a batch, its task loss and L_reg.
@@ -64,7 +72,7 @@ class HaloraLoss(nn.Module):
             target_weight: What an option token's cross-entropy counts in the task loss; 1 / targets for their mean.
         """
         task_loss = -target_weight * batch.log_likelihoods(self.peft_model.get_base_model()).sum()
-        reg_loss = regulariser(lora_pairs(self.peft_model), self._reg_norm)
+        reg_loss = self._regulariser(lora_pairs(self.peft_model))
         return task_loss + self._reg_weight * reg_loss, task_loss.detach(), reg_loss.detach()
 
 
@@ -79,7 +87,7 @@ class Finetuner:
         place: This worker's place among the workers of the trial; alone where none is given.
 
     Raises:
-        UserError: The adapter's targets are not all in the model.
+        UserError: The adapter's targets are not all in the model, or an epoch is too long for the noise schedule.
     """
 
     def __init__(
@@ -89,7 +97,7 @@ class Finetuner:
         self._base, self._array, self._rows, self._config = base, array, rows, config
         self._place = place or Place()
         self._mixture = mixture_of(rows, task_weights(config.task))
-        self._draw_index = -1
+        self._programmed = (-1, 0.0)  # number of the draw under the model, and its strength
         self._calibrated: dict[str, dict[str, Reads]] = {}
         training = config.training
         self._noise = TrainingNoise(
@@ -98,13 +106,16 @@ class Finetuner:
             seed=config.seed,
             steps=training.steps,
             epoch_steps=len(rows) / training.batch_size,
-            layers=[layer.name for layer in array.layers],
+            layers=[layer.name for layer in array.mapped(config.chip)],
         )
-        self._regenerate = _regenerates(array, config.training)
+        if training.noisy and (unmet := training.schedule.unmet(training.steps, self._noise.redraw_steps)):
+            raise UserError([f"training.schedule.{problem}" for problem in unmet])
+        self._regenerate = _regenerates(array, config)
         self._peft_model = attach(base, config.lora, config.seed)
         if config.training.activation_checkpointing:
             _checkpoint_activations(base.causal_lm)
         trainable = {n: p for n, p in self._peft_model.named_parameters() if p.requires_grad}
+        self._pairs = lora_pairs(self._peft_model)
         join_process_group(self._place)
         loss = HaloraLoss(self._peft_model, config.training)
         self._engine = _deepspeed_engine(loss, list(trainable.values()), config.training)
@@ -126,8 +137,25 @@ class Finetuner:
         """Whether all steps are taken."""
         return self.step >= self._config.training.steps
 
-    def train_step(self) -> StepReport:
+    def train_steps(self, count: int) -> dict[str, float]:
+        """Take steps: the means of what they saw, and the gradients of the last. Every worker must ask for as many.
+
+        Raises:
+            FloatingPointError: See `train_step`.
+        """
+        reports = [self.train_step(measure_gradients=i + 1 == count) for i in range(count)]
+        gradients = reports[-1].gradients
+        assert gradients is not None
+        means = {
+            name: fmean(getattr(each, name) for each in reports) for name in ("loss", "task_loss", "reg_loss", "sigma")
+        }
+        return means | gradients.known()
+
+    def train_step(self, *, measure_gradients: bool = False) -> StepReport:
         """One optimiser step.
+
+        Args:
+            measure_gradients: Tell the gradients of the loss's terms apart; every worker must ask for it.
 
         Raises:
             FloatingPointError: The loss is not finite; the adapter is not changed by this step. Every worker raises it.
@@ -136,24 +164,27 @@ class Finetuner:
         sigma = self._program()
         torch.manual_seed(derive_seed("step", self._config.seed, self.step))
         indices = rows_at_step(self._mixture, training.batch_size, self._config.seed, self.step)
-        loss, task_loss, reg_loss = mean_over_workers(self._accumulate(self._micro_batches(indices))).tolist()
+        watched = watching_gradients(self._pairs) if measure_gradients else nullcontext()
+        with watched as total:
+            loss, task_loss, reg_loss = mean_over_workers(self._accumulate(self._micro_batches(indices))).tolist()
         if not isfinite(loss):
             raise FloatingPointError(f"loss {loss} at step {self.step}")
+        gradients = gradient_shares(total, self._pairs, training) if total else None
         self._update(training.learning_rate * min(1.0, (self.step + 1) / (training.warmup_steps + 1)))
         self.step += 1
-        return StepReport(loss, task_loss, reg_loss, sigma)
+        return StepReport(loss, task_loss, reg_loss, sigma, gradients)
 
     def _program(self) -> float:
         """Put this step's noise under the model, where it is not the last step's."""
         if not self._config.training.noisy:
             return 0.0
         draw = self._noise.at(self.step)
-        if draw.index != self._draw_index:
+        if (draw.index, draw.sigma) != self._programmed:
             if draw.instance is None:
                 self._array.clear()
             else:
                 self._array.program(draw.instance, self._reads(draw.instance.chip), regenerate=self._regenerate)
-            self._draw_index = draw.index
+            self._programmed = (draw.index, draw.sigma)
         return draw.sigma
 
     def _reads(self, chip: Chip) -> dict[str, Reads]:
@@ -188,7 +219,7 @@ class Finetuner:
         for batch, target_weight in micro_batches:
             if losses:
                 self._engine.step()  # counts the micro-batch before; DeepSpeed updates after the last one only
-            with self._array.reading(batch.rows):  # a checkpointed block reads again in the backward
+            with self._array.reading(batch.rows, batch.predicting):  # a checkpointed block reads again in the backward
                 loss, task_loss, reg_loss = self._engine(batch, target_weight)
                 self._engine.backward(scale * loss)
             losses.append(torch.stack([loss.detach(), task_loss, reg_loss]))
@@ -243,14 +274,16 @@ def save_latest(finetuner: Finetuner, folder: Path) -> Path:
     return newest
 
 
-def _regenerates(array: RramArray, training: TrainingSettings) -> bool:
+def _regenerates(array: RramArray, config: TrialConfig) -> bool:
     """Whether noisy weights are made in every pass: at ZeRO-3, or where a copy would take half the free memory."""
+    training = config.training
     if training.noisy_weights != "auto":
         return training.noisy_weights == "regenerate"
     if training.zero_stage == 3:
         return True
     weight = array.layers[0].weight
-    copy = sum(layer.in_features * layer.out_features for layer in array.layers) * weight.element_size()
+    mapped = array.mapped(config.chip)
+    copy = sum(layer.in_features * layer.out_features for layer in mapped) * weight.element_size()
     free = torch.cuda.mem_get_info(weight.device)[0] if weight.is_cuda else psutil.virtual_memory().available
     return bool(copy > free / 2)
 

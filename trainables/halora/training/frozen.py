@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from halora.hardware.rounding import AS_IT_IS, rounded
+
 
 @dataclass(frozen=True)
 class Branch:
@@ -27,9 +29,10 @@ class Branch:
     b: Tensor
     scale: float
 
-    def output(self, input: Tensor) -> Tensor:
-        """What it adds to the layer's output."""
-        return F.linear(F.linear(input, self.a.to(input.dtype)), self.b.to(input.dtype)) * self.scale
+    def output(self, input: Tensor, bits: int = AS_IT_IS) -> Tensor:
+        """What it adds to the layer's output, what A and B are multiplied with rounded to so many bits per token."""
+        reduced = F.linear(rounded(input, bits, dim=-1), self.a.to(input.dtype))
+        return F.linear(rounded(reduced, bits, dim=-1), self.b.to(input.dtype)) * self.scale
 
 
 class FrozenLinear(nn.Linear):
@@ -44,6 +47,11 @@ class FrozenLinear(nn.Linear):
     def product_dtype(self) -> torch.dtype:
         """Dtype of the product: float32 on a CPU without bfloat16 instructions, else the weight's."""
         return torch.float32 if self.weight.device.type == "cpu" and not _cpu_has_bf16() else self.weight.dtype
+
+    @property
+    def branch_bits(self) -> int:
+        """Precision of what a low-rank branch multiplies its weights with; 16 for none lost."""
+        return AS_IT_IS
 
     def effective_weight(self) -> Tensor:
         """The weight that inputs meet, in `product_dtype`."""

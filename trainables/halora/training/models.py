@@ -9,20 +9,24 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from halora.errors import UserError, nearest
+from halora.hardware.chip import Chip
+from halora.hardware.fill import layer_fill
+from halora.hardware.mapping import LM_HEAD
 from halora.hardware.shapes import ModelShape, known_shape
-from halora.training.config import Dtype
+from halora.training.config import LINEAR_NAMES, Dtype
 
 EMBEDDED = {
     "smollm2-135m-instruct": "SmolLM2-135M-Instruct (LLaMA architecture), de-quantised from 4 bits",
     "smollm2-135m-instruct-qwen2": "the same weights in the Qwen2 architecture, with zero q/k/v biases",
+    "smollm2-135m-instruct-outliers": "the same model, rescaled exactly to the weight outliers of a Qwen2.5",
 }
 FAMILIES = ("llama", "qwen2", "qwen3")
 """Values of `model_type` whose decoder blocks have the seven linear layers that chips and adapters name."""
@@ -101,9 +105,47 @@ def model_shape(model: str) -> ModelShape:
             f"model '{model}' is of type '{kind}', not one of {', '.join(FAMILIES)}: adapters have no targets in it"
         )
     try:
-        return ModelShape.from_config(config)
+        shape = ModelShape.from_config(config)
+        return replace(shape, **_measured(Path(source))) if Path(source).is_dir() else shape
     except KeyError as error:
         raise UserError(f"model '{model}' (type '{kind}') has no {error} in its config.json") from None
+
+
+def _measured(folder: Path) -> dict[str, Any]:
+    """Fill of the cells by the weights in a folder, where they are safetensors."""
+    paths = sorted(folder.glob("*.safetensors"))
+    return {"fill": _MeasuredFill(paths), "fill_source": "weights"} if paths else {}
+
+
+class _MeasuredFill:
+    """Fills of a model's layers, measured on its weights; all of them once per coding."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = paths
+        self._known: dict[str, dict[str, float]] = {}
+
+    def __call__(self, layer: str, chip: Chip) -> float:
+        coding = json.dumps(
+            [part.model_dump(mode="json") for part in (chip.coding, chip.tile, chip.cells)] + [chip.mapping.lm_head]
+        )
+        if coding not in self._known:
+            self._known[coding] = self._measure(chip)
+        return self._known[coding][layer]
+
+    def _measure(self, chip: Chip) -> dict[str, float]:
+        from safetensors import safe_open
+
+        found: dict[str, float] = {}
+        embedding = None
+        for path in self._paths:
+            with safe_open(path, framework="pt") as weights:
+                for name in weights.keys():  # noqa: SIM118 (no mapping)
+                    layer = name.removesuffix(".weight")
+                    if layer.rpartition(".")[2] in (*LINEAR_NAMES, LM_HEAD):
+                        found[layer] = layer_fill(weights.get_tensor(name), chip)
+                    elif layer.endswith("embed_tokens") and chip.mapping.lm_head:
+                        embedding = layer_fill(weights.get_tensor(name), chip)
+        return found if embedding is None else {LM_HEAD: embedding, **found}  # a tied head is stored once
 
 
 def check_available(model: str) -> None:
@@ -216,6 +258,8 @@ def _embedded_folder(model: str, dtype: Dtype = "fp32") -> Path:
             _save_in_bf16(_embedded_folder(model), scratch)
         elif model.endswith("-qwen2"):
             _save_as_qwen2(_embedded_folder(model.removesuffix("-qwen2")), scratch)
+        elif model.endswith("-outliers"):
+            _save_with_outliers(_embedded_folder(model.removesuffix("-outliers")), scratch)
         else:
             _save_from_gguf(Path(spec.submodule_search_locations[0]), scratch)
         try:
@@ -250,6 +294,18 @@ def _save_in_bf16(source: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     AutoModelForCausalLM.from_pretrained(source, dtype=bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+
+
+def _save_with_outliers(source: Path, folder: Path) -> None:
+    from torch import float32
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from halora.training.outliers import add_outliers
+
+    causal_lm = AutoModelForCausalLM.from_pretrained(source, dtype=float32)
+    add_outliers(causal_lm)
+    causal_lm.save_pretrained(folder)
     AutoTokenizer.from_pretrained(source).save_pretrained(folder)
 
 

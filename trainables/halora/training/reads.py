@@ -42,5 +42,7 @@ def calibrate(
         reads[layer.name] = fitted(x[0, :num_tokens].float(), layer.weight.float(), chip)
 
     with array.watching_inputs(fit):
-        batch.hidden(base.causal_lm)
+        hidden = batch.hidden(base.causal_lm)
+        if chip.mapping.lm_head:
+            base.causal_lm.get_output_embeddings()(hidden)
     return reads

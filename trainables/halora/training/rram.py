@@ -19,12 +19,14 @@ from torch import Tensor, nn
 
 from halora.errors import UserError
 from halora.hardware.addressing import canonical_name
-from halora.hardware.chip import Chip
+from halora.hardware.chip import Chip, Products
 from halora.hardware.converter_model import ConverterModel
 from halora.hardware.converters import ExactReads
 from halora.hardware.instance import ChipInstance
-from halora.hardware.mapping import Place
+from halora.hardware.mapping import LM_HEAD, Place
 from halora.hardware.noise import Programming, noise_to_signal_db
+from halora.hardware.rounding import AS_IT_IS, rounded
+from halora.training.attention import is_attention, set_attention_bits
 from halora.training.config import LINEAR_NAMES
 from halora.training.frozen import Branch, FrozenLinear
 
@@ -41,6 +43,8 @@ class _Wiring:
     places: Mapping[str, Place] = field(default_factory=dict)
     reads: Mapping[str, Reads] = field(default_factory=dict)
     rows: Sequence[tuple[str, int]] = ()  # being read: id, number of tokens
+    predicting: Sequence[tuple[str, int]] = ()  # the same for the output projection, which reads some tokens only
+    digital: bool = False  # whether products outside RRAM have the chip's precision
     workspace: Tensor | None = None  # of the largest weight regenerated so far
 
     def room_for(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -54,7 +58,8 @@ class _Wiring:
 class RramLinear(FrozenLinear):
     """y = x W*^T with W* as the chip instance holds it, as its converters read it; the bias is added digitally.
 
-    A layer that the chip's mapping keeps in SRAM or digital logic computes with its clean weight.
+    A layer that the chip's mapping keeps in SRAM or digital logic has its clean weight, and where the wiring says so
+    the precision of the products there; so has a low-rank branch.
     """
 
     def __init__(self, linear: nn.Linear, name: str, wiring: _Wiring) -> None:
@@ -81,12 +86,33 @@ class RramLinear(FrozenLinear):
         """Whether a chip instance lies under the model and keeps this layer in RRAM."""
         return self._wiring.instance is not None and self._wiring.places[self.name] is Place.RRAM
 
+    @property
+    def _products(self) -> Products | None:
+        """Precision of the frozen products, where they are rounded."""
+        instance = self._wiring.instance
+        if instance is None or not self._wiring.digital:
+            return None
+        return {Place.SRAM: instance.chip.sram, Place.DIGITAL: instance.chip.digital}.get(
+            self._wiring.places[self.name]
+        )
+
+    @property
+    def branch_bits(self) -> int:
+        """That of the chip under the model, where it is scored."""
+        instance = self._wiring.instance
+        return instance.chip.lora.input_bits if instance is not None and self._wiring.digital else AS_IT_IS
+
     def effective_weight(self) -> Tensor:
-        """The weight under the current chip instance; the frozen weight where it is not in RRAM.
+        """The weight under the current chip instance; elsewhere the frozen weight, to the chip's bits if asked.
 
         A regenerated one lasts until another layer's is asked for.
         """
-        if not self.noisy:
+        if self._kept is None and (products := self._products) is not None:
+            weight = rounded(self.weight.detach(), products.weight_bits, dim=1).to(self.product_dtype)
+            if not self._wiring.regenerate:
+                self._kept = weight
+            return weight
+        if self._kept is None and not self.noisy:
             return super().effective_weight()
         if self._kept is not None:
             return self._kept
@@ -129,10 +155,15 @@ class RramLinear(FrozenLinear):
     def product(self, input: Tensor, branch: Branch | None = None) -> Tensor:
         """The product as it is read, and the branch's output, which is computed off the array."""
         reads = self._wiring.reads.get(self.name) if self.noisy else None
-        if reads is None:
+        products, bits = self._products, self.branch_bits
+        if reads is None and products is None and bits >= AS_IT_IS:
             return super().product(input, branch)
-        read = self._read(input, reads)
-        return read if branch is None else read + branch.output(input)
+        if reads is not None:
+            product = self._read(input, reads)
+        else:
+            seen = input if products is None else rounded(input, products.input_bits, dim=-1)
+            product = super().product(seen)
+        return product if branch is None else product + branch.output(input, bits)
 
     def _read(self, input: Tensor, reads: Reads) -> Tensor:
         if isinstance(reads, ExactReads):
@@ -143,7 +174,8 @@ class RramLinear(FrozenLinear):
 
     def _read_noise(self, like: Tensor) -> Tensor:
         """Standard normal draws of one read, shaped (1, tokens, out_features); the same for a row in any batch."""
-        instance, rows = self._wiring.instance, self._wiring.rows
+        instance = self._wiring.instance
+        rows = self._wiring.predicting if self.name == LM_HEAD else self._wiring.rows
         assert instance is not None
         assert sum(tokens for _, tokens in rows) == like.shape[1], "name the rows read with RramArray.reading"
         draws = [
@@ -156,9 +188,10 @@ class RramLinear(FrozenLinear):
 class RramArray:
     """All RRAM layers of one base model."""
 
-    def __init__(self, layers: Sequence[RramLinear], wiring: _Wiring) -> None:
+    def __init__(self, layers: Sequence[RramLinear], wiring: _Wiring, attentions: Sequence[nn.Module] = ()) -> None:
         self.layers = layers
         self._wiring = wiring
+        self._attentions = attentions
 
     def program(
         self,
@@ -166,6 +199,8 @@ class RramArray:
         reads: Mapping[str, Reads] | None = None,
         *,
         regenerate: bool = False,
+        digital: bool = False,
+        alone: str | None = None,
     ) -> None:
         """Put a chip instance under the model.
 
@@ -173,12 +208,18 @@ class RramArray:
             instance: The chip, its address and the level of its noise.
             reads: How each layer is read, by name; none for plain products of the programmed weights.
             regenerate: Make the noisy weights inside every pass instead of keeping a copy.
+            digital: Compute what is not in RRAM (other layers, low-rank branches, attention) at the chip's precision,
+                as it is scored; no gradient passes the rounding, so training leaves it out.
+            alone: The one layer to put on the chip; all others are then computed as the model has them.
 
         Raises:
             UserError: The chip's mapping names layers that the model has not.
         """
         self._wiring.instance = None
-        self._wiring.places = self.places(instance.chip)
+        self._wiring.places = {
+            name: place if alone in (None, name) else Place.HOST for name, place in self.places(instance.chip).items()
+        }
+        self._wiring.digital = digital
         for layer in self.layers:
             if regenerate:
                 layer.forget()
@@ -187,31 +228,43 @@ class RramArray:
         self._wiring.instance = instance
         self._wiring.reads = reads or {}
         self._wiring.regenerate = regenerate
+        set_attention_bits(self._attentions, instance.chip.attention.bits if digital else AS_IT_IS)
 
     def places(self, chip: Chip) -> dict[str, Place]:
         """Where the chip's mapping puts every layer."""
         return chip.mapping.places({layer.name: layer.in_features * layer.out_features for layer in self.layers})
 
+    def mapped(self, chip: Chip) -> list[RramLinear]:
+        """The layers that are on the chip, in the order of the forward pass."""
+        places = self.places(chip)
+        return [layer for layer in self.layers if places[layer.name] is not Place.HOST]
+
     def clear(self) -> None:
         """Take the chip away: the model computes with its clean weights, and no copy of them is kept."""
         self._wiring.instance = self._wiring.workspace = None
         self._wiring.reads = {}
+        set_attention_bits(self._attentions, AS_IT_IS)
         for layer in self.layers:
             layer.forget()
 
     def materialise(self) -> None:
         """Make the copies of all programmed layers now, on all threads, instead of in the first forward."""
         with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-            list(threads.map(RramLinear.effective_weight, self.layers))
+            list(threads.map(RramLinear.effective_weight, [layer for layer in self.layers if layer.noisy]))
 
     @contextmanager
-    def reading(self, rows: Sequence[tuple[str, int]]) -> Iterator[None]:
-        """Name the rows of the batch about to be read, end to end: id and number of tokens of each."""
-        self._wiring.rows = rows
+    def reading(self, rows: Sequence[tuple[str, int]], predicting: Sequence[tuple[str, int]] = ()) -> Iterator[None]:
+        """Name the rows of the batch about to be read, end to end.
+
+        Args:
+            rows: Id and number of tokens of each.
+            predicting: Id and number (one) of each token that the output projection reads, see `Batch.predicting`.
+        """
+        self._wiring.rows, self._wiring.predicting = rows, predicting
         try:
             yield
         finally:
-            self._wiring.rows = ()
+            self._wiring.rows = self._wiring.predicting = ()
 
     @contextmanager
     def watching_inputs(self, seen: Callable[[RramLinear, Tensor], None]) -> Iterator[None]:
@@ -233,7 +286,7 @@ class RramArray:
 
 
 def install(causal_lm: Any) -> RramArray:
-    """Make every linear layer of the decoder blocks one that a chip can hold, in place.
+    """Make every linear layer of the decoder blocks, and the output projection, one that a chip can hold, in place.
 
     Raises:
         UserError: The model has no linear layer with a known name.
@@ -242,7 +295,7 @@ def install(causal_lm: Any) -> RramArray:
     linears = {
         name: module
         for name, module in causal_lm.named_modules()
-        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in LINEAR_NAMES
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in (*LINEAR_NAMES, LM_HEAD)
     }
     if not linears:
         raise UserError(f"the model has no linear layers named {', '.join(LINEAR_NAMES)}")
@@ -251,4 +304,4 @@ def install(causal_lm: Any) -> RramArray:
         layer = RramLinear(linear, canonical_name(name), wiring)
         causal_lm.set_submodule(name, layer)
         layers.append(layer)
-    return RramArray(layers, wiring)
+    return RramArray(layers, wiring, [module for module in causal_lm.modules() if is_attention(module)])

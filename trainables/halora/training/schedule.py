@@ -1,12 +1,14 @@
 """The noise a training meets, step by step: how strong, how often redrawn, on which chips and where it is stronger.
 
-Everything is a function of (trial, step), so a restored run meets the same noise. Nothing here draws or needs torch:
-a schedule names the chip instance of a step by its address.
+The strength follows the step; a redraw changes what is drawn. Everything is a function of (trial, step), so a restored
+run meets the same noise. Nothing here draws: a schedule names the chip instance of a step by its address, and the same
+address at another strength is the same draw, scaled.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
-from math import ceil, cos, floor, pi
+from dataclasses import dataclass, replace
+from math import ceil, cos, pi
 from random import Random
 from typing import Annotated, Literal
 
@@ -19,6 +21,10 @@ from halora.hardware.description import Frozen
 from halora.hardware.instance import ChipInstance
 
 Shape = Literal["constant", "linear", "cosine", "step", "cyclic", "random"]
+
+MOST_MOVED = 0.05
+"""Noisy weights keep the strength they were made with until the schedule's has moved from it by more than this share,
+0.4 dB; see `TrainingNoise`."""
 
 
 class LayerLaw(Frozen):
@@ -47,11 +53,11 @@ class OtherChip(Frozen):
 
 
 class NoiseSchedule(Frozen):
-    """The training noise over the steps. It changes only where it is redrawn."""
+    """The training noise over the steps."""
 
     shape: Shape = "constant"
     """How sigma goes from `sigma_start` to `sigma_end`: at once, straight, along half a cosine, in `stages` equal
-    steps, to and fro `cycles` times, or anywhere between them at random for every draw."""
+    steps, to and fro `cycles` times (turning at whole steps), or anywhere between them at random for every draw."""
     sigma_start: float = Field(default=0.01, ge=0, le=100)
     """Level of the chip's noise model, in its own measure: sigma of Gaussian noise, strength of a model of cells."""
     sigma_end: float | None = Field(default=None, ge=0, le=100)
@@ -96,35 +102,85 @@ class NoiseSchedule(Frozen):
                 problems += [f"{where}: {problem}" for problem in _ageing_problems(described, self.time_s)]
         return problems
 
-    def sigma(self, progress: float, chance: Random) -> float:
-        """The shape's value.
+    def unmet(self, steps: int, redraw_steps: int) -> list[str]:
+        """What of this schedule a training never meets, each with its field; empty when it meets all of it.
 
         Args:
-            progress: Share of the steps taken, in [0, 1].
-            chance: Read by `random` only.
+            steps: Optimiser steps of the training; none are told of a training without steps.
+            redraw_steps: Optimiser steps between two draws.
         """
-        start, end = self.sigma_start, self.sigma_start if self.sigma_end is None else self.sigma_end
+        if steps == 0:
+            return []
+        problems = []
+        if self.warmup_steps >= steps:
+            never = f"but the training has {steps} steps and would never meet the level; {steps - 1} at most"
+            problems.append(f"warmup_steps: {self.warmup_steps}, {never}")
+        needed = {"linear": 2, "cosine": 2, "step": self.stages, "cyclic": 2 * self.cycles + 1}.get(self.shape, 1)
+        if steps < needed:
+            count = {"step": f" with {self.stages} stages", "cyclic": f" with {self.cycles} cycles"}.get(self.shape, "")
+            problems.append(f"shape: '{self.shape}'{count} takes {needed} steps to be met, the training has {steps}")
+        draws = ceil(steps / redraw_steps)
+        for field, needed in self._draws_needed().items():
+            if draws < needed:
+                often = (steps - 1) // (needed - 1)
+                mend = f"redraw every {often} steps or less" if often else "train longer"
+                have = f"{steps} steps with a draw every {redraw_steps} have {draws}"
+                problems.append(f"{field}: takes {needed} draws to be met, but {have}; {mend}")
+        return problems
+
+    def _draws_needed(self) -> dict[str, int]:
+        """Fewest draws that can meet each field that is one choice per draw."""
+        needed = {
+            "shape": 2 if self.shape == "random" else 1,
+            "chips": self.chips or 1,
+            "clean_probability": 2 if 0 < self.clean_probability < 1 else 1,
+            "others": 1 + len(self.others),
+            "time_s": 2 if self.time_s and self.time_s[0] < self.time_s[1] else 1,
+        }
+        return {field: count for field, count in needed.items() if count > 1}
+
+    def sigma(self, step: int, steps: int, chance: float) -> float:
+        """The strength at a step, warm-up included, in the measure of the chip's noise model.
+
+        Args:
+            step: Optimiser steps taken before.
+            steps: Of the whole training; the first and the last meet the ends of the shape.
+            chance: In [0, 1); read by `random` only.
+        """
+        share = self._share(step, max(steps - 1, 1), chance)
+        end = self.sigma_start if self.sigma_end is None else self.sigma_end
+        return ((1 - share) * self.sigma_start + share * end) * min(1.0, (step + 1) / (self.warmup_steps + 1))
+
+    def _share(self, step: int, last: int, chance: float) -> float:
+        """How far from `sigma_start` to `sigma_end`."""
         match self.shape:
-            case "constant" | "linear":
-                share = progress
+            case "constant":
+                return 0.0
+            case "linear":
+                return step / last
             case "cosine":
-                share = (1 - cos(pi * progress)) / 2
+                return (1 - cos(pi * step / last)) / 2
             case "step":
-                share = min(floor(progress * self.stages), self.stages - 1) / (self.stages - 1)
+                return min(step * self.stages // last, self.stages - 1) / (self.stages - 1)
             case "cyclic":
-                share = 1 - abs(1 - 2 * (progress * self.cycles % 1))
+                legs = 2 * self.cycles
+                turns = [(2 * leg * last + legs) // (2 * legs) for leg in range(legs + 1)]
+                leg = bisect_right(turns, step) - 1
+                if leg == legs:
+                    return 0.0
+                share = (step - turns[leg]) / (turns[leg + 1] - turns[leg])
+                return 1 - share if leg % 2 else share
             case "random":
-                share = chance.random()
-        return start + (end - start) * share
+                return chance
 
 
 @dataclass(frozen=True)
 class Draw:
-    """The noise in force from one redraw to the next.
+    """The noise in force at a step.
 
     Attributes:
         index: Number of the draw; equal for the steps that share it.
-        sigma: Level of the trial's chip's noise model that it stands for; 0 for a clean draw.
+        sigma: Level of the trial's chip's noise model in force; 0 for a clean draw.
         instance: The chip instance; none for a clean draw.
     """
 
@@ -133,8 +189,33 @@ class Draw:
     instance: ChipInstance | None
 
 
+@dataclass(frozen=True)
+class _Choice:
+    """What is chosen once per draw.
+
+    Attributes:
+        index: Number of the draw.
+        key: Address of the chip instance.
+        chance: Where the shape `random` stands.
+        chip: The chip; none for a clean draw.
+        other_level: The chip's own noise level where it is not the trial's chip.
+    """
+
+    index: int
+    key: NoiseKey
+    chance: float
+    chip: Chip | None = None
+    other_level: float | None = None
+
+
 class TrainingNoise:
-    """The chip instances that one training meets.
+    """The chip instances that one training meets, and how strong the noise of each is at a step.
+
+    Another strength means making the noisy weights again, from the same draws. That takes tenths of a second to seconds
+    (docs/decisions/012), so it is done only where the schedule has moved by more than `MOST_MOVED` of the strength in
+    force; and exactly at a redraw, at the last step, and where the schedule rests or turns, so that all its ends are
+    met as they are written. What is in force follows from the steps since the redraw alone, whichever of them this
+    process took itself, and is the same whether a copy is kept or not.
 
     Args:
         schedule: When, how strong and where.
@@ -148,34 +229,58 @@ class TrainingNoise:
     def __init__(
         self, schedule: NoiseSchedule, chip: Chip, seed: int, steps: int, epoch_steps: float, layers: Sequence[str]
     ) -> None:
+        self.redraw_steps = ceil(epoch_steps) if schedule.redraw_steps == "epoch" else schedule.redraw_steps
         self._schedule, self._chip, self._seed, self._steps = schedule, chip, seed, steps
-        self._redraw_steps = ceil(epoch_steps) if schedule.redraw_steps == "epoch" else schedule.redraw_steps
         self._multipliers = schedule.layers.multipliers(layers, chip)
+        self._chosen = self._choose(0)
+        self._known = -1, 0.0  # the last step asked for, and the strength in force then
 
     def at(self, step: int) -> Draw:
-        """The draw in force at a step."""
-        schedule, index = self._schedule, step // self._redraw_steps
-        drawn_at = index * self._redraw_steps
-        chance = Random(derive_seed("draw", self._seed, index))
-        sigma = schedule.sigma(drawn_at / max(self._steps - 1, 1), chance)
-        sigma *= min(1.0, (drawn_at + 1) / (schedule.warmup_steps + 1))
-        if chance.random() < schedule.clean_probability:
+        """The noise in force at a step."""
+        if self._chosen.index != (index := step // self.redraw_steps):
+            self._chosen = self._choose(index)
+        choice = self._chosen
+        if choice.chip is None:
             return Draw(index, 0.0, None)
-        chip, level = self._choose(chance, sigma)
+        sigma = self._in_force(step, choice)
+        level = sigma if choice.other_level is None else choice.other_level * sigma / self._chip.noise.level
+        return Draw(index, sigma, ChipInstance(choice.chip, choice.key, level, self._multipliers))
+
+    def _sigma(self, step: int, choice: _Choice) -> float:
+        return self._schedule.sigma(step, self._steps, choice.chance)
+
+    def _in_force(self, step: int, choice: _Choice) -> float:
+        """The strength that the noisy weights were made with, the last time that was called for up to a step."""
+        first = choice.index * self.redraw_steps
+        known, held = self._known
+        if not first <= known <= step:
+            known, held = first, self._sigma(first, choice)
+        for each in range(known + 1, step + 1):
+            before, now, after = (self._sigma(near, choice) for near in (each - 1, each, each + 1))
+            turns = (now - before) * (after - now) <= 0
+            if turns or each == self._steps - 1 or abs(now - held) > MOST_MOVED * held:
+                held = now
+        self._known = step, held
+        return held
+
+    def _choose(self, index: int) -> _Choice:
+        """What the address of a draw chooses."""
+        schedule, chance = self._schedule, Random(derive_seed("draw", self._seed, index))
+        number = index if schedule.chips is None else index % schedule.chips
+        choice = _Choice(
+            index,
+            NoiseKey(role=Role.TRAIN, chip_seed=derive_seed(self._seed, number)),
+            chance.random() if schedule.shape == "random" else 0.0,
+        )
+        if chance.random() < schedule.clean_probability:
+            return choice
+        others = schedule.others
+        other = chance.choices([None, *others], [1.0, *(other.weight for other in others)])[0]
+        chip = other.chip if other else self._chip
         if schedule.time_s is not None:
             shortest, longest = schedule.time_s
             chip = _at_time(chip, shortest * (longest / shortest) ** chance.random())
-        number = index if schedule.chips is None else index % schedule.chips
-        key = NoiseKey(role=Role.TRAIN, chip_seed=derive_seed(self._seed, number))
-        return Draw(index, sigma, ChipInstance(chip, key, level, self._multipliers))
-
-    def _choose(self, chance: Random, sigma: float) -> tuple[Chip, float]:
-        """The chip of a draw and the level of its noise."""
-        others = self._schedule.others
-        chosen = chance.choices([None, *others], [1.0, *(other.weight for other in others)])[0]
-        if chosen is None:
-            return self._chip, sigma
-        return chosen.chip, chosen.chip.noise.level * sigma / self._chip.noise.level
+        return replace(choice, chip=chip, other_level=other.chip.noise.level if other else None)
 
 
 def _at_time(chip: Chip, time_s: float) -> Chip:
@@ -207,4 +312,6 @@ def _ranks(layers: Sequence[str], chip: Chip) -> dict[str, int]:
 
 def _block_numbers(layers: Sequence[str]) -> dict[str, int]:
     """Number of the decoder block of every layer, e.g. 3 of `model.layers.3.mlp.up_proj`."""
-    return {name: next(int(part) for part in name.split(".") if part.isdigit()) for name in layers}
+    blocks = {name: next((int(part) for part in name.split(".") if part.isdigit()), None) for name in layers}
+    behind = max((block for block in blocks.values() if block is not None), default=-1) + 1  # the output projection
+    return {name: behind if block is None else block for name, block in blocks.items()}

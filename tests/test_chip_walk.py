@@ -1,0 +1,310 @@
+"""Oracle: physics' sign. Every field of the chip's description says what it does to the energy and to the error of real
+products, or why one of them has no sign; all of them, on every shipped chip, with SmolLM2's weights and tokens.
+
+A new field fails `test_every_field_is_declared` until it stands in `FIELDS`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+import pydantic
+import pytest
+import torch
+
+from halora.hardware.addressing import NoiseKey, Role
+from halora.hardware.chip import Chip, load_chip, merge, preset_names
+from halora.hardware.energy import energy_per_token
+from halora.hardware.instance import ChipInstance
+from halora.hardware.noise_settings import _model, noise_kinds
+from halora.hardware.rounding import rounded
+from halora.hardware.shapes import ModelShape, known_shape
+from halora.trainable import task_rows
+from halora.training.adapter import attach, lora_pairs
+from halora.training.batches import Batch, lay_out, pack_answer
+from halora.training.config import LoraSettings
+from halora.training.models import BaseModel, load_base
+from halora.training.reads import calibrate
+from halora.training.rram import RramArray, install
+
+WAN = {"kind": "wan-2022", "strength": 0.15}
+CHIP = {
+    "preset": "halora-2026",
+    "noise": WAN,
+    "coding": {"scale": "channel_max"},
+    "write_verify": {"pulses": 8.52, "reference_pulses": 8.52},
+    "cells": {"read_time_ns": 0.02},
+    "read": {"white_us": 0.5},
+}
+"""A chip on which every imperfection is large enough to be seen beside the others."""
+
+UP, DOWN, NONE = 1, -1, 0
+_SIGNS = {UP: "up", DOWN: "down", NONE: "none"}
+
+
+@dataclass(frozen=True)
+class Walk:
+    """What a field does when it goes from `low` to `high`.
+
+    Attributes:
+        low: A value.
+        high: Another.
+        energy: Sign of the energy's change; without one, `why` says why none can be said.
+        error: Sign of the error's change; likewise.
+        why: Why a side is `NONE` or cannot be said.
+        where: What the chip is set to besides, so that the field acts.
+        energy_of: Presets whose energy changes the other way, for the reason given.
+        head: Look at the logits, not at the block's output.
+    """
+
+    low: Any
+    high: Any
+    energy: int | None
+    error: int | None
+    why: str = ""
+    where: dict[str, Any] = field(default_factory=dict)
+    energy_of: dict[str, int] = field(default_factory=dict)
+    head: bool = False
+
+
+FREE = "a property of the cells, not an effort"
+DEAR_CELLS = dict.fromkeys(("neurram-2022", "isaac"), DOWN)  # a product in RRAM takes 3 to 6 times that in SRAM there
+OUTSIDE = {"mapping": {"sram": ["*.mlp.*"]}}
+LOGIC = {"mapping": {"digital": ["*.mlp.*"]}}
+DRIFT = {"kind": "power-law", "nu_mean": 0.05, "nu_std": 0.02}
+DRIFTING = {"retention": {"ageing": DRIFT, "refresh_interval_s": 1e5}, "noise": WAN}
+STUCK = {"faults": {"stuck_low_rate": 0.02, "stuck_high_rate": 0.02}}
+GAUSSIAN = {"noise": {"kind": "gaussian", "sigma": 0.02, "reference": "tensor_max"}}
+BLOCKS = {"noise": {"kind": "gaussian", "sigma": 0.05, "reference": "block_max"}}
+MILO = {"noise": {"kind": "milo"}, "cells": {"g_min_us": 50.0, "g_max_us": 225.0}}
+CMO = {"noise": {"kind": "cmo"}, "cells": {"g_min_us": 9.0, "g_max_us": 88.2}, "read": {"white_us": 0.0}}
+RELAXED = merge(CMO, {"retention": {"ageing": {"kind": "cmo-relaxation"}, "refresh_interval_s": 86400.0}})
+STATES = [{"conductance_us": g, "mean_us": g, "std_us": 1.0, "time_s": 1.0} for g in (0.0, 60.0)]
+NOISIER = [state | {"std_us": 3.0} for state in STATES]
+MEASURED = {"noise": {"kind": "measured", "states": STATES, "extrapolate": True}}
+PERMISSION = "a permission to compute beyond what was measured"
+LABEL = "a name"
+
+FIELDS: dict[str, Walk] = {
+    "name": Walk("a", "b", NONE, NONE, LABEL),
+    "mapping.lm_head": Walk(False, True, UP, UP, head=True),
+    "mapping.sram": Walk([], ["*.mlp.*"], UP, DOWN, energy_of=DEAR_CELLS),
+    "mapping.digital": Walk([], ["*.mlp.*"], UP, DOWN),
+    "mapping.sram_fraction": Walk(0.0, 0.5, UP, DOWN, energy_of=DEAR_CELLS),
+    "mapping.ranking": Walk(
+        "depth", ["*.v_proj", "*.k_proj"], None, None, "which layers, not how many", {"mapping": {"sram_fraction": 0.3}}
+    ),
+    "cells.g_min_us": Walk(9.0, 20.0, UP, UP),
+    "cells.g_max_us": Walk(15.0, 40.0, UP, DOWN),
+    "cells.levels": Walk(4, 64, None, DOWN, "rounding moves the mean conductance either way by a little"),
+    "cells.read_voltage_v": Walk(0.03, 0.3, UP, DOWN),
+    "cells.read_time_ns": Walk(0.001, 1.0, UP, DOWN),
+    "cells.mean_fill": Walk(0.05, 0.9, UP, UP, where={"tile": {"rows": 256}, "wires": {"resistance_ohm": 5.0}}),
+    "coding.scale": Walk("tensor_max", "channel_max", UP, DOWN),
+    "coding.clip_std": Walk(
+        6.0, 2.5, UP, None, "clipping errs and noise falls: least in between", {"coding": {"scale": "tensor_max"}}
+    ),
+    "coding.slices": Walk(1, 2, UP, DOWN),
+    "coding.slice_ratio": Walk(
+        2.0, 8.0, None, DOWN, "finite levels fill later slices by what they leave over", {"coding": {"slices": 2}}
+    ),
+    "coding.replicas": Walk(1, 4, UP, DOWN),
+    "noise[gaussian].kind": Walk("gaussian", "gaussian", NONE, NONE, LABEL, GAUSSIAN),
+    "noise[gaussian].sigma": Walk(0.005, 0.02, NONE, UP, FREE, GAUSSIAN),
+    "noise[gaussian].reference": Walk("std", "tensor_max", NONE, UP, FREE, GAUSSIAN),
+    "noise[gaussian].block": Walk((16, 16), (512, 512), NONE, UP, FREE, BLOCKS),
+    "noise[wan-2022].kind": Walk("wan-2022", "wan-2022", NONE, NONE, LABEL),
+    "noise[wan-2022].strength": Walk(0.05, 0.3, NONE, UP, FREE),
+    "noise[wan-2022].g_max_us": Walk(20.0, 80.0, NONE, UP, FREE, {"noise": {"extrapolate": True}}),
+    "noise[wan-2022].extrapolate": Walk(False, True, NONE, NONE, PERMISSION),
+    "noise[milo].kind": Walk("milo", "milo", NONE, NONE, LABEL, MILO),
+    "noise[milo].strength": Walk(0.5, 4.0, NONE, UP, FREE, MILO),
+    "noise[milo].extrapolate": Walk(False, True, NONE, NONE, PERMISSION, MILO),
+    "noise[cmo].kind": Walk("cmo", "cmo", NONE, NONE, LABEL, CMO),
+    "noise[cmo].strength": Walk(1.0, 10.0, NONE, UP, FREE, CMO),
+    "noise[cmo].acceptance_percent": Walk(2.0, 0.2, UP, DOWN, where=merge(CMO, {"noise": {"strength": 5.0}})),
+    "noise[cmo].extrapolate": Walk(False, True, NONE, NONE, PERMISSION, CMO),
+    "noise[measured].kind": Walk("measured", "measured", NONE, NONE, LABEL, MEASURED),
+    "noise[measured].strength": Walk(0.5, 3.0, NONE, UP, FREE, MEASURED),
+    "noise[measured].states": Walk(STATES, NOISIER, NONE, UP, FREE, MEASURED),
+    "noise[measured].extrapolate": Walk(True, True, NONE, NONE, PERMISSION, MEASURED),
+    "write_verify.pulses": Walk(1.0, 20.0, UP, DOWN),
+    "write_verify.reference_pulses": Walk(1.0, 20.0, NONE, UP, "the pulses that the noise model's figures are for"),
+    "write_verify.pulse_energy_pj": Walk(10.0, 500.0, UP, NONE, "the same pulses"),
+    "faults.stuck_low_rate": Walk(0.0, 0.05, NONE, UP, FREE),
+    "faults.stuck_high_rate": Walk(0.0, 0.05, NONE, UP, FREE),
+    "faults.stuck_low_us": Walk(1.0, 30.0, NONE, UP, FREE, STUCK),
+    "faults.stuck_high_us": Walk(20.0, 120.0, NONE, UP, FREE, STUCK),
+    "retention.refresh_interval_s": Walk(10.0, 1.7e5, DOWN, UP),
+    "retention.compensation": Walk("none", "column", NONE, DOWN, "probe reads are not priced", DRIFTING),
+    "retention.ageing": Walk(None, DRIFT, NONE, UP, FREE),
+    "retention.ageing[power-law].kind": Walk("power-law", "power-law", NONE, NONE, LABEL, DRIFTING),
+    "retention.ageing[power-law].strength": Walk(0.5, 2.0, NONE, UP, FREE, DRIFTING),
+    "retention.ageing[power-law].nu_mean": Walk(0.01, 0.1, NONE, UP, FREE, DRIFTING),
+    "retention.ageing[power-law].nu_std": Walk(0.0, 0.1, NONE, UP, FREE, DRIFTING),
+    "retention.ageing[power-law].t0_s": Walk(1.0, 1e4, NONE, DOWN, FREE, DRIFTING),
+    "retention.ageing[cmo-relaxation].kind": Walk("cmo-relaxation", "cmo-relaxation", NONE, NONE, LABEL, RELAXED),
+    "retention.ageing[cmo-relaxation].strength": Walk(1.0, 10.0, NONE, UP, FREE, RELAXED),
+    "retention.ageing[cmo-relaxation].extrapolate": Walk(False, True, NONE, NONE, PERMISSION, RELAXED),
+    "read.averaged": Walk(1, 8, UP, DOWN),
+    "read.white_us": Walk(0.0, 2.0, NONE, UP, FREE),
+    "read.flicker": Walk(0.0, 0.1, NONE, UP, FREE),
+    "read.thermal": Walk(False, True, NONE, UP, FREE, {"cells": {"read_time_ns": 0.001}}),
+    "dac.input_bits": Walk(4, 8, UP, DOWN),
+    "dac.bits": Walk(2, 8, DOWN, None, "a conversion per cycle: finer steps, but each brings an error of its own"),
+    "dac.range": Walk("token", "calibrated", NONE, UP, "the digital scale of each token is not priced"),
+    "dac.lossless": Walk(False, True, NONE, DOWN, "no chip: the reference of tests", {"dac": {"input_bits": 5}}),
+    "adc.bits": Walk(5, 8, UP, DOWN),
+    "adc.lossless": Walk(False, True, NONE, DOWN, "no chip: the reference of tests"),
+    "adc.noise_steps": Walk(0.0, 4.0, NONE, UP, "a property of the converter, not an effort"),
+    "adc.costs": Walk("isaac", "survey", None, NONE, "another source of the same converter's price"),
+    "tile.rows": Walk(64, 512, DOWN, UP),
+    "tile.columns": Walk(64, 256, DOWN, NONE, "row drivers and row wires are ideal (not modelled)"),
+    "wires.resistance_ohm": Walk(0.0, 20.0, NONE, UP, "loss in the wires is part of the read energy V^2 G t"),
+    "sram.weight_bits": Walk(4, 8, UP, DOWN, where=OUTSIDE),
+    "sram.input_bits": Walk(4, 8, UP, DOWN, where=OUTSIDE),
+    "digital.weight_bits": Walk(4, 8, UP, DOWN, where=LOGIC),
+    "digital.input_bits": Walk(4, 8, UP, DOWN, where=LOGIC),
+    "lora.weight_bits": Walk(3, 8, UP, DOWN),
+    "lora.input_bits": Walk(3, 8, UP, DOWN),
+    "attention.bits": Walk(3, 8, UP, DOWN),
+    "boundary.attention": Walk(False, True, UP, NONE, "computed either way"),
+    "boundary.buffers": Walk(False, True, UP, NONE, "moved without error"),
+    "boundary.programming": Walk(False, True, UP, NONE, "programmed either way"),
+    "boundary.tokens_per_s": Walk(10.0, 1000.0, DOWN, NONE, "how many tokens share a refresh"),
+    "boundary.adapter_swap_tokens": Walk(10.0, 1000.0, DOWN, NONE, "loaded without error"),
+    "costs": Walk({}, {"shift_add_pj": 5.0}, UP, NONE, "prices"),
+}
+
+
+def _fields(model: type[pydantic.BaseModel], prefix: str = "") -> Iterator[str]:
+    """Dotted paths of all fields, those of every kind of noise under its name."""
+    for name, info in model.model_fields.items():
+        path = f"{prefix}{name}"
+        choices = [info.annotation, *get_args(info.annotation)]
+        nested = [choice for choice in choices if isinstance(choice, type) and issubclass(choice, pydantic.BaseModel)]
+        if path in ("noise", "retention.ageing"):
+            ages = path != "noise"
+            if ages:
+                yield path
+            for kind in noise_kinds(ages):
+                yield from (f"{path}[{kind}].{each}" for each in _model(kind).model_fields)
+        elif nested:
+            yield from _fields(nested[0], f"{path}.")
+        else:
+            yield path
+
+
+def test_every_field_is_declared():
+    assert sorted(_fields(Chip)) == sorted(FIELDS)
+    for path, walk in FIELDS.items():
+        unsigned = [side for side in (walk.energy, walk.error) if side in (NONE, None)]
+        assert bool(unsigned) == bool(walk.why), path
+
+
+def _set(walk: Walk, path: str, value: Any, base: Any) -> Chip:
+    """The base with what the field needs to act, and the field at a value."""
+    names = path.split("[")[0] + (path.partition("]")[2] if "[" in path else "")
+    change: Any = value
+    for name in reversed(names.split(".")):
+        change = {name: change}
+    chip = merge(merge(base, walk.where), change)
+    if value is not None and isinstance(value, dict):  # replaces the whole
+        *sections, last = names.split(".")
+        place = chip
+        for name in sections:
+            place = place[name]
+        place[last] = value
+    return load_chip(chip)
+
+
+@pytest.fixture(scope="module")
+def shape() -> ModelShape:
+    """SmolLM2, its fills estimated, so that no weights are looked at."""
+    found = known_shape("smollm2-135m-instruct")
+    assert found is not None
+    return found
+
+
+def _energy_uj(chip: Chip, shape: ModelShape) -> float:
+    targets = LoraSettings().targets
+    return energy_per_token(shape, chip, rank=8, targets=targets, context_tokens=128).total_uj_per_token
+
+
+def _sign(before: float, after: float) -> int:
+    return (after > before) - (after < before)
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_every_field_moves_the_energy_as_declared(shape, preset):
+    wrong = []
+    for path, walk in FIELDS.items():
+        models = path.startswith(("noise", "retention.ageing")) or "noise" in walk.where
+        base = CHIP if models or path == "retention.refresh_interval_s" else {"preset": preset}
+        expected = walk.energy_of.get(preset, walk.energy) if base is not CHIP else walk.energy
+        if expected is None:
+            continue
+        low, high = (_energy_uj(_set(walk, path, value, base), shape) for value in (walk.low, walk.high))
+        if _sign(low, high) != expected:
+            wrong.append(f"{path}: {low:.6g} -> {high:.6g} uJ, declared {_SIGNS[expected]}")
+    assert not wrong, "\n".join(wrong)
+
+
+class Blocks:
+    """The first decoder block of SmolLM2 with an adapter and real tokens, on one chip instance after the other."""
+
+    def __init__(self) -> None:
+        self.base: BaseModel = load_base("smollm2-135m-instruct", "fp32")
+        del self.base.causal_lm.model.layers[1:]
+        self.array: RramArray = install(self.base.causal_lm)
+        rows = task_rows("arc-easy", "validation", 2)
+        self.batch: Batch = lay_out([pack_answer(row, self.base.tokenizer) for row in rows])
+        self.calibration = task_rows("arc-easy", "train", 4)
+        self.pairs = lora_pairs(attach(self.base, LoraSettings(rank=8), 0))
+        generator = torch.Generator().manual_seed(0)
+        for a, b in self.pairs:
+            a.requires_grad_(False)
+            b.requires_grad_(False).copy_(0.05 * torch.randn(b.shape, generator=generator))
+        self.stored = [(a.clone(), b.clone()) for a, b in self.pairs]
+        self.clean = {head: self._outputs(head) for head in (False, True)}
+        self.known: dict[tuple[str, bool], float] = {}
+
+    @torch.no_grad()
+    def _outputs(self, head: bool) -> torch.Tensor:
+        with self.array.reading(self.batch.rows, self.batch.predicting):
+            causal_lm = self.base.causal_lm
+            return self.batch.logits(causal_lm) if head else self.batch.hidden(causal_lm)[0]
+
+    @torch.no_grad()
+    def error(self, chip: Chip, head: bool) -> float:
+        """Relative error of the outputs, every conversion carried out."""
+        known = (chip.content_hash, head)
+        if known not in self.known:
+            for pair, stored in zip(self.pairs, self.stored, strict=True):
+                for dim, (weight, original) in zip((1, 0), zip(pair, stored, strict=True), strict=True):
+                    weight.copy_(rounded(original, chip.lora.weight_bits, dim=dim))
+            reads = calibrate(self.base, self.array, chip, self.calibration, 64, "exact")
+            key = NoiseKey(role=Role.SEARCH, chip_seed=0)
+            self.array.program(ChipInstance(chip, key, chip.noise.level), reads, digital=True)
+            error = self._outputs(head) - self.clean[head]
+            self.array.clear()
+            self.known[known] = (error.norm() / self.clean[head].norm()).item()
+        return self.known[known]
+
+
+@pytest.fixture(scope="module")
+def blocks() -> Blocks:
+    """One for all fields: calibration rows and clean outputs are shared."""
+    return Blocks()
+
+
+SEEN = {UP: lambda low, high: high > 1.02 * low, DOWN: lambda low, high: high < 0.98 * low, NONE: lambda a, b: a == b}
+"""Two in a hundred is what a sign has to show."""
+
+
+@pytest.mark.parametrize("path", [path for path, walk in FIELDS.items() if walk.error is not None])
+def test_every_field_moves_the_error_as_declared(blocks, path):
+    walk = FIELDS[path]
+    low, high = (blocks.error(_set(walk, path, value, CHIP), walk.head) for value in (walk.low, walk.high))
+    print(f"{path}: error {low:.4f} -> {high:.4f}, declared {_SIGNS[walk.error]}")
+    assert SEEN[walk.error](low, high)
