@@ -9,7 +9,7 @@ cycles of b_d bits and K reads averaged:
                                                              the layer's fill (`halora.hardware.fill`)
     programming      2 d_in d_out N_w N_rep                  cells, over the tokens between two refreshes
 
-and r (d_in + d_out) SRAM multiply-accumulates per adapted layer. Digital products cost by their bits of weights and
+and r (d_in + d_out) SRAM multiply-accumulates per adapted layer, and what `mapping.outliers` keeps in SRAM. Digital products cost by their bits of weights and
 inputs, with which scoring computes them. The output projection counts where the mapping puts it on the chip. Counts are
 exact; a token passes every linear layer once, in prefill and in decode. The constants and their sources stand in
 `constants.yaml`. Not modelled: leakage, clocks and control, partial sums between tiles, norms and embeddings, host
@@ -19,13 +19,13 @@ traffic, the probe reads of drift compensation.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from math import ceil
+from math import ceil, log2
 from typing import Any
 
 from halora.errors import UserError, attempt, nearest
 from halora.hardware.chip import Chip
 from halora.hardware.costs import adc_cost, energy_constants
-from halora.hardware.mapping import Place
+from halora.hardware.mapping import Place, outlier_count
 from halora.hardware.shapes import LinearShape, ModelShape
 
 _CELLS_PER_WEIGHT = 2  # a differential pair
@@ -122,7 +122,7 @@ def energy_per_token(
 
     layers = {name: layer for name, layer in layers.items() if places[name] is not Place.HOST}
     rram = {name: layer for name, layer in layers.items() if places[name] is Place.RRAM}
-    counts = _count(list(rram.values()), chip)
+    counts, outliers = _count(list(rram.values()), chip), _outliers(rram, chip, constants)
     sram_weights, digital_weights = (
         sum(layer.weights for name, layer in layers.items() if places[name] is place)
         for place in (Place.SRAM, Place.DIGITAL)
@@ -138,12 +138,14 @@ def energy_per_token(
         "sram": sram_weights * constants["sram_mac_fj"] * chip.sram.cost * 1e-9,
         "digital": digital_weights * _digital_mac_fj(chip, constants) * 1e-9,
         "lora_sram": lora_weights * constants["sram_mac_fj"] * chip.lora.cost * 1e-9,
+        "outliers": outliers.energy_fj * 1e-9,
         **_around(shape, chip, constants, list(layers.values()), counts.cells, lora_weights, context_tokens),
     }
     sram_bits = (
         chip.sram.weight_bits * sram_weights
         + chip.digital.weight_bits * digital_weights
         + chip.lora.weight_bits * lora_weights
+        + outliers.bits
     )
     area_um2 = (
         counts.tiles * adc.area_um2 + counts.cells * constants["rram_cell_um2"] + sram_bits * constants["sram_bit_um2"]
@@ -194,6 +196,41 @@ def _digital_mac_fj(chip: Chip, constants: Mapping[str, Any]) -> float:
     """Femtojoule of a multiply-accumulate in plain logic with its weight's read."""
     bits = chip.digital
     return float(constants["digital_mac_fj"] * bits.cost + constants["digital_read_fj_per_bit"] * bits.weight_bits)
+
+
+@dataclass(frozen=True)
+class _Outliers:
+    """What the layers in RRAM keep in SRAM: femtojoule per token, and bits with their addresses."""
+
+    energy_fj: float = 0.0
+    bits: int = 0
+
+
+def _outliers(layers: Mapping[str, LinearShape], chip: Chip, constants: Mapping[str, Any]) -> _Outliers:
+    """Single weights are multiplied by plain logic, which reads value, address and input from SRAM.
+
+    An address is that of a row and a column within the tile. Columns and the singular part are dense, and multiplied in
+    SRAM macros like the LoRA branch.
+    """
+    setting, inputs = chip.mapping.outliers, chip.sram.input_bits
+    products = setting.weight_bits * inputs / 64
+    address = ceil(log2(chip.tile.rows)) + ceil(log2(chip.tile.columns))
+    energy_fj, bits = 0.0, 0
+    for name, layer in layers.items():
+        d_in, d_out, share = layer.in_features, layer.out_features, setting.of(name).share
+        count = outlier_count(d_in, d_out, share, setting.by, (chip.tile.rows, chip.tile.columns))
+        if setting.by in ("weight", "tile") and share < 1:
+            read_bits = setting.weight_bits + address + inputs
+            energy_fj += count * (
+                constants["digital_mac_fj"] * products + constants["digital_read_fj_per_bit"] * read_bits
+            )
+            bits += count * (setting.weight_bits + address)
+        else:
+            by_unit = {"column": d_out, "singular": d_in + d_out}.get(setting.by, 1)
+            values = layer.weights if share == 1 else count * by_unit
+            energy_fj += values * constants["sram_mac_fj"] * products
+            bits += values * setting.weight_bits
+    return _Outliers(energy_fj, bits)
 
 
 def _around(

@@ -14,6 +14,7 @@ from halora.hardware.addressing import NoiseKey, Role
 from halora.hardware.chip import Chip
 from halora.hardware.converters import ExactReads, drive, noise_power, reads_are_exact, tilewise_product
 from halora.hardware.noise import Programming, noise_to_signal_db, ratio_db
+from halora.hardware.outliers import in_rram
 
 _KEY = NoiseKey(role=Role.SEARCH, chip_seed=0, module="stand-in")
 
@@ -46,23 +47,27 @@ def expected_noise(chip: Chip, *, inputs: int = 1024, outputs: int = 128, tokens
     """
     weight = _normal("weight", outputs, inputs)
     x, calibration = _normal("inputs", tokens, inputs), _normal("calibration", tokens, inputs)
-    programming, key = Programming.of(weight, chip, chip.noise.level), _KEY.part("programming")
-    held = programming.held(weight, key)
-    clean, through_held = x @ weight.T, x @ held.T
+    rest, side = in_rram(weight, chip, _KEY.module)
+    programming, key = Programming.of(rest, chip, chip.noise.level), _KEY.part("programming")
+    held = programming.held(rest, key)
+    clean, through_held, of_side = x @ weight.T, x @ held.T, 0.0 if side is None else side.product(x)
     converted, product, reads_db = through_held, through_held, -inf
     if not reads_are_exact(chip):
-        reads, copies = ExactReads.calibrated(calibration, weight, chip), programming.copies(weight, key)
+        reads, copies = ExactReads.calibrated(calibration, rest, chip), programming.copies(rest, key)
         converted = tilewise_product(x, copies, chip, reads.converters)
         product = reads.product(x, copies, lambda like: _normal("reads", *like.shape))
         scale, cycles = drive(x, chip.dac, reads.converters.input_range)
         power = noise_power(scale, cycles, outputs, chip, reads.converters, reads.noise)
         if power is not None:
             reads_db = ratio_db(float(power.expand_as(clean).sum()), float(clean.square().sum()))
+    if side is not None:
+        held = held.clone()
+        side.add_to(held)
     return ExpectedNoise(
         weights_db=noise_to_signal_db(weight, held),
         reads_db=reads_db,
         converters_db=ratio_db(float((converted - through_held).square().sum()), float(clean.square().sum())),
-        product_db=noise_to_signal_db(clean, product),
+        product_db=noise_to_signal_db(clean, product + of_side),
     )
 
 

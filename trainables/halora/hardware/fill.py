@@ -68,12 +68,13 @@ def estimated_fill(source: str) -> LayerFill:
     """Fills by the statistics of a source in `weight_statistics.yaml`: `smollm2`, or `qwen2.5`."""
 
     def fill(layer: str, chip: Chip) -> float:
-        return _estimate(source, layer.rpartition(".")[2], chip)
+        return _estimate(source, layer, chip)
 
     return fill
 
 
-def _estimate(source: str, kind: str, chip: Chip) -> float:
+def _estimate(source: str, layer: str, chip: Chip) -> float:
+    kind = layer.rpartition(".")[2]
     coding, entry = chip.coding, _statistics()[source]
     factors = entry.get("peaks_over", {})
     layers: dict[str, Any] = _statistics()[factors.get("source", source)]["layers"]
@@ -83,8 +84,27 @@ def _estimate(source: str, kind: str, chip: Chip) -> float:
     magnitudes = np.array(layers[kind][name]["magnitudes"])
     peaks = np.array(layers[kind][name]["peaks"]) * factors.get(name.partition(" ")[0], {}).get(kind, 1.0)
     limit = np.inf if coding.clip_std is None else coding.clip_std
+    outliers = chip.mapping.outliers.of(layer)
+    if outliers.by in ("weight", "tile") and outliers.share:
+        peaks = _without_largest(magnitudes, peaks, outliers.share)
     stored = np.minimum(magnitudes, limit)[None] / np.minimum(peaks, limit)[:, None]
     return mean_fill(stored.clip(0, 1), chip.cells, coding)
+
+
+def _without_largest(magnitudes: np.ndarray, peaks: np.ndarray, share: float) -> np.ndarray:
+    """Largest magnitudes once a share is taken out, between those of the last part and the peaks.
+
+    Linear in the logarithm of the share above, which is half a part at the one and a millionth at the other.
+    """
+    if share >= 1:
+        return peaks
+    last = 0.5 / len(magnitudes)
+    if share >= last:
+        return np.full_like(
+            peaks, np.interp(1 - share, (np.arange(len(magnitudes)) + 0.5) / len(magnitudes), magnitudes)
+        )
+    reached = np.log(last / share) / np.log(last / 1e-6)
+    return magnitudes[-1] + (np.maximum(peaks, magnitudes[-1]) - magnitudes[-1]) * min(reached, 1.0)
 
 
 def _nearest_tile(chip: Chip, known: dict[str, Any]) -> str:

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from halora.hardware.chip import Tile
+from halora.hardware.chip import Chip, Tile
 from halora.hardware.mapping import Outliers, outlier_count
+from halora.hardware.rounding import AS_IT_IS, rounded
 
 
 class SideMatrix(ABC):
@@ -166,13 +167,18 @@ def side_matrix(weight: Tensor, outliers: Outliers, tile: Tile) -> SideMatrix | 
             assert_never(unknown)
 
 
-def rounded(values: Tensor, bits: int, dim: int) -> Tensor:
-    """Values rounded to 2^bits - 1 symmetric levels, one scale for each slice along `dim`; 16 bits leave them."""
-    if bits >= 16 or not values.numel():
-        return values
-    largest = values.abs().amax(dim=dim, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny)
-    step = largest / (2 ** (bits - 1) - 1)
-    return (values / step).round_().mul_(step)
+def in_rram(weight: Tensor, chip: Chip, layer: str) -> tuple[Tensor, SideMatrix | None]:
+    """What a chip programs into RRAM of a layer's weight (d_out, d_in), and what it keeps of it in SRAM.
+
+    Args:
+        weight: `(d_out, d_in)`; left unchanged, and returned where SRAM keeps nothing.
+        chip: Its outliers and its tile.
+        layer: Canonical name of the layer.
+    """
+    if not chip.mapping.outliers.occur:
+        return weight, None
+    side = side_matrix(weight, chip.mapping.outliers.of(layer), chip.tile)
+    return (weight, None) if side is None else (side.rest_of(weight), side)
 
 
 def _excess(values: Tensor, threshold: Tensor, bits: int) -> SparseSide:
@@ -183,7 +189,7 @@ def _excess(values: Tensor, threshold: Tensor, bits: int) -> SparseSide:
     flat = (values - torch.minimum(torch.maximum(values, -threshold), threshold)).flatten()
     places = flat.nonzero()[:, 0]
     excess = flat[places]
-    if bits < 16 and places.numel():
+    if bits < AS_IT_IS and places.numel():
         outputs = places // values.shape[1]
         largest = values.new_zeros(values.shape[0]).scatter_reduce_(0, outputs, excess.abs(), "amax")
         step = (largest / (2 ** (bits - 1) - 1))[outputs]

@@ -126,7 +126,8 @@ class _MeasuredFill:
 
     def __call__(self, layer: str, chip: Chip) -> float:
         coding = json.dumps(
-            [part.model_dump(mode="json") for part in (chip.coding, chip.tile, chip.cells)] + [chip.mapping.lm_head]
+            [part.model_dump(mode="json") for part in (chip.coding, chip.tile, chip.cells, chip.mapping.outliers)]
+            + [chip.mapping.lm_head]
         )
         if coding not in self._known:
             self._known[coding] = self._measure(chip)
@@ -135,6 +136,8 @@ class _MeasuredFill:
     def _measure(self, chip: Chip) -> dict[str, float]:
         from safetensors import safe_open
 
+        from halora.hardware.outliers import in_rram
+
         found: dict[str, float] = {}
         embedding = None
         for path in self._paths:
@@ -142,9 +145,9 @@ class _MeasuredFill:
                 for name in weights.keys():  # noqa: SIM118 (no mapping)
                     layer = name.removesuffix(".weight")
                     if layer.rpartition(".")[2] in (*LINEAR_NAMES, LM_HEAD):
-                        found[layer] = layer_fill(weights.get_tensor(name), chip)
+                        found[layer] = layer_fill(in_rram(weights.get_tensor(name), chip, layer)[0], chip)
                     elif layer.endswith("embed_tokens") and chip.mapping.lm_head:
-                        embedding = layer_fill(weights.get_tensor(name), chip)
+                        embedding = layer_fill(in_rram(weights.get_tensor(name), chip, LM_HEAD)[0], chip)
         return found if embedding is None else {LM_HEAD: embedding, **found}  # a tied head is stored once
 
 

@@ -39,7 +39,7 @@ def calibrate(
         if places[layer.name] is not Place.RRAM:
             return
         fitted = ExactReads.calibrated if converters == "exact" else fit_converters
-        reads[layer.name] = fitted(x[0, :num_tokens].float(), layer.weight.float(), chip)
+        reads[layer.name] = fitted(x[0, :num_tokens].float(), layer.split(chip)[0].float(), chip)
 
     with array.watching_inputs(fit):
         hidden = batch.hidden(base.causal_lm)

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from halora.errors import UserError
 from halora.hardware.addressing import canonical_name
-from halora.hardware.chip import Chip, Products
+from halora.hardware.chip import Chip, Products, Tile
 from halora.hardware.converter_model import ConverterModel
 from halora.hardware.converters import ExactReads
 from halora.hardware.instance import ChipInstance
-from halora.hardware.mapping import LM_HEAD, Place
+from halora.hardware.mapping import LM_HEAD, Outliers, Place
 from halora.hardware.noise import Programming, noise_to_signal_db
+from halora.hardware.outliers import SideMatrix, side_matrix
 from halora.hardware.rounding import AS_IT_IS, rounded
 from halora.training.attention import is_attention, set_attention_bits
 from halora.training.config import LINEAR_NAMES
@@ -70,6 +71,8 @@ class RramLinear(FrozenLinear):
         self._spare: Tensor | None = None  # memory of the copy before
         self._apart: Tensor | None = None  # slices and replicas, where they are converted one by one
         self._programming: Programming | None = None
+        self._side: SideMatrix | None = None  # what the chip keeps of the weight in SRAM
+        self._side_of: tuple[Outliers, Tile] | None = None  # what that was made for
 
     def reprogram(self) -> None:
         """Have the next forward make the programmed copy anew, in the memory of this one."""
@@ -122,17 +125,44 @@ class RramLinear(FrozenLinear):
         regenerate, dtype = self._wiring.regenerate, self.product_dtype
         with torch.no_grad():
             room = self._wiring.room_for(self.weight, dtype) if regenerate else self._spare
-            weight = self._programmed(instance).held(self.weight.detach(), key, dtype, into=room)
+            rest, side = self.split(instance.chip)
+            weight = self._programmed(instance, rest).held(rest, key, dtype, into=room)
+            if side is not None and not self._side_is_apart:
+                side.add_to(weight)
         if not regenerate:
             self._kept, self._spare = weight, None
         return weight
 
-    def _programmed(self, instance: ChipInstance) -> Programming:
+    def held_weight(self) -> Tensor:
+        """The weight under the current chip instance, of RRAM and SRAM together."""
+        weight = self.effective_weight()
+        if self.noisy and self._side_is_apart and self._side is not None:
+            weight = weight.clone()
+            self._side.add_to(weight)
+        return weight
+
+    def split(self, chip: Chip) -> tuple[Tensor, SideMatrix | None]:
+        """What a chip programs into RRAM of the weight, and what it keeps of it in SRAM."""
+        outliers, weight = chip.mapping.outliers, self.weight.detach()
+        if not outliers.occur:
+            self._side = self._side_of = None
+            return weight, None
+        wanted = outliers.of(self.name), chip.tile
+        if self._side_of != wanted:
+            self._side, self._side_of = side_matrix(weight, *wanted), wanted
+        return (weight, None) if self._side is None else (self._side.rest_of(weight), self._side)
+
+    @property
+    def _side_is_apart(self) -> bool:
+        """Whether the side matrix is multiplied by itself: beside converters, and at the precision of SRAM."""
+        return self._wiring.digital or self.name in self._wiring.reads
+
+    def _programmed(self, instance: ChipInstance, rest: Tensor) -> Programming:
         """The last one again, for another instance of the same chip."""
         known, level = self._programming, instance.level_at(self.name)
         if known is not None and known.chip == instance.chip and known.noise.level == level:
             return known
-        programming = Programming.of(self.weight.detach(), instance.chip, level)
+        programming = Programming.of(rest, instance.chip, level)
         small = programming.spread is None or programming.spread.numel() < self.weight.numel()
         self._programming = programming if small else None
         return programming
@@ -147,7 +177,8 @@ class RramLinear(FrozenLinear):
             return self._apart
         key = instance.key.at(module=self.name, purpose="programming")
         with torch.no_grad():
-            copies = self._programmed(instance).copies(self.weight.detach(), key)
+            rest, _ = self.split(instance.chip)
+            copies = self._programmed(instance, rest).copies(rest, key)
         if not self._wiring.regenerate:
             self._apart = copies
         return copies
@@ -156,14 +187,29 @@ class RramLinear(FrozenLinear):
         """The product as it is read, and the branch's output, which is computed off the array."""
         reads = self._wiring.reads.get(self.name) if self.noisy else None
         products, bits = self._products, self.branch_bits
-        if reads is None and products is None and bits >= AS_IT_IS:
+        side = self._product_of_side(input)
+        if reads is None and products is None and side is None and bits >= AS_IT_IS:
             return super().product(input, branch)
         if reads is not None:
             product = self._read(input, reads)
         else:
             seen = input if products is None else rounded(input, products.input_bits, dim=-1)
             product = super().product(seen)
+        if side is not None:
+            product = product + side
         return product if branch is None else product + branch.output(input, bits)
+
+    def _product_of_side(self, input: Tensor) -> Tensor | None:
+        """What the side matrix adds to the output, at the precision of SRAM where the wiring says so."""
+        instance = self._wiring.instance
+        if instance is None or not self.noisy or not self._side_is_apart:
+            return None
+        if instance.chip.mapping.outliers.occur and self._side_of is None:
+            self.split(instance.chip)
+        if self._side is None:
+            return None
+        bits = instance.chip.sram.input_bits if self._wiring.digital else AS_IT_IS
+        return self._side.product(rounded(input, bits, dim=-1))
 
     def _read(self, input: Tensor, reads: Reads) -> Tensor:
         if isinstance(reads, ExactReads):
@@ -279,9 +325,7 @@ class RramArray:
     def noise_db(self) -> dict[str, float]:
         """Realised noise-to-signal ratio of the programmed weights in dB, by name of the layers in RRAM."""
         return {
-            layer.name: noise_to_signal_db(layer.weight, layer.effective_weight())
-            for layer in self.layers
-            if layer.noisy
+            layer.name: noise_to_signal_db(layer.weight, layer.held_weight()) for layer in self.layers if layer.noisy
         }
 
 
