@@ -9,11 +9,11 @@ cycles of b_d bits and K reads averaged:
                                                              the layer's fill (`halora.hardware.fill`)
     programming      2 d_in d_out N_w N_rep                  cells, over the tokens between two refreshes
 
-and r (d_in + d_out) SRAM multiply-accumulates per adapted layer, and what `mapping.outliers` keeps in SRAM. Digital products cost by their bits of weights and
-inputs, with which scoring computes them. The output projection counts where the mapping puts it on the chip. Counts are
-exact; a token passes every linear layer once, in prefill and in decode. The constants and their sources stand in
-`constants.yaml`. Not modelled: leakage, clocks and control, partial sums between tiles, norms and embeddings, host
-traffic, the probe reads of drift compensation.
+and r (d_in + d_out) SRAM multiply-accumulates per adapted layer, and those of what `mapping.outliers` keeps in SRAM.
+Digital products cost by their bits of weights and inputs, with which scoring computes them. The output projection counts
+where the mapping puts it on the chip. Counts are exact; a token passes every linear layer once, in prefill and in decode.
+The constants and their sources stand in `constants.yaml`. Not modelled: leakage, clocks and control, partial sums between
+tiles, norms and embeddings, host traffic, the probe reads of drift compensation.
 """
 
 from collections.abc import Mapping
