@@ -7,7 +7,7 @@ gradient is that of one batch, however it is shared.
 
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from math import ceil, isfinite
@@ -164,7 +164,9 @@ class Finetuner:
         sigma = self._program()
         torch.manual_seed(derive_seed("step", self._config.seed, self.step))
         indices = rows_at_step(self._mixture, training.batch_size, self._config.seed, self.step)
-        watched = watching_gradients(self._pairs) if measure_gradients else nullcontext()
+        watched: AbstractContextManager[list[Tensor] | None] = nullcontext()
+        if measure_gradients:
+            watched = watching_gradients(self._pairs)
         with watched as total:
             loss, task_loss, reg_loss = mean_over_workers(self._accumulate(self._micro_batches(indices))).tolist()
         if not isfinite(loss):
