@@ -15,7 +15,7 @@ from halora.training.adapter import rounded
 from halora.training.batches import Batch, lay_out, pack_answer
 from halora.training.config import LoraSettings
 from halora.training.models import BaseModel, load_base
-from halora.training.reads import calibrate
+from halora.training.reads import ConverterMode, calibrate
 from halora.training.rram import RramArray, install
 
 CHIP = {
@@ -73,20 +73,13 @@ class _Blocks:
                 hidden.append(batch.hidden(self.base.causal_lm)[0])
         return torch.cat(hidden)
 
-    def error(self, chip: Chip) -> float:
+    def error(self, chip: Chip, converters: ConverterMode = "exact") -> float:
         """Relative error of the outputs on one chip instance."""
         self.array.clear()
         clean = self.outputs()
-        converters = calibrate(
-            self.base,
-            self.array,
-            chip,
-            task_rows("arc-easy", "train", 64),
-            TOKENS,
-            "exact",
-        )
+        reads = calibrate(self.base, self.array, chip, task_rows("arc-easy", "train", 64), TOKENS, converters)
         key = NoiseKey(role=Role.SEARCH, chip_seed=0)
-        self.array.program(ChipInstance(chip, key, chip.noise.level), converters)
+        self.array.program(ChipInstance(chip, key, chip.noise.level), reads)
         error = self.outputs() - clean
         self.array.clear()
         return (error.norm() / clean.norm()).item()
@@ -113,6 +106,22 @@ def test_a_knob_costs_energy_and_buys_accuracy(blocks, path, cheap, dear):
     cheap_error, dear_error = blocks.error(cheap_chip), blocks.error(dear_chip)
     print(f"{path}: {cheap} -> {dear}: error {cheap_error:.3f} -> {dear_error:.3f}")
     assert dear_error < 0.97 * cheap_error
+
+
+FINER_INPUTS = [(8, 8), (8, 4), (8, 1)], [(8, 8), (16, 8)]  # input_bits, bits driven at once
+
+
+@pytest.mark.parametrize("steps", FINER_INPUTS, ids=str)
+def test_more_conversions_of_an_input_never_raise_the_error(blocks, steps):
+    """On the paper's chip, whose ADC has 8 bits: its error rose from 0.180 to 0.218, and to 0.264 with 16 bits."""
+    chips = [load_chip({"preset": "halora-2026", "dac": {"input_bits": i, "bits": b}}) for i, b in steps]
+    energies = [_energy(chip, blocks.base) for chip in chips]
+    assert energies == sorted(energies)
+    errors = [blocks.error(chip) for chip in chips]
+    print(dict(zip(steps, zip(errors, energies, strict=True), strict=True)))
+    assert errors == sorted(errors, reverse=True)
+    modelled = [blocks.error(chip, "statistical") for chip in chips]
+    assert modelled == pytest.approx(errors, rel=0.03)
 
 
 def test_lora_precision_costs_energy_and_buys_accuracy(blocks):
