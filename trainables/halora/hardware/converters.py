@@ -28,7 +28,10 @@ from halora.hardware.noise import Programming
 from halora.hardware.read_noise import ReadNoise, read_noise
 from halora.hardware.regions import widened
 
-_SMALLER, _LARGER = (0.7, 0.5, 0.35, 0.25, 0.18, 0.12, 0.08), (1.4, 2.0, 2.8)  # ranges tried, of the largest sum
+_SMALLER, _LARGER = (
+    (0.7, 0.5, 0.35, 0.25, 0.18, 0.12, 0.08),
+    (1.2, 1.4, 1.7, 2.0, 2.8),
+)  # ranges tried, of the largest sum
 _TOKENS = 128  # converted at a time, so that a tile's sums stay in the cache
 _INPUT_FRACTIONS = (1.0, 0.7, 0.5, 0.35, 0.25)
 _CALIBRATION = NoiseKey(role=Role.TRAIN, chip_seed=0, purpose="calibration")
