@@ -28,7 +28,7 @@ from halora.training.checkpoint import Checkpoint, TrainedState
 from halora.training.config import TrainingSettings
 from halora.training.gradients import GradientShares, gradient_shares, watching_gradients
 from halora.training.models import BaseModel
-from halora.training.reads import calibrate
+from halora.training.reads import at_age, calibrate
 from halora.training.rram import Reads, RramArray
 from halora.training.schedule import TrainingNoise
 from halora.training.tasks import Row, task_weights
@@ -193,7 +193,7 @@ class Finetuner:
         """How a chip is read while training, calibrated when it is met first."""
         if self._config.training.converters == "none":
             return {}
-        converters = chip.model_copy(update={"retention": Retention()}).content_hash  # ageing does not touch them
+        converters = chip.model_copy(update={"retention": Retention()}).content_hash  # set when the chip is new
         found = self._calibrated.get(converters)
         if found is None:
             tokens = self._config.evaluation.calibration_tokens
@@ -201,7 +201,7 @@ class Finetuner:
             with self._peft_model.disable_adapter():
                 found = calibrate(self._base, self._array, chip, self._rows, tokens, "statistical")
             self._calibrated[converters] = found
-        return found
+        return at_age(found, self._array, chip)
 
     def _micro_batches(self, indices: list[int]) -> Iterator[tuple[Batch, float]]:
         """This worker's share of a step's rows, with what an option token counts in it.
