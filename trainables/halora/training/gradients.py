@@ -78,7 +78,7 @@ def gradient_shares(total: Sequence[Tensor], pairs: Pairs, training: TrainingSet
     whole = mean_over_workers(torch.cat([gradient.flatten() for gradient in total])).split([g.numel() for g in total])
     if training.reg_weight == 0:
         return GradientShares(_norm(whole))
-    leaves = [(_leaf(a), _leaf(b)) for a, b in pairs]
+    leaves: list[tuple[Tensor, Tensor]] = [(_leaf(a), _leaf(b)) for a, b in pairs]
     flat = [leaf for pair in leaves for leaf in pair]
     value = training.reg_weight * regulariser(leaves, training.reg_norm, training.reg_reduction)
     reg = [gradient.flatten() for gradient in torch.autograd.grad(value, flat)]
