@@ -62,10 +62,14 @@ class Converters:
 
 
 def calibration_copies(weight: Tensor, chip: Chip) -> Tensor:
-    """What a chip instance that no adapter meets holds of a weight (d_out, d_in) right after programming.
+    """What converters are set on: slices and replicas of a weight (d_out, d_in), as `Programming.copies` has them.
 
-    At the chip's own noise; see `Programming.copies`. Converters are set on it, so they do not depend on the age.
+    A matrix that is held once is taken as it is meant, so that its converters serve at every strength of the noise and
+    every age. Slices hold what those before got wrong, and replicas differ by their errors: they are those of a chip
+    instance that no adapter meets, right after programming, at the chip's own noise.
     """
+    if chip.coding.copies == 1:
+        return clipped(weight, clip_limit(weight, chip.coding, chip.tile), chip.tile)[None, None]
     fresh = chip.model_copy(update={"retention": Retention(refresh_interval_s=chip.noise.first_s or 1.0)})
     return Programming.of(weight, fresh, chip.noise.level).copies(weight, _CALIBRATION)
 
