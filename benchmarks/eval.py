@@ -141,7 +141,7 @@ def check_equal_margins(config: TrialConfig, adapter: Path) -> float:
 
     def put_chip_instance(noise: plain.NoisyWeights) -> None:
         array.program(ChipInstance(config.chip, NoiseKey(role=Role.SEARCH, chip_seed=0), config.chip.noise.level))
-        for layer in array.layers:
+        for layer in array.mapped(config.chip):
             noise.linears[layer.name].weight.data = layer.effective_weight()
 
     ours = OurScores(config, adapter)

@@ -37,10 +37,10 @@ def main() -> None:
             shares = "  ".join(f"{report.get(f'reg_share{part}', float('nan')):<8.4f}" for part in _PARTS)
             print(f"{step:<4d}  {report['task_grad_norm']:<13.3f}  {shares}")
         for part, name in _PARTS.items():
-            shares = [report[f"reg_share{part}"] for report in reports if report.get(f"reg_share{part}")]
-            middle = median(shares)
+            found = [report[f"reg_share{part}"] for report in reports if report.get(f"reg_share{part}")]
+            middle = median(found)
             mus = [f"{100 * share:g} % at mu {arguments.mu * share / middle:.2g}" for share in (0.01, 0.1, 1.0)]
-            print(f"{name}: {min(shares):.4f} to {max(shares):.4f}, median {middle:.4f}; {', '.join(mus)}")
+            print(f"{name}: {min(found):.4f} to {max(found):.4f}, median {middle:.4f}; {', '.join(mus)}")
 
 
 def _reports(workbench: Workbench, arguments: argparse.Namespace, reduction: str) -> list[dict[str, float]]:

@@ -33,7 +33,7 @@ def trial(settings: Mapping[str, Any]) -> TrialConfig:
         "training.reg_reduction": "mean",  # as the other ways have it
         "training.schedule": {"shape": "constant", "sigma_start": SIGMA, "redraw_steps": 1},
     }
-    return load_trial("quickstart", fixed | settings)
+    return load_trial("quickstart", fixed | dict(settings))
 
 
 def row_order(config: TrialConfig, rows: Sequence[Row]) -> Iterator[list[int]]:

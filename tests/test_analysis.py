@@ -295,6 +295,7 @@ def test_objectives_know_their_direction_or_are_asked_for_it():
     known = {
         "accuracy": True,
         "accuracy.arc-easy": True,
+        "accuracy_per_byte": True,
         "margin_low": True,
         "accuracy_std_chips": False,
         "energy_uj_per_token.adc": False,

@@ -126,8 +126,8 @@ def test_gradients_are_drawn_beside_each_other_with_their_ratio():
     first = {"train_task_grad_norm": 2.0, "train_reg_grad_norm": 0.5, "train_reg_share": 0.25}
     chart = gradients_chart([(2, first), (4, {"train_task_grad_norm": 1.0})])
     plotly.graph_objects.Figure(chart)
-    assert [(t["name"], t["x"], t["y"], t["text"]) for t in chart["data"]] == [
-        ("task", [2, 4], [2.0, 1.0], ["0.25 of the task's", ""]),
+    assert [(t["name"], t["x"], t["y"], t.get("text")) for t in chart["data"]] == [
+        ("task", [2, 4], [2.0, 1.0], None),
         ("µ · regulariser", [2], [0.5], ["0.25 of the task's"]),
     ]
     assert chart["layout"]["yaxis"]["type"] == "log"

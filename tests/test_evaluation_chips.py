@@ -11,6 +11,7 @@ import pytest
 
 from halora.evaluation.chips import ChipScores
 from halora.evaluation.intervals import share
+from halora.hardware.addressing import Role
 from halora.records.names import BESIDE_METRICS
 from halora.trainable import Workbench, task_rows
 from halora.training.config import LINEAR_NAMES
@@ -77,6 +78,17 @@ def test_chips_are_numbered(workbench, tiny_trial, adapter):
     assert (first.chip_seeds, later.chip_seeds) == ((0, 1, 2), (1, 2, 3))
     assert later.noisy[:2] == first.noisy[1:]
     assert later.noisy[2] not in first.noisy
+
+
+def test_every_series_of_certified_chips_is_its_own(workbench, tiny_trial):
+    """Oracle: the noise that each chip's weights show, which depends on no adapter."""
+    config = tiny_trial(evaluation=EVALUATION)
+    series = [("", Role.SEARCH), ("one/1", Role.CERTIFY), ("one/2", Role.CERTIFY), ("two/1", Role.CERTIFY)]
+    found = [workbench.evaluate(config, None, role=role, series=name) for name, role in series]
+    assert len({noise_db for scores in found for noise_db in scores.noise_db}) == 4 * 3
+    assert (
+        workbench.evaluate(config, None, role=Role.CERTIFY, series="one/2", first_chip=1).noisy[0] == found[2].noisy[1]
+    )
 
 
 def test_other_strengths_of_noise_are_those_of_a_chip_that_has_them(workbench, tiny_trial, adapter):

@@ -103,6 +103,7 @@ def test_cells_err_by_the_full_scale_of_their_own_region(scale):
         "cells": {"g_min_us": 1.0},
         "tile": {"rows": 50, "columns": 40},
         "coding": {"scale": scale},
+        "retention": {"refresh_interval_s": 1.0},
     }
     error = (_programmed(weight, **sections) - weight) / (0.39 / 39 * sqrt(2))
     by_tile = error.unflatten(0, (4, 40)).unflatten(2, (3, 50)).square().mean(dim=(1, 3)).sqrt()

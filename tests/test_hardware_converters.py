@@ -5,9 +5,13 @@ from itertools import pairwise
 import pytest
 import torch
 
+from halora.hardware.addressing import NoiseKey, Role
 from halora.hardware.chip import load_chip
 from halora.hardware.converter_model import ConverterModel, _response_table, fit_converters
-from halora.hardware.converters import full_scale, reads_are_exact, tilewise_product
+from halora.hardware.converters import ExactReads, drive, full_scale, noise_power, reads_are_exact, tilewise_product
+from halora.hardware.noise import Programming
+
+KEY = NoiseKey(role=Role.SEARCH, chip_seed=0, module="layer", purpose="programming")
 
 
 def _chip(bits: int, rows: int = 64, **sections):
@@ -239,3 +243,187 @@ def test_response_agrees_with_simulated_gaussian_sums():
         assert gain[index].item() == pytest.approx(expected_gain.item(), rel=0.01)
         expected_error = (codes - expected_gain * sums).var()
         assert error[index].item() == pytest.approx(expected_error.item(), rel=0.02)
+
+
+# What is averaged by slices, reads, replicas and cycles.
+
+CODINGS = {
+    "plain": {},
+    "reads": {"read": {"averaged": 4}},
+    "replicas": {"coding": {"replicas": 4}},
+    "slices": {"coding": {"slices": 3, "slice_ratio": 2.0}},
+    "cycles": {"dac": {"lossless": False, "input_bits": 8, "bits": 1}},
+    "all": {
+        "read": {"averaged": 2},
+        "coding": {"slices": 2, "replicas": 3},
+        "dac": {"lossless": False, "input_bits": 8, "bits": 3},
+    },
+}
+
+
+def _noisy_adc(**sections):
+    """Sixteen steps of noise before each conversion of a 14-bit ADC, so that what it rounds is nothing beside it."""
+    adc = {"bits": 14, "lossless": False, "noise_steps": 16.0, "costs": "survey"}
+    return load_chip({"preset": "ideal", "adc": adc, **sections})
+
+
+@pytest.mark.parametrize("name", CODINGS)
+def test_adc_noise_is_that_of_every_conversion_drawn_on_its_own(layer, name):
+    """A loop over reads, replicas, slices, cycles and tiles."""
+    chip = _noisy_adc(**CODINGS[name])
+    x, weight = layer["fresh"][:3], layer["weight"][:80]
+    reads = ExactReads.calibrated(layer["calibration"], weight, chip)
+    scale, cycles = drive(x, chip.dac, None)
+    power = noise_power(scale, cycles, 80, chip, reads.converters, None)
+    steps, generator = reads.converters.steps(chip, 80), torch.Generator().manual_seed(1)
+    total = torch.zeros(4000, 3, 80)
+    for _replica in range(chip.coding.replicas):
+        for index in range(chip.coding.slices):
+            for cycle, (significance, _) in enumerate(cycles):
+                share = significance * chip.coding.slice_ratio**-index / chip.coding.replicas / chip.read.averaged
+                for of_tile in steps[cycle, index]:
+                    for _read_again in range(chip.read.averaged):
+                        unit = torch.randn(total.shape, generator=generator)
+                        total += unit * (16 * of_tile * share * scale)
+    ratio = total.square().mean(dim=0) / power
+    assert ratio.mean().item() == pytest.approx(1, abs=0.02)
+    assert (ratio - 1).abs().max() < 0.15  # 4,000 draws of each output
+
+
+def test_four_replicas_halve_the_noise_of_their_adcs(layer):
+    """The deviation was the same with one and with four replicas, which energy charges."""
+    deviations = []
+    for replicas in (1, 4):
+        chip = _chip(8, coding={"replicas": replicas})
+        chip = chip.model_copy(update={"adc": chip.adc.model_copy(update={"noise_steps": 2.0})})
+        reads = ExactReads.calibrated(layer["calibration"], layer["weight"], chip)
+        copies = Programming.of(layer["weight"], chip, 0.0).copies(layer["weight"], KEY)
+        draws = torch.Generator().manual_seed(2)
+        read = reads.product(layer["fresh"], copies, lambda like, draws=draws: torch.randn(like.shape, generator=draws))
+        deviations.append((read - tilewise_product(layer["fresh"], copies, chip, reads.converters)).std().item())
+    assert deviations[0] / deviations[1] == pytest.approx(2, rel=0.01)
+
+
+def _errors(chip, layer, level: float) -> tuple[float, float]:
+    """Deviation of the converters' error in products of one chip instance: carried out, and by the model."""
+    x, weight = layer["fresh"], layer["weight"]
+    programming, model = Programming.of(weight, chip, level), fit_converters(layer["calibration"], weight, chip)
+    held, copies = programming.held(weight, KEY), programming.copies(weight, KEY)
+    exact = tilewise_product(x, copies, chip, model.converters) - x @ held.T
+    return exact.std().item(), (_read(model, x, held) - x @ held.T).std().item()
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.02])
+@pytest.mark.parametrize(("slices", "ratio"), [(2, 4.0), (4, 2.0), (2, 2.0)])
+def test_slices_are_converted_one_by_one_in_both_paths(layer, slices, ratio, noise):
+    """Two-bit cells, or cells whose errors the next slice is to undo. They were converted as one by the exact path."""
+    sections = {"noise": {"sigma": noise}} if noise else {"cells": {"levels": 4}}
+    chip = _chip(8, coding={"slices": slices, "slice_ratio": ratio}, **sections)
+    exact, modelled = _errors(chip, layer, noise)
+    assert modelled == pytest.approx(exact, rel=0.05)
+    as_one, _ = _errors(_chip(8), layer, 0.0)
+    assert exact > 1.001 * as_one  # conversions of later slices are not free of error
+
+
+def test_a_slice_s_sums_are_those_of_what_its_own_cells_hold(layer):
+    """A loop over slices, tiles of 128 x 100 with a scale each, and outputs."""
+    chip = _chip(
+        6,
+        coding={"slices": 2, "slice_ratio": 4.0, "scale": "tile_max"},
+        cells={"levels": 4},
+        tile={"rows": 128, "columns": 100},
+    )
+    x, weight = layer["fresh"][:2], layer["weight"]
+    converters = full_scale(layer["calibration"], weight, chip)
+    assert converters.adc_range.shape == (1, 2, 3, 3)
+    copies = Programming.of(weight, chip, 0.0).copies(weight, KEY)
+    product = tilewise_product(x, copies, chip, converters)
+    for token in range(2):
+        inputs = x[token] / x[token].abs().max()
+        for output in (0, 99, 100, 255):
+            total = 0.0
+            for tile, start in enumerate(range(0, 300, 128)):
+                column = output // 100
+                own = weight[100 * column : 100 * column + 100, start : start + 128]
+                largest = own.abs().max()
+                stored = weight[output, start : start + 128] / largest
+                first = (stored.abs() * 3).round() / 3 * stored.sign()  # two-bit cells: thirds
+                left = ((stored - first) * 4).clamp(-1, 1)
+                second = (left.abs() * 3).round() / 3 * left.sign()
+                for index, held in enumerate((first, second)):
+                    step = float(converters.adc_range[0, index, tile, column]) / 31
+                    partial = float(inputs[start : start + 128] @ held)
+                    total += max(-31, min(31, round(partial / step))) * step * float(largest) / 4**index
+            assert product[token, output].item() == pytest.approx(
+                total * float(x[token].abs().max()), rel=1e-3, abs=1e-4
+            )
+
+
+def test_replicas_average_the_rounding_of_their_own_conversions_only_where_their_cells_differ(layer):
+    alike, _ = _errors(_chip(6, coding={"replicas": 4}), layer, 0.0)
+    one, _ = _errors(_chip(6), layer, 0.0)
+    assert alike == pytest.approx(one, rel=1e-4)
+    noise = {"noise": {"sigma": 0.05}}
+    apart, modelled = _errors(_chip(6, coding={"replicas": 4}, **noise), layer, 0.05)
+    one, _ = _errors(_chip(6, **noise), layer, 0.05)
+    assert apart < 0.6 * one
+    assert modelled == pytest.approx(apart, rel=0.05)
+
+
+def test_reads_averaged_do_not_average_the_rounding(layer):
+    """The same sum gives the same code; noise that would dither it is added after the conversion."""
+    once, again = (_errors(_chip(6, read={"averaged": averaged}), layer, 0.0) for averaged in (1, 4))
+    assert once == again
+
+
+@pytest.mark.parametrize("scale", ["tensor_max", "channel_max", "tile_max"])
+def test_statistical_model_follows_the_digital_scale(layer, scale):
+    """Outputs of very different size: with a scale each, the steps of small ones are small."""
+    weight = layer["weight"] * torch.logspace(-2, 0, 256)[:, None]
+    chip = _chip(6, coding={"scale": scale})
+    x, model = layer["fresh"], fit_converters(layer["calibration"], weight, chip)
+    exact = tilewise_product(x, weight, chip, model.converters) - x @ weight.T
+    modelled = _read(model, x, weight) - x @ weight.T
+    ratio = modelled.std(dim=0) / exact.std(dim=0)
+    assert ratio.median().item() == pytest.approx(1, abs=0.05)
+    assert ((ratio - 1).abs() < 0.25).float().mean() > 0.9  # the rest have clipped sums that the calibration lacked
+
+
+def test_a_scale_for_each_output_helps_the_small_ones(layer):
+    weight = (
+        layer["weight"]
+        * torch.logspace(-2, 0, 256)[torch.randperm(256, generator=torch.Generator().manual_seed(0))][:, None]
+    )
+    x, relative = layer["fresh"], {}
+    for scale in ("tensor_max", "channel_max"):
+        chip = _chip(6, coding={"scale": scale})
+        error = tilewise_product(x, weight, chip, full_scale(layer["calibration"], weight, chip)) - x @ weight.T
+        relative[scale] = (error.std(dim=0) / (x @ weight.T).std(dim=0)).mean().item()
+    assert relative["channel_max"] < 0.5 * relative["tensor_max"]
+
+
+@pytest.mark.parametrize("scale", ["tensor_max", "channel_max", "tile_max"])
+@pytest.mark.parametrize("zero", ["weights", "outputs", "tile", "inputs", "tile of inputs"])
+def test_zeros_anywhere_leave_everything_finite(layer, scale, zero):
+    weight, calibration = layer["weight"].clone(), layer["calibration"].clone()
+    if zero == "weights":
+        weight.zero_()
+    elif zero == "outputs":
+        weight[:64] = 0
+    elif zero == "tile":
+        weight[:64, :64] = 0
+    elif zero == "inputs":
+        calibration.zero_()
+    else:
+        calibration[:, :64] = 0
+    noise, dac = {"sigma": 0.01, "reference": "absolute"}, {"lossless": False, "bits": 3}
+    chip = _chip(8, coding={"scale": scale, "replicas": 2}, noise=noise, dac=dac, read={"white_us": 0.1})
+    copies = Programming.of(weight, chip, 0.01).copies(weight, KEY)
+    reads, model = ExactReads.calibrated(calibration, weight, chip), fit_converters(calibration, weight, chip)
+    for x in (layer["fresh"], torch.zeros(2, 300)):
+        assert torch.isfinite(reads.product(x, copies, torch.randn_like)).all()
+        assert torch.isfinite(_read(model, x, copies[0, 0])).all()
+    if zero in ("outputs", "tile", "tile of inputs"):
+        product = layer["fresh"] @ copies.mean(dim=0)[0].T
+        error = tilewise_product(layer["fresh"], copies, chip, reads.converters) - product
+        assert error.norm() < 0.3 * product.norm()  # a tile that saw nothing at calibration still converts

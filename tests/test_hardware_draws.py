@@ -7,11 +7,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from normality import INDEPENDENT, assert_moments_are_normal, assert_normal_out_to_four_sigma, largest_correlation
+from normality import (
+    INDEPENDENT,
+    assert_moments_are_normal,
+    assert_normal_out_to_four_sigma,
+    kolmogorov_smirnov,
+    largest_correlation,
+    upper_tail,
+)
 
 from halora.hardware import draws
 from halora.hardware.addressing import NoiseKey, Role
-from halora.hardware.draws import normal_rows, standard_normal
+from halora.hardware.draws import coarse_normal, normal_rows, standard_normal
 
 TRUE = NoiseKey(role=Role.SEARCH, chip_seed=3, module="layers.0.q_proj", purpose="programming")
 RECYCLED = replace(TRUE, role=Role.TRAIN)
@@ -58,3 +65,18 @@ def test_recycled_draws_that_do_overlap_are_told_apart_by_their_signs(monkeypatc
     assert largest < INDEPENDENT * 64**0.5
     flat = [np.abs(window) - np.sqrt(2 / np.pi) for window in windows]  # without their signs they do overlap
     assert max(largest_correlation(flat[i], flat[j]) for i in range(4) for j in range(i)) > 5 * INDEPENDENT
+
+
+def test_coarse_draws_are_normal_of_their_address_and_a_longer_read_continues_a_shorter_one():
+    many = coarse_normal(TRUE, (1000, 2000))
+    assert_moments_are_normal(many.ravel())
+    ordered = np.sort(many.ravel())
+    assert kolmogorov_smirnov(ordered, -np.inf) < 1.95
+    for edge in (2.0, 3.0):  # beyond 4 there are two levels left
+        tail = ordered[ordered > edge]
+        assert abs(len(tail) - len(ordered) * upper_tail(edge)) < 4.5 * np.sqrt(len(tail))
+        assert kolmogorov_smirnov(tail, edge) < 1.95
+    assert 4.2 < np.abs(many).max() < 4.33
+    assert many.dtype == np.float32
+    np.testing.assert_array_equal(coarse_normal(TRUE, (30, 2000)), many[:30])
+    assert not np.array_equal(coarse_normal(replace(TRUE, example="other"), (30, 2000)), many[:30])

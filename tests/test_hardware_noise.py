@@ -501,7 +501,7 @@ def test_noise_of_a_product_is_that_of_reads_drawn_cycle_by_cycle_for_every_outp
     assert (per_output - 1).abs().max() < 0.12
 
 
-def test_cycles_average_white_noise_as_the_review_of_november_2026_found(weight):
+def test_cycles_average_white_noise_as_per_cycle_sampling_does(weight):
     """Per-cycle sampling of white noise on normal inputs: the deviation of one read over that of 1, 2, 4, 7 cycles."""
     x = torch.randn(200, 500, generator=torch.Generator().manual_seed(6))
     deviations = []

@@ -352,7 +352,13 @@ def test_rungs_and_simulated_scores_are_recorded_once(client, store, sweep, fold
         with recording(store, sweep, said.append) as recorder:
             begin(recorder, sweep, 0)
             for step, accuracy in rungs.items():
-                told = {"accuracy": accuracy, "clean_accuracy": 0.4, "margin": -1.0, "other": 1.0}
+                told = {
+                    "accuracy": accuracy,
+                    "clean_accuracy": 0.4,
+                    "margin": -1.0,
+                    "accuracy_per_byte": 0.75,
+                    "other": 1.0,
+                }
                 recorder.report_rung(0, step, told)
             recorder.finish_trial(0, 4, scores, result, None)
             recorder.finish(interrupted=False)
@@ -361,6 +367,7 @@ def test_rungs_and_simulated_scores_are_recorded_once(client, store, sweep, fold
     assert {metric.step: metric.value for metric in history} == rungs
     assert len(history) == len(client.get_metric_history(run.info.run_id, "accuracy")) + 1 == 2
     assert run.data.metrics["rung_margin"] == -1.0
+    assert run.data.metrics["rung_accuracy_per_byte"] == 0.75
     assert run.data.metrics["front_probability"] == 1.0
     assert read_ledger(store, sweep.name).point(0).correct is None
     assert differences(store.tracking_uri, sweep.name, folder.journal_file) == []

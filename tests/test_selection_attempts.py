@@ -120,6 +120,9 @@ def test_more_chips_than_the_yield_takes_can_be_asked_for(tmp_path):
 def test_a_store_that_lost_its_file_and_a_sweep_without_an_identity_are_refused(tmp_path):
     store = Store(tmp_path)
     begin(store)
+    store.certifications_file.write_text("[{")
+    with pytest.raises(UserError, match=r"certifications\.json' cannot be read"):
+        begin(store, trial=4)
     store.certifications_file.unlink()
     with pytest.raises(UserError, match="lacks certification 1 of sweep 's'"):
         begin(store, trial=4)

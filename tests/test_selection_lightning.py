@@ -203,8 +203,10 @@ def test_the_paper_s_chip_is_said_like_this():
         "Lifetime of the noise",
         "Full scale of the ADC",
         "Tiles of 64 rows",
+        "Read noise",
         "IR drop",
         "LoRA branch",
+        "Attention",
         "Energy and area",
     ]
 
@@ -231,7 +233,10 @@ CHANGES = [
     {"retention": {"ageing": None}, "noise": {"kind": "milo", "extrapolate": True}},
     {"retention": {"refresh_interval_s": 3600.0}},
     {"retention": {"compensation": "global"}},
-    {"read": {"white_us": 0.0}},
+    {"read": {"white_us": 0.0, "thermal": False}},
+    {"lora": {"input_bits": 6}},
+    {"attention": {"bits": 16}},
+    {"mapping": {"lm_head": True}},
     {"dac": {"input_bits": 6}},
     {"dac": {"bits": 8}},
     {"dac": {"range": "calibrated"}},

@@ -88,10 +88,10 @@ def test_the_converter_model_costs_as_much_accuracy_as_the_exact_converters(work
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bits", [4, 6, 8])
-def test_the_converter_model_has_the_error_of_the_exact_converters_in_every_kind_of_layer(bits):
+@pytest.mark.parametrize(("bits", "driven"), [(4, 8), (6, 8), (8, 8), (8, 4), (8, 1)])
+def test_the_converter_model_has_the_error_of_the_exact_converters_in_every_kind_of_layer(bits, driven):
     """On tokens that the calibration has not seen; every token counts alike, whatever the size of its output."""
-    chip = load_chip({"preset": "halora-2026", "adc": {"bits": bits}})
+    chip = load_chip({"preset": "halora-2026", "adc": {"bits": bits}, "dac": {"bits": driven}})
     base = load_base(MODEL, "fp32")
     array = install(base.causal_lm)
     models = calibrate(base, array, chip, task_rows("arc-easy", "train", 128), 128, "statistical")

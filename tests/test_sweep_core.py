@@ -6,6 +6,7 @@ import optuna
 import pytest
 
 from halora.errors import UserError
+from halora.hardware.chip import preset_names
 from halora.records.store import Store
 from halora.spaces.recipes import first_points
 from halora.spaces.sweep import SweepConfig, load_sweep
@@ -296,6 +297,11 @@ def test_a_searched_knob_whose_cost_lies_outside_the_boundary_is_told(tiny_model
         "lora.rank": {"choices": [4]},
     }
     sweep = _sweep(tiny_models["llama"], tiny_task, space=space)
-    assert free_knobs(sweep) == ["chip.write_verify.pulses"]
-    inside = {**sweep.trial, "chip": {"preset": "halora-2026", "boundary": {"programming": True}}}
-    assert free_knobs(_sweep(tiny_models["llama"], tiny_task, space=space, trial=inside)) == []
+    for preset in preset_names():
+        priced, free = (
+            {**sweep.trial, "chip": {"preset": preset, "adc": {"costs": "isaac"}, "boundary": boundary}}
+            for boundary in ({}, {"programming": False})
+        )
+        assert free_knobs(_sweep(tiny_models["llama"], tiny_task, space=space, trial=priced)) == []
+        told = free_knobs(_sweep(tiny_models["llama"], tiny_task, space=space, trial=free))
+        assert told == ["chip.write_verify.pulses"]

@@ -45,6 +45,16 @@ def test_memory_holds_the_base_and_a_noisy_copy(plan):
     assert planned.hours == pytest.approx(8 * planned.levels[-1].seconds / 3600 / 2)
 
 
+def test_adapters_that_a_comparison_trains_anew_take_as_long_as_trials(plan):
+    comparison = {"rows": 48, "chip_instances": 3, "seeds": 3}
+    planned, by_method = (
+        plan(comparison=comparison),
+        plan(comparison=comparison | {"by": "training.method", "chips": ["halora-2026"]}),
+    )
+    assert (planned.trained_anew, by_method.trained_anew, plan().trained_anew) == (3, 9, 0)
+    assert planned.hours == pytest.approx((8 + 3) * planned.levels[-1].seconds / 3600 / 2)
+
+
 def test_rungs_thin_the_trials_out(plan):
     rungs = [{"steps": 2, "rows": 4, "chip_instances": 1}, {"steps": 6}]
     changes = {"trials": 30, "early_stopping": {"rungs": rungs, "keep": 0.3}}

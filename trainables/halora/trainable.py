@@ -210,7 +210,8 @@ class Training:
         count = min(self._config.training.report_every, self._until - self._finetuner.step)
         with self._peers.in_step("advance", count, self._folder, **self._patience):
             seen = self._finetuner.train_steps(count) if count else {}
-            report = {"step": self._finetuner.step, **{f"train_{name}": value for name, value in seen.items()}}
+            report: dict[str, float] = {"step": self._finetuner.step}
+            report |= {f"train_{name}": value for name, value in seen.items()}
             if seen:
                 self._reports.append(report)
             write_json(self._folder / REPORTS_FILE, self._reports)  # first, so that no checkpoint lacks its report

@@ -46,7 +46,7 @@ class TrialConfig(Frozen):
     @model_validator(mode="after")
     def _parts_suit_each_other(self) -> "TrialConfig":
         training, schedule = self.training, self.training.schedule
-        unmet = []
+        unmet: list[str] = []
         if training.noisy and schedule.redraw_steps != "epoch":  # the length of an epoch is known with the rows only
             unmet = schedule.unmet(training.steps, schedule.redraw_steps)
         problems = [f"training.schedule.{problem}" for problem in [*schedule.problems(self.chip), *unmet]]

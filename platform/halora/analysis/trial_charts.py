@@ -29,13 +29,13 @@ def _lines(reports: Sequence[tuple[int, Mapping[str, float]]], names: Mapping[st
 def gradients_chart(reports: Sequence[tuple[int, Mapping[str, float]]]) -> Chart:
     """What each term of the loss pulls at the adapter with over optimiser steps; their ratio is a distance."""
     names = {"train_task_grad_norm": "task", "train_reg_grad_norm": "µ · regulariser"}
-    chart = _lines(reports, names)
-    for line in chart:
-        shares = {step: metrics["train_reg_share"] for step, metrics in reports if "train_reg_share" in metrics}
+    lines = _lines(reports, names)
+    shares = {step: metrics["train_reg_share"] for step, metrics in reports if "train_reg_share" in metrics}
+    for line in lines[1:]:
         line["text"] = [f"{shares[step]:.3g} of the task's" if step in shares else "" for step in line["x"]]
     layout = chart_layout("optimiser step", "norm of the gradient")
     layout["yaxis"] |= {"type": "log"}
-    return {"data": chart, "layout": layout}
+    return {"data": lines, "layout": layout}
 
 
 def layers_chart(noise_db: Mapping[str, Sequence[tuple[int, float]]]) -> Chart:

@@ -303,6 +303,7 @@ def _print_plan(sweep: "SweepConfig") -> None:
         f"{len(planned.first)} of {sweep.trials} trials are points tried first",
         f"memory of a trial: about {gib:.1f} GiB{processes}",
         f"at once: {planned.concurrent} as the sweep asks; {planned.fit} would fit on this machine now",
+        *([f"the closing comparison trains {planned.trained_anew} adapters anew"] if planned.trained_anew else []),
         f"the whole sweep: about {planned.hours:.2g} hours of training and scoring, good to a factor of two",
     ):
         talk.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -13,6 +13,7 @@ from halora.cli.output import Format, FormatOption, show_rows, talk
 from halora.errors import UserError
 
 if TYPE_CHECKING:
+    from halora.evaluation.chips import ChipScores
     from halora.trainable import Workbench
     from halora.trial import TrialConfig
 
@@ -48,7 +49,7 @@ def train(
     from halora.trial import RESULT_FILE, adapter_folder, trial_energy
 
     workbench = Workbench()
-    found = []
+    found: list[ChipScores] = []
     for folder, each in runs.items():
         if seeds > 1:
             _say(f"seed {each.seed}, {len(found) + 1} of {seeds}")

@@ -132,8 +132,8 @@ def open_attempt(
         splits: What tells the test splits it looks at; it shares an error level with all that name one of these.
 
     Raises:
-        UserError: Nothing is left of the error level, the sweep has no identity, or the store's file lacks what its
-            folder shows to have been begun.
+        UserError: Nothing is left of the error level, the sweep has no identity, or the store's file cannot be read or
+            lacks what the sweep's folder shows to have been begun.
     """
     if not launch:
         raise UserError(
@@ -178,7 +178,15 @@ def open_attempt(
 
 def _ledger(store: Store) -> list[Attempt]:
     file = store.certifications_file
-    return [Attempt.from_json(content) for content in json.loads(file.read_text())] if file.exists() else []
+    try:
+        return [Attempt.from_json(content) for content in json.loads(file.read_text())]
+    except FileNotFoundError:
+        return []
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"'{file}' cannot be read: {type(error).__name__}: {error}",
+            "bring back the file as it was: without it, what is left of the error level is not known",
+        ) from None
 
 
 def _spent(ledger: Sequence[Attempt], splits: Sequence[str], confidence: float) -> Spent:

@@ -12,6 +12,7 @@ from typing import Any
 from halora.hardware.chip import Chip
 from halora.hardware.noise import weight_error_factor
 from halora.hardware.noise_models import GaussianNoise
+from halora.hardware.rounding import AS_IT_IS
 
 PACKAGE = "aihwkit-lightning==2.1.0"
 
@@ -193,7 +194,7 @@ def _outputs(chip: Chip, draft: _Draft) -> None:
 
 
 def _unknown_there(chip: Chip, draft: _Draft) -> None:
-    mapping, retention, faults = chip.mapping, chip.retention, chip.faults
+    mapping, retention, faults, lora = chip.mapping, chip.retention, chip.faults, chip.lora
     rates = f"{faults.stuck_low_rate:g} low, {faults.stuck_high_rate:g} high"
     left_out = {
         f"Ageing: the package knows no time; cells of this chip are {retention.refresh_interval_s:g} s old.": chip.ages,
@@ -206,8 +207,10 @@ def _unknown_there(chip: Chip, draft: _Draft) -> None:
         "Layers in SRAM or digital logic: to be named in `exclude_modules` of `convert_to_analog`.": (
             mapping.sram != () or mapping.digital != () or mapping.sram_fraction > 0
         ),
-        f"LoRA branch: its {chip.lora.weight_bits} bits; the package has no digital branch.": chip.lora.weight_bits
-        < 16,
+        f"LoRA branch: its {lora.weight_bits} bits of weights and {lora.input_bits} of inputs; the package has no "
+        "digital branch.": min(lora.weight_bits, lora.input_bits) < AS_IT_IS,
+        f"Attention: its {chip.attention.bits} bits; the package leaves it alone.": chip.attention.bits < AS_IT_IS,
+        "Output projection: it is on this chip; the package has it as any linear layer.": mapping.lm_head,
         "Energy and area: the package computes none.": True,
     }
     draft.left_out += [sentence for sentence, applies in left_out.items() if applies]

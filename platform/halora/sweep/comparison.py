@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -149,7 +150,8 @@ def compare(
     trained = train_seeds(sweep, folder, trainings, lambda: core.stopping, say) if comparison.seeds > 1 else []
     if trained is None:
         return None
-    adapters = {UNTRAINED: [None], **{name: [] for name in chosen}}
+    adapters: dict[str, list[Path | None]] = {UNTRAINED: [None]}
+    adapters |= {name: [] for name in chosen}
     for training, found in zip(trainings, trained, strict=False):
         if found.adapter:
             adapters[training.contestant].append(found.adapter)

@@ -17,6 +17,7 @@ import numpy as np
 import psutil
 
 from halora.hardware.shapes import ModelShape
+from halora.spaces.language import Categorical
 from halora.spaces.sweep import SweepConfig
 from halora.sweep.problem import problem_of
 from halora.training.models import model_shape
@@ -56,6 +57,7 @@ class SweepPlan:
         workers: Processes of a trial.
         concurrent: Trials that the sweep asks to run at once.
         fit: Trials that fit at once into the free memory and the cores of this machine.
+        trained_anew: Adapters that the closing comparison trains.
         hours: The whole sweep, with as many trials at once as it asks for.
     """
 
@@ -65,6 +67,7 @@ class SweepPlan:
     workers: int
     concurrent: int
     fit: int
+    trained_anew: int
     hours: float
 
 
@@ -83,10 +86,25 @@ def plan(sweep: SweepConfig) -> SweepPlan:
     memory = _memory_bytes(config)
     available = psutil.virtual_memory().available
     fit = min(int(available // (memory * sweep.workers)), (os.cpu_count() or 1) // sweep.workers)
-    hours = sum(each.trials * each.seconds for each in levels) / 3600 / sweep.concurrent
+    anew = _trained_anew(sweep)
+    seconds = sum((each.trials + anew) * each.seconds for each in levels)
     return SweepPlan(
-        tuple(levels), tuple(problem.first[: sweep.trials]), memory, sweep.workers, sweep.concurrent, fit, hours
+        levels=tuple(levels),
+        first=tuple(problem.first[: sweep.trials]),
+        memory_bytes=memory,
+        workers=sweep.workers,
+        concurrent=sweep.concurrent,
+        fit=fit,
+        trained_anew=anew,
+        hours=seconds / 3600 / sweep.concurrent,
     )
+
+
+def _trained_anew(sweep: SweepConfig) -> int:
+    if sweep.comparison is None or sweep.comparison.seeds == 1:
+        return 0
+    by = sweep.space.get(sweep.comparison.by) if sweep.comparison.by else None
+    return sweep.comparison.seeds * (len(by.choices) if isinstance(by, Categorical) else 1)
 
 
 def _size(config: TrialConfig) -> int:

@@ -18,6 +18,10 @@ class JobSource(Protocol):
     def waiting(self) -> bool:
         """Whether jobs are running whose end may bring new ones."""
 
+    @property
+    def stopping(self) -> bool:
+        """Whether someone asked it to stop."""
+
     def suggest(self) -> Job | None:
         """The next job."""
 

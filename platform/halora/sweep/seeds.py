@@ -128,7 +128,7 @@ class _SeedWork:
 
     def __init__(self, jobs: Sequence[Job], done: set[int], stopping: Callable[[], bool]) -> None:
         self._jobs = {job.number: job for job in jobs}
-        self._done, self._stopping = set(done), stopping
+        self._done, self._stop_requested = set(done), stopping
         self._in_flight: set[int] = set()
         self._lost: dict[int, int] = {}
         self.failed: set[int] = set()
@@ -139,14 +139,19 @@ class _SeedWork:
         return self._done | self.failed == set(self._jobs)
 
     @property
+    def stopping(self) -> bool:
+        """Whether someone asked the sweep to stop."""
+        return self._stop_requested()
+
+    @property
     def waiting(self) -> bool:
         """Whether a running one may have to be handed out again."""
-        return bool(self._in_flight) and not self._stopping()
+        return bool(self._in_flight) and not self.stopping
 
     def suggest(self) -> Job | None:
         """The next training."""
         left = [n for n in self._jobs if n not in self._done | self.failed | self._in_flight]
-        if not left or self._stopping():
+        if not left or self.stopping:
             return None
         self._in_flight.add(left[0])
         return self._jobs[left[0]]
@@ -154,7 +159,7 @@ class _SeedWork:
     def on_report(self, number: int, report: Mapping[str, Any]) -> Decision:
         """Pause where the sweep is to stop."""
         self._lost.pop(number, None)
-        return Decision.PAUSE if self._stopping() else Decision.CONTINUE
+        return Decision.PAUSE if self.stopping else Decision.CONTINUE
 
     def on_scores(self, number: int, scores: Mapping[str, Any]) -> None:
         """Take that a training is done."""

@@ -22,7 +22,7 @@ from halora.training.rram import RramArray
 from halora.training.tasks import Row
 
 _BY_CHIP = ("chip_seeds", "noisy", "noisy_correct", "noisy_beside", "noise_db", "layer_noise_db")
-_NO_NOISE_DB = -300.0  # stands for none, as JSON has no infinity
+_NO_NOISE_DB = -300.0  # stands for none, its opposite for noise on weights of zero, as JSON has no infinity
 
 
 @dataclass(frozen=True)
@@ -251,7 +251,7 @@ def evaluate(
 
 
 def _finite_db(ratio_db: float) -> float:
-    return max(ratio_db, _NO_NOISE_DB)
+    return max(min(ratio_db, -_NO_NOISE_DB), _NO_NOISE_DB)
 
 
 class _Scored(NamedTuple):

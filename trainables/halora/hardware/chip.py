@@ -320,7 +320,10 @@ def _read(name: str) -> dict[str, Any]:
 
 
 def _preset(name: str) -> dict[str, Any]:
-    return dict(yaml.safe_load((PRESETS / f"{name}.yaml").read_text()))
+    """The mapping of a preset, which may itself lay overrides over another."""
+    content = dict(yaml.safe_load((PRESETS / f"{name}.yaml").read_text()))
+    base = content.pop("preset", None)
+    return content if base is None else merge(_preset(base), content)
 
 
 def merge(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:

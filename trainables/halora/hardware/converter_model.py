@@ -115,7 +115,8 @@ def fit_converters(x: Tensor, weight: Tensor, chip: Chip) -> ConverterModel:
     """
     x, weight = x.float(), weight.float()
     d_out, d_in = weight.shape
-    converters, copies = full_scale(x, weight, chip), calibration_copies(weight, chip)
+    copies = calibration_copies(weight, chip)
+    converters = full_scale(x, weight, chip, copies)
     steps = converters.steps(chip, d_out)
     power = torch.stack(
         [

@@ -15,6 +15,7 @@ Noise of reads and of the ADC's input is added after the conversions, as one nor
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import pi, sqrt
 
 import torch
 from torch import Tensor
@@ -22,12 +23,15 @@ from torch.nn import functional as F
 
 from halora.hardware.addressing import NoiseKey, Role
 from halora.hardware.cells import clip_limit, clipped, weight_scale
-from halora.hardware.chip import Chip, Dac
+from halora.hardware.chip import Chip, Dac, Retention
 from halora.hardware.noise import Programming
 from halora.hardware.read_noise import ReadNoise, read_noise
 from halora.hardware.regions import widened
 
-_RANGE_FRACTIONS = (1.0, 0.7, 0.5, 0.35, 0.25, 0.18, 0.12)
+_SMALLER, _LARGER = (
+    (0.7, 0.5, 0.35, 0.25, 0.18, 0.12, 0.08),
+    (1.2, 1.4, 1.7, 2.0, 2.8),
+)  # ranges tried, of the largest sum
 _TOKENS = 128  # converted at a time, so that a tile's sums stay in the cache
 _INPUT_FRACTIONS = (1.0, 0.7, 0.5, 0.35, 0.25)
 _CALIBRATION = NoiseKey(role=Role.TRAIN, chip_seed=0, purpose="calibration")
@@ -58,19 +62,26 @@ class Converters:
 
 
 def calibration_copies(weight: Tensor, chip: Chip) -> Tensor:
-    """What a chip instance that no adapter meets holds of a weight (d_out, d_in), see `Programming.copies`."""
-    return Programming.of(weight, chip, chip.noise.level).copies(weight, _CALIBRATION)
+    """What converters are set on: slices and replicas of a weight (d_out, d_in), as `Programming.copies` has them.
+
+    A matrix that is held once is taken as it is meant, so that its converters serve at every strength of the noise and
+    every age. Slices hold what those before got wrong, and replicas differ by their errors: they are those of a chip
+    instance that no adapter meets, right after programming, at the chip's own noise.
+    """
+    if chip.coding.copies == 1:
+        return clipped(weight, clip_limit(weight, chip.coding, chip.tile), chip.tile)[None, None]
+    fresh = chip.model_copy(update={"retention": Retention(refresh_interval_s=chip.noise.first_s or 1.0)})
+    return Programming.of(weight, fresh, chip.noise.level).copies(weight, _CALIBRATION)
 
 
-def full_scale(x: Tensor, weight: Tensor, chip: Chip) -> Converters:
-    """The ranges of a layer's converters: of fixed fractions of the largest value, those with the least squared error.
-
-    The sums are those of a chip instance that no adapter meets, at the chip's own noise.
+def full_scale(x: Tensor, weight: Tensor, chip: Chip, copies: Tensor | None = None) -> Converters:
+    """The ranges of a layer's converters: of fixed multiples of the largest value, those with the least squared error.
 
     Args:
         x: Inputs of the layer on calibration tokens, `(N, d_in)`.
         weight: Clean weight, `(d_out, d_in)`.
         chip: Converters, tiles, and what programming makes of the weight.
+        copies: What `calibration_copies` gives, if it is there already.
     """
     x, weight = x.float(), weight.float()
     input_range = None
@@ -81,7 +92,8 @@ def full_scale(x: Tensor, weight: Tensor, chip: Chip) -> Converters:
     _, cycles = drive(x, chip.dac, input_range)
     limit = clip_limit(weight, chip.coding, chip.tile)
     scale = weight_scale(clipped(weight, limit, chip.tile), chip.coding, chip.tile)
-    stored = calibration_copies(weight, chip)[0] / widened(scale, weight.shape[1], chip.tile.rows)
+    copies = calibration_copies(weight, chip) if copies is None else copies
+    stored = copies[0] / widened(scale, weight.shape[1], chip.tile.rows)
     adc_range = [
         [
             [
@@ -105,8 +117,9 @@ def _tile_ranges(sums: Tensor, chip: Chip) -> Tensor:
     """Full scale of the ADC of every tile of a row of tiles, by sums (N, d_out) on calibration tokens: (column tiles,).
 
     A multiple of the root mean square of the tile's own sums, the same one for the row of tiles, so that the rare sums
-    of all of them tell where clipping begins (docs/decisions/010). Where all sums of a tile are zero, its full scale is
-    that of one input driven fully at the largest weight.
+    of all of them tell where clipping begins (docs/decisions/010): that of least squared error, which is taken to be at
+    least that of normal sums, as those of other tokens may be larger. Where all sums of a tile are zero, its full scale
+    is that of one input driven fully at the largest weight.
     """
     columns = chip.tile.columns
 
@@ -118,10 +131,35 @@ def _tile_ranges(sums: Tensor, chip: Chip) -> Tensor:
     active = deviation > 0
     if not active.any():
         return torch.ones_like(deviation)
-    largest = deviation * (by_tile(sums.abs().amax(dim=0)).amax(dim=1)[active] / deviation[active]).max()
-    by_output = torch.where(active, largest, 1.0).repeat_interleave(columns)[: sums.shape[1]]
-    errors = [_quantise(sums, chip.adc.bits, by_output * f).sub_(sums).norm() for f in _RANGE_FRACTIONS]
-    return torch.where(active, largest * _RANGE_FRACTIONS[int(torch.stack(errors).argmin())], 1.0)
+    crest = (by_tile(sums.abs().amax(dim=0)).amax(dim=1)[active] / deviation[active]).max()
+    largest = torch.where(active, deviation * crest, 1.0)
+    by_output, power, top = (
+        largest.repeat_interleave(columns)[: sums.shape[1]],
+        sums.square().sum(),
+        top_code(chip.adc.bits),
+    )
+
+    def error(fraction: float) -> float:
+        measured = _quantise(sums, chip.adc.bits, by_output * fraction).sub_(sums).square_().sum()
+        limit = crest * fraction
+        of_normal = power * (limit.square() / (12 * top**2) + _clipped_power(limit))
+        return float(measured.maximum(of_normal))
+
+    best, least = 1.0, error(1.0)
+    for fractions in (_SMALLER, _LARGER):
+        for fraction in fractions:
+            if (found := error(fraction)) >= least:
+                break
+            best, least = fraction, found
+        if best != 1.0:
+            break
+    return torch.where(active, largest * best, 1.0)
+
+
+def _clipped_power(limit: Tensor) -> Tensor:
+    """Mean square of what a standard normal value has beyond +-limit."""
+    beyond, density = torch.erfc(limit / sqrt(2)), torch.exp(-limit.square() / 2) * sqrt(2 / pi)
+    return ((1 + limit.square()) * beyond - limit * density).clamp_min(0)
 
 
 def tilewise_product(x: Tensor, weight: Tensor, chip: Chip, converters: Converters) -> Tensor:

@@ -22,5 +22,5 @@ def rounded(values: Tensor, bits: int, dim: int) -> Tensor:
         return values
     wide = values.float()
     step = wide.abs().amax(dim=dim, keepdim=True).clamp_min(torch.finfo(wide.dtype).tiny) / (2 ** (bits - 1) - 1)
-    codes: Tensor = (wide / step).round_()
-    return (codes * step).to(values.dtype)
+    nearest: Tensor = ((wide / step).round_() * step).to(values.dtype)
+    return nearest

@@ -7,7 +7,7 @@ gradient is that of one batch, however it is shared.
 
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from math import ceil, isfinite
@@ -28,7 +28,7 @@ from halora.training.checkpoint import Checkpoint, TrainedState
 from halora.training.config import TrainingSettings
 from halora.training.gradients import GradientShares, gradient_shares, watching_gradients
 from halora.training.models import BaseModel
-from halora.training.reads import calibrate
+from halora.training.reads import at_age, calibrate
 from halora.training.rram import Reads, RramArray
 from halora.training.schedule import TrainingNoise
 from halora.training.tasks import Row, task_weights
@@ -164,7 +164,9 @@ class Finetuner:
         sigma = self._program()
         torch.manual_seed(derive_seed("step", self._config.seed, self.step))
         indices = rows_at_step(self._mixture, training.batch_size, self._config.seed, self.step)
-        watched = watching_gradients(self._pairs) if measure_gradients else nullcontext()
+        watched: AbstractContextManager[list[Tensor] | None] = nullcontext()
+        if measure_gradients:
+            watched = watching_gradients(self._pairs)
         with watched as total:
             loss, task_loss, reg_loss = mean_over_workers(self._accumulate(self._micro_batches(indices))).tolist()
         if not isfinite(loss):
@@ -191,7 +193,7 @@ class Finetuner:
         """How a chip is read while training, calibrated when it is met first."""
         if self._config.training.converters == "none":
             return {}
-        converters = chip.model_copy(update={"retention": Retention()}).content_hash  # ageing does not touch them
+        converters = chip.model_copy(update={"retention": Retention()}).content_hash  # set when the chip is new
         found = self._calibrated.get(converters)
         if found is None:
             tokens = self._config.evaluation.calibration_tokens
@@ -199,7 +201,7 @@ class Finetuner:
             with self._peft_model.disable_adapter():
                 found = calibrate(self._base, self._array, chip, self._rows, tokens, "statistical")
             self._calibrated[converters] = found
-        return found
+        return at_age(found, self._array, chip)
 
     def _micro_batches(self, indices: list[int]) -> Iterator[tuple[Batch, float]]:
         """This worker's share of a step's rows, with what an option token counts in it.

@@ -5,7 +5,7 @@ micro-batches and averaged over workers, whatever the ZeRO stage does with it af
 the weights alone; the rest is the task's.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
@@ -53,7 +53,7 @@ def watching_gradients(pairs: Pairs) -> Iterator[list[Tensor]]:
     weights = [weight for pair in pairs for weight in pair]
     sums = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
 
-    def adder(total: Tensor) -> object:
+    def adder(total: Tensor) -> Callable[[Tensor], None]:
         def add(gradient: Tensor) -> None:
             total.add_(gradient)
 
@@ -78,7 +78,7 @@ def gradient_shares(total: Sequence[Tensor], pairs: Pairs, training: TrainingSet
     whole = mean_over_workers(torch.cat([gradient.flatten() for gradient in total])).split([g.numel() for g in total])
     if training.reg_weight == 0:
         return GradientShares(_norm(whole))
-    leaves = [tuple(weight.detach().float().requires_grad_() for weight in pair) for pair in pairs]
+    leaves: list[tuple[Tensor, Tensor]] = [(_leaf(a), _leaf(b)) for a, b in pairs]
     flat = [leaf for pair in leaves for leaf in pair]
     value = training.reg_weight * regulariser(leaves, training.reg_norm, training.reg_reduction)
     reg = [gradient.flatten() for gradient in torch.autograd.grad(value, flat)]
@@ -86,6 +86,10 @@ def gradient_shares(total: Sequence[Tensor], pairs: Pairs, training: TrainingSet
     most = 1 / max(torch.finfo(pairs[0][0].dtype).eps, 1e-5)
     shares = [_share(reg[part], task[part], most) for part in (slice(None), slice(0, None, 2), slice(1, None, 2))]
     return GradientShares(_norm(task), _norm(reg), *shares)
+
+
+def _leaf(weight: Tensor) -> Tensor:
+    return weight.detach().float().requires_grad_()
 
 
 def _norm(gradients: Sequence[Tensor]) -> float:

@@ -1,6 +1,7 @@
 """Calibration: how every layer's converters are set, on the inputs that the clean model gives them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -10,6 +11,7 @@ from halora.hardware.chip import Chip
 from halora.hardware.converter_model import fit_converters
 from halora.hardware.converters import ExactReads, reads_are_exact
 from halora.hardware.mapping import Place
+from halora.hardware.read_noise import read_noise
 from halora.training.batches import PackedRow, lay_out, pack_answer
 from halora.training.models import BaseModel
 from halora.training.rram import Reads, RramArray, RramLinear
@@ -46,3 +48,15 @@ def calibrate(
         if chip.mapping.lm_head:
             base.causal_lm.get_output_embeddings()(hidden)
     return reads
+
+
+@torch.no_grad()
+def at_age(reads: Mapping[str, Reads], array: RramArray, chip: Chip) -> dict[str, Reads]:
+    """The reads of the same chip at the age of `chip`: converters stay as they are set, read noise may grow."""
+    if chip.read.slow == "none":
+        return dict(reads)
+    return {
+        layer.name: replace(reads[layer.name], noise=read_noise(layer.weight.float(), chip))
+        for layer in array.layers
+        if layer.name in reads
+    }

@@ -22,6 +22,7 @@ from halora.hardware.addressing import canonical_name
 from halora.hardware.chip import Chip, Products, Tile
 from halora.hardware.converter_model import ConverterModel
 from halora.hardware.converters import ExactReads
+from halora.hardware.draws import coarse_normal
 from halora.hardware.instance import ChipInstance
 from halora.hardware.mapping import LM_HEAD, Outliers, Place
 from halora.hardware.noise import Programming, noise_to_signal_db
@@ -225,7 +226,7 @@ class RramLinear(FrozenLinear):
         assert instance is not None
         assert sum(tokens for _, tokens in rows) == like.shape[1], "name the rows read with RramArray.reading"
         draws = [
-            instance.key.at(module=self.name, purpose="read", example=row_id).standard_normal((tokens, like.shape[2]))
+            coarse_normal(instance.key.at(module=self.name, purpose="read", example=row_id), (tokens, like.shape[2]))
             for row_id, tokens in rows
         ]
         return torch.from_numpy(np.concatenate(draws)).to(like.device)[None]
