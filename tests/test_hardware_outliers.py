@@ -5,7 +5,7 @@ import torch
 
 from halora.errors import UserError
 from halora.hardware.chip import Tile
-from halora.hardware.mapping import Mapping, Outliers, outlier_count
+from halora.hardware.mapping import Mapping, Outliers, Place, outlier_count
 from halora.hardware.outliers import SparseSide, side_matrix
 
 TILE = Tile(rows=32, columns=16)
@@ -91,15 +91,14 @@ def test_the_singular_part_is_that_of_a_decomposition(d_out, d_in):
 
 
 @pytest.mark.parametrize("by", ["weight", "tile", "column", "singular"])
-def test_no_share_leaves_everything_and_the_whole_share_nothing(by):
-    weight = _heavy_tails()
-    assert _side(weight, 0.0, by, 8) is None
-    side = _side(weight, 1.0, by, 8)
-    assert not side.rest_of(weight).any()
-    held = torch.zeros_like(weight)
-    side.add_to(held)
-    step = weight.abs().amax(dim=1, keepdim=True) / 127  # the nearest of 127 levels up to each output's largest
-    assert ((held - weight).abs() <= step / 2 * 1.001).all()
+def test_no_share_is_no_side(by):
+    assert _side(_heavy_tails(), 0.0, by, 8) is None
+
+
+def test_the_whole_share_puts_a_layer_in_sram():
+    sizes = {"model.layers.0.mlp.up_proj": 10, "model.layers.0.mlp.down_proj": 10}
+    mapping = Mapping(outliers=Outliers(share=0.1, shares={"*.down_proj": 1.0}))
+    assert list(mapping.places(sizes).values()) == [Place.RRAM, Place.SRAM]
 
 
 def test_a_layer_has_the_share_of_the_first_pattern_that_matches():

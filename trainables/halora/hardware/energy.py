@@ -10,10 +10,10 @@ cycles of b_d bits and K reads averaged:
     programming      2 d_in d_out N_w N_rep                  cells, over the tokens between two refreshes
 
 and r (d_in + d_out) SRAM multiply-accumulates per adapted layer, and those of what `mapping.outliers` keeps in SRAM.
-Digital products cost by their bits of weights and inputs, with which scoring computes them. The output projection counts
-where the mapping puts it on the chip. Counts are exact; a token passes every linear layer once, in prefill and in decode.
-The constants and their sources stand in `constants.yaml`. Not modelled: leakage, clocks and control, partial sums between
-tiles, norms and embeddings, host traffic, the probe reads of drift compensation.
+Digital products cost by their bits of weights and inputs, with which scoring computes them. The output projection
+counts where the mapping puts it on the chip. Counts are exact; a token passes every linear layer once, in prefill and
+in decode. The constants and their sources stand in `constants.yaml`. Not modelled: leakage, clocks and control, partial
+sums between tiles, norms and embeddings, host traffic, the probe reads of drift compensation.
 """
 
 from collections.abc import Mapping
@@ -219,15 +219,14 @@ def _outliers(layers: Mapping[str, LinearShape], chip: Chip, constants: Mapping[
     for name, layer in layers.items():
         d_in, d_out, share = layer.in_features, layer.out_features, setting.of(name).share
         count = outlier_count(d_in, d_out, share, setting.by, (chip.tile.rows, chip.tile.columns))
-        if setting.by in ("weight", "tile") and share < 1:
+        if setting.by in ("weight", "tile"):
             read_bits = setting.weight_bits + address + inputs
             energy_fj += count * (
                 constants["digital_mac_fj"] * products + constants["digital_read_fj_per_bit"] * read_bits
             )
             bits += count * (setting.weight_bits + address)
         else:
-            by_unit = {"column": d_out, "singular": d_in + d_out}.get(setting.by, 1)
-            values = layer.weights if share == 1 else count * by_unit
+            values = count * (d_out if setting.by == "column" else d_in + d_out)
             energy_fj += values * constants["sram_mac_fj"] * products
             bits += values * setting.weight_bits
     return _Outliers(energy_fj, bits)

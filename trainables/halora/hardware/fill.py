@@ -96,8 +96,6 @@ def _without_largest(magnitudes: np.ndarray, peaks: np.ndarray, share: float) ->
 
     Linear in the logarithm of the share above, which is half a part at the one and a millionth at the other.
     """
-    if share >= 1:
-        return peaks
     last = 0.5 / len(magnitudes)
     if share >= last:
         return np.full_like(

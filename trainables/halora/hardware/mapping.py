@@ -35,7 +35,7 @@ class Outliers(Frozen):
     """A small part of every matrix in RRAM that is kept in SRAM instead, so that the rest has a smaller full scale."""
 
     share: float = Field(default=0.0, ge=0, le=1)
-    """Share of the weights; 0 for none."""
+    """Share of the weights; 0 for none. With 1 a layer is one of those in SRAM, like any other there."""
     by: OutlierKind = "weight"
     """What is taken out."""
     weight_bits: int = Field(default=8, ge=2, le=16)
@@ -134,6 +134,7 @@ class Mapping(Frozen):
             if sizes[name] <= room:
                 places[name] = Place.SRAM
                 room -= sizes[name]
+        places |= {name: Place.SRAM for name in sizes if self.outliers.of(name).share == 1}
         for place, group in ((Place.SRAM, self.sram), (Place.DIGITAL, self.digital)):
             places |= {name: place for name in sizes if any(fnmatchcase(name, pattern) for pattern in group)}
         return places | host

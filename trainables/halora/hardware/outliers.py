@@ -114,42 +114,17 @@ class LowRankSide(SideMatrix):
         return F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
 
 
-@dataclass(frozen=True)
-class WholeSide(SideMatrix):
-    """The whole matrix, so that nothing is left for RRAM.
-
-    Attributes:
-        values: `(d_out, d_in)`, in float32.
-    """
-
-    values: Tensor
-
-    def add_to(self, weight: Tensor) -> None:
-        """Add it."""
-        weight.add_(self.values)
-
-    def rest_of(self, weight: Tensor) -> Tensor:
-        """Nothing: what rounding took is lost."""
-        return torch.zeros_like(weight, dtype=torch.float32)
-
-    def product(self, x: Tensor) -> Tensor:
-        """x S^T."""
-        return F.linear(x, self.values.to(x.dtype))
-
-
 def side_matrix(weight: Tensor, outliers: Outliers, tile: Tile) -> SideMatrix | None:
     """What a chip keeps in SRAM of a weight matrix; none where it keeps nothing.
 
     Args:
         weight: `(d_out, d_in)`; left unchanged.
-        outliers: Share of this matrix, what is taken out, and the precision in SRAM.
+        outliers: Share of this matrix, below 1, what is taken out, and the precision in SRAM.
         tile: Its size; read where every tile gives its own share.
     """
     share, bits = outliers.share, outliers.weight_bits
     values = weight.detach().float()
     d_out, d_in = values.shape
-    if share == 1:
-        return WholeSide(rounded(values, bits, dim=1))
     count = outlier_count(d_in, d_out, share, outliers.by, (tile.rows, tile.columns))
     if count == 0:
         return None
