@@ -75,7 +75,6 @@ DRIFT = {"kind": "power-law", "nu_mean": 0.05, "nu_std": 0.02}
 DRIFTING = {"retention": {"ageing": DRIFT, "refresh_interval_s": 1e5}, "noise": WAN}
 STUCK = {"faults": {"stuck_low_rate": 0.02, "stuck_high_rate": 0.02}}
 GAUSSIAN = {"noise": {"kind": "gaussian", "sigma": 0.02, "reference": "tensor_max"}}
-BLOCKS = {"noise": {"kind": "gaussian", "sigma": 0.05, "reference": "block_max"}}
 MILO = {"noise": {"kind": "milo"}, "cells": {"g_min_us": 50.0, "g_max_us": 225.0}}
 CMO = {"noise": {"kind": "cmo"}, "cells": {"g_min_us": 9.0, "g_max_us": 88.2}, "read": {"white_us": 0.0}}
 RELAXED = merge(CMO, {"retention": {"ageing": {"kind": "cmo-relaxation"}, "refresh_interval_s": 86400.0}})
@@ -112,7 +111,6 @@ FIELDS: dict[str, Walk] = {
     "noise[gaussian].kind": Walk("gaussian", "gaussian", NONE, NONE, LABEL, GAUSSIAN),
     "noise[gaussian].sigma": Walk(0.005, 0.02, NONE, UP, FREE, GAUSSIAN),
     "noise[gaussian].reference": Walk("std", "tensor_max", NONE, UP, FREE, GAUSSIAN),
-    "noise[gaussian].block": Walk((16, 16), (512, 512), NONE, UP, FREE, BLOCKS),
     "noise[wan-2022].kind": Walk("wan-2022", "wan-2022", NONE, NONE, LABEL),
     "noise[wan-2022].strength": Walk(0.05, 0.3, NONE, UP, FREE),
     "noise[wan-2022].g_max_us": Walk(20.0, 80.0, NONE, UP, FREE, {"noise": {"extrapolate": True}}),
@@ -149,9 +147,10 @@ FIELDS: dict[str, Walk] = {
     "read.averaged": Walk(1, 8, UP, DOWN),
     "read.white_us": Walk(0.0, 2.0, NONE, UP, FREE),
     "read.flicker": Walk(0.0, 0.1, NONE, UP, FREE),
+    "read.slow": Walk("none", "cmo", NONE, UP, FREE, {"cells": {"g_min_us": 9.0, "g_max_us": 80.0}}),
     "read.thermal": Walk(False, True, NONE, UP, FREE, {"cells": {"read_time_ns": 0.001}}),
     "dac.input_bits": Walk(4, 8, UP, DOWN),
-    "dac.bits": Walk(2, 8, DOWN, None, "a conversion per cycle: finer steps, but each brings an error of its own"),
+    "dac.bits": Walk(8, 1, UP, DOWN, where={"adc": {"bits": 6}}),
     "dac.range": Walk("token", "calibrated", NONE, UP, "the digital scale of each token is not priced"),
     "dac.lossless": Walk(False, True, NONE, DOWN, "no chip: the reference of tests", {"dac": {"input_bits": 5}}),
     "adc.bits": Walk(5, 8, UP, DOWN),
