@@ -84,6 +84,7 @@ DRIFT = {"kind": "power-law", "nu_mean": 0.05, "nu_std": 0.02}
 DRIFTING = {"retention": {"ageing": DRIFT, "refresh_interval_s": 1e5}, "noise": WAN}
 STUCK = {"faults": {"stuck_low_rate": 0.02, "stuck_high_rate": 0.02}}
 GAUSSIAN = {"noise": {"kind": "gaussian", "sigma": 0.02, "reference": "tensor_max"}}
+TILES = {"noise": GAUSSIAN["noise"] | {"reference": "tile_max"}, "coding": {"scale": "tile_max"}}
 MILO = {"noise": {"kind": "milo"}, "cells": {"g_min_us": 50.0, "g_max_us": 225.0}}
 CMO = {"noise": {"kind": "cmo"}, "cells": {"g_min_us": 9.0, "g_max_us": 88.2}, "read": {"white_us": 0.0}}
 RELAXED = merge(CMO, {"retention": {"ageing": {"kind": "cmo-relaxation"}, "refresh_interval_s": 86400.0}})
@@ -156,18 +157,18 @@ FIELDS: dict[str, Walk] = {
     "read.averaged": Walk(1, 8, UP, DOWN),
     "read.white_us": Walk(0.0, 2.0, NONE, UP, FREE),
     "read.flicker": Walk(0.0, 0.1, NONE, UP, FREE),
-    "read.slow": Walk("none", "cmo", NONE, UP, FREE, {"cells": {"g_min_us": 9.0, "g_max_us": 80.0}}),
+    "read.slow": Walk("none", "cmo", NONE, UP, FREE, merge(QUIET, {"cells": {"g_min_us": 9.0}})),
     "read.thermal": Walk(False, True, NONE, UP, FREE, {"cells": {"read_time_ns": 0.001}}),
     "dac.input_bits": Walk(4, 8, UP, DOWN),
     "dac.bits": Walk(8, 1, UP, DOWN, where={"adc": {"bits": 6}}),
     "dac.range": Walk("token", "calibrated", NONE, UP, "the digital scale of each token is not priced"),
     "dac.lossless": Walk(False, True, NONE, DOWN, "no chip: the reference of tests", {"dac": {"input_bits": 5}}),
     "adc.bits": Walk(5, 8, UP, DOWN),
-    "adc.lossless": Walk(False, True, NONE, DOWN, "no chip: the reference of tests"),
+    "adc.lossless": Walk(False, True, NONE, DOWN, "no chip: the reference of tests", {"adc": {"bits": 6}}),
     "adc.noise_steps": Walk(0.0, 4.0, NONE, UP, "a property of the converter, not an effort"),
     "adc.costs": Walk("isaac", "survey", None, NONE, "another source of the same converter's price"),
     "tile.rows": Walk(64, 512, DOWN, UP),
-    "tile.columns": Walk(64, 256, DOWN, NONE, "row drivers and row wires are ideal (not modelled)"),
+    "tile.columns": Walk(64, 512, DOWN, UP, where=TILES),
     "wires.resistance_ohm": Walk(0.0, 20.0, NONE, UP, "loss in the wires is part of the read energy V^2 G t"),
     "sram.weight_bits": Walk(4, 8, UP, DOWN, where=OUTSIDE),
     "sram.input_bits": Walk(4, 8, UP, DOWN, where=OUTSIDE),
