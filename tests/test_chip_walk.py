@@ -71,11 +71,20 @@ FREE = "a property of the cells, not an effort"
 DEAR_CELLS = dict.fromkeys(("neurram-2022", "isaac"), DOWN)  # a product in RRAM takes 3 to 6 times that in SRAM there
 OUTSIDE = {"mapping": {"sram": ["*.mlp.*"]}}
 LOGIC = {"mapping": {"digital": ["*.mlp.*"]}}
+QUIET = {
+    "noise": {"strength": 0.0},
+    "read": {"white_us": 0.0, "thermal": False},
+    "dac": {"lossless": True},
+    "adc": {"lossless": True},
+    "wires": {"resistance_ohm": 0.0},
+    "attention": {"bits": 16},
+}
+"""Nothing but the roundings of SRAM and digital logic: those of a small branch are lost beside other errors."""
 DRIFT = {"kind": "power-law", "nu_mean": 0.05, "nu_std": 0.02}
 DRIFTING = {"retention": {"ageing": DRIFT, "refresh_interval_s": 1e5}, "noise": WAN}
 STUCK = {"faults": {"stuck_low_rate": 0.02, "stuck_high_rate": 0.02}}
 GAUSSIAN = {"noise": {"kind": "gaussian", "sigma": 0.02, "reference": "tensor_max"}}
-BLOCKS = {"noise": {"kind": "gaussian", "sigma": 0.05, "reference": "block_max"}}
+TILES = {"noise": GAUSSIAN["noise"] | {"reference": "tile_max"}, "coding": {"scale": "tile_max"}}
 MILO = {"noise": {"kind": "milo"}, "cells": {"g_min_us": 50.0, "g_max_us": 225.0}}
 CMO = {"noise": {"kind": "cmo"}, "cells": {"g_min_us": 9.0, "g_max_us": 88.2}, "read": {"white_us": 0.0}}
 RELAXED = merge(CMO, {"retention": {"ageing": {"kind": "cmo-relaxation"}, "refresh_interval_s": 86400.0}})
@@ -112,7 +121,6 @@ FIELDS: dict[str, Walk] = {
     "noise[gaussian].kind": Walk("gaussian", "gaussian", NONE, NONE, LABEL, GAUSSIAN),
     "noise[gaussian].sigma": Walk(0.005, 0.02, NONE, UP, FREE, GAUSSIAN),
     "noise[gaussian].reference": Walk("std", "tensor_max", NONE, UP, FREE, GAUSSIAN),
-    "noise[gaussian].block": Walk((16, 16), (512, 512), NONE, UP, FREE, BLOCKS),
     "noise[wan-2022].kind": Walk("wan-2022", "wan-2022", NONE, NONE, LABEL),
     "noise[wan-2022].strength": Walk(0.05, 0.3, NONE, UP, FREE),
     "noise[wan-2022].g_max_us": Walk(20.0, 80.0, NONE, UP, FREE, {"noise": {"extrapolate": True}}),
@@ -149,24 +157,25 @@ FIELDS: dict[str, Walk] = {
     "read.averaged": Walk(1, 8, UP, DOWN),
     "read.white_us": Walk(0.0, 2.0, NONE, UP, FREE),
     "read.flicker": Walk(0.0, 0.1, NONE, UP, FREE),
+    "read.slow": Walk("none", "cmo", NONE, UP, FREE, merge(QUIET, {"cells": {"g_min_us": 9.0}})),
     "read.thermal": Walk(False, True, NONE, UP, FREE, {"cells": {"read_time_ns": 0.001}}),
     "dac.input_bits": Walk(4, 8, UP, DOWN),
-    "dac.bits": Walk(2, 8, DOWN, None, "a conversion per cycle: finer steps, but each brings an error of its own"),
+    "dac.bits": Walk(8, 1, UP, DOWN, where={"adc": {"bits": 6}}),
     "dac.range": Walk("token", "calibrated", NONE, UP, "the digital scale of each token is not priced"),
     "dac.lossless": Walk(False, True, NONE, DOWN, "no chip: the reference of tests", {"dac": {"input_bits": 5}}),
     "adc.bits": Walk(5, 8, UP, DOWN),
-    "adc.lossless": Walk(False, True, NONE, DOWN, "no chip: the reference of tests"),
+    "adc.lossless": Walk(False, True, NONE, DOWN, "no chip: the reference of tests", {"adc": {"bits": 6}}),
     "adc.noise_steps": Walk(0.0, 4.0, NONE, UP, "a property of the converter, not an effort"),
     "adc.costs": Walk("isaac", "survey", None, NONE, "another source of the same converter's price"),
     "tile.rows": Walk(64, 512, DOWN, UP),
-    "tile.columns": Walk(64, 256, DOWN, NONE, "row drivers and row wires are ideal (not modelled)"),
+    "tile.columns": Walk(64, 512, DOWN, UP, where=TILES),
     "wires.resistance_ohm": Walk(0.0, 20.0, NONE, UP, "loss in the wires is part of the read energy V^2 G t"),
     "sram.weight_bits": Walk(4, 8, UP, DOWN, where=OUTSIDE),
     "sram.input_bits": Walk(4, 8, UP, DOWN, where=OUTSIDE),
     "digital.weight_bits": Walk(4, 8, UP, DOWN, where=LOGIC),
     "digital.input_bits": Walk(4, 8, UP, DOWN, where=LOGIC),
-    "lora.weight_bits": Walk(3, 8, UP, DOWN),
-    "lora.input_bits": Walk(3, 8, UP, DOWN),
+    "lora.weight_bits": Walk(3, 8, UP, DOWN, where=QUIET),
+    "lora.input_bits": Walk(3, 8, UP, DOWN, where=QUIET),
     "attention.bits": Walk(3, 8, UP, DOWN),
     "boundary.attention": Walk(False, True, UP, NONE, "computed either way"),
     "boundary.buffers": Walk(False, True, UP, NONE, "moved without error"),

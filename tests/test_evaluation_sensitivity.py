@@ -49,8 +49,8 @@ def test_each_layer_is_noisy_alone(measure, tiny_models, tiny_task, chip_seed):
     array = install(plain.causal_lm)  # never programmed
     packed = [pack(row, plain.tokenizer) for row in load_rows(tiny_task, "validation", 3)]
     clean = option_scores(plain.causal_lm, array, packed, 4)
-    assert {layer.name for layer in found} == {layer.name for layer in array.layers}
-    for layer in array.layers:
+    assert {layer.name for layer in found} == {layer.name for layer in array.mapped(chip)}
+    for layer in array.mapped(chip):
         frozen = layer.weight.detach().clone()
         key = NoiseKey(role=Role.SEARCH, chip_seed=chip_seed, module=layer.name, purpose="programming")
         noisy = programmed_weight(frozen, chip, key, 0.05)

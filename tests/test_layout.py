@@ -88,7 +88,7 @@ def test_imports_run_one_way():
         ("optuna", {"sweep.study", "sweep.study_storage", "sweep.samplers", "analysis.importance"}),
         ("moocore", {"analysis.front"}),
         ("sklearn", {"sweep.table"}),
-        ("scipy", {"selection.certificate", "sweep.samplers"}),
+        ("scipy", {"evaluation.intervals", "selection.certificate", "sweep.samplers"}),
         ("deepspeed", {"training.engine", "training.checkpoint", "training.workers"}),
         ("peft", {"training.adapter"}),
     ],

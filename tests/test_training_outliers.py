@@ -94,3 +94,17 @@ def test_the_embedded_twin_has_the_tails_of_a_qwen():
     for name, found in medians.items():
         for value, (low, high) in zip(found, QWEN_RANGES, strict=True):
             assert 0.8 * low <= value <= 1.2 * high, name
+
+
+def test_outliers_do_not_take_over_a_matrix():
+    """Noise relative to a weight that nothing is multiplied by would bury all others: the bulk keeps its power."""
+    plain, twin = (
+        {
+            name: Tails.of(weight)
+            for name, weight in plain_base(model, "fp32").causal_lm.named_parameters()
+            if name.endswith("_proj.weight")
+        }
+        for model in (MODEL, f"{MODEL}-outliers")
+    )
+    for name, before in plain.items():
+        assert twin[name].fill * twin[name].peak > 0.8 * before.fill * before.peak, name  # of mean |w| over the std

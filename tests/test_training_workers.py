@@ -210,7 +210,7 @@ def test_a_bare_base_is_scored_by_the_worker_that_trains_on_it_next(heartbeats, 
     worker.setup(job | {"number": -1, "goal": None})
     report = worker.step()
     assert (report["stage"], report["done"]) == ("evaluated", True)
-    assert ChipScores.from_json(report["scores"]) == Workbench().evaluate(config, None)
+    assert ChipScores.from_json(json.loads(report["scores"])) == Workbench().evaluate(config, None)
     loaded = worker._workbench.base(config)[0]
     worker.reset_config(job | {"number": 0})
     assert worker.step()["stage"] == "training"

@@ -317,7 +317,8 @@ class HaloraTrainable(tune.Trainable):
     The `config` given by the executor holds the `job`'s name, `number`, `folder`, `trial` (a resolved `TrialConfig`),
     `goal`, the trial's place in the `storage` (a URL, or nothing), and `heartbeats` with the name of that actor and the
     longest silence in seconds. Reports carry `number`, `stage` (`training`, `evaluated`, `lost`, `out_of_memory` or
-    `failed`) and metrics; the last three say a `cause`. Without a goal the bare base's `scores` are reported.
+    `failed`) and metrics; the last three say a `cause`. Without a goal the bare base's `scores` are reported, as JSON:
+    Ray Tune takes nested reports apart.
     """
 
     def setup(self, config: dict[str, Any]) -> None:
@@ -381,7 +382,7 @@ class HaloraTrainable(tune.Trainable):
         goal = self._goal
         if goal is None:
             scores = self._workbench.evaluate(self._config, None)
-            return {"stage": "evaluated", "scores": scores.to_json(), "done": True}
+            return {"stage": "evaluated", "scores": json.dumps(scores.to_json()), "done": True}
         self._folder = self._files.fetch(goal)
         if not self._trained:
             if self._training is None:

@@ -1,5 +1,6 @@
 """The Ray Tune adapter of the decision core. Ray runs trials and keeps nothing: storage is the truth."""
 
+import json
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -69,7 +70,7 @@ class _CoreSearcher(Searcher):
         job, report = self._running.job(trial_id), result or {}
         if self._probing.holds(trial_id):
             if "scores" in report:
-                self._probing.scored(trial_id, ChipScores.from_json(report["scores"]))
+                self._probing.scored(trial_id, ChipScores.from_json(json.loads(report["scores"])))
             else:
                 self._probing.failed(trial_id, str(report.get("cause", "its worker ended")))
             return

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 _MOST_DOUBLINGS = 12
-_MOST_CHANNELS = 64  # raised of one layer, at most
+_MOST_CHANNELS = 24  # raised of one layer, at most
 _WITHIN = 0.2  # share of a target that is near enough
+_BULK_KEPT = 0.9  # of the mean absolute weight over the standard deviation: outliers do not take over the matrix
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,8 @@ def add_outliers(causal_lm: Any, spreads: Mapping[str, Spread] = QWEN_TAILS) -> 
 
     Of each kind of layer, the one with the n-th longest tail gets the n-th longest of the spread. Channels are raised
     one by one, the most prominent first, each by the most doublings that keep all who read it within a fifth of their
-    targets, until the first reader has reached its own. Tails that are longer already stay.
+    targets, and the bulk of their weights the bulk of their power, until the first reader has reached its own. Tails
+    that are longer already stay.
 
     Args:
         causal_lm: The model.
@@ -171,7 +173,7 @@ def _ranks(values: Sequence[float]) -> list[int]:
 def _scales(readers: Sequence[_Reader]) -> Tensor:
     """Powers of two by channel that bring the first reader to its target and none above its own."""
     scales = torch.ones(int(readers[0].channels.max()) + 1)
-    now = [reader.tails(scales) for reader in readers]
+    unraised = now = [reader.tails(scales) for reader in readers]
     peak, block = (aim * (1 - _WITHIN) for aim in readers[0].target)
     prominence = readers[0].prominence(len(scales))
     for channel in prominence.argsort(descending=True, stable=True)[:_MOST_CHANNELS]:
@@ -180,8 +182,13 @@ def _scales(readers: Sequence[_Reader]) -> Tensor:
         for _ in range(_MOST_DOUBLINGS):
             raised = scales.clone()
             raised[channel] *= 2
-            then = [reader.tails(raised) for reader in readers]
-            if any(map(_exceeds, then, now, (reader.target for reader in readers))):
+            then = []
+            for reader, before, own in zip(readers, now, unraised, strict=True):
+                tails = reader.tails(raised)
+                if _takes_over(tails, own) or _exceeds(tails, before, reader.target):
+                    break
+                then.append(tails)
+            if len(then) < len(readers):
                 break
             scales, now = raised, then
     return scales
@@ -190,6 +197,11 @@ def _scales(readers: Sequence[_Reader]) -> Tensor:
 def _exceeds(raised: Tails, before: Tails, target: tuple[float, float]) -> bool:
     peak, block = (aim * (1 + _WITHIN) for aim in target)
     return raised.peak > max(peak, before.peak) or raised.block > max(block, before.block)
+
+
+def _takes_over(raised: Tails, unraised: Tails) -> bool:
+    """Whether raised channels hold so much of a matrix that its standard deviation is no more that of the others."""
+    return raised.fill * raised.peak < _BULK_KEPT * unraised.fill * unraised.peak
 
 
 def _scale_rows(linear: nn.Linear, scales: Tensor) -> None:
