@@ -54,7 +54,8 @@ KNOBS = (
     Knob("rows", "rows per tile", "tile.rows", choices=(16, 32, 64, 128, 256, 512, 1024)),
     Knob("reads", "reads averaged", "read.averaged", 1, 16),
     Knob("slices", "weight slices", "coding.slices", 1, 4),
-    Knob("sram", "share of weights in SRAM", "mapping.sram_fraction", 0, 0.5, 0.01),
+    Knob("sram", "share of weights in SRAM, whole layers", "mapping.sram_fraction", 0, 0.5, 0.01),
+    Knob("outliers", "share of each layer's weights in SRAM, the largest", "mapping.outliers.share", 0, 0.02, 0.0005),
     Knob("rank", "LoRA rank", "", 0, 64),
 )
 

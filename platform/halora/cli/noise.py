@@ -78,16 +78,21 @@ def show(
         _tell_other_causes(described)
         _draw(picture, described, None, {})
         return
+    from halora.evaluation.sensitivity import with_mapping
+    from halora.hardware.mapping import Outliers
     from halora.hardware.noise import mean_db
 
     _, array = _loaded(model)
     noise_db = _realised_db(array, described)
-    rows = [{"layer": name, "noise_db": _finite(ratio)} for name, ratio in noise_db.items()]
-    mean_ratio_db = _finite(mean_db(noise_db.values()))
+    ratios = {"noise_db": noise_db}
+    if described.mapping.outliers.occur:
+        ratios["without_outliers_db"] = _realised_db(array, with_mapping(described, outliers=Outliers()))
+    rows = [{"layer": name, **{what: _finite(of[name]) for what, of in ratios.items()}} for name in noise_db]
+    means = {what: _finite(mean_db(of.values())) for what, of in ratios.items()}
     if form is Format.JSON:
-        print(json.dumps(answer | {"model": model, "layers": rows, "mean_db": mean_ratio_db}, indent=1))
+        print(json.dumps(answer | {"model": model, "layers": rows, "mean_db": means["noise_db"]}, indent=1))
     else:
-        show_rows([*rows, {"layer": "mean", "noise_db": mean_ratio_db}], form, f"{model} on {described.name}")
+        show_rows([*rows, {"layer": "mean", **means}], form, f"{model} on {described.name}")
     _draw(picture, described, array, noise_db)
 
 
@@ -97,6 +102,9 @@ def sensitivity(
     chip: ChipOption = "halora-2026",
     task: Annotated[str, typer.Option(help="A known task, a folder of JSONL files, or a hub id.")] = "arc-easy",
     rows: Annotated[int, typer.Option(help="Validation rows to score.")] = 8,
+    outliers: Annotated[
+        float | None, typer.Option(metavar="SHARE", help="Rank by what this share of a layer's weights in SRAM saves.")
+    ] = None,
     set_: ChipSetOption = None,
     form: Annotated[
         SensitivityFormat, typer.Option("--format", help="Form of the answer; yaml: a chip file with the ranking.")
@@ -106,6 +114,7 @@ def sensitivity(
 
     One forward per layer on chip instance 0 of the search pool. The order is the one `mapping.ranking` of a chip takes:
     write it with --format yaml > ranked.yaml and use it with --chip ranked.yaml --set mapping.sram_fraction=0.1.
+    With --outliers the order is that of what the share would save, per value it puts into SRAM.
     """
     problems: list[str] = []
     described = attempt(problems, lambda: chip_from(chip, set_))
@@ -113,6 +122,8 @@ def sensitivity(
     attempt(problems, lambda: _check_task(task))
     if rows < 1:
         problems.append(f"--rows: must be 1 or more, got {rows}")
+    if outliers is not None and not 0 < outliers < 1:
+        problems.append(f"--outliers: a share between 0 and 1, got {outliers:g}")
     if problems:
         raise UserError(problems)
     assert described is not None
@@ -126,7 +137,9 @@ def sensitivity(
     calibration_rows = load_rows(task, "train", settings.calibration_tokens)
     base, array = _loaded(model)
     with _progress() as progress:
-        found = layer_sensitivity(base, array, described, scored, calibration_rows, settings, progress=progress)
+        found = layer_sensitivity(
+            base, array, described, scored, calibration_rows, settings, outliers=outliers, progress=progress
+        )
     _show_sensitivity(found, described, form, f"{model} on {described.name}, {len(scored)} rows of {task}")
 
 
@@ -250,7 +263,7 @@ def _draw(picture: Path | None, chip: "Chip", array: "RramArray | None", noise_d
         if layer is None:
             talk.print("no layer is in RRAM: no picture", markup=False)
             return
-        name, weight = layer.name, layer.weight.detach().float().cpu()
+        name, weight = layer.name, layer.split(chip)[0].detach().float().cpu()
     drawn = {layer: ratio for layer, ratio in noise_db.items() if isfinite(ratio)}
     figure = error_figure(_panels(chip, name, weight), drawn, f"{chip.name}, chip instance 0: {name}")
     try:
@@ -317,6 +330,7 @@ def _show_sensitivity(found: "Sequence[LayerSensitivity]", chip: "Chip", form: S
                 "noise_db": _finite(layer.noise_db),
                 "change_nats": layer.change_nats,
                 "change_per_million_weights": layer.change_per_million_weights,
+                **layer.by_outliers,
                 "weights_share_so_far": so_far / total,
             }
         )

@@ -207,6 +207,9 @@ def _unknown_there(chip: Chip, draft: _Draft) -> None:
         "Layers in SRAM or digital logic: to be named in `exclude_modules` of `convert_to_analog`.": (
             mapping.sram != () or mapping.digital != () or mapping.sram_fraction > 0
         ),
+        "Outliers in SRAM: to be taken off the weights before `convert_to_analog`, and added beside it.": (
+            mapping.outliers.occur
+        ),
         f"LoRA branch: its {lora.weight_bits} bits of weights and {lora.input_bits} of inputs; the package has no "
         "digital branch.": min(lora.weight_bits, lora.input_bits) < AS_IT_IS,
         f"Attention: its {chip.attention.bits} bits; the package leaves it alone.": chip.attention.bits < AS_IT_IS,

@@ -1,4 +1,4 @@
-"""Points every sweep tries first, beside its own: the paper's recipe and a good guess at plain LoRA."""
+"""Points every sweep tries first, beside its own: the paper's recipe and good guesses at plain LoRA."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,13 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
     },
     # ten times the rate of full finetuning, nearly whatever the rank (Schulman et al., LoRA Without Regret, 2025)
     "tuned LoRA": {"training.method": "lora", "training.learning_rate": 1e-3, "lora.rank": 8},
+    # where a sweep searches it; docs/lab.md, 2026-11-29
+    "tuned LoRA, a thousandth of the weights in SRAM": {
+        "training.method": "lora",
+        "training.learning_rate": 1e-3,
+        "lora.rank": 8,
+        "chip.mapping.outliers.share": 0.001,
+    },
 }
 
 
@@ -32,6 +39,8 @@ def first_points(sweep: "SweepConfig") -> list[dict[str, Any]]:
     """
     points = [dict(point) for point in sweep.first]
     for recipe in RECIPES.values():
+        if any(path.startswith("chip.") and path not in sweep.space for path in recipe):
+            continue
         point = _nearest_point(sweep, recipe)
         if point is None:
             continue

@@ -1,7 +1,7 @@
 """How far the noise of each layer alone moves the scores: which layers to keep out of RRAM first."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 from halora.evaluation.config import EvaluationSettings
@@ -9,7 +9,7 @@ from halora.evaluation.scoring import option_scores
 from halora.hardware.addressing import NoiseKey, Role
 from halora.hardware.chip import Chip
 from halora.hardware.instance import ChipInstance
-from halora.hardware.mapping import Place
+from halora.hardware.mapping import Place, outlier_count
 from halora.training.batches import pack
 from halora.training.models import BaseModel
 from halora.training.reads import calibrate
@@ -26,12 +26,33 @@ class LayerSensitivity:
         weights: Number of its weights.
         noise_db: Realised noise-to-signal ratio of its programmed weights in dB; -inf without error.
         change_nats: Mean absolute change of the options' log-likelihoods, in nats.
+        outliers: Number of its weights, inputs or ranks that an outlier share puts into SRAM; none where not asked.
+        change_with_outliers_nats: The change that is left then.
     """
 
     name: str
     weights: int
     noise_db: float
     change_nats: float
+    outliers: int | None = None
+    change_with_outliers_nats: float | None = None
+
+    @property
+    def by_outliers(self) -> dict[str, float]:
+        """What the outliers save, in nats, and per thousand of them; empty where not asked."""
+        if not self.outliers or self.change_with_outliers_nats is None:
+            return {}
+        saved = self.change_nats - self.change_with_outliers_nats
+        return {
+            "outliers": self.outliers,
+            "saved_nats": saved,
+            "saved_per_thousand_outliers": saved / self.outliers * 1e3,
+        }
+
+    @property
+    def rank(self) -> float:
+        """What layers are ranked by, largest first."""
+        return self.by_outliers.get("saved_per_thousand_outliers", self.change_per_million_weights)
 
     @property
     def change_per_million_weights(self) -> float:
@@ -48,6 +69,7 @@ def layer_sensitivity(
     settings: EvaluationSettings,
     *,
     chip_seed: int = 0,
+    outliers: float | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[LayerSensitivity]:
     """Put one layer after the other in RRAM, alone, and score the rows: one forward per layer and batch.
@@ -63,10 +85,12 @@ def layer_sensitivity(
         calibration_rows: Training rows that set the converters' ranges.
         settings: Batch size and calibration tokens.
         chip_seed: Number of the chip instance in the search pool.
+        outliers: Score each layer once more with this share of its weights in SRAM, taken out as the chip says.
         progress: Called with the number of layers done and of all.
 
     Returns:
-        The layers, most sensitive per weight first: the order that `chip.mapping.ranking` takes.
+        The layers, most sensitive per weight first, or those whose outliers save most per value: the order that
+        `chip.mapping.ranking` takes.
     """
     packed = [pack(row, base.tokenizer) for row in rows]
 
@@ -76,21 +100,34 @@ def layer_sensitivity(
     array.clear()
     chip = with_mapping(chip, sram_fraction=0.0)
     reads = calibrate(base, array, chip, calibration_rows, settings.calibration_tokens, settings.converters)
+    with_outliers = None
+    if outliers is not None:
+        with_outliers = with_mapping(chip, outliers=chip.mapping.outliers.model_copy(update={"share": outliers}))
+        reads_beside = calibrate(
+            base, array, with_outliers, calibration_rows, settings.calibration_tokens, settings.converters
+        )
     clean = scores()
     places = array.places(chip)
     candidates = [layer for layer in array.layers if places[layer.name] is Place.RRAM]
-    instance = ChipInstance(chip, NoiseKey(role=Role.SEARCH, chip_seed=chip_seed), chip.noise.level)
+    key = NoiseKey(role=Role.SEARCH, chip_seed=chip_seed)
     found: list[LayerSensitivity] = []
     try:
         for layer in candidates:
-            array.program(instance, reads, alone=layer.name)
-            change = mean_change(clean, scores())
+            array.program(ChipInstance(chip, key, chip.noise.level), reads, alone=layer.name)
+            change, noise_db = mean_change(clean, scores()), array.noise_db()[layer.name]
             weights = layer.in_features * layer.out_features
-            found.append(LayerSensitivity(layer.name, weights, array.noise_db()[layer.name], change))
+            measured = LayerSensitivity(layer.name, weights, noise_db, change)
+            if with_outliers is not None:
+                array.program(ChipInstance(with_outliers, key, chip.noise.level), reads_beside, alone=layer.name)
+                setting, tile = with_outliers.mapping.outliers.of(layer.name), (chip.tile.rows, chip.tile.columns)
+                count = outlier_count(layer.in_features, layer.out_features, setting.share, setting.by, tile)
+                left = mean_change(clean, scores())
+                measured = replace(measured, outliers=count, change_with_outliers_nats=left)
+            found.append(measured)
             progress(len(found), len(candidates))
     finally:
         array.clear()
-    return sorted(found, key=lambda layer: layer.change_per_million_weights, reverse=True)
+    return sorted(found, key=lambda layer: layer.rank, reverse=True)
 
 
 def with_mapping(chip: Chip, **changes: object) -> Chip:
