@@ -103,6 +103,17 @@ FIELDS: dict[str, Walk] = {
     "mapping.ranking": Walk(
         "depth", ["*.v_proj", "*.k_proj"], None, None, "which layers, not how many", {"mapping": {"sram_fraction": 0.3}}
     ),
+    "mapping.outliers.share": Walk(0.0, 0.002, UP, DOWN),
+    "mapping.outliers.by": Walk("column", "weight", UP, DOWN, where={"mapping": {"outliers": {"share": 0.002}}}),
+    "mapping.outliers.weight_bits": Walk(
+        2,
+        8,
+        UP,
+        None,
+        "what rounding takes stays in RRAM, whose full scale bears it",
+        {"mapping": {"outliers": {"share": 0.002}}},
+    ),
+    "mapping.outliers.shares": Walk({}, {"*.mlp.*": 0.002}, UP, DOWN),
     "cells.g_min_us": Walk(9.0, 20.0, UP, UP),
     "cells.g_max_us": Walk(15.0, 40.0, UP, DOWN),
     "cells.levels": Walk(4, 64, None, DOWN, "rounding moves the mean conductance either way by a little"),

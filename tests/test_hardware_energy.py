@@ -477,3 +477,34 @@ def test_the_phase_is_stated_and_leaves_the_chips_energy_alone():
     )
     assert prefill.components_uj == decode.components_uj
     assert prefill.phase.context(100) != decode.phase.context(100)
+
+
+@pytest.mark.parametrize(
+    ("by", "share", "each_fj", "values", "bits"),
+    [
+        # 8 bits of value, 6 + 6 of address within the tile, 8 of input, read from SRAM, and one product in logic
+        ("weight", 0.01, C["digital_mac_fj"] + 28 * C["digital_read_fj_per_bit"], 328, 328 * 20),
+        ("tile", 0.01, C["digital_mac_fj"] + 28 * C["digital_read_fj_per_bit"], 8 * 41, 328 * 20),
+        ("column", 0.01, C["sram_mac_fj"], 3 * 128, 384 * 8),
+        ("singular", 0.01, C["sram_mac_fj"], 256 + 128, 384 * 8),
+    ],
+)
+def test_outliers_of_one_layer_by_hand(by, share, each_fj, values, bits):
+    """256 inputs, 128 outputs, tiles of 64 x 64: 8 tiles of 4,096 weights; 2.56 inputs; rank 327.68 / 384 -> 1."""
+    shape = _single(256, 128)
+    plain, split = (
+        _energy(shape, rank=0, targets=(), boundary=BOUNDARY_ONLY, mapping={"outliers": {"share": s, "by": by}})
+        for s in (0.0, share)
+    )
+    assert plain.components_uj["outliers"] == 0
+    assert split.components_uj["outliers"] == pytest.approx(values * each_fj * 1e-9)
+    assert split.area_mm2 - plain.area_mm2 == pytest.approx(bits * C["sram_bit_um2"] * 1e-6)
+    same = ("adc", "dac", "shift_add", "lora_sram")
+    assert [split.components_uj[name] for name in same] == [plain.components_uj[name] for name in same]
+
+
+def test_fewer_bits_of_outliers_cost_less():
+    mapping = [{"outliers": {"share": 0.001, "weight_bits": bits}} for bits in (4, 8, 16)]
+    costs = [_energy(mapping=each).components_uj["outliers"] for each in mapping]
+    assert costs == sorted(costs)
+    assert len(set(costs)) == 3
