@@ -1,8 +1,8 @@
 """What noise does to an untrained base, by the reference its sigma is relative to: no timing, a table of damage.
 
 Two bases that compute the same, SmolLM2 and its twin with a Qwen2.5's weight outliers, on instances of `halora-2026`
-and its variants without converters, in bf16. Prints a row per sigma, chip and base as soon as it is known; about 20 minutes of one
-core. Lost is the share of the clean score above chance.
+and its variants without converters, in bf16. Prints a row per sigma, chip and base as soon as it is known; about 20
+minutes of one core. Lost is the share of the clean score above chance.
 
     python -m benchmarks.damage
 """
