@@ -1,15 +1,14 @@
 """What noise does to an untrained base, by the reference its sigma is relative to: no timing, a table of damage.
 
 Two bases that compute the same, SmolLM2 and its twin with a Qwen2.5's weight outliers, on instances of `halora-2026`
-without converters, in bf16. Prints a row per sigma, reference and base as soon as it is known; about 20 minutes of one
-core. Lost is the share of the clean score above chance.
+and its variants without converters, in bf16. Prints a row per sigma, chip and base as soon as it is known; about 20
+minutes of one core. Lost is the share of the clean score above chance.
 
     python -m benchmarks.damage
 """
 
 import argparse
 from statistics import fmean
-from typing import Any
 
 from halora.evaluation.scoring import margin, option_scores
 from halora.hardware.addressing import NoiseKey, Role
@@ -22,7 +21,7 @@ from halora.training.models import load_base
 from halora.training.rram import install
 
 _MODELS = ("smollm2-135m-instruct", "smollm2-135m-instruct-outliers")
-_REFERENCES = ("tensor_max", "channel_max", "block_max", "absolute")
+_PRESETS = ("halora-2026-tensor-max", "halora-2026", "halora-2026-channel-max", "halora-2026-absolute")
 _STRENGTHS = (0.005, 0.01, 0.02)
 
 
@@ -42,10 +41,10 @@ class _Base:
         scores = option_scores(self.base.causal_lm, self.array, self.packed, batch_size=16)
         return [margin(each, row.answer) for each, row in zip(scores, self.packed, strict=True)]
 
-    def damage(self, noise: dict[str, Any], chips: int) -> tuple[str, ...]:
+    def damage(self, preset: str, sigma: float, chips: int) -> tuple[str, ...]:
         """The figures of a row of the table."""
         lossless = {"adc": {"lossless": True}, "dac": {"lossless": True}}
-        chip = load_chip({"preset": "halora-2026", "noise": noise, **lossless})
+        chip = load_chip({"preset": preset, "noise": {"sigma": sigma}, **lossless})
         margins, by_layer = [], []
         for seed in range(chips):
             self.array.program(ChipInstance(chip, NoiseKey(role=Role.SEARCH, chip_seed=seed), chip.noise.level))
@@ -72,16 +71,16 @@ def main() -> None:
     parser.add_argument("--chips", type=int, default=3, help="chip instances")
     arguments = parser.parse_args()
     bases = {model: _Base(model, arguments.rows) for model in _MODELS}
-    print("| sigma | reference | base | noise dB, mean | worst layer | layers over 0 dB | accuracy | lost | margin |")
+    print("| sigma | chip | base | noise dB, mean | worst layer | layers over 0 dB | accuracy | lost | margin |")
     print("|---|---|---|---|---|---|---|---|---|")
     for model, base in bases.items():
         accuracy = fmean(m > 0 for m in base.clean)
         print(f"| 0 | - | {model} | - | - | 0 | {accuracy:.3f} | 0% | {fmean(base.clean):+.2f} |", flush=True)
     for sigma in _STRENGTHS:
-        for reference in _REFERENCES:
+        for preset in _PRESETS:
             for model, base in bases.items():
-                figures = base.damage({"sigma": sigma, "reference": reference}, arguments.chips)
-                print(f"| {sigma:g} | {reference} | {model} | {' | '.join(figures)} |", flush=True)
+                figures = base.damage(preset, sigma, arguments.chips)
+                print(f"| {sigma:g} | {preset} | {model} | {' | '.join(figures)} |", flush=True)
 
 
 if __name__ == "__main__":

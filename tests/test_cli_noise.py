@@ -35,12 +35,12 @@ def test_sigma_is_told_with_what_it_is_relative_to(answer):
     said = answer("show --chip halora-2026 --set noise.sigma=0.02 --set write_verify.pulses=10")
     (row,) = said["rows"]
     assert row["std"] == pytest.approx(0.02 * write_verify_factor(10.0))
-    assert (row["sigma"], row["times"]) == (0.02, "max|W| of the whole matrix")
-    (row,) = answer(
-        "show --set noise.reference=tile_max --set tile.columns=32 --set coding.slices=2 --set coding.replicas=4"
-    )["rows"]
+    assert (row["sigma"], row["times"]) == (0.02, "max|W| of the tile (64 inputs x 64 outputs)")
+    (row,) = answer("show --set tile.columns=32 --set coding.slices=2 --set coding.replicas=4")["rows"]
     assert row["std"] == pytest.approx(0.01 / 4 / 2)
     assert row["times"] == "max|W| of the tile (64 inputs x 32 outputs)"
+    (row,) = answer("show --chip halora-2026-tensor-max")["rows"]
+    assert row["times"] == "max|W| of the whole matrix"
 
 
 @pytest.mark.parametrize("preset", ["neurram-2022", "cmo-hfox"])

@@ -35,6 +35,9 @@ def _chip(**sections):
     return load_chip({"preset": "ideal", **sections})
 
 
+FRESH = {"refresh_interval_s": 1.0}
+
+
 def _programmed(weight, **sections):
     chip = _chip(**sections)
     return programmed_weight(weight, chip, KEY, chip.noise.level)
@@ -103,7 +106,7 @@ def test_cells_err_by_the_full_scale_of_their_own_region(scale):
         "cells": {"g_min_us": 1.0},
         "tile": {"rows": 50, "columns": 40},
         "coding": {"scale": scale},
-        "retention": {"refresh_interval_s": 1.0},
+        "retention": FRESH,
     }
     error = (_programmed(weight, **sections) - weight) / (0.39 / 39 * sqrt(2))
     by_tile = error.unflatten(0, (4, 40)).unflatten(2, (3, 50)).square().mean(dim=(1, 3)).sqrt()
@@ -142,7 +145,7 @@ def test_every_further_slice_shrinks_the_error_by_its_ratio(weight):
         states = [{"conductance_us": g, "mean_us": g, "std_us": 1.0, "time_s": 1.0} for g in (0.0, 60.0)]
         noise, cells = {"kind": "measured", "states": states}, {"g_min_us": 10.0, "g_max_us": 50.0}
         coding = {"slices": slices, "slice_ratio": 4.0}
-        return (_programmed(weight, noise=noise, cells=cells, coding=coding) - weight).std().item()
+        return (_programmed(weight, noise=noise, cells=cells, coding=coding, retention=FRESH) - weight).std().item()
 
     errors = [error(slices) for slices in (1, 2, 3)]
     assert errors[0] == pytest.approx(weight.abs().max().item() * 2**0.5 / 40, rel=0.05)

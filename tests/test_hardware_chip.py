@@ -19,11 +19,16 @@ BASE = "halora-2026"
 
 
 def test_presets_load_and_say_what_their_files_say():
-    assert set(preset_names()) == {"halora-2026", "neurram-2022", "isaac", "cmo-hfox", "ideal"}
+    readings = {f"halora-2026-{reference}" for reference in ("tensor-max", "channel-max", "absolute")}
+    assert set(preset_names()) == {"halora-2026", "neurram-2022", "isaac", "cmo-hfox", "ideal"} | readings
     for name in preset_names():
         chip = load_chip(name)
         assert chip.name == name
-        assert merge(chip.model_dump(), yaml.safe_load((PRESETS / f"{name}.yaml").read_text())) == chip.model_dump()
+        said = yaml.safe_load((PRESETS / f"{name}.yaml").read_text())
+        base = said.pop("preset", None)
+        assert merge(chip.model_dump(), said) == chip.model_dump()
+        if base is not None:
+            assert chip.adc == load_chip(base).adc
 
 
 def test_overrides_reach_into_sections_and_keep_the_rest():
@@ -124,7 +129,7 @@ def test_sigma_must_be_a_finite_number(value):
 def test_a_preset_can_change_its_noise_model_as_a_whole():
     chip = load_chip({"preset": BASE, "noise": {"kind": "wan-2022"}})
     assert chip.noise.kind == "wan-2022"
-    assert load_chip({"preset": BASE, "noise": {"kind": "gaussian", "sigma": 0.5}}).noise.reference == "tensor_max"
+    assert load_chip({"preset": BASE, "noise": {"kind": "gaussian", "sigma": 0.5}}).noise.reference == "tile_max"
 
 
 SIZES = {f"model.layers.{i}.mlp.{name}": 100 for i in range(4) for name in ("up_proj", "down_proj")}

@@ -233,7 +233,7 @@ def test_counts_agree_with_brute_force():
             "adc": conversions * adc_pj * 1e-6,
             "dac": driven * 3 * C["dac_pj_per_bit"] * 1e-6,
             "shift_add": conversions * C["shift_add_pj"] * 1e-6,
-            "array": reads * 0.13**2 * (1 + 39 * 0.1 / 2) * 10 * 1e-9,  # V^2 G t
+            "array": reads * 0.1**2 * (1 + 39 * 0.1 / 2) * 10 * 1e-9,  # V^2 G t
             "sram": 0,
             "digital": 0,
             "lora_sram": lora_weights * C["sram_mac_fj"] * 6 / 8 * 4 / 8 * 1e-9,

@@ -437,7 +437,8 @@ CSV = """conductance_us,mean_us,std_us,time_s
 
 
 def _chip_with_table(path: str) -> Chip:
-    return load_chip({"preset": "ideal", "noise": {"kind": "measured", "path": path}})
+    described = {"noise": {"kind": "measured", "path": path}, "retention": {"refresh_interval_s": 1.0}}
+    return load_chip({"preset": "ideal", **described})
 
 
 def test_a_measured_table_is_interpolated_in_conductance_and_in_the_logarithm_of_time(tmp_path, monkeypatch):

@@ -191,7 +191,7 @@ def test_every_preset_is_said_in_plain_values_and_its_source_compiles(preset):
 
 
 def test_the_paper_s_chip_is_said_like_this():
-    said = lightning_settings(load_chip("halora-2026"))
+    said = lightning_settings(load_chip("halora-2026-tensor-max"))
     assert said.configuration == {
         "modifier": {"noise_type": "ADD_NORMAL", "std_dev": 0.01},
         "pre_post": {"input_range": {"enable": True, "dynamic": True}},

@@ -256,7 +256,7 @@ def test_slices_and_replicas_of_a_programmed_layer_are_converted_one_by_one(laye
     linear = model["q_proj"]
     calibration, x = torch.randn(64, 48), torch.randn(1, 30, 48)
     coding = {"slices": 2, "replicas": 2}
-    chip = load_chip({"preset": "neurram-2022", "read": {"white_us": 0.0}, "coding": coding})
+    chip = load_chip({"preset": "neurram-2022", "read": {"white_us": 0.0, "thermal": False}, "coding": coding})
     reads = ExactReads.calibrated(calibration, linear.weight, chip)
     outputs = []
     for seed in (1, 2, 1):

@@ -141,7 +141,7 @@ def test_a_constant_schedule_makes_noise_once_per_draw():
     assert len({(draw.index, draw.sigma) for draw in map(noise.at, range(40))}) == 4
 
 
-@pytest.mark.parametrize("reference", ["absolute", "tensor_max", "channel_max", "block_max", "std"])
+@pytest.mark.parametrize("reference", ["absolute", "tensor_max", "channel_max", "tile_max", "std"])
 def test_the_same_draw_at_another_strength_is_scaled(reference):
     """Noise of whole weights within float32's rounding: the error at twice sigma is twice the error."""
     weight = torch.randn(96, 64, generator=torch.Generator().manual_seed(1))

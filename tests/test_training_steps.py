@@ -142,14 +142,14 @@ def test_a_step_is_the_one_written_out_in_plain_torch(tiny_trial, tmp_path, engi
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 3])
 def test_gradients_in_bf16_are_those_written_out(tiny_trial, tmp_path, zero_stage):
-    """Within a twentieth: the model, the gradients and their sums are rounded to 8 bits."""
+    """Within 8 %: the model, the gradients and their sums are rounded to 8 bits, and shares divide two of them."""
     settings = {"mu": 3.0, "reg_reduction": "sum", "steps": 8, "schedule": {"sigma_start": 0.01, "redraw_steps": 2}}
     settings |= {"gradient_clip": 0.5}
     _checkpoint_in_mid_training(Workbench(), tiny_trial(**settings), tmp_path, step=3)
     _, _, gradients = _step_by_hand(tiny_trial(**settings), tmp_path, step=3)
     config = tiny_trial(**settings, dtype="bf16", zero_stage=zero_stage, gradient_accumulation=2)
     (report,) = run_reports(Workbench(), config, tmp_path, stop_at=4)
-    assert {name: report[name] for name in gradients} == pytest.approx(gradients, rel=0.05)
+    assert {name: report[name] for name in gradients} == pytest.approx(gradients, rel=0.08)
 
 
 def test_gradients_are_told_of_the_last_step_of_a_report_alone(workbench, tiny_trial, tmp_path):
@@ -166,8 +166,8 @@ def test_gradients_are_told_of_the_last_step_of_a_report_alone(workbench, tiny_t
 
 
 GOLDEN = [
-    11.3018, 11.5673, 10.8562, 10.9287, 11.1604, 11.3922, 10.9957, 10.8288, 10.6021, 10.6078,
-    10.4319, 10.3435, 10.0901, 9.9823, 10.0257, 10.3012, 10.0561, 10.0689, 9.5499, 9.4464,
+    11.2999, 11.5695, 10.8590, 10.9148, 11.1517, 11.3961, 11.0074, 10.8385, 10.5973, 10.6130,
+    10.4209, 10.3529, 10.1048, 9.9757, 10.0528, 10.3076, 10.0627, 10.0725, 9.5651, 9.4441,
 ]  # fmt: skip
 
 

@@ -120,7 +120,7 @@ class SweepProgress:
 
     def say(self, text: str) -> None:
         """One line about what happens now."""
-        self._bar.console.print(text, markup=False, highlight=False)
+        self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def trial(self, number: int, state: str, text: str = "", node: str = "") -> None:
         """A trial began, reported, paused at a rung, finished or failed."""

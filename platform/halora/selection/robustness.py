@@ -17,7 +17,7 @@ TIMES_S = {"1 second": 1.0, "1 day": 86_400.0, "1 year": 365.25 * 86_400, "10 ye
 """Time since programming at which accuracy is asked."""
 
 FAMILIES: dict[str, dict[str, Any]] = {
-    "gaussian, 1 % of the largest weight": {"noise": {"kind": "gaussian", "sigma": 0.01, "reference": "tensor_max"}},
+    "gaussian, 1 % of a tile's largest weight": {"noise": {"kind": "gaussian", "sigma": 0.01, "reference": "tile_max"}},
     "stuck cells, 0.1 % low and 0.01 % high": {"faults": {"stuck_low_rate": 1e-3, "stuck_high_rate": 1e-4}},
     "programming and drift of HfOx cells, 1 day": {
         "noise": {"kind": "wan-2022"},

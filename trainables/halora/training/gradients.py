@@ -51,15 +51,15 @@ def watching_gradients(pairs: Pairs) -> Iterator[list[Tensor]]:
         pairs: A (r, d_in) and B (d_out, r) per adapted module.
     """
     weights = [weight for pair in pairs for weight in pair]
-    sums = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
+    sums = [torch.zeros((), device=weight.device) for weight in weights]  # weights are empty at ZeRO-3 until used
 
-    def adder(total: Tensor) -> Callable[[Tensor], None]:
+    def adder(place: int) -> Callable[[Tensor], None]:
         def add(gradient: Tensor) -> None:
-            total.add_(gradient)
+            sums[place] = sums[place] + gradient.float()
 
         return add
 
-    handles = [weight.register_hook(adder(total)) for weight, total in zip(weights, sums, strict=True)]
+    handles = [weight.register_hook(adder(place)) for place, weight in enumerate(weights)]
     try:
         yield sums
     finally:
