@@ -3,8 +3,8 @@
 SmolLM2 and its twin with a Qwen2.5's weight outliers on ARC-Easy, on instances of `halora-2026` without converters
 under two readings of sigma, and on chips of measured cells, in bf16. Adapters of rank 4 are trained for 120 steps of 16
 rows at 1e-3 with nothing in SRAM, `noise_lora` at sigma 0.01 of the tensor's largest weight, one seed each. Accuracies
-are over validation rows that no training or search has seen, on the same chip instances; in brackets 95 % intervals over
-rows and chips. Prints a row as soon as it is known; about an hour of one core.
+are over validation rows that no training or search has seen, on the same chips; in brackets 95 % intervals over rows
+and chips. Prints a row as soon as it is known; about an hour of one core.
 
     python -m benchmarks.outliers
 """
