@@ -1,110 +1,145 @@
-"""Oracles: closed forms of the tails, the model before it was rescaled, tails measured on Qwen2.5-0.5B weights."""
-
-import copy
-from statistics import median
+"""Oracle: the split done by hand. Layers whose largest weights sit in SRAM, against the rest programmed alone and the
+rest's and the side's products added up."""
 
 import pytest
 import torch
+from torch import nn
 
-from halora.evaluation.scoring import option_scores
-from halora.trainable import task_rows
-from halora.training.batches import pack
-from halora.training.models import load_base, plain_base
-from halora.training.outliers import Spread, Tails, add_outliers
+from halora.hardware.addressing import NoiseKey, Role
+from halora.hardware.chip import Chip, load_chip
+from halora.hardware.converters import ExactReads
+from halora.hardware.instance import ChipInstance
+from halora.hardware.noise import Programming
+from halora.hardware.outliers import in_rram
+from halora.hardware.rounding import rounded
 from halora.training.rram import install
 
-MODEL = "smollm2-135m-instruct"
-# Largest |w| and rms of block maxima in standard deviations of the tensor, and mean |w| over the largest; medians.
-QWEN_MEDIANS = {
-    "down_proj": (54, 8.7, 0.014),
-    "q_proj": (22, 8.4, 0.031),
-    "gate_proj": (26, 7.8, 0.030),
-    "up_proj": (21, 5.5, 0.036),
-}
-QWEN_RANGES = ((12, 19), (5, 12), (0.034, 0.062))  # of the medians of k_proj, v_proj and o_proj
+KINDS = ["weight", "tile", "column", "singular"]
+PRESETS = ["halora-2026", "halora-2026-tensor-max", "neurram-2022", "cmo-hfox"]
+KEY = NoiseKey(role=Role.SEARCH, chip_seed=1)
+LAYER = "model.layers.0.self_attn.q_proj"
 
 
-def test_tails_of_a_matrix_with_known_ones():
-    weight = torch.zeros(128, 100)  # four blocks, two of them narrower
-    weight[:, 0::2], weight[:, 1::2] = 1.0, -1.0
-    weight[0, 0], weight[70, 99] = 10.0, -6.0
-    std = weight.std().item()
-    tails = Tails.of(weight)
-    assert tails.peak == pytest.approx(10 / std)
-    assert tails.block == pytest.approx(((100 + 1 + 1 + 36) / 4) ** 0.5 / std)
-    assert tails.fill == pytest.approx((12798 + 16) / 12800 / 10)
+def _chip(preset: str = "halora-2026", share: float = 0.02, **outliers) -> Chip:
+    return load_chip({"preset": preset, "mapping": {"outliers": {"share": share, **outliers}}})
 
 
-def test_a_spread_is_log_normal():
-    spread = Spread(peak=(20, 40), block=(5, 10))
-    assert spread.at(0.5) == pytest.approx((20, 5))
-    assert spread.at(0.9) == pytest.approx((40, 10))
-    assert spread.at(0.1) == pytest.approx((10, 2.5))
+@pytest.fixture
+def layer():
+    """A model of one layer with heavy tails, and its array."""
+    generator = torch.Generator().manual_seed(3)
+    linear = nn.Linear(96, 80, bias=False)
+    tails = 1 + 15 * (torch.rand(80, 96, generator=generator) < 0.01)
+    linear.weight.data = 0.05 * torch.randn(80, 96, generator=generator) * tails
+    model = nn.ModuleDict({"model": nn.ModuleDict({"layers": nn.ModuleList([_Attention(linear)])})})
+    array = install(model)
+    return model.get_submodule(LAYER), array
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
-@torch.no_grad()
-def test_every_family_computes_the_same_to_the_last_bit(tiny_models, architecture, dtype):
-    causal_lm = plain_base(tiny_models[architecture], dtype).causal_lm
-    before = copy.deepcopy(causal_lm)
-    add_outliers(causal_lm)
-    tokens = torch.arange(100, 148).reshape(2, 24)
-    assert torch.equal(causal_lm(input_ids=tokens).logits, before(input_ids=tokens).logits)
-    changed = {
-        name.split(".")[-2]
-        for (name, new), old in zip(causal_lm.named_parameters(), before.parameters(), strict=True)
-        if not torch.equal(new, old)
-    }
-    linears = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-    assert changed == linears | {"input_layernorm", "post_attention_layernorm"}
-    for name in sorted(linears):
-        old, new = (
-            median(Tails.of(weight).peak for key, weight in model.named_parameters() if key.endswith(f"{name}.weight"))
-            for model in (before, causal_lm)
-        )
-        assert new > old
+class _Attention(nn.Module):
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.self_attn = nn.ModuleDict({"q_proj": linear})
+
+
+def _program(array, chip: Chip, **settings) -> ChipInstance:
+    instance = ChipInstance(chip, KEY, chip.noise.level)
+    array.program(instance, **settings)
+    return instance
 
 
 @torch.no_grad()
-def test_the_embedded_twin_scores_as_smollm2_does():
-    rows = task_rows("arc-easy", "validation", 8)
-    scores = []
-    for name in (MODEL, f"{MODEL}-outliers"):
-        base = load_base(name, "fp32")
-        packed = [pack(row, base.tokenizer) for row in rows]
-        scores.append(option_scores(base.causal_lm, install(base.causal_lm), packed, batch_size=8))
-    for plain, twin in zip(*scores, strict=True):
-        assert twin == pytest.approx(plain, abs=1e-3)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_share_of_0_is_the_chip_without_outliers(layer, preset):
+    linear, array = layer
+    _program(array, load_chip(preset))
+    without = linear.effective_weight().clone()
+    _program(array, _chip(preset, share=0.0))
+    assert torch.equal(linear.effective_weight(), without)
 
 
-def test_the_embedded_twin_has_the_tails_of_a_qwen():
-    causal_lm = plain_base(f"{MODEL}-outliers", "fp32").causal_lm
-    tails: dict[str, list[Tails]] = {}
-    for name, weight in causal_lm.named_parameters():
-        if name.endswith("_proj.weight"):
-            tails.setdefault(name.split(".")[-2], []).append(Tails.of(weight))
-    medians = {
-        name: tuple(median(getattr(each, figure) for each in of_kind) for figure in ("peak", "block", "fill"))
-        for name, of_kind in tails.items()
-    }
-    for name, expected in QWEN_MEDIANS.items():
-        assert medians.pop(name) == pytest.approx(expected, rel=0.2), name
-    assert set(medians) == {"k_proj", "v_proj", "o_proj"}
-    for name, found in medians.items():
-        for value, (low, high) in zip(found, QWEN_RANGES, strict=True):
-            assert 0.8 * low <= value <= 1.2 * high, name
+@torch.no_grad()
+def test_a_share_of_1_is_the_clean_weight_at_the_precision_of_sram(layer):
+    linear, array = layer
+    _program(array, _chip("neurram-2022", share=1.0), digital=True)
+    assert torch.equal(linear.effective_weight(), rounded(linear.weight, 8, dim=1))
+    assert array.noise_db() == {}
 
 
-def test_outliers_do_not_take_over_a_matrix():
-    """Noise relative to a weight that nothing is multiplied by would bury all others: the bulk keeps its power."""
-    plain, twin = (
-        {
-            name: Tails.of(weight)
-            for name, weight in plain_base(model, "fp32").causal_lm.named_parameters()
-            if name.endswith("_proj.weight")
-        }
-        for model in (MODEL, f"{MODEL}-outliers")
-    )
-    for name, before in plain.items():
-        assert twin[name].fill * twin[name].peak > 0.8 * before.fill * before.peak, name  # of mean |w| over the std
+@torch.no_grad()
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("by", KINDS)
+def test_the_rest_is_programmed_alone_and_the_side_added(layer, preset, by):
+    linear, array = layer
+    chip = _chip(preset, by=by)
+    _program(array, chip)
+    rest, side = in_rram(linear.weight, chip, LAYER)
+    expected = Programming.of(rest, chip, chip.noise.level).held(rest, KEY.at(module=LAYER, purpose="programming"))
+    expected = expected.clone()
+    side.add_to(expected)
+    torch.testing.assert_close(linear.effective_weight(), expected)
+
+
+@torch.no_grad()
+def test_the_same_cells_err_whatever_the_share(layer):
+    """Common random numbers: the error over the full scale of the rest is the same draw."""
+    linear, array = layer
+    units = []
+    for share in (0.0, 0.005, 0.05):
+        chip = load_chip({"preset": "halora-2026-tensor-max", "wires": {"resistance_ohm": 0.0}})
+        chip = load_chip(chip.model_dump(mode="json") | {"mapping": {"outliers": {"share": share}}})
+        _program(array, chip)
+        rest, _ = in_rram(linear.weight, chip, LAYER)
+        units.append((linear.effective_weight() - linear.weight) / rest.abs().max())
+    torch.testing.assert_close(units[1], units[0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(units[2], units[0], rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("by", KINDS)
+@pytest.mark.parametrize("copies", [{}, {"slices": 2, "replicas": 2}])
+def test_converters_see_the_rest_and_sram_multiplies_the_side(layer, by, copies):
+    linear, array = layer
+    chip = load_chip({**_chip(by=by).model_dump(mode="json"), "coding": {"scale": "tile_max", **copies}})
+    calibration, x = torch.randn(64, 96), torch.randn(1, 12, 96)
+    rest, side = in_rram(linear.weight, chip, LAYER)
+    reads = ExactReads.calibrated(calibration, rest, chip)
+    with array.reading([("a", 12)]):
+        _program(array, chip, reads={LAYER: reads}, digital=True)
+        read = linear(x)
+        held = Programming.of(rest, chip, chip.noise.level).copies(rest, KEY.at(module=LAYER, purpose="programming"))
+        expected = reads.product(x, held, linear._read_noise) + side.product(rounded(x, 8, dim=-1))
+    torch.testing.assert_close(read, expected)
+
+
+@pytest.mark.parametrize("regenerate", [False, True])
+def test_gradients_pass_the_side(layer, regenerate):
+    linear, array = layer
+    _program(array, _chip(by="weight"), regenerate=regenerate)
+    x = torch.randn(1, 5, 96, requires_grad=True)
+    linear(x).square().sum().backward()
+    weight = linear.effective_weight()
+    torch.testing.assert_close(x.grad, 2 * (x.detach() @ weight.T) @ weight)
+
+
+@torch.no_grad()
+def test_noise_to_signal_counts_rram_and_sram_together(layer):
+    _, array = layer
+    ratios = []
+    for share in (0.0, 0.01):
+        _program(array, _chip("halora-2026-tensor-max", share=share), digital=True)
+        ratios.append(array.noise_db()[LAYER])
+    assert ratios[1] < ratios[0] - 10
+
+
+@torch.no_grad()
+def test_bf16_weights_split_as_those_of_float32(layer):
+    linear, array = layer
+    chip = _chip("halora-2026-tensor-max", by="weight")
+    _program(array, chip)
+    wide = linear.effective_weight().clone()
+    linear.weight.data = linear.weight.data.bfloat16()
+    linear._side_of = None
+    _program(array, chip)
+    narrow = linear.effective_weight()
+    assert (narrow.float() - wide).abs().max() < 0.02 * wide.abs().max()

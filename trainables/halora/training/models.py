@@ -304,7 +304,7 @@ def _save_with_outliers(source: Path, folder: Path) -> None:
     from torch import float32
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from halora.training.outliers import add_outliers
+    from halora.training.heavy_tails import add_outliers
 
     causal_lm = AutoModelForCausalLM.from_pretrained(source, dtype=float32)
     add_outliers(causal_lm)
