@@ -9,8 +9,8 @@ import torch
 from halora.evaluation.scoring import option_scores
 from halora.trainable import task_rows
 from halora.training.batches import pack
-from halora.training.models import load_base, plain_base
 from halora.training.heavy_tails import Spread, Tails, add_outliers
+from halora.training.models import load_base, plain_base
 from halora.training.rram import install
 
 MODEL = "smollm2-135m-instruct"
