@@ -237,6 +237,7 @@ def test_counts_agree_with_brute_force():
             "sram": 0,
             "digital": 0,
             "lora_sram": lora_weights * C["sram_mac_fj"] * 6 / 8 * 4 / 8 * 1e-9,
+            "outliers": 0,
             "attention": 3
             * 2
             * 11

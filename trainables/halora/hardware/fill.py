@@ -98,11 +98,11 @@ def _without_largest(magnitudes: np.ndarray, peaks: np.ndarray, share: float) ->
     """
     last = 0.5 / len(magnitudes)
     if share >= last:
-        return np.full_like(
-            peaks, np.interp(1 - share, (np.arange(len(magnitudes)) + 0.5) / len(magnitudes), magnitudes)
-        )
-    reached = np.log(last / share) / np.log(last / 1e-6)
-    return magnitudes[-1] + (np.maximum(peaks, magnitudes[-1]) - magnitudes[-1]) * min(reached, 1.0)
+        middles = (np.arange(len(magnitudes)) + 0.5) / len(magnitudes)
+        return np.full_like(peaks, np.interp(1 - share, middles, magnitudes))
+    reached = min(float(np.log(last / share) / np.log(last / 1e-6)), 1.0)
+    left: np.ndarray = magnitudes[-1] + np.maximum(peaks - magnitudes[-1], 0.0) * reached
+    return left
 
 
 def _nearest_tile(chip: Chip, known: dict[str, Any]) -> str:
