@@ -139,7 +139,26 @@ def test_bf16_weights_split_as_those_of_float32(layer):
     _program(array, chip)
     wide = linear.effective_weight().clone()
     linear.weight.data = linear.weight.data.bfloat16()
-    linear._side_of = None
+    linear._known_side = None
     _program(array, chip)
     narrow = linear.effective_weight()
     assert (narrow.float() - wide).abs().max() < 0.02 * wide.abs().max()
+
+
+@torch.no_grad()
+def test_a_chip_is_read_with_its_own_side_whatever_was_split_before(layer):
+    """Calibration for another chip leaves nothing behind: products as of a layer that has met one chip only."""
+    linear, array = layer
+    calibration, x = torch.randn(64, 96), torch.randn(1, 12, 96)
+    outputs = []
+    for before in (None, _chip(share=0.05)):
+        for share in (0.0, 0.01):
+            chip = _chip(share=share)
+            reads = ExactReads.calibrated(calibration, linear.split(chip)[0], chip)
+            if before is not None:
+                linear.split(before)
+            with array.reading([("a", 12)]):
+                _program(array, chip, reads={LAYER: reads})
+                outputs.append(linear(x))
+    assert torch.equal(outputs[0], outputs[2])
+    assert torch.equal(outputs[1], outputs[3])

@@ -123,11 +123,11 @@ class Programming:
         for rows in _row_blocks(weight):
             block = held[rows] if held.dtype == torch.float32 else None
             fresh = aged = clipped(weight[rows], None if self.limit is None else self._at(self.limit, rows), chip.tile)
-            at_rows, parts = key.part(f"rows {rows.start}"), None if copies is None else copies[:, rows]
+            block_key, parts = key.part(f"rows {rows.start}"), None if copies is None else copies[:, rows]
             if parts is not None:
                 parts.zero_()[:: chip.coding.slices] = fresh if self.scale is None else 0
             if self.scale is not None:
-                fresh, aged = _through_cells(fresh, self._at(self.scale, rows), chip, self.noise, at_rows, parts)
+                fresh, aged = _through_cells(fresh, self._at(self.scale, rows), chip, self.noise, block_key, parts)
             ages = aged is not fresh
             if self.spread is not None:
                 unit, signs = next(units)
@@ -136,7 +136,7 @@ class Programming:
                 aged = torch.addcmul(aged, unit, deviation, out=block)
                 if parts is not None:
                     _share_out(
-                        parts, unit * deviation, self._at(self.spread, rows), chip, _address(at_rows, self.noise)
+                        parts, unit * deviation, self._at(self.spread, rows), chip, _address(block_key, self.noise)
                     )
             if ages and compensation == "column":
                 gain = _gain(fresh.abs().mean(dim=1, keepdim=True), aged.abs().mean(dim=1, keepdim=True))

@@ -72,8 +72,7 @@ class RramLinear(FrozenLinear):
         self._spare: Tensor | None = None  # memory of the copy before
         self._apart: Tensor | None = None  # slices and replicas, where they are converted one by one
         self._programming: Programming | None = None
-        self._side: SideMatrix | None = None  # what the chip keeps of the weight in SRAM
-        self._side_of: tuple[Outliers, Tile] | None = None  # what that was made for
+        self._known_side: tuple[tuple[Outliers, Tile], SideMatrix | None] | None = None  # with what it was made for
 
     def reprogram(self) -> None:
         """Have the next forward make the programmed copy anew, in the memory of this one."""
@@ -111,15 +110,15 @@ class RramLinear(FrozenLinear):
 
         A regenerated one lasts until another layer's is asked for.
         """
-        if self._kept is None and (products := self._products) is not None:
+        if self._kept is not None:
+            return self._kept
+        if (products := self._products) is not None:
             weight = rounded(self.weight.detach(), products.weight_bits, dim=1).to(self.product_dtype)
             if not self._wiring.regenerate:
                 self._kept = weight
             return weight
-        if self._kept is None and not self.noisy:
+        if not self.noisy:
             return super().effective_weight()
-        if self._kept is not None:
-            return self._kept
         instance = self._wiring.instance
         assert instance is not None
         key = instance.key.at(module=self.name, purpose="programming")
@@ -128,7 +127,7 @@ class RramLinear(FrozenLinear):
             room = self._wiring.room_for(self.weight, dtype) if regenerate else self._spare
             rest, side = self.split(instance.chip)
             weight = self._programmed(instance, rest).held(rest, key, dtype, into=room)
-            if side is not None and not self._side_is_apart:
+            if side is not None and self._side_apart is None:
                 side.add_to(weight)
         if not regenerate:
             self._kept, self._spare = weight, None
@@ -136,27 +135,32 @@ class RramLinear(FrozenLinear):
 
     def held_weight(self) -> Tensor:
         """The weight under the current chip instance, of RRAM and SRAM together."""
-        weight = self.effective_weight()
-        if self.noisy and self._side_is_apart and self._side is not None:
+        weight, side = self.effective_weight(), self._side_apart
+        if side is not None:
             weight = weight.clone()
-            self._side.add_to(weight)
+            side.add_to(weight)
         return weight
 
     def split(self, chip: Chip) -> tuple[Tensor, SideMatrix | None]:
         """What a chip programs into RRAM of the weight, and what it keeps of it in SRAM."""
-        outliers, weight = chip.mapping.outliers, self.weight.detach()
-        if not outliers.occur:
-            self._side = self._side_of = None
-            return weight, None
-        wanted = outliers.of(self.name), chip.tile
-        if self._side_of != wanted:
-            self._side, self._side_of = side_matrix(weight, *wanted), wanted
-        return (weight, None) if self._side is None else (self._side.rest_of(weight), self._side)
+        weight, side = self.weight.detach(), self._side(chip)
+        return (weight, None) if side is None else (side.rest_of(weight), side)
+
+    def _side(self, chip: Chip) -> SideMatrix | None:
+        """What a chip keeps of the weight in SRAM; the last one again, for another chip that keeps the same."""
+        if not chip.mapping.outliers.occur:
+            return None
+        wanted = chip.mapping.outliers.of(self.name), chip.tile
+        if self._known_side is None or self._known_side[0] != wanted:
+            self._known_side = wanted, side_matrix(self.weight.detach(), *wanted)
+        return self._known_side[1]
 
     @property
-    def _side_is_apart(self) -> bool:
-        """Whether the side matrix is multiplied by itself: beside converters, and at the precision of SRAM."""
-        return self._wiring.digital or self.name in self._wiring.reads
+    def _side_apart(self) -> SideMatrix | None:
+        """The side matrix where it is multiplied separately: beside converters, or at the precision of SRAM."""
+        instance = self._wiring.instance
+        apart = self._wiring.digital or self.name in self._wiring.reads
+        return self._side(instance.chip) if instance is not None and self.noisy and apart else None
 
     def _programmed(self, instance: ChipInstance, rest: Tensor) -> Programming:
         """The last one again, for another instance of the same chip."""
@@ -188,7 +192,7 @@ class RramLinear(FrozenLinear):
         """The product as it is read, and the branch's output, which is computed off the array."""
         reads = self._wiring.reads.get(self.name) if self.noisy else None
         products, bits = self._products, self.branch_bits
-        side = self._product_of_side(input)
+        side = self._side_apart
         if reads is None and products is None and side is None and bits >= AS_IT_IS:
             return super().product(input, branch)
         if reads is not None:
@@ -197,20 +201,11 @@ class RramLinear(FrozenLinear):
             seen = input if products is None else rounded(input, products.input_bits, dim=-1)
             product = super().product(seen)
         if side is not None:
-            product = product + side
+            instance = self._wiring.instance
+            assert instance is not None
+            side_bits = instance.chip.sram.input_bits if self._wiring.digital else AS_IT_IS
+            product = product + side.product(rounded(input, side_bits, dim=-1))
         return product if branch is None else product + branch.output(input, bits)
-
-    def _product_of_side(self, input: Tensor) -> Tensor | None:
-        """What the side matrix adds to the output, at the precision of SRAM where the wiring says so."""
-        instance = self._wiring.instance
-        if instance is None or not self.noisy or not self._side_is_apart:
-            return None
-        if instance.chip.mapping.outliers.occur and self._side_of is None:
-            self.split(instance.chip)
-        if self._side is None:
-            return None
-        bits = instance.chip.sram.input_bits if self._wiring.digital else AS_IT_IS
-        return self._side.product(rounded(input, bits, dim=-1))
 
     def _read(self, input: Tensor, reads: Reads) -> Tensor:
         if isinstance(reads, ExactReads):
