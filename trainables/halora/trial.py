@@ -22,6 +22,8 @@ REPORTS_FILE = "reports.json"
 """Its reports while it trained, there."""
 RESULT_FILE = "result.json"
 """Its scores at the last goal it reached, there."""
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+"""The adapter's weights in its folder, as PEFT names them."""
 OPTIMIZER_FILE = "optimizer.safetensors"
 """The optimiser's moments, in a checkpoint."""
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from halora.cli.arguments import overrides_from
-from halora.cli.output import Format, FormatOption, ServerOption, StoreOption, open_store, show_rows, talk
+from halora.cli.output import Format, FormatOption, ServerOption, StoreOption, open_store, say, show_rows, talk
 from halora.errors import UserError
 from halora.records.store import Store
 
@@ -90,7 +90,7 @@ def select(
     if dry_run:
         show_rows(_standing_rows(standings(points, gates, prefer.value), form), form, f"candidates of {sweep}")
         return
-    found = select_adapter(place, config, points, gates, prefer.value, _say)
+    found = select_adapter(place, config, points, gates, prefer.value, say)
     if form is Format.TABLE:
         show_rows(_standing_rows(found.standings, form), form, f"candidates of {sweep}")
         for certification in found.certifications:
@@ -98,11 +98,11 @@ def select(
     else:
         show_rows([each.to_json() for each in found.certifications], form)
     if found.registered is None:
-        _say("no candidate passed every gate" if found.certifications else "no trial qualifies")
+        say("no candidate passed every gate" if found.certifications else "no trial qualifies")
         raise typer.Exit(1)
     state = "registered" if found.changed else "registered already, nothing changed"
-    _say(f"{state}: {found.registered.name}@candidate (version {found.registered.version})")
-    _say(f"next: halora adapter export {found.registered.name}@candidate FOLDER")
+    say(f"{state}: {found.registered.name}@candidate (version {found.registered.version})")
+    say(f"next: halora adapter export {found.registered.name}@candidate FOLDER")
 
 
 @app.command("list")
@@ -183,7 +183,7 @@ def register(
             f"trial '{trial}' is not certified (certified: {certified})", f"certify: halora adapter select {sweep}"
         )
     adapter, changed = register_certified(place, open_client(place), own[-1])
-    _say(f"{'registered' if changed else 'nothing changed'}: {adapter.name}@candidate (version {adapter.version})")
+    say(f"{'registered' if changed else 'nothing changed'}: {adapter.name}@candidate (version {adapter.version})")
 
 
 @app.command()
@@ -196,11 +196,11 @@ def promote(adapter: AdapterArgument, store: StoreOption = None, tracking_uri: S
     _, client = _client(store, tracking_uri)
     found = find_adapter(client, adapter)
     if CHAMPION in found.aliases:
-        _say(f"{found.name}/{found.version} is the champion already")
+        say(f"{found.name}/{found.version} is the champion already")
         return
     before = promote_adapter(client, found)
     replaced = "no champion before it" if before is None else f"it replaces version {before}"
-    _say(f"{found.name}@champion is version {found.version} now; {replaced}")
+    say(f"{found.name}@champion is version {found.version} now; {replaced}")
 
 
 @app.command()
@@ -216,7 +216,7 @@ def export(
 
     _, client = _client(store, tracking_uri)
     export_to(client, find_adapter(client, adapter), output)
-    _say(f"{len(FILES) + 1} files in '{output}'; check them anywhere with: halora adapter verify {output}")
+    say(f"{len(FILES) + 1} files in '{output}'; check them anywhere with: halora adapter verify {output}")
 
 
 @app.command()
@@ -238,7 +238,7 @@ def verify(
     from halora.selection.verify import verify as verify_bundle
 
     with bundle_at(bundle) as folder:
-        checks = verify_bundle(folder, base=base, task=task, chips=chips, say=_say)
+        checks = verify_bundle(folder, base=base, task=task, chips=chips, say=say)
     rows = [{"check": check.name, "verdict": _verdict(check.passed), "figures": check.text} for check in checks]
     show_rows(rows, form)
     if not all(check.passed for check in checks):
@@ -276,7 +276,7 @@ def _tell_chips(store: Store, sweep: "SweepConfig", gates: "Gates") -> None:
         needed = ", ".join(f"{chips} with {failures}" for failures, chips in chips_by_failures(gates, spent).items())
         error = error_share(gates.confidence, spent.earlier, spent.error)
         begun = f"{spent.earlier} certification{'' if spent.earlier == 1 else 's'}"
-        _say(
+        say(
             f"{begun} begun in this store on test rows of {task_id(task)} took "
             f"{spent.error:.3g} of an error level of {1 - gates.confidence:.3g}; the next takes {error:.3g}. A yield "
             f"of {gates.min_yield:g} then takes this many chips with so many failing: {needed}; "
@@ -362,7 +362,3 @@ def _flat(content: Any, path: str = "") -> dict[str, Any]:
 
 def _verdict(passed: bool) -> str:
     return "pass" if passed else "FAIL"
-
-
-def _say(text: str) -> None:
-    talk.print(text, markup=False, highlight=False, soft_wrap=True)

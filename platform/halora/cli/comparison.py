@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from halora.analysis.trials import OTHER_ACCURACY
-from halora.cli.output import Format, show_rows, talk
+from halora.cli.output import Format, say, show_rows
 
 if TYPE_CHECKING:
     from halora.evaluation.decisions import Gain
@@ -19,11 +19,11 @@ def print_comparison(comparison: "ClosingComparison") -> None:
         by_name.setdefault(cell.contestant, []).append(cell)
     for origin in comparison.adapters:
         if origin["cause"]:
-            _say(f"comparison: {origin['contestant']} with seed {origin['seed']} is left out: {origin['cause']}")
+            say(f"comparison: {origin['contestant']} with seed {origin['seed']} is left out: {origin['cause']}")
     if len(comparison.cells) == 2 and len(by_name) == 2:
         _print_pair(comparison, by_name.pop(comparison.reference)[0], *by_name.popitem()[1])
         return
-    _say(
+    say(
         f"\ncomparison on {comparison.chip_instances} fresh instances of each chip and {comparison.rows} fresh rows; "
         f"in brackets the 95 % interval of the gain over '{comparison.reference}', and the p-value of no difference"
     )
@@ -38,8 +38,8 @@ def print_comparison(comparison: "ClosingComparison") -> None:
         show_rows(rows, Format.TABLE, title)
     for cell in comparison.cells:
         if cell.accuracy_gain is not None:
-            _say(f"  {verdict(comparison, cell)} on {cell.chip}")
-    _say(_foot(comparison))
+            say(f"  {verdict(comparison, cell)} on {cell.chip}")
+    say(_foot(comparison))
 
 
 def verdict(comparison: "ClosingComparison", cell: "Cell") -> str:
@@ -116,8 +116,4 @@ def _print_pair(comparison: "ClosingComparison", base: "Cell", adapter: "Cell") 
         for name, title in OTHER_ACCURACY.items()
         if name in before
     ]
-    _say("\n".join([*lines, f"  {verdict(comparison, adapter)}", _foot(comparison)]))
-
-
-def _say(text: str) -> None:
-    talk.print(text, markup=False, highlight=False, soft_wrap=True)
+    say("\n".join([*lines, f"  {verdict(comparison, adapter)}", _foot(comparison)]))

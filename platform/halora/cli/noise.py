@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from halora.cli.arguments import ChipOption, ChipSetOption, chip_from
-from halora.cli.output import Format, FormatOption, show_rows, talk
+from halora.cli.output import Format, FormatOption, say, show_rows, talk
 from halora.errors import UserError, attempt
 
 if TYPE_CHECKING:
@@ -247,7 +247,7 @@ def _tell_other_causes(chip: "Chip") -> None:
     }
     if acting := [cause for cause, acts in causes.items() if acts]:
         text = f"not in these rows, but in the chip: {', '.join(acting)}"
-        talk.print(text, markup=False, highlight=False, soft_wrap=True)
+        say(text)
 
 
 def _draw(picture: Path | None, chip: "Chip", array: "RramArray | None", noise_db: Mapping[str, float]) -> None:
@@ -270,7 +270,7 @@ def _draw(picture: Path | None, chip: "Chip", array: "RramArray | None", noise_d
         figure.savefig(picture, format="png")
     except OSError as error:
         raise UserError(f"--picture {picture}: cannot be written: {error.strerror}") from None
-    talk.print(f"picture: {picture}", markup=False, highlight=False, soft_wrap=True)
+    say(f"picture: {picture}")
 
 
 def _panels(chip: "Chip", name: str, weight: "Tensor") -> "list[ErrorPanel]":
@@ -339,12 +339,9 @@ def _show_sensitivity(found: "Sequence[LayerSensitivity]", chip: "Chip", form: S
         print(json.dumps(answer, indent=1))
     else:
         show_rows(rows, Format(form.value), title)
-    talk.print(
+    say(
         "to keep the first of these in SRAM: --format yaml > ranked.yaml, "
-        "then --chip ranked.yaml --set mapping.sram_fraction=0.1",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
+        "then --chip ranked.yaml --set mapping.sram_fraction=0.1"
     )
 
 

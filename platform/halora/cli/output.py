@@ -61,6 +61,11 @@ def open_store(folder: Path | None, server: str | None = None, storage: str | No
     return Store.at(folder, server, storage)
 
 
+def say(text: str) -> None:
+    """A line on stderr as it is: no markup, no colours, not broken."""
+    talk.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 def show_rows(rows: Sequence[Mapping[str, Any]], form: Format, title: str = "") -> None:
     """Print rows of equal keys."""
     columns = list(dict.fromkeys(key for row in rows for key in row))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from halora.cli.arguments import overrides_from
-from halora.cli.output import Format, FormatOption, show_rows, talk
+from halora.cli.output import Format, FormatOption, say, show_rows
 from halora.errors import UserError
 
 if TYPE_CHECKING:
@@ -52,12 +52,12 @@ def train(
     found: list[ChipScores] = []
     for folder, each in runs.items():
         if seeds > 1:
-            _say(f"seed {each.seed}, {len(found) + 1} of {seeds}")
+            say(f"seed {each.seed}, {len(found) + 1} of {seeds}")
         _train(workbench, each, folder)
         adapter = adapter_folder(folder)
-        _say(f"adapter: {adapter}")
+        say(f"adapter: {adapter}")
         if scores:
-            _say(f"scoring on {each.evaluation.chip_instances} chip instances")
+            say(f"scoring on {each.evaluation.chip_instances} chip instances")
             found.append(workbench.evaluate(each, adapter))
             write_json(folder / RESULT_FILE, found[-1].to_json())
     if not found:
@@ -92,7 +92,7 @@ def _tell_scope(seeds: int, chips: int) -> None:
         said += f"; this speaks of {which}, not of the method (--seeds {ENOUGH_SEEDS} or more)"
     if chips == 1:
         said += "; one chip says nothing about others"
-    _say(said)
+    say(said)
 
 
 def _train(workbench: "Workbench", config: "TrialConfig", output: Path) -> None:
@@ -107,14 +107,14 @@ def _train(workbench: "Workbench", config: "TrialConfig", output: Path) -> None:
                 while not training.done:
                     report = training.advance()
                     losses = f"loss {report['train_loss']:.4f}, sigma {report['train_sigma']:.3g}"
-                    _say(f"step {report['step']}/{config.training.steps}, {losses}")
+                    say(f"step {report['step']}/{config.training.steps}, {losses}")
             finally:
                 training.close()
     except FloatingPointError as error:
-        _say(f"failed: {error}; lower training.learning_rate or the noise and train again in another folder")
+        say(f"failed: {error}; lower training.learning_rate or the noise and train again in another folder")
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        _say("interrupted; the same command goes on from the last report")
+        say("interrupted; the same command goes on from the last report")
         raise
 
 
@@ -174,10 +174,10 @@ def evaluate(
             "worst_layer_noise_db": damage.worst[0][1] if damage.worst else None,
             "layers_overwhelmed": damage.overwhelmed,
         }
-        _say(damage.warning or damage.said)
+        say(damage.warning or damage.said)
     show_rows(_by_name(answer, form), form)
     if len(found.chip_seeds) == 1:
-        _say("one chip: the intervals are over rows alone, and say nothing about other chips")
+        say("one chip: the intervals are over rows alone, and say nothing about other chips")
 
 
 def _by_name(values: dict[str, Any], form: Format) -> list[dict[str, Any]]:
@@ -223,10 +223,10 @@ def _adapter_and_trial(adapter: Path, overrides: dict[str, Any]) -> tuple[Path, 
         UserError: There is no adapter, or too little is known of its trial.
     """
     from halora.spaces.sweep import trial_from
-    from halora.trial import TRIAL_FILE, adapter_folder
+    from halora.trial import ADAPTER_WEIGHTS, TRIAL_FILE, adapter_folder
 
     folder = adapter_folder(adapter) or adapter
-    weights, settings = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    weights, settings = folder / ADAPTER_WEIGHTS, folder / "adapter_config.json"
     if not weights.is_file() or not settings.is_file():
         raise UserError(
             f"no adapter in '{adapter}': neither a trial's folder nor adapter_config.json and adapter_model.safetensors"
@@ -238,7 +238,3 @@ def _adapter_and_trial(adapter: Path, overrides: dict[str, Any]) -> tuple[Path, 
     lora = {"rank": peft["r"], "targets": peft["target_modules"], "alpha_over_rank": peft["lora_alpha"] / peft["r"]}
     described = {"model": peft["base_model_name_or_path"], "lora": lora, "training": {"steps": 0}}
     return folder, trial_from(described, str(adapter), overrides)
-
-
-def _say(text: str) -> None:
-    talk.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -28,7 +28,7 @@ from halora.spaces.gates import Gates
 from halora.spaces.sweep import SweepConfig
 from halora.training.models import model_id, plain_base, weights_digest
 from halora.training.tasks import load_rows, task_id, task_weights
-from halora.trial import TrialConfig, trial_energy
+from halora.trial import ADAPTER_WEIGHTS, TrialConfig, trial_energy
 
 if TYPE_CHECKING:
     from halora.evaluation.chips import ChipScores
@@ -169,7 +169,7 @@ def certify(
         adapter = download_adapter(client, run, Path(scratch))
         if adapter is None:
             raise UserError(f"trial '{sweep.name}/{point.number}' has no adapter in MLflow: it was simulated")
-        weights = adapter / "adapter_model.safetensors"
+        weights = adapter / ADAPTER_WEIGHTS
         adapter_bytes = weights.stat().st_size
         rows = test_rows(config, gates)
         splits = splits_of(config.task)

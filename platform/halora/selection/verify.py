@@ -17,7 +17,6 @@ from halora.hardware.addressing import Role
 from halora.records.names import CERTIFICATION_FILE, SCORES_FILE
 from halora.selection.bundle import (
     ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
     CHECKSUMS_FILE,
     CHIP_FILE,
     FILES,
@@ -25,7 +24,7 @@ from halora.selection.bundle import (
 )
 from halora.selection.certification import Certification
 from halora.training.models import BaseModel, plain_base, weights_digest
-from halora.trial import TRIAL_FILE, TrialConfig
+from halora.trial import ADAPTER_WEIGHTS, TRIAL_FILE, TrialConfig
 
 if TYPE_CHECKING:
     from halora.evaluation.chips import ChipScores

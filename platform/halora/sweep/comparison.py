@@ -25,15 +25,13 @@ from halora.records.store import ComparisonFolder, SweepFolder
 from halora.spaces.sweep import Comparison, SweepConfig
 from halora.sweep.core import DecisionCore
 from halora.sweep.seeds import SeedTraining, Trained, train_seeds
-from halora.trial import TrialConfig, adapter_folder
+from halora.trial import ADAPTER_WEIGHTS, TrialConfig, adapter_folder
 
 if TYPE_CHECKING:
     from halora.trainable import ScoringJob
 
 UNTRAINED = "untrained"
 """The bare base among the contestants."""
-
-_WEIGHTS_FILE = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -223,7 +221,7 @@ def _scored(
 
 def _digest(job: "ScoringJob") -> str:
     """What tells an evaluation from every other."""
-    adapter = sha256_of(job.adapter / _WEIGHTS_FILE) if job.adapter else None
+    adapter = sha256_of(job.adapter / ADAPTER_WEIGHTS) if job.adapter else None
     asked = [job.config.model_dump(mode="json"), adapter, job.first_row, job.first_chip]
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:24]
 
@@ -275,7 +273,7 @@ def _origin(
             "contestant": name,
             "trial": number,
             "seed": seed,
-            "adapter_sha256": sha256_of(each.adapter / _WEIGHTS_FILE) if each.adapter else None,
+            "adapter_sha256": sha256_of(each.adapter / ADAPTER_WEIGHTS) if each.adapter else None,
             "folder": str(each.adapter.relative_to(folder.root)) if each.adapter else None,
             "cause": each.cause,
         }

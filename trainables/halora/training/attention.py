@@ -132,16 +132,7 @@ def attend_rounded(query: Tensor, key: Tensor, value: Tensor, layout: RowLayout,
     token's rounding depends on another. Softmax weights are exp(score - largest score) on the 2^bits - 1 steps from 0
     to 1, divided by their sum behind the product; scores are exact.
 
-    Args:
-        query: `(1, heads, tokens, dim)`.
-        key: `(1, groups, tokens, dim)`; the heads of a group share it.
-        value: As `key`.
-        layout: Which token is of which row and sees which.
-        scaling: Of the scores.
-        bits: Below 16.
-
-    Returns:
-        `(1, tokens, heads, dim)` in the query's dtype.
+    Shapes are those of `attend_on_cpu`; `bits` is below 16.
     """
     groups = key.shape[1]
     q, k, v = (_padded(rounded(states, bits, dim=-1), layout).float() for states in (query, key, value))
@@ -153,7 +144,7 @@ def attend_rounded(query: Tensor, key: Tensor, value: Tensor, layout: RowLayout,
     weights = scores.exp_().mul_(steps).round_()
     total = weights.sum(dim=-1, keepdim=True).clamp_min_(1.0)  # 0 where no token stands
     found = (weights @ v[:, :, None]).div_(total).view(rows, heads, longest, dim)
-    return found.transpose(1, 2).flatten(0, 1).index_select(0, layout.places).to(query.dtype)[None]
+    return _end_to_end(found, layout).to(query.dtype)
 
 
 def _padded(states: Tensor, layout: RowLayout) -> Tensor:
@@ -164,11 +155,16 @@ def _padded(states: Tensor, layout: RowLayout) -> Tensor:
     return block.view(rows, longest, *by_token.shape[1:]).transpose(1, 2)
 
 
+def _end_to_end(found: Tensor, layout: RowLayout) -> Tensor:
+    """What `_padded` laid out, (rows, heads, longest, dim), as (1, tokens, heads, dim) again."""
+    return found.transpose(1, 2).flatten(0, 1).index_select(0, layout.places)[None]
+
+
 def _attend(query: Tensor, key: Tensor, value: Tensor, layout: RowLayout, scaling: float) -> Tensor:
     """Torch's own, see `attend_on_cpu`."""
     q, k, v = (_padded(states, layout) for states in (query, key, value))
     found = F.scaled_dot_product_attention(q, k, v, layout.visible, scale=scaling, enable_gqa=True)
-    return found.transpose(1, 2).flatten(0, 1).index_select(0, layout.places)[None]
+    return _end_to_end(found, layout)
 
 
 def attend_on_cpu(query: Tensor, key: Tensor, value: Tensor, layout: RowLayout, scaling: float) -> Tensor:

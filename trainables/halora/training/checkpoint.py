@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from halora.errors import UserError
-from halora.trial import OPTIMIZER_FILE
+from halora.trial import ADAPTER_WEIGHTS, OPTIMIZER_FILE
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _START_OVER = "delete it; the trial starts over"
@@ -49,7 +49,7 @@ class Checkpoint:
 
         try:
             step = int(json.loads((folder / "progress.json").read_text())["step"])
-            weights = load_file(folder / "adapter" / "adapter_model.safetensors")
+            weights = load_file(folder / "adapter" / ADAPTER_WEIGHTS)
             moments = load_file(folder / OPTIMIZER_FILE) if step else {}
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise UserError(f"checkpoint '{folder}' is damaged: {error}", _START_OVER) from None
@@ -63,7 +63,7 @@ class Checkpoint:
         shutil.rmtree(scratch, ignore_errors=True)
         (scratch / "adapter").mkdir(parents=True)
         peft_config.save_pretrained(scratch / "adapter")
-        save_file(self.weights, scratch / "adapter" / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_file(self.weights, scratch / "adapter" / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         if self.moments:
             save_file(self.moments, scratch / OPTIMIZER_FILE)
         (scratch / "progress.json").write_text(json.dumps({"step": self.step}))
