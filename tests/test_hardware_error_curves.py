@@ -82,7 +82,8 @@ def test_drawn_cells_are_those_the_programmed_weight_is_made_of():
     states = [
         {"conductance_us": g, "mean_us": g, "std_us": g / 20, "time_s": 1.0} for g in (0.0, 40.0)
     ]  # a cell at 0 has no error, so of positive weights all comes from the positive side
-    chip = load_chip({"preset": "ideal", "cells": {"g_min_us": 0.0}, "noise": {"kind": "measured", "states": states}})
+    noise, fresh = {"kind": "measured", "states": states}, {"refresh_interval_s": 1.0}
+    chip = load_chip({"preset": "ideal", "cells": {"g_min_us": 0.0}, "noise": noise, "retention": fresh})
     weight = torch.rand(40, 300, generator=torch.Generator().manual_seed(0))
     drawn = drawn_cell_error(weight, chip, KEY, "end", bins=1)
     error_us = (programmed_weight(weight, chip, KEY, 1.0) - weight).double() * 40.0 / weight.max()

@@ -37,6 +37,12 @@ def weight_scale(weight: Tensor, coding: Coding, tile: Tile) -> Tensor:
     return torch.where(largest > 0, largest, 1.0)
 
 
+def mapped(weight: Tensor, coding: Coding, tile: Tile) -> tuple[Tensor, Tensor]:
+    """Weights (d_out, d_in) as they are mapped: clipped, see `clipped`, and their `weight_scale`."""
+    values = clipped(weight, clip_limit(weight, coding, tile), tile)
+    return values, weight_scale(values, coding, tile)
+
+
 def target_conductance(stored: Tensor, sign: int, cells: Cells) -> Tensor:
     """What the positive (sign 1) or negative (-1) cells of the pairs are to hold, in microsiemens.
 

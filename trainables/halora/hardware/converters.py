@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from halora.hardware.addressing import NoiseKey, Role
-from halora.hardware.cells import clip_limit, clipped, weight_scale
+from halora.hardware.cells import mapped
 from halora.hardware.chip import Chip, Dac, Retention
 from halora.hardware.noise import Programming
 from halora.hardware.read_noise import ReadNoise, read_noise
@@ -69,7 +69,7 @@ def calibration_copies(weight: Tensor, chip: Chip) -> Tensor:
     instance that no adapter meets, right after programming, at the chip's own noise.
     """
     if chip.coding.copies == 1:
-        return clipped(weight, clip_limit(weight, chip.coding, chip.tile), chip.tile)[None, None]
+        return mapped(weight, chip.coding, chip.tile)[0][None, None]
     fresh = chip.model_copy(update={"retention": Retention(refresh_interval_s=chip.noise.first_s or 1.0)})
     return Programming.of(weight, fresh, chip.noise.level).copies(weight, _CALIBRATION)
 
@@ -90,8 +90,7 @@ def full_scale(x: Tensor, weight: Tensor, chip: Chip, copies: Tensor | None = No
         errors = [(_quantise(x, chip.dac.input_bits, r) - x).square().mean() for r in ranges]
         input_range = ranges[torch.stack(errors).argmin()]
     _, cycles = drive(x, chip.dac, input_range)
-    limit = clip_limit(weight, chip.coding, chip.tile)
-    scale = weight_scale(clipped(weight, limit, chip.tile), chip.coding, chip.tile)
+    _, scale = mapped(weight, chip.coding, chip.tile)
     copies = calibration_copies(weight, chip) if copies is None else copies
     stored = copies[0] / widened(scale, weight.shape[1], chip.tile.rows)
     adc_range = [

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from halora.hardware.addressing import NoiseKey
-from halora.hardware.cells import clip_limit, clipped, weight_scale
+from halora.hardware.cells import mapped
 from halora.hardware.chip import Chip
 from halora.hardware.noise import added_spread, block_rows, cell_arrays, programmed_weight, write_verify_ratio
 from halora.hardware.noise_models import quadrature
@@ -85,8 +85,8 @@ def drawn_cell_error(weight: Tensor, chip: Chip, key: NoiseKey, moment: Moment, 
         bins: Equal parts of the cells' range over which draws are gathered; those with few draws are left out.
     """
     first = slice(0, block_rows(weight))
-    coded = clipped(weight, clip_limit(weight, chip.coding, chip.tile), chip.tile)
-    stored = coded[first] / at_rows(weight_scale(coded, chip.coding, chip.tile), first, weight.shape[1], chip.tile.rows)
+    coded, scale = mapped(weight, chip.coding, chip.tile)
+    stored = coded[first] / at_rows(scale, first, weight.shape[1], chip.tile.rows)
     real = cell_arrays(stored, chip, chip.noise, key.part("rows 0"))
     wanted = cell_arrays(stored, chip, None, None)
     targets, errors = [], []

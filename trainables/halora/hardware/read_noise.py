@@ -12,7 +12,7 @@ from torch import Tensor
 
 from halora.hardware.addressing import NoiseKey
 from halora.hardware.cell_models import cmo_read_noise_us
-from halora.hardware.cells import clip_limit, clipped, weight_scale
+from halora.hardware.cells import mapped
 from halora.hardware.chip import Chip
 from halora.hardware.noise import block_rows, cell_arrays, ir_drop_gain
 from halora.hardware.regions import at_rows, in_tiles, widened
@@ -62,9 +62,7 @@ def read_noise(weight: Tensor, chip: Chip) -> ReadNoise | None:
     """
     if not chip.read.noisy:
         return None
-    limit = clip_limit(weight, chip.coding, chip.tile)
-    whole = clipped(weight, limit, chip.tile)
-    scale = weight_scale(whole, chip.coding, chip.tile)
+    whole, scale = mapped(weight, chip.coding, chip.tile)
     d_out, d_in = weight.shape
     tiles = -(-d_in // chip.tile.rows)
     by_input = torch.zeros(2, d_in, device=weight.device)
@@ -99,8 +97,8 @@ def sampled_read_error(weight: Tensor, chip: Chip, key: NoiseKey, cycles: int = 
     Returns:
         `(cycles, d_out, d_in)`, in weight units.
     """
-    whole = clipped(weight, clip_limit(weight, chip.coding, chip.tile), chip.tile)
-    scale = widened(weight_scale(whole, chip.coding, chip.tile), weight.shape[1], chip.tile.rows)
+    whole, scale = mapped(weight, chip.coding, chip.tile)
+    scale = widened(scale, weight.shape[1], chip.tile.rows)
     total = whole.new_zeros(cycles, *whole.shape)
     for array in cell_arrays(whole / scale, chip, None, None):
         white, slow = white_deviation_us(array.aged, chip), slow_deviation_us(array.aged, chip)
