@@ -66,10 +66,10 @@ def test_rungs_thin_the_trials_out(plan):
 
 
 def test_a_dry_run_prints_the_plan_and_launches_nothing(halora, tmp_path):
-    code, out, err = halora(f"sweep launch quickstart --dry-run --set trials=4 --store {tmp_path / 'store'}")
+    code, out, err = halora(f"sweep launch quickstart --dry-run --set trials=6 --store {tmp_path / 'store'}")
     assert code == 0
-    assert "trials: 4" in out
+    assert "trials: 6" in out
     assert "minutes each" in out
-    assert "3 of 4 trials are points tried first" in err
+    assert "4 of 6 trials are points tried first" in err
     assert "memory of a trial: about" in err
     assert not (tmp_path / "store").exists()

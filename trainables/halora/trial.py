@@ -117,14 +117,18 @@ def past_reports(folder: Path) -> list[dict[str, float]]:
     return [report for report in json.loads(written.read_text()) if report["step"] <= reached]
 
 
-def trial_energy(config: TrialConfig) -> EnergyBreakdown:
+def trial_energy(config: TrialConfig, *, estimated: bool = False) -> EnergyBreakdown:
     """Energy per token of a trial's configuration; exact, and free before training.
+
+    Args:
+        config: The trial.
+        estimated: Do without the model's weights, see `model_shape`: at once, and enough to tell what can be priced.
 
     Raises:
         UserError: The model's dimensions cannot be had.
     """
     return energy_per_token(
-        model_shape(config.model),
+        model_shape(config.model, estimated=estimated),
         config.chip,
         rank=config.lora.rank,
         targets=config.lora.targets,

@@ -100,6 +100,6 @@ def free_knobs(sweep: SweepConfig) -> list[str]:
             continue
         condition = distribution.condition(sweep.space)
         trials = [sweep.resolve({**condition, path: value}) for value in distribution.probes]
-        if len({trial_energy(trial).total_uj_per_token for trial in trials}) == 1:
+        if len({trial_energy(trial, estimated=True).total_uj_per_token for trial in trials}) == 1:
             free.append(path)
     return free

@@ -259,7 +259,7 @@ def _energy_problems(sweep: "SweepConfig") -> list[str]:
     priced = {p: d for p, d in sweep.space.items() if p.partition(".")[0] in ("model", "chip", "lora")}
     for point in ({}, *({**d.condition(sweep.space), path: value} for path, d in priced.items() for value in d.probes)):
         try:
-            trial_energy(sweep.resolve(point))
+            trial_energy(sweep.resolve(point), estimated=True)
         except UserError as error:
             at = ", ".join(f"{path} {value}" for path, value in point.items())
             for problem in error.problems:

@@ -225,7 +225,7 @@ def trial_from(
     named = model_and_task_problems(with_values(data, overrides or {}), {})
     problems += [problem.removeprefix("trial.") for problem in named]
     if not problems:
-        attempt(problems, lambda: trial_energy(config))
+        attempt(problems, lambda: trial_energy(config, estimated=True))
     if problems:
         raise UserError([f"{where}: {problem}" for problem in problems], "mend it and run again")
     return config

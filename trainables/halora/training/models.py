@@ -87,8 +87,12 @@ def find_model(model: str, dtype: Dtype = "fp32") -> str:
 
 
 @cache
-def model_shape(model: str) -> ModelShape:
+def model_shape(model: str, *, estimated: bool = False) -> ModelShape:
     """Dimensions of a model, known by its hub id or read from its configuration, once per process.
+
+    Args:
+        model: Name, folder or hub id.
+        estimated: Take the fill of its cells by shipped statistics even where its weights are at hand; loads no torch.
 
     Raises:
         UserError: The model cannot be had, or is not of the LLaMA or Qwen family.
@@ -106,7 +110,7 @@ def model_shape(model: str) -> ModelShape:
         )
     try:
         shape = ModelShape.from_config(config)
-        return replace(shape, **_measured(Path(source))) if Path(source).is_dir() else shape
+        return shape if estimated or not Path(source).is_dir() else replace(shape, **_measured(Path(source)))
     except KeyError as error:
         raise UserError(f"model '{model}' (type '{kind}') has no {error} in its config.json") from None
 
