@@ -16,7 +16,7 @@ from halora.hardware.cells import (
 )
 from halora.hardware.chip import Cells, Coding, Faults, Tile, load_chip
 from halora.hardware.noise import cell_arrays, programmed_weight
-from halora.hardware.read_noise import white_deviation_us
+from halora.hardware.read_noise import white_variance_us2
 from halora.hardware.regions import widened
 
 KEY = NoiseKey(role=Role.SEARCH, chip_seed=0, module="layer", purpose="programming")
@@ -222,11 +222,11 @@ def test_faults_belong_to_the_chip_and_programming_again_keeps_them(weight):
 def test_thermal_noise_is_that_of_the_energy_of_each_cells_own_read():
     cells = {"g_min_us": 1.0, "g_max_us": 40.0, "read_voltage_v": 0.1, "read_time_ns": 10.0}
     conductance = torch.tensor([1.0, 10.0, 40.0], dtype=torch.float64)
-    relative = white_deviation_us(conductance, _chip(cells=cells, read={"thermal": True})) / conductance
+    relative = white_variance_us2(conductance, _chip(cells=cells, read={"thermal": True})).sqrt() / conductance
     energy_j = 0.1**2 * conductance * 1e-6 * 10e-9
     torch.testing.assert_close(relative, (2 * 1.380649e-23 * 300 / energy_j).sqrt())
     assert relative[1].item() == pytest.approx(0.0029, abs=1e-4)  # 0.29 percent at 1 fJ
     torch.testing.assert_close(
-        white_deviation_us(conductance, _chip(cells=cells, read={"thermal": True, "white_us": 0.5})).square(),
+        white_variance_us2(conductance, _chip(cells=cells, read={"thermal": True, "white_us": 0.5})),
         0.25 + (relative * conductance).square(),
     )

@@ -405,7 +405,7 @@ def test_ir_drop_scales_the_noisy_columns(weight):
 def _power(weight: Tensor, chip) -> Tensor:
     """Variance of each input's weights in one read, mean over outputs."""
     noise = read_noise(weight, chip)
-    return noise.fresh.inputs + noise.lasting.inputs
+    return noise.fresh.inputs + (0 if noise.lasting is None else noise.lasting.inputs)
 
 
 READS = {

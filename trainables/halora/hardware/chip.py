@@ -132,7 +132,12 @@ class Read(Frozen):
     @property
     def noisy(self) -> bool:
         """Whether a cell reads differently from read to read."""
-        return bool(self.white_us or self.flicker or self.thermal or self.slow != "none")
+        return bool(self.white_us or self.thermal or self.lasting)
+
+    @property
+    def lasting(self) -> bool:
+        """Whether reads have noise that is the same in all cycles of a product."""
+        return bool(self.flicker or self.slow != "none")
 
 
 class Dac(Frozen):

@@ -245,7 +245,9 @@ def noise_power(
     parts: list[Tensor] = []
     if noise is not None:
         fresh = whole([(significance**2, driven.square()) for significance, driven in cycles])
-        parts += [noise.fresh.of_product(fresh), noise.lasting.of_product(whole(cycles).square())]
+        parts.append(noise.fresh.of_product(fresh))
+        if noise.lasting is not None:
+            parts.append(noise.lasting.of_product(whole(cycles).square()))
     if chip.adc.noise_steps and not chip.adc.lossless:
         steps = converters.steps(chip, d_out).square()
         of_cycles = steps.new_tensor([significance**2 for significance, _ in cycles])

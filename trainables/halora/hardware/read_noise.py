@@ -46,11 +46,11 @@ class ReadNoise:
 
     Attributes:
         fresh: Of one cycle, white and thermal noise, `read.averaged` reads averaged.
-        lasting: The same in all cycles of a product, 1/f noise.
+        lasting: The same in all cycles of a product, 1/f noise; none without.
     """
 
     fresh: ReadPower
-    lasting: ReadPower
+    lasting: ReadPower | None
 
 
 def read_noise(weight: Tensor, chip: Chip) -> ReadNoise | None:
@@ -64,23 +64,26 @@ def read_noise(weight: Tensor, chip: Chip) -> ReadNoise | None:
         return None
     whole, scale = mapped(weight, chip.coding, chip.tile)
     d_out, d_in = weight.shape
-    tiles = -(-d_in // chip.tile.rows)
-    by_input = torch.zeros(2, d_in, device=weight.device)
-    by_output = torch.zeros(2, tiles, d_out, device=weight.device)
+    tiles, kinds = -(-d_in // chip.tile.rows), 1 + chip.read.lasting
+    by_input = torch.zeros(kinds, d_in, device=weight.device)
+    by_output = torch.zeros(kinds, tiles, d_out, device=weight.device)
     step = block_rows(weight)
     for start in range(0, d_out, step):
         rows = slice(start, start + step)
         block_scale = at_rows(scale, rows, d_in, chip.tile.rows)
         for array in cell_arrays(whole[rows] / block_scale, chip, None, None):
-            fresh = white_deviation_us(array.aged, chip).square_().div_(chip.read.averaged)
-            for kind, variance in enumerate((fresh, slow_deviation_us(array.aged, chip).square_())):
+            variances = [white_variance_us2(array.aged, chip).div_(chip.read.averaged)]
+            if chip.read.lasting:
+                variances.append(slow_deviation_us(array.aged, chip).square_())
+            for kind, variance in enumerate(variances):
                 power = variance.mul_((array.share * block_scale).square())
                 by_input[kind] += power.sum(dim=0)
                 by_output[kind, :, rows] += in_tiles(power, chip.tile.rows).sum(dim=-1).T
     by_input = by_input.div_(d_out).mul_(ir_drop_gain(weight, chip).to(by_input).square_())
     mean = by_output.mean(dim=2, keepdim=True)
     relative = torch.where(mean > 0, by_output / mean.clamp_min(torch.finfo(mean.dtype).tiny), 1.0)
-    return ReadNoise(*(ReadPower(by_input[kind], relative[kind], chip.tile.rows) for kind in range(2)))
+    fresh, *lasting = (ReadPower(by_input[kind], relative[kind], chip.tile.rows) for kind in range(kinds))
+    return ReadNoise(fresh, lasting[0] if lasting else None)
 
 
 def sampled_read_error(weight: Tensor, chip: Chip, key: NoiseKey, cycles: int = 1) -> Tensor:
@@ -101,7 +104,7 @@ def sampled_read_error(weight: Tensor, chip: Chip, key: NoiseKey, cycles: int = 
     scale = widened(scale, weight.shape[1], chip.tile.rows)
     total = whole.new_zeros(cycles, *whole.shape)
     for array in cell_arrays(whole / scale, chip, None, None):
-        white, slow = white_deviation_us(array.aged, chip), slow_deviation_us(array.aged, chip)
+        white, slow = white_variance_us2(array.aged, chip).sqrt_(), slow_deviation_us(array.aged, chip)
         total += _normal(key.part(f"{array.name}, 1/f"), slow) * slow * array.share
         for index in range(cycles * chip.read.averaged):
             unit = _normal(key.part(array.name, draw=index), white)
@@ -109,8 +112,8 @@ def sampled_read_error(weight: Tensor, chip: Chip, key: NoiseKey, cycles: int = 
     return total.mul_(scale) * ir_drop_gain(weight, chip).to(total)
 
 
-def white_deviation_us(conductance: Tensor, chip: Chip) -> Tensor:
-    """Standard deviation of one read of a cell that averaging reduces, in microsiemens, shaped like `conductance`.
+def white_variance_us2(conductance: Tensor, chip: Chip) -> Tensor:
+    """Variance of one read of a cell that averaging reduces, in squared microsiemens, shaped like `conductance`.
 
     White noise of the read-out, and the thermal noise of the read pulse: (sigma_G / G)^2 = 2 k T / E with
     E = V^2 G t of that cell, hence sigma_G^2 = 2 k T G / (V^2 t).
@@ -120,7 +123,7 @@ def white_deviation_us(conductance: Tensor, chip: Chip) -> Tensor:
     if read.thermal:
         energy_per_us_j = cells.read_voltage_v**2 * cells.read_time_ns * 1e-9 * 1e-6
         variance.add_(conductance, alpha=2 * BOLTZMANN_J_PER_K * TEMPERATURE_K / energy_per_us_j)
-    return variance.sqrt_()
+    return variance
 
 
 def slow_deviation_us(conductance: Tensor, chip: Chip) -> Tensor:
