@@ -2,7 +2,7 @@
 
 Ours redraws the noise on all mapped weights at every step and has L_reg in its loss. The other is LoRA without noise
 through transformers and PEFT: batches padded to their longest row, logits for every token. Once more with our attention
-given to it.
+given to it. And a step on a chip that keeps a thousandth of its weights in SRAM against one on a chip that keeps none.
 
     python -m benchmarks.step
 """
@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from benchmarks.harness import Way, interleave, parser, record, save, use_threads
-from benchmarks.ways import CLEAN, OurSteps, PlainSteps, trial
+from benchmarks.harness import Record, Way, interleave, parser, record, save, use_threads
+from benchmarks.ways import CHIP, CLEAN, OurSteps, PlainSteps, trial
 from halora.hardware.addressing import derive_seed
 from halora.training.attention import RowLayout, attend_on_cpu
 from halora.trial import TrialConfig
@@ -48,7 +48,22 @@ def main() -> None:
             mine = seconds.pop("ours")
             case = f"step/{dtype}, {batch_size} rows, against"
             records += [record(f"{case} {other}", mine, its) for other, its in seconds.items()]
+    records.append(outliers_record(arguments.rounds))
     save(records, arguments.results)
+
+
+def outliers_record(rounds: int) -> Record:
+    """What outliers in SRAM add to a step whose noise is redrawn."""
+    settings = {"training.dtype": "fp32", "training.batch_size": 8, "training.mu": _MU, "training.steps": rounds + 1}
+    ways = {
+        share: OurSteps(trial({**settings, "chip": {**CHIP, "mapping": {"outliers": {"share": share}}}}))
+        for share in (0.001, 0.0)
+    }
+    seconds = interleave({f"share {share:g}": way for share, way in ways.items()}, rounds)
+    for way in ways.values():
+        way.close()
+    with_outliers, without = seconds.values()
+    return record("step/fp32, 8 rows, a share of 0.001 in SRAM, against none", with_outliers, without)
 
 
 def check_equal_losses(config: TrialConfig, steps: int) -> None:

@@ -37,7 +37,7 @@ def _launched(store, *arguments):
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory, tiny_models, tiny_task):
-    """A store with a sweep of two trials on a chip that ages."""
+    """A store with a sweep of two trials on a chip that ages and keeps the largest weights in SRAM."""
     folder = tmp_path_factory.mktemp("selection")
     evaluation = {"chip_instances": 2, "rows": 8, "calibration_tokens": 16}
     training = {
@@ -55,7 +55,11 @@ def store(tmp_path_factory, tiny_models, tiny_task):
         "trial": {
             "model": tiny_models["llama"],
             "task": tiny_task,
-            "chip": {"preset": "neurram-2022", "read": {"white_us": 0.0}},
+            "chip": {
+                "preset": "neurram-2022",
+                "read": {"white_us": 0.0},
+                "mapping": {"outliers": {"share": 0.01, "weight_bits": 6}},
+            },
             "training": training,
             "evaluation": evaluation,
         },
@@ -229,6 +233,7 @@ def test_the_champion_that_is_replaced_is_remembered(store, registered):
 def test_a_bundle_holds_what_it_should_and_no_path_of_this_machine(exported, tiny_models, tmp_path_factory):
     assert {path.name for path in exported.iterdir()} == {*FILES, CHECKSUMS_FILE}
     subprocess.run(["sha256sum", "--check", "--quiet", "--strict", CHECKSUMS_FILE], cwd=exported, check=True)
+    assert json.loads((exported / "chip.json").read_text())["mapping"]["outliers"]["share"] == 0.01
     text = "".join(path.read_text() for path in exported.iterdir() if path.suffix != ".safetensors")
     assert str(tmp_path_factory.getbasetemp()) not in text
     assert json.loads((exported / "adapter_config.json").read_text())["base_model_name_or_path"] == "llama"

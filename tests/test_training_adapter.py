@@ -1,9 +1,12 @@
 """Oracles: closed forms of both norms and of their gradients; PEFT's own layer; the variants' weights, written out."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
@@ -17,7 +20,7 @@ from halora.trainable import Workbench
 from halora.training.adapter import attach, attach_saved, detach, regulariser
 from halora.training.config import LINEAR_NAMES
 from halora.training.rram import ChipInstance
-from halora.trial import adapter_folder
+from halora.trial import ADAPTER_WEIGHTS, adapter_folder
 
 GENERATOR = torch.Generator().manual_seed(4)
 
@@ -193,3 +196,55 @@ def test_targets_that_the_model_has_not_are_told_before_anything_changes(workben
     with pytest.raises(UserError, match=r"has no layers named w_pack, qkv_proj \(mend lora.targets\)"):
         attach(base, lora, seed=0)
     assert not any("lora" in name for name, _ in base.causal_lm.named_modules())
+
+
+@pytest.fixture(scope="module")
+def saved(tiny_models, tmp_path_factory):
+    """Folder of a fresh adapter of the tiny LLaMA, as PEFT stores it."""
+    folder = tmp_path_factory.mktemp("adapters") / "adapter"
+    model = AutoModelForCausalLM.from_pretrained(tiny_models["llama"])
+    get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"])).save_pretrained(folder)
+    return folder
+
+
+def _renamed(tensors):
+    return {name.replace("base_model.model.", "model."): tensor for name, tensor in tensors.items()}
+
+
+def _of_another_depth(tensors):
+    return {name.replace("layers.1.", "layers.7."): tensor for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (_renamed, "tensor 'model.model.layers.0.self_attn.q_proj.lora_A.weight' does not belong to the base model"),
+        (lambda tensors: {}, "layers.1.self_attn.v_proj.lora_B.weight' is missing"),
+        (lambda tensors: {n: t for n, t in tensors.items() if "lora_B" not in n}, "q_proj.lora_B.weight' is missing"),
+        (_of_another_depth, "layers.7.self_attn.q_proj.lora_A.weight' does not belong to the base model"),
+        (
+            lambda tensors: {n: t[:, :-1].contiguous() for n, t in tensors.items()},
+            r"q_proj.lora_A.weight' has the shape \[2, 31\], its layer wants \[2, 32\]",
+        ),
+    ],
+    ids=["another prefix", "empty", "half of them", "another depth", "another width"],
+)
+def test_an_adapter_that_does_not_fit_is_refused_and_the_base_left_as_it_was(
+    workbench, tiny_trial, saved, tmp_path, change, told
+):
+    folder = Path(shutil.copytree(saved, tmp_path / "changed"))
+    save_file(change(load_file(folder / ADAPTER_WEIGHTS)), folder / ADAPTER_WEIGHTS)
+    base, _ = workbench.base(tiny_trial())
+    with pytest.raises(UserError, match=told):
+        attach_saved(base, folder)
+    assert not any("lora" in name for name, _ in base.causal_lm.named_modules())
+    detach(attach_saved(base, saved))
+
+
+def test_an_adapter_that_is_not_lora_is_refused(workbench, tiny_trial, saved, tmp_path):
+    folder = Path(shutil.copytree(saved, tmp_path / "changed"))
+    described = {"peft_type": "IA3", "task_type": "CAUSAL_LM", "target_modules": ["q_proj"], "feedforward_modules": []}
+    (folder / "adapter_config.json").write_text(json.dumps(described))
+    base, _ = workbench.base(tiny_trial())
+    with pytest.raises(UserError, match="is of PEFT's type IA3, not LORA"):
+        attach_saved(base, folder)

@@ -42,14 +42,6 @@ def test_a_tokenizer_without_a_template_is_refused(base):
         chat_rows([ROW], Bare())
 
 
-def test_a_template_that_begins_the_text_is_not_begun_twice(base, monkeypatch):
-    monkeypatch.setattr(base.tokenizer, "add_bos_token", True, raising=False)
-    begin = base.tokenizer.bos_token_id
-    (row,) = prepared_rows([ROW], base, "chat")  # SmolLM2's template begins with the token that texts begin with
-    assert encode(row, base.tokenizer)[0][:2].count(begin) == 1
-    assert encode(ROW, base.tokenizer)[0][0] == begin
-
-
 def test_rows_longer_than_the_model_s_positions_are_all_told(base):
     word = base.tokenizer(" fruit").input_ids
     fixed = len(base.tokenizer(ROW.prompt).input_ids) + 1  # and one token of the option

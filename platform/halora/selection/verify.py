@@ -16,7 +16,6 @@ from halora.files import sha256_of
 from halora.hardware.addressing import Role
 from halora.records.names import CERTIFICATION_FILE, SCORES_FILE
 from halora.selection.bundle import (
-    ADAPTER_CONFIG,
     CHECKSUMS_FILE,
     CHIP_FILE,
     FILES,
@@ -110,8 +109,6 @@ def verify(
             f"'{config.model}' in {config.training.dtype} has {found[:12]}: another base model",
             "give the right one with --base",
         )
-    if problems := tensor_problems(folder, plain.causal_lm):
-        raise UserError([f"{folder / ADAPTER_WEIGHTS}: {problem}" for problem in problems])
     checks = [
         Check("files", True, f"{len(FILES)} files as their checksums say"),
         Check("base", True, f"{certification.base}, weights {found[:12]}"),
@@ -120,33 +117,6 @@ def verify(
     del plain
     say(f"scoring {chips or certification.certificate.chips} certified chips again")
     return [*checks, *_scored_again(folder, config, bundle, chips)]
-
-
-def tensor_problems(folder: Path, base: Any) -> list[str]:
-    """Tensors of an adapter that do not belong to a base model, or that it lacks, by name and shape."""
-    from safetensors import safe_open
-    from torch import nn
-
-    described = _json(folder / ADAPTER_CONFIG)
-    rank, targets = described["r"], set(described["target_modules"])
-    wanted: dict[str, list[int]] = {}
-    for name, module in base.named_modules():
-        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in targets:
-            prefix = f"base_model.model.{name}"
-            wanted[f"{prefix}.lora_A.weight"] = [rank, module.in_features]
-            wanted[f"{prefix}.lora_B.weight"] = [module.out_features, rank]
-            if described.get("use_dora"):
-                wanted[f"{prefix}.lora_magnitude_vector"] = [module.out_features]
-    with safe_open(folder / ADAPTER_WEIGHTS, "pt") as tensors:
-        found = {name: list(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-    problems = [f"tensor '{name}' does not belong to the base model" for name in sorted(found.keys() - wanted.keys())]
-    problems += [f"tensor '{name}' is missing" for name in sorted(wanted.keys() - found.keys())]
-    problems += [
-        f"tensor '{name}' has the shape {found[name]}, its layer wants {wanted[name]}"
-        for name in sorted(found.keys() & wanted.keys())
-        if found[name] != wanted[name]
-    ]
-    return problems
 
 
 def _file_problems(folder: Path) -> list[str]:

@@ -1,6 +1,6 @@
 """The LoRA branch: attached with PEFT, regularised by HaLoRA's L_reg, stored as a standard PEFT folder."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -15,6 +15,7 @@ from halora.hardware.rounding import AS_IT_IS, rounded
 from halora.training.config import LoraSettings
 from halora.training.frozen import Branch, FrozenLinear
 from halora.training.models import BaseModel
+from halora.trial import ADAPTER_WEIGHTS
 
 
 def attach(base: BaseModel, lora: LoraSettings, seed: int) -> Any:
@@ -87,20 +88,45 @@ def attach_saved(base: BaseModel, folder: Path, weight_bits: int = AS_IT_IS) -> 
         weight_bits: Precision of A and B in the chip's SRAM, with a scale per rank; 16 leaves them as stored.
 
     Raises:
-        UserError: The folder holds no adapter in safetensors.
+        UserError: The folder holds no LoRA adapter in safetensors, or one whose tensors are not those of this base with
+            this configuration; all of them are told.
     """
-    from peft import PeftConfig, PeftModel
+    from peft import LoraConfig, PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+    from safetensors.torch import load_file
 
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise UserError(f"no adapter_model.safetensors in '{folder}'")
+    saved = folder / ADAPTER_WEIGHTS
+    if not saved.is_file():
+        raise UserError(f"no {ADAPTER_WEIGHTS} in '{folder}'")
     config: Any = PeftConfig.from_pretrained(folder)
+    if not isinstance(config, LoraConfig):
+        raise UserError(f"the adapter in '{folder}' is of PEFT's type {config.peft_type.value}, not LORA")
+    config.inference_mode = True
     config._register_custom_module({FrozenLinear: _fused_lora()})
-    peft_model = PeftModel.from_pretrained(base.causal_lm, folder, config=config)
+    peft_model = get_peft_model(base.causal_lm, config)
+    tensors = load_file(saved)
+    wanted = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+    if problems := _misfits(tensors, wanted):
+        detach(peft_model)
+        raise UserError([f"{saved}: {problem}" for problem in problems], "is it another base's adapter?")
+    set_peft_model_state_dict(peft_model, tensors)
+    peft_model.eval()
     with torch.no_grad():
         for a, b in lora_pairs(peft_model):
             a.copy_(rounded(a, weight_bits, dim=1))
             b.copy_(rounded(b, weight_bits, dim=0))
     return peft_model
+
+
+def _misfits(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
+    """Tensors of an adapter that the model has no place for, or that it lacks: PEFT would go on without them."""
+    problems = [f"tensor '{name}' does not belong to the base model" for name in sorted(found.keys() - wanted.keys())]
+    problems += [f"tensor '{name}' is missing" for name in sorted(wanted.keys() - found.keys())]
+    problems += [
+        f"tensor '{name}' has the shape {list(found[name].shape)}, its layer wants {list(wanted[name].shape)}"
+        for name in sorted(found.keys() & wanted.keys())
+        if found[name].shape != wanted[name].shape
+    ]
+    return problems
 
 
 def detach(peft_model: Any) -> None:

@@ -9,7 +9,7 @@ another, so that no token is padding.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, takewhile
 from typing import Any
 
 import numpy as np
@@ -51,10 +51,12 @@ class PackedRow:
 
 
 def encode(row: Row, tokenizer: Any, only: int | None = None) -> tuple[list[int], list[list[int]]]:
-    """Token ids of the prompt and of each option; tokenised apart, so all options share the prompt's ids.
+    """Token ids of the prompt and of each option, which end to end are those of the whole text.
 
-    An empty prompt is the token that texts begin with. A row's single option is a completion: it ends with the token
-    that texts end with, so that a model trained on it learns to stop.
+    That is, what the tokenizer makes of prompt and option as one text, with the tokens that it puts before any text.
+    All options share the prompt's ids: a token that reaches across the boundary, or that an option changes, is the
+    option's. Where nothing is left of a prompt, it is the token that texts begin with. A row's single option is a
+    completion: it ends with the token that texts end with, so that a model trained on it learns to stop.
 
     Args:
         row: The row.
@@ -64,19 +66,29 @@ def encode(row: Row, tokenizer: Any, only: int | None = None) -> tuple[list[int]
     Raises:
         UserError: An option has no tokens, or the prompt has none and the tokenizer no token to begin with.
     """
-    begin = tokenizer.bos_token_id
-    prompt = tokenizer(row.prompt, add_special_tokens=False).input_ids
-    begins = begin is not None and getattr(tokenizer, "add_bos_token", False) and prompt[:1] != [begin]
-    if begins or not prompt:
-        first = tokenizer.eos_token_id if begin is None else begin
-        prompt = [*([] if first is None else [first]), *prompt]
     texts = row.options if only is None else row.options[only : only + 1]
-    options = [tokenizer(option, add_special_tokens=False).input_ids for option in texts]
-    if not prompt or not all(options):
+    pieces = [row.prompt, *(row.prompt + text for text in texts)]
+    alone, *wholes = (tokenizer(text, add_special_tokens=False).input_ids for text in pieces)
+    shared = sum(1 for _ in takewhile(lambda ids: len(set(ids)) == 1, zip(alone, *wholes, strict=False)))
+    prompt, options = alone[:shared], [whole[shared:] for whole in wholes]
+    opening = _opening(tokenizer)
+    if prompt[: len(opening)] != opening:  # a chat template may have written it already
+        prompt = opening + prompt
+    if not prompt:
+        first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        prompt = [] if first is None else [first]
+    if not prompt or not all(options) or not all(texts):
         raise UserError(f"row '{row.row_id}' has an empty prompt or option")
     if len(row.options) == 1 and tokenizer.eos_token_id is not None:
         options = [[*options[0], tokenizer.eos_token_id]]
     return prompt, options
+
+
+@lru_cache(maxsize=4)
+def _opening(tokenizer: Any) -> list[int]:
+    """What a tokenizer puts before the tokens of any text. No attribute tells: a post-processor may put it there."""
+    plain, whole = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
+    return next(whole[:i] for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
 
 
 def pack(row: Row, tokenizer: Any) -> PackedRow:

@@ -4,6 +4,7 @@ Known data sets get the cloze form of OLMES (Gu et al., arXiv 2406.08446), which
 set reads the same from the wheel and from the hub. The schema is recognised by its keys.
 """
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -85,7 +86,17 @@ def read_question(record: Any) -> Question:
     return question
 
 
-def _asked(question: Any) -> str:
+def _text(record: Record, key: str) -> str:
+    return _as_text(record[key], key)
+
+
+def _as_text(value: Any, what: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{what} is no text but {json.dumps(value, default=repr)}; write it in quotes")
+    return value
+
+
+def _asked(question: str) -> str:
     return f"Question: {question}\nAnswer:"
 
 
@@ -96,7 +107,7 @@ def _choice(prompt: str, texts: Any, answer: int) -> Question:
         raise ValueError(f"{len(texts)} choices; a row has two or more")
     if not 0 <= answer < len(texts):
         raise ValueError(f"answer {answer} is outside its {len(texts)} choices")
-    return Question(prompt, tuple(f" {text}" for text in texts), answer)
+    return Question(prompt, tuple(f" {_as_text(text, f'choice {i}')}" for i, text in enumerate(texts)), answer)
 
 
 def _index(label: Any, labels: list[Any]) -> int:
@@ -106,45 +117,48 @@ def _index(label: Any, labels: list[Any]) -> int:
 
 
 def _whole(answer: Any) -> int:
-    try:
+    whole = isinstance(answer, int) and not isinstance(answer, bool)
+    if whole or (isinstance(answer, str) and answer.strip().isdecimal()):
         return int(answer)
-    except (TypeError, ValueError):
-        raise ValueError(f"answer {answer!r} is not the index of a choice") from None
+    raise ValueError(f"answer {answer!r} is not the index of a choice")
 
 
 def _wheel(record: Record) -> Question:
-    return _choice(record["query"], record["choices"], _whole(record["gold"]))
+    return _choice(_text(record, "query"), record["choices"], _whole(record["gold"]))
 
 
 def _plain(record: Record) -> Question:
-    return _choice(_asked(record["question"]), record["choices"], _whole(record["answer"]))
+    return _choice(_asked(_text(record, "question")), record["choices"], _whole(record["answer"]))
 
 
 def _arc(record: Record) -> Question:
     choices = record["choices"]
     answer = _index(record["answerKey"], list(choices["label"]))
-    return _choice(_asked(record.get("question", record.get("question_stem"))), list(choices["text"]), answer)
+    asked = _text(record, "question" if "question" in record else "question_stem")
+    return _choice(_asked(asked), list(choices["text"]), answer)
 
 
 def _siqa(record: Record) -> Question:
     options = [record[f"answer{letter}"] for letter in "ABC"]
     answer = _index(str(record["label"]), ["1", "2", "3"])
-    return _choice(_asked(f"{record['context']} {record['question']}"), options, answer)
+    return _choice(_asked(f"{_text(record, 'context')} {_text(record, 'question')}"), options, answer)
 
 
 def _piqa(record: Record) -> Question:
-    return _choice(f"Goal: {record['goal']}\nAnswer:", [record["sol1"], record["sol2"]], _whole(record["label"]))
+    prompt = f"Goal: {_text(record, 'goal')}\nAnswer:"
+    return _choice(prompt, [record["sol1"], record["sol2"]], _whole(record["label"]))
 
 
 def _boolq(record: Record) -> Question:
     right = record["answer"] if "answer" in record else {0: False, 1: True}[record["label"]]
-    prompt = f"{record['passage']}\n{_asked(str(record['question']) + '?')}"
+    prompt = f"{_text(record, 'passage')}\n{_asked(_text(record, 'question') + '?')}"
     return _choice(prompt, ["yes", "no"], _index(right, [True, False]))
 
 
 def _hellaswag(record: Record) -> Question:
-    context = f"{record['activity_label']}: {record['ctx_a']} {record['ctx_b'].capitalize()}"
-    return _choice(_clean(context), [_clean(ending) for ending in record["endings"]], _whole(record["label"]))
+    context = f"{_text(record, 'activity_label')}: {_text(record, 'ctx_a')} {_text(record, 'ctx_b').capitalize()}"
+    endings = [_clean(_as_text(ending, f"ending {i}")) for i, ending in enumerate(record["endings"])]
+    return _choice(_clean(context), endings, _whole(record["label"]))
 
 
 def _clean(text: str) -> str:
@@ -154,31 +168,31 @@ def _clean(text: str) -> str:
 
 def _winogrande(record: Record) -> Question:
     """The sentence up to its blank, then either option with the rest of the sentence."""
-    before, blank, after = record["sentence"].partition("_")
+    before, blank, after = _text(record, "sentence").partition("_")
     if not blank:
         raise ValueError("the sentence has no blank '_'")
     space = " " if before.endswith(" ") else ""
-    options = tuple(f"{space}{record[name]}{after}" for name in ("option1", "option2"))
+    options = tuple(f"{space}{_text(record, name)}{after}" for name in ("option1", "option2"))
     return Question(before.rstrip(" "), options, _index(str(record["answer"]), ["1", "2"]))
 
 
 def _instruction(record: Record) -> Question:
     """An instruction with its response, in the Alpaca prompt that LLM-Adapters (arXiv 2304.01933) trains on."""
-    given = record.get("input") or ""
+    given = _text(record, "input") if record.get("input") else ""
     paired = ", paired with an input that provides further context" if given else ""
-    prompt = _ALPACA.format(paired=paired, instruction=record["instruction"])
+    prompt = _ALPACA.format(paired=paired, instruction=_text(record, "instruction"))
     prompt += f"### Input:\n{given}\n\n" if given else ""
-    return Question(f"{prompt}### Response:\n", (str(record["output"]),), 0, str(record.get("answer") or ""))
+    return Question(f"{prompt}### Response:\n", (_text(record, "output"),), 0, str(record.get("answer") or ""))
 
 
 def _completion(record: Record) -> Question:
-    return Question(str(record["prompt"]), (str(record["completion"]),), 0)
+    return Question(_text(record, "prompt"), (_text(record, "completion"),), 0)
 
 
 def _open_question(record: Record) -> Question:
     if not isinstance(record["answer"], str):
         raise ValueError(f"answer {record['answer']!r} is no text; a row that has an index as answer has choices")
-    return Question(_asked(record["question"]), (f" {record['answer']}",), 0)
+    return Question(_asked(_text(record, "question")), (f" {record['answer']}",), 0)
 
 
 def _format(shown: str, read: Callable[[Record], Question], held_out: Literal["validation", "test"] | None) -> Format:
