@@ -29,17 +29,14 @@ def overrides_from(settings: list[str] | None, example: str = "trial.training.st
     Raises:
         UserError: One of them has no `=`, or its value is not YAML.
     """
-    import yaml
+    from halora.yaml_files import parse_yaml
 
     overrides = {}
     for setting in settings or []:
         path, separator, value = setting.partition("=")
         if not separator or not path:
             raise UserError(f"--set {setting}: write PATH=VALUE, for example {example}")
-        try:
-            overrides[path] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise UserError(f"--set {setting}: '{value}' is not YAML; quote it, for example '\"{value}\"'") from None
+        overrides[path] = parse_yaml(value, f"--set {path}: '{value}'")
     return overrides
 
 

@@ -15,10 +15,9 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from halora.errors import UserError, nearest
 from halora.sweep.versions import LIBRARIES, code_digest, own_code
+from halora.yaml_files import read_yaml
 
 HEAD_SCRIPTS = ("postgresql.sh", "mlflow.sh", "ray-head.sh")
 """What the head starts, in this order: each needs the one before."""
@@ -99,12 +98,7 @@ def check_cluster_file(path: Path) -> list[NodeType]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        config = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise UserError(f"'{path}' cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"'{path}' is not YAML: {' '.join(str(error).split())}") from None
+    config = read_yaml(path, f"'{path}'")
     if not isinstance(config, dict):
         raise UserError(f"'{path}' holds no settings; ray_cluster.yaml of this project is one to begin with")
     plain: dict[str, Any] = json.loads(json.dumps(config, default=str))  # keys and dates as texts, as in JSON

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from halora.errors import UserError, nearest
 from halora.hardware.addressing import derive_seed
 from halora.spaces.language import Categorical, Distribution
 from halora.spaces.sweep import SweepConfig
+from halora.yaml_files import parse_yaml
 
 _REQUIRED = ("trial", "step", "accuracy", "clean_accuracy")
 _OPTIONAL = ("seconds", "chip_seconds", "accuracy_std_chips", "train_loss", "margin", "clean_margin")
@@ -55,8 +55,8 @@ def read_table(path: Path, sweep: SweepConfig) -> "Table":
             if not text or name not in known:
                 continue
             try:
-                read = yaml.safe_load(text) if name in sweep.space else float(text)
-            except (ValueError, yaml.YAMLError):
+                read = parse_yaml(text, name) if name in sweep.space else float(text)
+            except (ValueError, UserError):
                 problems.append(f"{path}, line {i}: {name} is '{text}', not a number")
                 continue
             if name not in sweep.space:

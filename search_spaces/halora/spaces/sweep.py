@@ -6,7 +6,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import AfterValidator, Field, StringConstraints, ValidationError, field_validator
 
 from halora.errors import UserError, attempt, nearest
@@ -19,6 +18,7 @@ from halora.spaces.mistakes import describe
 from halora.spaces.resolving import formula, named_chip, resolve_trial
 from halora.spaces.search import Budget, Constraint, EarlyStopping, Racing, SearchSettings
 from halora.trial import TrialConfig, trial_energy
+from halora.yaml_files import parse_yaml, read_yaml
 
 SHIPPED = files("halora.spaces") / "sweeps"
 
@@ -232,21 +232,18 @@ def trial_from(
 
 
 def _read(name_or_path: str, what: str = "sweep") -> dict[str, Any]:
+    where = f"{what} '{name_or_path}'"
     if name_or_path in shipped_sweeps():
-        text = (SHIPPED / f"{name_or_path}.yaml").read_text()
+        data = parse_yaml((SHIPPED / f"{name_or_path}.yaml").read_text(encoding="utf-8"), where)
     elif name_or_path == "-":
-        text = sys.stdin.read()
+        data = parse_yaml(sys.stdin.read(), f"the {what} on standard input")
     elif Path(name_or_path).is_file():
-        text = Path(name_or_path).read_text()
+        data = read_yaml(Path(name_or_path), where)
     else:
         raise UserError(
             f"no {what} '{name_or_path}': neither a shipped sweep ({', '.join(shipped_sweeps())}) nor a file"
             + nearest(name_or_path, shipped_sweeps())
         )
-    try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{name_or_path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise UserError(f"{name_or_path}: a {what} is a mapping of keys to values, got {type(data).__name__}")
     return data

@@ -20,6 +20,7 @@ from halora.hardware.costs import AdcCosts, constant_names
 from halora.hardware.description import Frozen
 from halora.hardware.mapping import Mapping
 from halora.hardware.noise_settings import AgeingSetting, NoiseSetting
+from halora.yaml_files import read_yaml
 
 PRESETS = files("halora.hardware") / "presets"
 
@@ -310,10 +311,7 @@ def _read(name: str) -> dict[str, Any]:
     if name in preset_names():
         return _preset(name)
     if name.endswith((".yaml", ".yml")) and Path(name).is_file():
-        try:
-            content = yaml.safe_load(Path(name).read_text())
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"chip '{name}' is not YAML: {' '.join(str(error).split())}") from None
+        content = read_yaml(Path(name), f"chip '{name}'")
         if not isinstance(content, dict):
             raise UserError(f"chip '{name}': a chip is a mapping of keys to values, got {type(content).__name__}")
         base = content.pop("preset", None)
