@@ -26,7 +26,7 @@ from halora.hardware.cells import mapped
 from halora.hardware.chip import Chip, Dac, Retention
 from halora.hardware.noise import Programming
 from halora.hardware.read_noise import ReadNoise, read_noise
-from halora.hardware.regions import widened
+from halora.hardware.regions import in_tiles, widened
 
 _SMALLER, _LARGER = (
     (0.7, 0.5, 0.35, 0.25, 0.18, 0.12, 0.08),
@@ -93,66 +93,55 @@ def full_scale(x: Tensor, weight: Tensor, chip: Chip, copies: Tensor | None = No
     _, scale = mapped(weight, chip.coding, chip.tile)
     copies = calibration_copies(weight, chip) if copies is None else copies
     stored = copies[0] / widened(scale, weight.shape[1], chip.tile.rows)
+    row_tiles = in_tiles(stored, chip.tile.rows).transpose(1, 2)  # (slices, row tiles, d_out, rows)
     adc_range = [
-        [
-            [
-                _tile_ranges(F.linear(inputs, weights), chip)
-                for inputs, weights in zip(
-                    torch.split(driven, chip.tile.rows, 1), torch.split(of_slice, chip.tile.rows, 1), strict=True
-                )
-            ]
-            for of_slice in stored
-        ]
+        torch.stack(
+            [_tile_ranges(in_tiles(driven, chip.tile.rows).transpose(0, 1) @ tiles.mT, chip) for tiles in row_tiles]
+        )
         for _, driven in cycles
     ]
-    return Converters(input_range, _stacked(adc_range), scale)
-
-
-def _stacked(parts: list[list[list[Tensor]]]) -> Tensor:
-    return torch.stack([torch.stack([torch.stack(tiles) for tiles in slices]) for slices in parts])
+    return Converters(input_range, torch.stack(adc_range), scale)
 
 
 def _tile_ranges(sums: Tensor, chip: Chip) -> Tensor:
-    """Full scale of the ADC of every tile of a row of tiles, by sums (N, d_out) on calibration tokens: (column tiles,).
+    """Full scale of the ADC of every tile by its sums on calibration tokens: (row tiles, N, d_out) -> (rows, columns).
 
-    A multiple of the root mean square of the tile's own sums, the same one for the row of tiles, so that the rare sums
+    A multiple of the root mean square of the tile's own sums, the same one for a row of tiles, so that the rare sums
     of all of them tell where clipping begins (docs/decisions/010): that of least squared error, which is taken to be at
     least that of normal sums, as those of other tokens may be larger. Where all sums of a tile are zero, its full scale
     is that of one input driven fully at the largest weight.
     """
-    columns = chip.tile.columns
+    columns, d_out, top = chip.tile.columns, sums.shape[2], top_code(chip.adc.bits)
 
-    def by_tile(of_outputs: Tensor) -> Tensor:
-        return F.pad(of_outputs, (0, -len(of_outputs) % columns)).reshape(-1, columns)
+    def by_tile(of_outputs: Tensor) -> Tensor:  # (row tiles, d_out) -> (row tiles, column tiles, columns)
+        return in_tiles(of_outputs, columns)
 
-    count = by_tile(torch.full_like(sums[0], len(sums))).sum(dim=1)
-    deviation = (by_tile(sums.square().sum(dim=0)).sum(dim=1) / count).sqrt()
+    count = by_tile(torch.full_like(sums[:1, 0], sums.shape[1])).sum(dim=-1)
+    deviation = (by_tile(sums.square().sum(dim=1)).sum(dim=-1) / count).sqrt()
     active = deviation > 0
-    if not active.any():
-        return torch.ones_like(deviation)
-    crest = (by_tile(sums.abs().amax(dim=0)).amax(dim=1)[active] / deviation[active]).max()
-    largest = torch.where(active, deviation * crest, 1.0)
-    by_output, power, top = (
-        largest.repeat_interleave(columns)[: sums.shape[1]],
-        sums.square().sum(),
-        top_code(chip.adc.bits),
-    )
+    largest_sum = by_tile(sums.abs().amax(dim=1)).amax(dim=-1)
+    crest = torch.where(active, largest_sum / deviation, 0).amax(dim=-1)  # of every row of tiles
+    largest = torch.where(active, deviation * crest[:, None], 1.0)
+    by_output = largest.repeat_interleave(columns, dim=-1)[:, None, :d_out]
+    power = sums.square().sum(dim=(1, 2))
 
-    def error(fraction: float) -> float:
-        measured = _quantise(sums, chip.adc.bits, by_output * fraction).sub_(sums).square_().sum()
+    def error(fraction: float) -> Tensor:
+        measured = _quantise(sums, chip.adc.bits, by_output * fraction).sub_(sums).square_().sum(dim=(1, 2))
         limit = crest * fraction
-        of_normal = power * (limit.square() / (12 * top**2) + _clipped_power(limit))
-        return float(measured.maximum(of_normal))
+        return measured.maximum(power * (limit.square() / (12 * top**2) + _clipped_power(limit)))
 
-    best, least = 1.0, error(1.0)
+    best = torch.ones_like(crest)
+    least = error(1.0)
+    going = torch.ones_like(best, dtype=torch.bool)
     for fractions in (_SMALLER, _LARGER):
         for fraction in fractions:
-            if (found := error(fraction)) >= least:
+            found = error(fraction)
+            going &= found < least
+            if not going.any():
                 break
-            best, least = fraction, found
-        if best != 1.0:
-            break
-    return torch.where(active, largest * best, 1.0)
+            best, least = torch.where(going, fraction, best), torch.where(going, found, least)
+        going = best == 1.0  # no smaller range is better
+    return torch.where(active, largest * best[:, None], 1.0)
 
 
 def _clipped_power(limit: Tensor) -> Tensor:
