@@ -231,9 +231,12 @@ def _train(
     cluster: Cluster,
 ) -> tuple[bool, ClosingComparison | None]:
     """Run the core's jobs on Ray, and the closing comparison after them; whether both came to their end."""
-    from halora.sweep.executor import run_trials  # imports Ray and torch
+    import torch
+
+    from halora.sweep.executor import run_trials  # imports Ray
     from halora.sweep.session import ray_session
 
+    torch.set_num_threads(1)  # the cores are the workers'
     processes = sweep.concurrent * sweep.workers
     with ray_session(processes, cpus=sweep.resources.cpus, cluster=cluster):
         watcher.say(f"{RUNS} on up to {processes} workers; each loads the model once")
