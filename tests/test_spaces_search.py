@@ -97,8 +97,8 @@ def test_derived_values_follow_the_searched_ones():
     }
     sweep = load_sweep("quickstart", {"derived": derived})
     config = sweep.resolve({"training.method": "halora", "training.mu": 0.5, "lora.rank": 8})
-    assert config.training.warmup_steps == 4
-    assert config.training.schedule.warmup_steps == 8
+    assert config.training.warmup_steps == 2
+    assert config.training.schedule.warmup_steps == 4
     assert config.lora.alpha_over_rank == 2.0
     assert config.training.weight_decay == 0.05
     plain = load_sweep("quickstart", {"derived": {"training.weight_decay": "training.schedule.sigma_end"}})
@@ -150,8 +150,8 @@ def test_the_paper_s_recipe_and_a_tuned_lora_are_tried_in_every_sweep_that_allow
 @pytest.mark.parametrize(
     ("overrides", "mistake"),
     [
-        ({"early_stopping": {"rungs": [{"steps": 16}]}}, "early_stopping.rungs[0].steps: 16, but a trial has 16 steps"),
-        ({"early_stopping": {"rungs": [{"steps": 4, "rows": 20}]}}, "rungs[0].rows: 20, more than the 16"),
+        ({"early_stopping": {"rungs": [{"steps": 8}]}}, "early_stopping.rungs[0].steps: 8, but a trial has 8 steps"),
+        ({"early_stopping": {"rungs": [{"steps": 4, "rows": 20}]}}, "rungs[0].rows: 20, more than the 10"),
         ({"early_stopping": {"rungs": [{"steps": 4, "chip_instances": 9}]}}, "rungs[0].chip_instances: 9, more than"),
         ({"early_stopping": {"rungs": []}}, "early_stopping.rungs: tuple should have at least 1 item"),
         ({"racing": {"extra": 8, "most": 3}}, "racing.most: 3, but every trial has 3 chip instances already"),

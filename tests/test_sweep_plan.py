@@ -15,7 +15,7 @@ def plan(monkeypatch):
     monkeypatch.setattr(planning, "_flops_per_s", lambda threads: 1e10 * threads)
     monkeypatch.setattr(planning.os, "cpu_count", lambda: 2)
     monkeypatch.setattr(planning.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 16 * 2**30}))
-    return lambda **changes: planning.plan(load_sweep("quickstart", changes))
+    return lambda **changes: planning.plan(load_sweep("quickstart", {"trials": 8, "trial.training.steps": 16} | changes))
 
 
 def test_time_grows_with_what_is_asked(plan):
@@ -66,10 +66,10 @@ def test_rungs_thin_the_trials_out(plan):
 
 
 def test_a_dry_run_prints_the_plan_and_launches_nothing(halora, tmp_path):
-    code, out, err = halora(f"sweep launch quickstart --dry-run --set trials=6 --store {tmp_path / 'store'}")
+    code, out, err = halora(f"sweep launch quickstart --dry-run --set trials=7 --store {tmp_path / 'store'}")
     assert code == 0
-    assert "trials: 6" in out
+    assert "trials: 7" in out
     assert "minutes each" in out
-    assert "4 of 6 trials are points tried first" in err
+    assert "4 of 7 trials are points tried first" in err
     assert "memory of a trial: about" in err
     assert not (tmp_path / "store").exists()
