@@ -291,6 +291,19 @@ def test_filters_that_fit_nothing_are_told_all_at_once():
     assert filtered([], ["anything=1"]) == []
 
 
+def test_booleans_are_met_as_they_are_written():
+    points = [_point(i, 0.5, 1.0, params={"chip.adc.lossless": lossless}) for i, lossless in enumerate((True, False))]
+    for condition, expected in (("lossless=true", [0]), ("lossless!=true", [1]), ("lossless=False", [1])):
+        assert [point.number for point in filtered(points, [condition])] == expected
+
+
+def test_a_last_part_that_several_fields_share_is_refused():
+    points = [_point(0, 0.5, 1.0, params={"chip.adc.bits": 6, "chip.dac.bits": 8})]
+    with pytest.raises(UserError, match=r"'bits' may be chip\.adc\.bits or chip\.dac\.bits; write it whole"):
+        filtered(points, ["bits=8"])
+    assert filtered(points, ["chip.dac.bits=8"]) == points
+
+
 def test_objectives_know_their_direction_or_are_asked_for_it():
     known = {
         "accuracy": True,

@@ -164,6 +164,7 @@ def test_models_are_found_by_name_hub_id_and_file(tmp_path):
     path.write_text(
         json.dumps(
             {
+                "model_type": "llama",
                 "hidden_size": 64,
                 "num_attention_heads": 4,
                 "intermediate_size": 96,
@@ -189,11 +190,12 @@ def test_models_are_found_by_name_hub_id_and_file(tmp_path):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ('{"n_embd": 64}', "hidden_size"),
+        ('{"model_type": "gpt_neox", "hidden_size": 64}', "type 'gpt_neox' is not one of llama, qwen2, qwen3"),
+        ('{"model_type": "llama", "n_embd": 64}', "hidden_size"),
         ('{"num_experts": 8, "hidden_size": 64}', "mixture of experts"),
         ("[1]", "not the config.json"),
         ("no json", "not the config.json"),
-        ('{"hidden_size": 64, "num_attention_heads": 0}', "not the config.json"),
+        ('{"model_type": "llama", "hidden_size": 64, "num_attention_heads": 0}', "has no 'intermediate_size'"),
     ],
 )
 def test_a_configuration_of_another_kind_is_refused(text, says, tmp_path):

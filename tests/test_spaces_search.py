@@ -113,6 +113,9 @@ def test_constraints_bound_metrics_that_are_recorded():
     assert [upper.violation({ENERGY: e}) for e in (4, 5, 7)] == [-1, 0, 2]
     assert [lower.violation({"accuracy": a}) for a in (0.75, 0.5, 0.25)] == [-0.25, 0, 0.25]
     assert (str(upper), str(lower)) == (f"{ENERGY} <= 5", "accuracy >= 0.5")
+    for bound in ("4.2951234567", "1e-07", "0.1", "3"):  # read back bit for bit
+        written = str(Constraint.model_validate(f"{ENERGY} <= {bound}"))
+        assert Constraint.model_validate(written).bound == float(bound)
 
 
 def test_the_paper_s_recipe_and_a_tuned_lora_are_tried_in_every_sweep_that_allows_them():

@@ -15,7 +15,9 @@ def plan(monkeypatch):
     monkeypatch.setattr(planning, "_flops_per_s", lambda threads: 1e10 * threads)
     monkeypatch.setattr(planning.os, "cpu_count", lambda: 2)
     monkeypatch.setattr(planning.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 16 * 2**30}))
-    return lambda **changes: planning.plan(load_sweep("quickstart", {"trials": 8, "trial.training.steps": 16} | changes))
+    return lambda **changes: planning.plan(
+        load_sweep("quickstart", {"trials": 8, "trial.training.steps": 16} | changes)
+    )
 
 
 def test_time_grows_with_what_is_asked(plan):

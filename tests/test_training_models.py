@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from halora.errors import UserError
+from halora.hardware.shapes import known_shape
 from halora.training.models import find_model, load_base, model_shape
 
 _ASK_HUB = """
@@ -94,13 +95,29 @@ def test_a_folder_without_a_configuration(tiny_models, tmp_path):
 
 def test_a_configuration_of_another_family(tiny_models, tmp_path):
     folder = _damaged(tiny_models, tmp_path, model_type="phi3")  # all dimensions, but q, k and v in one layer
-    with pytest.raises(UserError, match="is of type 'phi3', not one of llama, qwen2, qwen3: adapters have no targets"):
+    with pytest.raises(UserError, match=r"': type 'phi3' is not one of llama, qwen2, qwen3"):
         model_shape(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"num_hidden_layers": -16}, "num_hidden_layers is -16, no positive whole number"),
+        ({"num_hidden_layers": 0, "vocab_size": 1.5}, "num_hidden_layers is 0, no .*vocab_size is 1.5, no positive"),
+        ({"num_key_value_heads": True}, "num_key_value_heads is True, no positive whole number"),
+    ],
+)
+def test_dimensions_that_are_none(tiny_models, tmp_path, change, told):
+    folder = _damaged(tiny_models, tmp_path, **change)
+    with pytest.raises(UserError, match=f"(?s){told}"):
+        model_shape(str(folder))
+    with pytest.raises(UserError, match=f"(?s){told}"):
+        known_shape(str(folder / "config.json"))
 
 
 def test_a_configuration_without_a_dimension(tiny_models, tmp_path):
     folder = _damaged(tiny_models, tmp_path, hidden_size=None)
-    with pytest.raises(UserError, match=r"\(type 'llama'\) has no 'hidden_size' in its config\.json"):
+    with pytest.raises(UserError, match=r"' has no 'hidden_size' in its config\.json"):
         model_shape(str(folder))
 
 

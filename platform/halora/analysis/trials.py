@@ -198,12 +198,12 @@ _COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
 def filtered(points: Sequence[TrialPoint], conditions: Sequence[str]) -> list[TrialPoint]:
     """Trials that meet every condition `FIELD OP VALUE`, such as `method=halora`, `rank>=4` or `noise_level<0.02`.
 
-    A field is a label, a searched value by its dotted path or the last part of it, a metric, or `drop` (clean less
-    noisy accuracy). `=` and `!=` take several values, as `rank=4|8`. Numbers compare as numbers. A trial without the
-    field meets only `!=`.
+    A field is a label, a searched value by its dotted path or, where no other field shares it, the last part of that, a
+    metric, or `drop` (clean less noisy accuracy). `=` and `!=` take several values, as `rank=4|8`. Numbers compare as
+    numbers, `true` and `false` as booleans. A trial without the field meets only `!=`.
 
     Raises:
-        UserError: A condition is malformed, or no trial has its field.
+        UserError: A condition is malformed, no trial has its field, or the last part names several.
     """
     if not conditions:
         return list(points)
@@ -211,6 +211,9 @@ def filtered(points: Sequence[TrialPoint], conditions: Sequence[str]) -> list[Tr
     tests = []
     fields = [_fields(point) for point in points]
     known = {key for own in fields for key in own}
+    paths: dict[str, set[str]] = {}
+    for path in {path for point in points for path in point.params}:
+        paths.setdefault(path.rpartition(".")[2], set()).add(path)
     for condition in conditions:
         parts = condition_parts(condition)
         if not parts:
@@ -219,6 +222,8 @@ def filtered(points: Sequence[TrialPoint], conditions: Sequence[str]) -> list[Tr
         name, comparison, wanted = parts
         if points and name not in known:
             problems.append(f"filter '{condition}': no trial has a field '{name}'{nearest(name, known)}")
+        if len(meant := sorted(paths.get(name, ()))) > 1:
+            problems.append(f"filter '{condition}': '{name}' may be {' or '.join(meant)}; write it whole")
         tests.append((name, comparison, wanted))
     if problems:
         raise UserError(problems)
@@ -252,6 +257,8 @@ def _meets(fields: Mapping[str, Any], name: str, comparison: str, wanted: str) -
     if comparison in ("=", "!=") and "|" in wanted and str(value) != wanted:
         same = any(_meets(fields, name, "=", each) for each in wanted.split("|"))
         return same == (comparison == "=")
+    if isinstance(value, bool) and comparison in ("=", "!="):
+        return _COMPARISONS[comparison](str(value).lower(), wanted.lower())
     if not isinstance(value, bool) and (isinstance(value, int | float) or comparison not in ("=", "!=")):
         try:
             return _COMPARISONS[comparison](float(value), float(wanted))

@@ -149,6 +149,8 @@ def _inner_problems(folder: Path, config: TrialConfig, certification: Certificat
         mode="json"
     ):
         problems.append("its chip is not the one that was certified on")
+    if config.evaluation.scoring != "generation" and not scores.answers_follow_margins:
+        problems.append("its scores contradict themselves: right answers are not those of positive margins")
     if scores.chip_seeds != tuple(range(certificate.chips)) or len(scores.row_ids) != certificate.rows:
         problems.append("its scores are not those of the certificate")
     failures = sum(accuracy < certificate.min_accuracy for accuracy in scores.accuracy_by_chip)

@@ -61,7 +61,7 @@ class Constraint(Frozen):
 
     @model_serializer
     def _written(self) -> str:
-        return f"{self.metric} {self.comparison} {self.bound:g}"
+        return f"{self.metric} {self.comparison} {repr(self.bound).removesuffix('.0')}"  # read back bit for bit
 
     def __str__(self) -> str:
         return self._written()

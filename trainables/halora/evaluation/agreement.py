@@ -6,6 +6,7 @@ computations differ by up to a fifth of what the chip itself does to the margins
 """
 
 from dataclasses import dataclass
+from math import inf, isfinite, sqrt
 from statistics import fmean
 
 import numpy as np
@@ -28,6 +29,7 @@ class Agreement:
     Attributes:
         recorded_accuracy: Mean over chips and rows, as recorded.
         accuracy: The same, again.
+        accuracy_allowed: Largest difference of the two that agrees.
         clean_nats: Mean absolute difference of the margins on clean weights.
         clean_allowed_nats: Largest that agrees.
         noisy_nats: Mean absolute difference of the margins over chips and rows.
@@ -36,6 +38,7 @@ class Agreement:
 
     recorded_accuracy: float
     accuracy: float
+    accuracy_allowed: float
     clean_nats: float
     clean_allowed_nats: float
     noisy_nats: float
@@ -43,20 +46,33 @@ class Agreement:
 
     @property
     def share(self) -> float:
-        """The larger difference as a share of what is allowed; above 1 the scores disagree."""
-        return max(self.clean_nats / self.clean_allowed_nats, self.noisy_nats / self.noisy_allowed_nats)
+        """The largest difference as a share of what is allowed; above 1, as where one is no number, they disagree."""
+        pairs = (
+            (abs(self.accuracy - self.recorded_accuracy), self.accuracy_allowed),
+            (self.clean_nats, self.clean_allowed_nats),
+            (self.noisy_nats, self.noisy_allowed_nats),
+        )
+        return max(_share(difference, allowed) for difference, allowed in pairs)
 
     @property
     def agrees(self) -> bool:
-        """Whether the margins are the same within what is allowed."""
+        """Whether accuracy and margins are the same within what is allowed."""
         return self.share <= 1
 
     def __str__(self) -> str:
         return (
-            f"{self.recorded_accuracy:.4f} recorded, {self.accuracy:.4f} again; mean difference of margins in nats: "
-            f"clean {self.clean_nats:.2g} (allowed {self.clean_allowed_nats:g}), on chips {self.noisy_nats:.2g} "
-            f"(allowed {self.noisy_allowed_nats:.2g})"
+            f"{self.recorded_accuracy:.4f} recorded, {self.accuracy:.4f} again (allowed {self.accuracy_allowed:.2g}); "
+            f"mean difference of margins in nats: clean {self.clean_nats:.2g} (allowed {self.clean_allowed_nats:g}), "
+            f"on chips {self.noisy_nats:.2g} (allowed {self.noisy_allowed_nats:.2g})"
         )
+
+
+def _share(difference: float, allowed: float) -> float:
+    if not (isfinite(difference) and isfinite(allowed)):
+        return inf
+    if difference <= allowed:
+        return difference / allowed if difference else 0.0
+    return difference / allowed if allowed else inf
 
 
 def as_scored(config: TrialConfig, scores: ChipScores) -> TrialConfig:
@@ -68,6 +84,9 @@ def as_scored(config: TrialConfig, scores: ChipScores) -> TrialConfig:
 def agreement(config: TrialConfig, recorded: ChipScores, again: ChipScores) -> Agreement:
     """Compare scores of one adapter on the same rows and chip instances.
 
+    Accuracy may differ by the share of recorded margins that what is allowed of a margin would take across 0; where
+    generated texts decide, by three standard errors where conversions are carried out.
+
     Raises:
         UserError: The task no longer gives the recorded rows.
     """
@@ -77,11 +96,17 @@ def agreement(config: TrialConfig, recorded: ChipScores, again: ChipScores) -> A
     (clean, noisy), (clean_again, noisy_again) = recorded.nats, again.nats
     exact = config.chip.adc.lossless and config.chip.dac.lossless
     moved = 0.0 if exact else float(np.abs(noisy - clean).mean())
+    noisy_allowed, accuracy = max(tolerance, _CONVERTED_SHARE * moved), fmean(recorded.accuracy_by_chip)
+    if config.evaluation.scoring == "generation":
+        near = 0.0 if exact else 3 * sqrt(accuracy * (1 - accuracy) / noisy.size)
+    else:
+        near = float((np.abs(noisy) <= noisy_allowed).mean())
     return Agreement(
-        recorded_accuracy=fmean(recorded.accuracy_by_chip),
+        recorded_accuracy=accuracy,
         accuracy=fmean(again.accuracy_by_chip),
+        accuracy_allowed=near,
         clean_nats=float(np.abs(clean_again - clean).mean()),
         clean_allowed_nats=tolerance,
         noisy_nats=float(np.abs(noisy_again - noisy).mean()),
-        noisy_allowed_nats=max(tolerance, _CONVERTED_SHARE * moved),
+        noisy_allowed_nats=noisy_allowed,
     )

@@ -124,6 +124,14 @@ class ChipScores:
         return summary
 
     @property
+    def answers_follow_margins(self) -> bool:
+        """Whether rows are answered rightly where their margin is positive, and nowhere else, as options decide."""
+        pairs = [(self.clean, self.clean_correct), *zip(self.noisy, self.noisy_correct, strict=True)]
+        return all(
+            (value > 0) == right for margins, answers in pairs for value, right in zip(margins, answers, strict=True)
+        )
+
+    @property
     def accuracy_by_chip(self) -> list[float]:
         """Accuracy on each chip instance, in their order."""
         return [fmean(row) for row in self.noisy_correct]

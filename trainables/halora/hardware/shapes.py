@@ -14,6 +14,9 @@ from halora.errors import UserError
 from halora.hardware.fill import LayerFill, estimated_fill
 from halora.hardware.mapping import LM_HEAD
 
+FAMILIES = ("llama", "qwen2", "qwen3")
+"""Model types, as `config.json` has them, whose layers are those modelled."""
+_DIMENSIONS = ("hidden_size", "num_attention_heads", "intermediate_size", "num_hidden_layers", "vocab_size")
 _BLOCK_OF = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "self_attn") | dict.fromkeys(
     ("gate_proj", "up_proj", "down_proj"), "mlp"
 )
@@ -53,10 +56,19 @@ class ModelShape:
 
         Raises:
             KeyError: The configuration lacks a dimension: another family.
-            UserError: It is a mixture of experts, where a token does not pass every layer.
+            UserError: It is of another family, a mixture of experts, where a token does not pass every layer, or has a
+                dimension that is no positive whole number.
         """
         if config.get("num_experts") or config.get("num_local_experts"):
             raise UserError("a mixture of experts is not modelled; dense LLaMA and Qwen models are")
+        if (kind := config.get("model_type", "unknown")) not in FAMILIES:
+            raise UserError(f"type '{kind}' is not one of {', '.join(FAMILIES)}")
+        given = {name: config[name] for name in _DIMENSIONS}
+        given |= {name: config[name] for name in ("head_dim", "num_key_value_heads") if config.get(name) is not None}
+        if wrong := [
+            f"{name} is {each!r}, no positive whole number" for name, each in given.items() if not _whole(each)
+        ]:
+            raise UserError(wrong)
         hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
         head_dim = int(config.get("head_dim") or hidden // heads)
         queries, keys = heads * head_dim, int(config.get("num_key_value_heads") or heads) * head_dim
@@ -115,6 +127,10 @@ class ModelShape:
     def cache_values_per_context_token(self) -> int:
         """Keys and values kept per token, over all layers."""
         return self.layers * sum(linear.out_features for linear in self.linears if linear.name in ("k_proj", "v_proj"))
+
+
+def _whole(number: Any) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and number > 0
 
 
 @cache

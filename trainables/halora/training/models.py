@@ -28,8 +28,6 @@ EMBEDDED = {
     "smollm2-135m-instruct-qwen2": "the same weights in the Qwen2 architecture, with zero q/k/v biases",
     "smollm2-135m-instruct-outliers": "the same model, rescaled exactly to the weight outliers of a Qwen2.5",
 }
-FAMILIES = ("llama", "qwen2", "qwen3")
-"""Values of `model_type` whose decoder blocks have the seven linear layers that chips and adapters name."""
 _GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -104,15 +102,13 @@ def model_shape(model: str, *, estimated: bool = False) -> ModelShape:
         return shape
     else:
         config = _hub_config(model, source)
-    if (kind := config.get("model_type", "unknown")) not in FAMILIES:
-        raise UserError(
-            f"model '{model}' is of type '{kind}', not one of {', '.join(FAMILIES)}: adapters have no targets in it"
-        )
     try:
         shape = ModelShape.from_config(config)
-        return shape if estimated or not Path(source).is_dir() else replace(shape, **_measured(Path(source)))
+    except UserError as error:
+        raise UserError([f"model '{model}': {problem}" for problem in error.problems]) from None
     except KeyError as error:
-        raise UserError(f"model '{model}' (type '{kind}') has no {error} in its config.json") from None
+        raise UserError(f"model '{model}' has no {error} in its config.json") from None
+    return shape if estimated or not Path(source).is_dir() else replace(shape, **_measured(Path(source)))
 
 
 def _measured(folder: Path) -> dict[str, Any]:
