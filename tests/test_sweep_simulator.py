@@ -356,20 +356,36 @@ def test_every_mistake_of_a_table_is_told(sweep, tmp_path):
         {**_line(0, 4, 0.5), "lora.rank": 4, "lora.rnk": 1},
         {**_line(0, "x", 0.5), "lora.rank": 3},
         {**_line(1, 4, 0.5), "accuracy": ""},
+        {**_line(1, 8, 0.5), "accuracy": 55},
+        {**_line(1, 12, 0.5), "accuracy": "nan"},
+        {**_line(1.5, 12, 0.5)},
     ]
     with pytest.raises(UserError) as told:
         read_table(_written(tmp_path / "wrong.csv", lines), sweep)
     for problem in (
         "column 'lora.rnk' is neither a score nor a searched field; did you mean 'lora.rank'?",
         "line 3: step is 'x', not a number",
+        "line 5: accuracy is '55', not a share between 0 and 1",
+        "line 6: accuracy is 'nan', which is no finite number",
+        "line 7: trial is '1.5', not a whole number from 0 up",
         "line 3: lora.rank is '3', outside the sweep's space",
         "line 4: accuracy left empty",
     ):
         assert any(problem in text for text in told.value.problems), told.value.problems
-    assert len(told.value.problems) == 4
+    assert len(told.value.problems) == 7
     for text, problem in (("trial,step\n", "column 'accuracy' is missing"), ("", "column 'trial' is missing")):
         (tmp_path / "short.csv").write_text(text)
         with pytest.raises(UserError, match=problem):
             read_table(tmp_path / "short.csv", sweep)
     with pytest.raises(UserError, match="cannot be read as a table"):
         read_table(tmp_path, sweep)
+    (tmp_path / "comma.csv").write_text("trial,step,accuracy,clean_accuracy\n0,4,0,5,0,6\n")
+    with pytest.raises(UserError, match="line 2: more cells than the head has columns; is a comma a decimal point"):
+        read_table(tmp_path / "comma.csv", sweep)
+
+
+def test_numbers_of_a_table_may_be_written_in_any_way(sweep, tmp_path):
+    head = "trial,step,accuracy,clean_accuracy,lora.rank,chip.adc.bits,training.learning_rate,training.method"
+    (tmp_path / "any.csv").write_text(f"\ufeff{head}\n0.0,4.0,5e-1,0.6,8.0,7.0,1e-3,lora\n", encoding="utf-8")
+    table = read_table(tmp_path / "any.csv", sweep)
+    assert table.accuracy({"lora.rank": 8, "chip.adc.bits": 7}, 4, chip=0) == 0.5

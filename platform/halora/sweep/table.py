@@ -9,7 +9,7 @@ table lacks is answered by its nearest trial, or by a random forest over all of 
 import csv
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from math import log
+from math import isfinite, log
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ def read_table(path: Path, sweep: SweepConfig) -> "Table":
             their field, no line at all.
     """
     try:
-        with path.open(newline="") as lines:
+        with path.open(newline="", encoding="utf-8-sig") as lines:
             reader = csv.DictReader(lines)
             columns, rows = list(reader.fieldnames or ()), list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
@@ -51,17 +51,24 @@ def read_table(path: Path, sweep: SweepConfig) -> "Table":
     points: list[dict[str, Any]] = []
     for i, row in enumerate(rows, start=2):
         scores, values = {}, {}
+        if None in row:
+            problems.append(f"{path}, line {i}: more cells than the head has columns; is a comma a decimal point?")
+            del row[None]
         for name, text in row.items():
             if not text or name not in known:
                 continue
             try:
-                read = parse_yaml(text, name) if name in sweep.space else float(text)
-            except (ValueError, UserError):
-                problems.append(f"{path}, line {i}: {name} is '{text}', not a number")
+                read = parse_yaml(text, name) if name in sweep.space else _score(name, text)
+            except (ValueError, UserError) as error:
+                why = error if isinstance(error, _OutOfRangeError) else "not a number"
+                problems.append(f"{path}, line {i}: {name} is '{text}', {why}")
                 continue
             if name not in sweep.space:
                 scores[name] = read
-            elif sweep.space[name].contains(read):
+                continue
+            if isinstance(read, float) and read.is_integer() and not sweep.space[name].contains(read):
+                read = int(read)  # 8.0 of a field of whole numbers
+            if sweep.space[name].contains(read):
                 values[name] = read
             else:
                 problems.append(f"{path}, line {i}: {name} is '{text}', outside the sweep's space")
@@ -72,6 +79,26 @@ def read_table(path: Path, sweep: SweepConfig) -> "Table":
     if problems:
         raise UserError(problems, "mend the table")
     return Table(sweep.space, numbers, points, forest=sweep.search.surrogate == "forest")
+
+
+class _OutOfRangeError(ValueError):
+    pass
+
+
+def _score(name: str, text: str) -> float:
+    """A score as a table writes it.
+
+    Raises:
+        ValueError: It is no number, or none that the score can have.
+    """
+    number = float(text)
+    if not isfinite(number):
+        raise _OutOfRangeError("which is no finite number")
+    if "accuracy" in name and not 0 <= number <= 1:
+        raise _OutOfRangeError("not a share between 0 and 1")
+    if name in ("trial", "step") and not (number.is_integer() and number >= 0):
+        raise _OutOfRangeError("not a whole number from 0 up")
+    return number
 
 
 class Table:
