@@ -295,6 +295,10 @@ def test_a_wrong_comparison_or_chip_is_named(overrides, mistake):
             {"trial.lora.variant": "dora", "trial.training.zero_stage": 3},
             "trial.lora.variant: 'dora' reads frozen weights whole",
         ),
+        (
+            {"space.lora.rank": {"low": 2, "high": 16}, "first": []},  # both ends are whole, what lies between is not
+            "space.lora.rank: 10.652475842498529: lora.rank: input should be a valid integer",
+        ),
     ],
 )
 def test_an_engine_that_cannot_work_is_refused(overrides, mistake):

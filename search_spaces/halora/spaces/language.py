@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import takewhile
+from math import sqrt
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
@@ -95,8 +96,10 @@ class Range(_Distribution):
 
     @property
     def probes(self) -> tuple[Any, ...]:
-        """Values whose validity implies that of all."""
-        return tuple(int(v) if self.kind == "int" else v for v in (self.low, self.high))
+        """Both ends, and of floats one inside that is not whole: what a field of whole numbers refuses of the rest."""
+        if self.kind == "int":
+            return int(self.low), int(self.high)
+        return self.low, self.low + (self.high - self.low) * (sqrt(5) - 1) / 2, self.high
 
 
 def _numeric(*values: Any) -> bool:
