@@ -4,7 +4,8 @@ SmolLM2 and its twin with a Qwen2.5's weight outliers on ARC-Easy, on instances 
 under two readings of sigma, and on chips of measured cells, in bf16. Adapters of rank 4 are trained for 120 steps of 16
 rows at 1e-3 with nothing in SRAM, `noise_lora` at sigma 0.01 of the tensor's largest weight, one seed each. Accuracies
 are over validation rows that no training or search has seen, on the same chips; in brackets 95 % intervals over rows
-and chips. Prints a row as soon as it is known; about an hour of one core.
+and chips. Prints a row as soon as it is known; about four hours of one core. `--methods untrained --rows 60 --chips 3`
+takes half an hour.
 
     python -m benchmarks.outliers
 """
@@ -26,6 +27,8 @@ from halora.trial import TrialConfig, adapter_folder
 _LOSSLESS = {"adc": {"lossless": True}, "dac": {"lossless": True}}
 _READINGS = {"halora-2026-tensor-max": (0.01, 0.02, 0.04), "halora-2026": (0.02, 0.04, 0.08)}
 _SMOLLM2, _TWIN = "smollm2-135m-instruct", "smollm2-135m-instruct-outliers"
+_UNTRAINED = "untrained"
+_METHODS = ("lora", "noise_lora", _UNTRAINED)
 _FIRST_ROW = 200
 
 
@@ -42,19 +45,19 @@ def _config(
     return load_trial("quickstart", settings)
 
 
-def _cells(size: Any) -> Iterator[tuple[str, str, str, dict[str, Any], tuple[float, ...]]]:
+def _cells() -> Iterator[tuple[str, str, str, dict[str, Any], tuple[float, ...]]]:
     """Base, adapter, name of the chip, the chip, and further strengths: the rows of the table, most wanted first."""
-    for model, method in ((_SMOLLM2, "lora"), (_SMOLLM2, "noise_lora"), (_SMOLLM2, ""), (_TWIN, "")):
+    for model, method in ((_SMOLLM2, "lora"), (_SMOLLM2, "noise_lora"), (_SMOLLM2, _UNTRAINED), (_TWIN, _UNTRAINED)):
         for preset, (own, *others) in _READINGS.items():
             yield model, method, preset, {"preset": preset, "noise": {"sigma": own}}, tuple(others)
     for model in (_SMOLLM2, _TWIN):
         for preset in ("cmo-hfox", "neurram-2022"):
-            yield model, "", preset, {"preset": preset}, ()
+            yield model, _UNTRAINED, preset, {"preset": preset}, ()
 
 
 def _trained(workbench: Workbench, method: str, folder: Path) -> Path | None:
     """The adapter's folder; none for the untrained base."""
-    if not method:
+    if method == _UNTRAINED:
         return None
     settings = {
         "chip": {"preset": "halora-2026-tensor-max", **_LOSSLESS},
@@ -80,15 +83,16 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=100, help=f"validation rows of ARC-Easy, from {_FIRST_ROW} on")
     parser.add_argument("--chips", type=int, default=10, help="chip instances")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.0, 0.001], help="shares of the weights in SRAM")
+    parser.add_argument("--methods", nargs="+", choices=_METHODS, default=_METHODS, help="adapters to look at")
     size = parser.parse_args()
     print("| base | adapter | chip | share in SRAM | noise dB | clean | accuracy at each strength |")
     print("|---|---|---|---|---|---|---|")
     workbench = Workbench()
     with TemporaryDirectory() as scratch:
-        adapters = {
-            method: _trained(workbench, method, Path(scratch) / method) for method in ("lora", "noise_lora", "")
-        }
-        for model, method, name, chip, others in _cells(size):
+        adapters = {method: _trained(workbench, method, Path(scratch) / method) for method in size.methods}
+        for model, method, name, chip, others in _cells():
+            if method not in size.methods:
+                continue
             for share_in_sram in size.shares:
                 config = _config(model, chip, share_in_sram, others, size)
                 scores = workbench.evaluate(config, adapters[method], first_row=_FIRST_ROW)
@@ -99,7 +103,7 @@ def main() -> None:
                     for level, found in zip(levels, (share(np.array(each)) for each in right), strict=True)
                 ]
                 figures = f"{fmean(scores.noise_db):.1f} | {fmean(scores.clean_correct):.3f} | {'; '.join(said)}"
-                print(f"| {model} | {method or 'untrained'} | {name} | {share_in_sram:g} | {figures} |", flush=True)
+                print(f"| {model} | {method} | {name} | {share_in_sram:g} | {figures} |", flush=True)
 
 
 if __name__ == "__main__":

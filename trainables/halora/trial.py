@@ -13,7 +13,7 @@ from halora.hardware.chip import ChipSetting
 from halora.hardware.description import Frozen
 from halora.hardware.energy import EnergyBreakdown, energy_per_token
 from halora.training.config import LoraSettings, TrainingSettings
-from halora.training.models import model_shape
+from halora.training.models import ModelSetting, model_shape
 from halora.training.tasks import TaskSetting
 
 TRIAL_FILE = "trial.json"
@@ -31,7 +31,7 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 class TrialConfig(Frozen):
     """One configuration trained and evaluated."""
 
-    model: str
+    model: ModelSetting
     """A known model's name, a hub id, or a local folder."""
     task: TaskSetting
     """A known task's name, a hub data set id, or a folder of JSONL files; or a mixture: the name of one, a sum, or a

@@ -1,13 +1,19 @@
 """From a sweep's fixed fields and the values of searched ones to the full description of a trial."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
+from halora.errors import UserError
 from halora.hardware.chip import expand_chip, merge
 from halora.spaces.expressions import Expression
 from halora.spaces.language import with_values
+from halora.training.models import located
+from halora.training.tasks import as_sum
 from halora.trial import TrialConfig
+
+_LOCATED: dict[str, Callable[[Any], Any]] = {"model": located, "task": as_sum}
+"""Fields that may name folders, and what gives them by absolute path."""
 
 formula = cache(Expression)
 """A derived value's formula, read once."""
@@ -30,6 +36,39 @@ def resolve_trial(
     if "chip" in described:
         described["chip"] = named_chip(described["chip"], chips)
     return TrialConfig.model_validate(described)
+
+
+def with_absolute_folders(sweep: Mapping[str, Any]) -> dict[str, Any]:
+    """A sweep file's content, its models' and tasks' folders by absolute path wherever it names them."""
+
+    def value_of(path: str, value: Any) -> Any:
+        try:
+            return _LOCATED[path](value) if path in _LOCATED else value
+        except UserError:  # told when the trial is read
+            return value
+
+    def values_of(path: str, values: Any) -> Any:
+        return [value_of(path, value) for value in values] if isinstance(values, list) else values
+
+    def values_in(given: Any, change: Callable[[str, Any], Any]) -> Any:
+        return {path: change(path, each) for path, each in given.items()} if isinstance(given, Mapping) else given
+
+    def distribution(path: str, given: Any) -> Any:
+        def change(key: str, each: Any) -> Any:
+            if key == "choices":
+                return values_of(path, each)
+            return values_in(each, values_of) if key == "when" else each
+
+        return values_in(given, change)
+
+    made = dict(sweep)
+    if "trial" in made:
+        made["trial"] = values_in(made["trial"], value_of)
+    if "space" in made:
+        made["space"] = values_in(made["space"], distribution)
+    if isinstance(made.get("first"), list):
+        made["first"] = [values_in(point, value_of) for point in made["first"]]
+    return made
 
 
 def derived_values(trial: Mapping[str, Any], values: Mapping[str, Any], derived: Mapping[str, str]) -> dict[str, Any]:

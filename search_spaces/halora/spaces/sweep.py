@@ -15,7 +15,7 @@ from halora.spaces.checks import file_problems, model_and_task_problems, sweep_p
 from halora.spaces.gates import Gates
 from halora.spaces.language import Categorical, Distribution, with_values
 from halora.spaces.mistakes import describe
-from halora.spaces.resolving import formula, named_chip, resolve_trial
+from halora.spaces.resolving import formula, named_chip, resolve_trial, with_absolute_folders
 from halora.spaces.search import Budget, Constraint, EarlyStopping, Racing, SearchSettings
 from halora.trial import TrialConfig, trial_energy
 from halora.yaml_files import parse_yaml, read_yaml
@@ -171,7 +171,7 @@ def load_sweep(name_or_path: str, overrides: Mapping[str, Any] | None = None) ->
             points outside the space, a model or task that does not exist.
     """
     raw = _read(name_or_path)
-    data = with_values(raw, overrides or {})
+    data = with_absolute_folders(with_values(raw, overrides or {}))
     problems: list[str] = []
     sweep: SweepConfig | None = None
     try:

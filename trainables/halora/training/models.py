@@ -14,7 +14,9 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator
 
 from halora.errors import UserError, nearest
 from halora.hardware.chip import Chip
@@ -59,6 +61,16 @@ def extensions_dir() -> Path:
     Torch's own default is shared by all environments of a user, which then rebuild it in turn.
     """
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path(sys.prefix) / "torch_extensions")
+
+
+def located(model: Any) -> Any:
+    """A model's folder by absolute path, as whoever uses it may stand elsewhere; names and hub ids as they are."""
+    folder = isinstance(model, str) and model not in EMBEDDED and Path(model).is_dir()
+    return str(Path(model).resolve()) if folder else model
+
+
+ModelSetting = Annotated[str, BeforeValidator(located)]
+"""A model: by name, hub id or folder."""
 
 
 def find_model(model: str, dtype: Dtype = "fp32") -> str:

@@ -116,12 +116,23 @@ def _weight(given: Any, where: str) -> float:
 
 
 def as_sum(task: Any) -> Any:
-    """A mapping of tasks to weights as the sum that means the same; anything else as it is."""
-    if not isinstance(task, Mapping):
+    """A mapping of tasks to weights as the sum that means the same, and folders by absolute path.
+
+    A trial is described here and carried out elsewhere: in a worker's folder, or in another months later.
+    """
+    if isinstance(task, Mapping):
+        if not task:
+            raise UserError("a mixture names at least one task")
+        task = "+".join(f"{_plain(_weight(weight, str(name)))}*{name}" for name, weight in task.items())
+    if not isinstance(task, str):
         return task
-    if not task:
-        raise UserError("a mixture names at least one task")
-    return "+".join(f"{_plain(_weight(weight, str(name)))}*{name}" for name, weight in task.items())
+    return "+".join(map(_located, [task] if Path(task).is_dir() else task.split("+")))
+
+
+def _located(part: str) -> str:
+    factor, times, name = ("", "", part) if Path(part).is_dir() else part.rpartition("*")
+    folder = Path(name.strip())
+    return f"{factor}{times}{folder.resolve() if folder.is_dir() else name}"
 
 
 def _plain(number: float) -> str:
@@ -129,7 +140,7 @@ def _plain(number: float) -> str:
 
 
 TaskSetting = Annotated[str, BeforeValidator(as_sum)]
-"""A task, or a mixture of tasks: by name, as a sum, or as a mapping of tasks to weights."""
+"""A task, or a mixture of tasks: by name, as a sum, or as a mapping of tasks to weights; see `as_sum`."""
 
 
 def check_task(task: str | Mapping[str, float]) -> None:
