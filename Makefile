@@ -6,7 +6,7 @@ BENCHMARKS := step noise lightning eval memory turnaround page cluster
 UV_VERSION := 0.13.9
 AXE_VERSION := 4.14.1
 READY := $(VENV)/.ready
-SPREAD := --numprocesses auto --maxprocesses 4 --dist loadfile
+SPREAD := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # The first interpreter >= 3.12 among those on PATH and pyenv's.
 PYTHON ?= $(shell for python in python3.12 python3 python3.13 python3.14 $$HOME/.pyenv/versions/3.1[2-9]*/bin/python; do \
