@@ -82,6 +82,12 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return folders
 
 
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The store that a module's launched sweeps share."""
+    return tmp_path_factory.mktemp("cli") / "store"
+
+
 @pytest.fixture(scope="session")
 def tiny_task(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder of JSONL files: 64 training, 24 validation and 24 test questions on sums and colours, 2 to 5 options."""

@@ -23,12 +23,6 @@ TRIALS = 5
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    """The store that all launched sweeps share."""
-    return tmp_path_factory.mktemp("cli") / "store"
-
-
-@pytest.fixture(scope="module")
 def zoo_file(tiny_models, tiny_task, tmp_path_factory):
     """A sweep over all architectures, two trials at a time, with a closing comparison."""
     content = content_of("zoo", tiny_models, tiny_task, steps=6, report_every=2, schedule={"redraw_steps": 2})

@@ -12,12 +12,6 @@ from commands import background, client_of, content_of, halora, runs
 from halora.hardware.chip import load_chip
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    """The store that all launched sweeps share."""
-    return tmp_path_factory.mktemp("cli") / "store"
-
-
 def test_the_closing_comparison_scores_every_contestant_on_every_chip(store, tiny_models, tiny_task, tmp_path):
     """Oracle: `halora evaluate` of the same adapters on the same fresh rows and chips."""
     content = content_of("matrix", tiny_models, tiny_task, steps=4, report_every=2, schedule={"redraw_steps": 1})

@@ -19,12 +19,6 @@ from records_audit import differences
 STEPS = 120
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    """The store that all launched sweeps share."""
-    return tmp_path_factory.mktemp("cli") / "store"
-
-
 # One sweep twice: once undisturbed, once stopped, interrupted and killed. Its second trial fails by its own fault.
 
 

@@ -7,12 +7,6 @@ import yaml
 from commands import content_of, halora, loss_history, runs, with_rungs
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    """The store that all launched sweeps share."""
-    return tmp_path_factory.mktemp("cli") / "store"
-
-
 def test_early_stopping_pauses_promotes_and_races(store, tiny_models, tiny_task, tmp_path):
     """Oracle: a promoted trial trained in one go in this process, and scored on the same chips."""
     from halora.trainable import Workbench

@@ -122,11 +122,6 @@ def _check_whole(store, name, count=TRIALS):
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    return tmp_path_factory.mktemp("simulated-cli") / "store"
-
-
-@pytest.fixture(scope="module")
 def undisturbed(store, files):
     path, table = files("undisturbed")
     return _halora(store, "sweep", "launch", path, "--simulate", table)

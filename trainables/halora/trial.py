@@ -13,7 +13,7 @@ from halora.hardware.chip import ChipSetting
 from halora.hardware.description import Frozen
 from halora.hardware.energy import EnergyBreakdown, energy_per_token
 from halora.training.config import LoraSettings, TrainingSettings
-from halora.training.models import ModelSetting, model_shape
+from halora.training.models import ModelSetting, estimated_shape, model_shape
 from halora.training.tasks import TaskSetting
 
 TRIAL_FILE = "trial.json"
@@ -122,13 +122,14 @@ def trial_energy(config: TrialConfig, *, estimated: bool = False) -> EnergyBreak
 
     Args:
         config: The trial.
-        estimated: Do without the model's weights, see `model_shape`: at once, and enough to tell what can be priced.
+        estimated: Do without the model's weights, see `estimated_shape`: enough to tell what can be priced.
 
     Raises:
         UserError: The model's dimensions cannot be had.
     """
+    shape_of = estimated_shape if estimated else model_shape
     return energy_per_token(
-        model_shape(config.model, estimated=estimated),
+        shape_of(config.model),
         config.chip,
         rank=config.lora.rank,
         targets=config.lora.targets,

@@ -15,12 +15,7 @@ from halora.errors import UserError
 from halora.files import sha256_of
 from halora.hardware.addressing import Role
 from halora.records.names import CERTIFICATION_FILE, SCORES_FILE
-from halora.selection.bundle import (
-    CHECKSUMS_FILE,
-    CHIP_FILE,
-    FILES,
-    Bundle,
-)
+from halora.selection.bundle import CHECKSUMS_FILE, CHIP_FILE, FILES, Bundle
 from halora.selection.certification import Certification
 from halora.training.models import BaseModel, plain_base, weights_digest
 from halora.trial import ADAPTER_WEIGHTS, TRIAL_FILE, TrialConfig

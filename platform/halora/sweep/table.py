@@ -59,9 +59,11 @@ def read_table(path: Path, sweep: SweepConfig) -> "Table":
                 continue
             try:
                 read = parse_yaml(text, name) if name in sweep.space else _score(name, text)
-            except (ValueError, UserError) as error:
-                why = error if isinstance(error, _OutOfRangeError) else "not a number"
-                problems.append(f"{path}, line {i}: {name} is '{text}', {why}")
+            except UserError:
+                problems.append(f"{path}, line {i}: {name} is '{text}', not a number")
+                continue
+            except ValueError as error:
+                problems.append(f"{path}, line {i}: {name} is '{text}', {error}")
                 continue
             if name not in sweep.space:
                 scores[name] = read
@@ -81,23 +83,22 @@ def read_table(path: Path, sweep: SweepConfig) -> "Table":
     return Table(sweep.space, numbers, points, forest=sweep.search.surrogate == "forest")
 
 
-class _OutOfRangeError(ValueError):
-    pass
-
-
 def _score(name: str, text: str) -> float:
     """A score as a table writes it.
 
     Raises:
-        ValueError: It is no number, or none that the score can have.
+        ValueError: Why it is not one.
     """
-    number = float(text)
+    try:
+        number = float(text)
+    except ValueError:
+        raise ValueError("not a number") from None
     if not isfinite(number):
-        raise _OutOfRangeError("which is no finite number")
+        raise ValueError("which is no finite number")
     if "accuracy" in name and not 0 <= number <= 1:
-        raise _OutOfRangeError("not a share between 0 and 1")
+        raise ValueError("not a share between 0 and 1")
     if name in ("trial", "step") and not (number.is_integer() and number >= 0):
-        raise _OutOfRangeError("not a whole number from 0 up")
+        raise ValueError("not a whole number from 0 up")
     return number
 
 

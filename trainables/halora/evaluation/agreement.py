@@ -46,7 +46,7 @@ class Agreement:
 
     @property
     def share(self) -> float:
-        """The largest difference as a share of what is allowed; above 1, as where one is no number, they disagree."""
+        """The largest difference as a share of what is allowed; above 1 they disagree, as where one is not a number."""
         pairs = (
             (abs(self.accuracy - self.recorded_accuracy), self.accuracy_allowed),
             (self.clean_nats, self.clean_allowed_nats),
@@ -70,8 +70,8 @@ class Agreement:
 def _share(difference: float, allowed: float) -> float:
     if not (isfinite(difference) and isfinite(allowed)):
         return inf
-    if difference <= allowed:
-        return difference / allowed if difference else 0.0
+    if difference == 0:
+        return 0.0
     return difference / allowed if allowed else inf
 
 

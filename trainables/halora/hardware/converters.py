@@ -94,12 +94,10 @@ def full_scale(x: Tensor, weight: Tensor, chip: Chip, copies: Tensor | None = No
     copies = calibration_copies(weight, chip) if copies is None else copies
     stored = copies[0] / widened(scale, weight.shape[1], chip.tile.rows)
     row_tiles = in_tiles(stored, chip.tile.rows).transpose(1, 2)  # (slices, row tiles, d_out, rows)
-    adc_range = [
-        torch.stack(
-            [_tile_ranges(in_tiles(driven, chip.tile.rows).transpose(0, 1) @ tiles.mT, chip) for tiles in row_tiles]
-        )
-        for _, driven in cycles
-    ]
+    adc_range = []
+    for _, driven in cycles:
+        inputs = in_tiles(driven, chip.tile.rows).transpose(0, 1)  # (row tiles, N, rows)
+        adc_range.append(torch.stack([_tile_ranges(inputs @ tiles.mT, chip) for tiles in row_tiles]))
     return Converters(input_range, torch.stack(adc_range), scale)
 
 
@@ -112,14 +110,10 @@ def _tile_ranges(sums: Tensor, chip: Chip) -> Tensor:
     is that of one input driven fully at the largest weight.
     """
     columns, d_out, top = chip.tile.columns, sums.shape[2], top_code(chip.adc.bits)
-
-    def by_tile(of_outputs: Tensor) -> Tensor:  # (row tiles, d_out) -> (row tiles, column tiles, columns)
-        return in_tiles(of_outputs, columns)
-
-    count = by_tile(torch.full_like(sums[:1, 0], sums.shape[1])).sum(dim=-1)
-    deviation = (by_tile(sums.square().sum(dim=1)).sum(dim=-1) / count).sqrt()
+    count = in_tiles(torch.full_like(sums[:1, 0], sums.shape[1]), columns).sum(dim=-1)
+    deviation = (in_tiles(sums.square().sum(dim=1), columns).sum(dim=-1) / count).sqrt()  # (row tiles, column tiles)
     active = deviation > 0
-    largest_sum = by_tile(sums.abs().amax(dim=1)).amax(dim=-1)
+    largest_sum = in_tiles(sums.abs().amax(dim=1), columns).amax(dim=-1)
     crest = torch.where(active, largest_sum / deviation, 0).amax(dim=-1)  # of every row of tiles
     largest = torch.where(active, deviation * crest[:, None], 1.0)
     by_output = largest.repeat_interleave(columns, dim=-1)[:, None, :d_out]
@@ -135,10 +129,10 @@ def _tile_ranges(sums: Tensor, chip: Chip) -> Tensor:
     going = torch.ones_like(best, dtype=torch.bool)
     for fractions in (_SMALLER, _LARGER):
         for fraction in fractions:
-            found = error(fraction)
-            going &= found < least
             if not going.any():
                 break
+            found = error(fraction)
+            going &= found < least
             best, least = torch.where(going, fraction, best), torch.where(going, found, least)
         going = best == 1.0  # no smaller range is better
     return torch.where(active, largest * best[:, None], 1.0)

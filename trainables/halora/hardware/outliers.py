@@ -129,13 +129,14 @@ def side_matrix(weight: Tensor, outliers: Outliers, tile: Tile) -> SideMatrix | 
     count = outlier_count(d_in, d_out, share, outliers.by, (tile.rows, tile.columns))
     if count == 0:
         return None
+    magnitudes = values.abs()
     match outliers.by:
         case "weight":
-            return _excess(values, _threshold(values.abs().flatten(), count), bits)
+            return _excess(values, magnitudes, _threshold(magnitudes.flatten(), count), bits)
         case "tile":
-            return _excess(values, _tile_thresholds(values.abs(), share, tile.rows, tile.columns), bits)
+            return _excess(values, magnitudes, _tile_thresholds(magnitudes, share, tile.rows, tile.columns), bits)
         case "column":
-            inputs = values.abs().amax(dim=0).topk(count).indices.sort().values
+            inputs = magnitudes.amax(dim=0).topk(count).indices.sort().values
             return ColumnSide(inputs, rounded(values[:, inputs], bits, dim=1))
         case "singular":
             return _leading(values, count, bits)
@@ -157,12 +158,11 @@ def in_rram(weight: Tensor, chip: Chip, layer: str) -> tuple[Tensor, SideMatrix 
     return (weight, None) if side is None else (side.rest_of(weight), side)
 
 
-def _excess(values: Tensor, threshold: Tensor, bits: int) -> SparseSide:
+def _excess(values: Tensor, magnitudes: Tensor, threshold: Tensor, bits: int) -> SparseSide:
     """What single weights have over a threshold, which broadcasts over (d_out, d_in); a scale for every output.
 
     Rounded up, so that the rest stays under the threshold, unless a step of rounding is more than twice that.
     """
-    magnitudes = values.abs()
     at = outputs, inputs = (magnitudes > threshold).nonzero(as_tuple=True)
     excess = (magnitudes[at] - threshold.expand_as(values)[at]).copysign_(values[at])
     if bits < AS_IT_IS and excess.numel():
@@ -177,7 +177,7 @@ def _threshold(magnitudes: Tensor, count: int) -> Tensor:
     if count >= magnitudes.numel():
         return magnitudes.new_zeros(())
     kept = magnitudes.numel() - count
-    if magnitudes.is_cuda:
+    if magnitudes.device.type != "cpu":
         return magnitudes.kthvalue(kept).values
     return torch.from_numpy(np.partition(magnitudes.numpy(), kept - 1))[kept - 1]  # twelve times as fast there
 

@@ -97,12 +97,21 @@ def find_model(model: str, dtype: Dtype = "fp32") -> str:
 
 
 @cache
-def model_shape(model: str, *, estimated: bool = False) -> ModelShape:
-    """Dimensions of a model, known by its hub id or read from its configuration, once per process.
+def model_shape(model: str) -> ModelShape:
+    """Dimensions of a model, and how its weights fill the cells: measured where they are at hand; once per process.
 
-    Args:
-        model: Name, folder or hub id.
-        estimated: Take the fill of its cells by shipped statistics even where its weights are at hand; loads no torch.
+    Raises:
+        UserError: See `estimated_shape`.
+    """
+    shape, source = estimated_shape(model), Path(find_model(model))
+    return replace(shape, **_measured(source)) if source.is_dir() else shape
+
+
+@cache
+def estimated_shape(model: str) -> ModelShape:
+    """Dimensions of a model, known by its hub id or read from its configuration, with the fill by shipped statistics.
+
+    Loads no torch.
 
     Raises:
         UserError: The model cannot be had, or is not of the LLaMA or Qwen family.
@@ -115,12 +124,11 @@ def model_shape(model: str, *, estimated: bool = False) -> ModelShape:
     else:
         config = _hub_config(model, source)
     try:
-        shape = ModelShape.from_config(config)
+        return ModelShape.from_config(config)
     except UserError as error:
         raise UserError([f"model '{model}': {problem}" for problem in error.problems]) from None
     except KeyError as error:
         raise UserError(f"model '{model}' has no {error} in its config.json") from None
-    return shape if estimated or not Path(source).is_dir() else replace(shape, **_measured(Path(source)))
 
 
 def _measured(folder: Path) -> dict[str, Any]:
