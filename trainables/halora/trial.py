@@ -1,6 +1,7 @@
 """The full, resolved description of one trial: what is logged, hashed and needed to repeat it; and its folder."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -117,11 +118,14 @@ def past_reports(folder: Path) -> list[dict[str, float]]:
     return [report for report in json.loads(written.read_text()) if report["step"] <= reached]
 
 
-def trial_energy(config: TrialConfig, *, estimated: bool = False) -> EnergyBreakdown:
+def trial_energy(
+    config: TrialConfig, *, estimated: bool = False, ranks: Mapping[str, int] | None = None
+) -> EnergyBreakdown:
     """Energy per token of a trial's configuration; exact, and free before training.
 
     Args:
         config: The trial.
+        ranks: Rank of each adapted layer by its canonical name, of an adapter that is not the configuration's.
         estimated: Do without the model's weights, see `estimated_shape`: enough to tell what can be priced.
 
     Raises:
@@ -131,7 +135,7 @@ def trial_energy(config: TrialConfig, *, estimated: bool = False) -> EnergyBreak
     return energy_per_token(
         shape_of(config.model),
         config.chip,
-        rank=config.lora.rank,
-        targets=config.lora.targets,
+        rank=config.lora.rank if ranks is None else ranks,
+        targets=config.lora.targets if ranks is None else (),
         context_tokens=config.evaluation.context_tokens,
     )

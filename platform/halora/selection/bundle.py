@@ -20,6 +20,7 @@ from halora.selection.card import model_card
 from halora.selection.certification import Certification, logged_certification
 from halora.selection.lightning import lightning_settings
 from halora.training.models import model_id
+from halora.training.saved_lora import ADAPTER_CONFIG as ADAPTER_CONFIG
 from halora.training.tasks import task_id
 from halora.trial import ADAPTER_WEIGHTS, TRIAL_FILE, TrialConfig
 from halora.url_folder import UrlFolder, checked_url, is_below, is_url, shown
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from halora.records.registry import RegisteredAdapter
     from halora.records.tracking import MlflowClient
 
-ADAPTER_CONFIG = "adapter_config.json"
 CHIP_FILE = "chip.json"
 ENERGY_FILE = "energy.json"
 LIGHTNING_FILE = "aihwkit-lightning.json"

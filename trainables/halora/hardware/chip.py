@@ -20,6 +20,7 @@ from halora.hardware.costs import AdcCosts, constant_names
 from halora.hardware.description import Frozen
 from halora.hardware.mapping import Mapping
 from halora.hardware.noise_settings import AgeingSetting, NoiseSetting
+from halora.reading import is_file
 from halora.yaml_files import read_yaml
 
 PRESETS = files("halora.hardware") / "presets"
@@ -310,7 +311,7 @@ def _read(name: str) -> dict[str, Any]:
     """The mapping of a preset or of a file, which may itself lay overrides over a preset."""
     if name in preset_names():
         return _preset(name)
-    if name.endswith((".yaml", ".yml")) and Path(name).is_file():
+    if name.endswith((".yaml", ".yml")) and is_file(name):
         content = read_yaml(Path(name), f"chip '{name}'")
         if not isinstance(content, dict):
             raise UserError(f"chip '{name}': a chip is a mapping of keys to values, got {type(content).__name__}")
