@@ -113,7 +113,8 @@ def json_value(text: str, most: int = _LARGEST_TEXT) -> Any:
         if _SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
-        raise ValueError(f"{error.msg} at line {error.lineno}, column {error.colno}") from None
+        line = f"line {error.lineno}, " if "\n" in text else ""
+        raise ValueError(f"{error.msg} at {line}column {error.colno}") from None
     except UnicodeEncodeError as error:
         raise ValueError(f"half of a surrogate pair, {error.object[error.start]!a}, is no character") from None
     except RecursionError:
@@ -198,7 +199,7 @@ def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
 def _line_value(line: bytes, number: int) -> Any:
     try:
         text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-        return json_value(text)
+        return json_value(text.strip())
     except UnicodeDecodeError as error:
         return ValueError(f"not UTF-8 (byte {error.start} of the line)")
     except ValueError as error:
