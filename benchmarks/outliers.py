@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 
 from halora.evaluation.intervals import share
+from halora.settings.trial import TrialConfig
 from halora.spaces.sweep import load_trial
-from halora.trainable import Workbench
-from halora.trial import TrialConfig, adapter_folder
+from halora.trial_folder import adapter_folder
+from halora.trial_runner import TrialRunner
 
 _LOSSLESS = {"adc": {"lossless": True}, "dac": {"lossless": True}}
 _READINGS = {"halora-2026-tensor-max": (0.01, 0.02, 0.04), "halora-2026": (0.02, 0.04, 0.08)}
@@ -57,7 +58,7 @@ def _cells() -> Iterator[tuple[str, str, str, dict[str, Any], tuple[float, ...]]
             yield model, _UNTRAINED, preset, {"preset": preset}, ()
 
 
-def _trained(workbench: Workbench, method: str, dtype: str, folder: Path) -> Path | None:
+def _trained(runner: TrialRunner, method: str, dtype: str, folder: Path) -> Path | None:
     """The adapter's folder; none for the untrained base."""
     if method == _UNTRAINED:
         return None
@@ -72,7 +73,7 @@ def _trained(workbench: Workbench, method: str, dtype: str, folder: Path) -> Pat
         "training.schedule": {"sigma_start": 0.01, "redraw_steps": 4},
         "lora.rank": 4,
     }
-    training = workbench.train(load_trial("quickstart", settings), folder)
+    training = runner.train(load_trial("quickstart", settings), folder)
     while not training.done:
         training.advance()
     training.close()
@@ -90,15 +91,15 @@ def main() -> None:
     size = parser.parse_args()
     print("| base | adapter | chip | share in SRAM | noise dB | clean | accuracy at each strength |")
     print("|---|---|---|---|---|---|---|")
-    workbench = Workbench()
+    runner = TrialRunner()
     with TemporaryDirectory() as scratch:
-        adapters = {method: _trained(workbench, method, size.dtype, Path(scratch) / method) for method in size.methods}
+        adapters = {method: _trained(runner, method, size.dtype, Path(scratch) / method) for method in size.methods}
         for model, method, name, chip, others in _cells():
             if method not in size.methods:
                 continue
             for share_in_sram in size.shares:
                 config = _config(model, chip, share_in_sram, others, size)
-                scores = workbench.evaluate(config, adapters[method], first_row=_FIRST_ROW)
+                scores = runner.evaluate(config, adapters[method], first_row=_FIRST_ROW)
                 right = [scores.noisy_correct, *scores.level_correct]
                 levels = [config.chip.noise.level, *others]
                 said = [
