@@ -7,6 +7,7 @@ import sys
 import tomllib
 from collections import defaultdict
 from graphlib import TopologicalSorter
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,32 @@ def test_a_library_is_imported_where_it_belongs(library, importers):
         if imported.partition(".")[0] == library
     }
     assert found == importers
+
+
+def _opens_text(call):
+    """Whether a call reads or writes a text file, by its name and its mode."""
+    name = getattr(call.func, "attr", getattr(call.func, "id", ""))
+    if name == "open":
+        modes = [arg.value for arg in call.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
+        return len(modes) == len(call.args) and not any("b" in mode for mode in modes)
+    return name == "write_text" or (name == "read_text" and not call.args)
+
+
+def test_every_text_file_is_read_and_written_in_a_stated_encoding():
+    calls = [
+        (".".join(parts), node) for parts, tree in _modules() for node in ast.walk(tree) if isinstance(node, ast.Call)
+    ]
+    opening = [(name, call) for name, call in calls if _opens_text(call)]
+    assert len(opening) > 40
+    assert not [
+        f"{name}:{call.lineno}" for name, call in opening if "encoding" not in {word.arg for word in call.keywords}
+    ]
+
+
+def test_the_version_is_the_package_s(halora):
+    code, out, _ = halora("--version")
+    assert code == 0
+    assert out.startswith(f"halora-sweep {version('halora-sweep')}")
 
 
 @pytest.mark.parametrize("root_on_path", [False, True])

@@ -129,7 +129,7 @@ def _scored(snapshot: Snapshot, attempt: Attempt) -> int:
     scored = 0
     for file in attempt.folder(snapshot.folder).glob("chips-*.json"):
         try:
-            content: dict[str, Any] = json.loads(file.read_text())
+            content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
             scored += len(content["chip_seeds"])
         except (OSError, ValueError, KeyError):  # being written
             continue

@@ -34,7 +34,7 @@ def render_report(summary: SweepSummary) -> str:
     }
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"number": _number, "described": charts.described}
-    template = environment.from_string((files("halora.analysis") / _TEMPLATE).read_text())
+    template = environment.from_string((files("halora.analysis") / _TEMPLATE).read_text(encoding="utf-8"))
     shown = {name: chart for name, chart in drawn.items() if chart and chart["data"]}
     return template.render(
         summary=summary,

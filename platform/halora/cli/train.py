@@ -201,7 +201,7 @@ def _check_output(output: Path, config: "TrialConfig") -> None:
     if output.exists() and not output.is_dir():
         raise UserError(f"--output '{output}' is a file", "name a folder")
     if described.is_file():
-        if json.loads(described.read_text()) != config.model_dump(mode="json"):
+        if json.loads(described.read_text(encoding="utf-8")) != config.model_dump(mode="json"):
             raise UserError(f"'{output}' holds another trial", "name another folder, or repeat that trial's settings")
     elif output.is_dir() and any(output.iterdir()):
         raise UserError(f"--output '{output}' is not empty and holds no trial", "name an empty or new folder")
@@ -219,7 +219,7 @@ def _base_alone(where: Path, overrides: dict[str, Any]) -> tuple[None, "TrialCon
     if not where.is_dir():
         return None, load_trial(str(where), overrides)
     if (where / TRIAL_FILE).is_file():
-        return None, trial_from(json.loads((where / TRIAL_FILE).read_text()), str(where), overrides)
+        return None, trial_from(json.loads((where / TRIAL_FILE).read_text(encoding="utf-8")), str(where), overrides)
     return None, _adapter_and_trial(where, overrides)[1]
 
 
@@ -240,8 +240,8 @@ def _adapter_and_trial(adapter: Path, overrides: dict[str, Any]) -> tuple[Path, 
         )
     trials = [parent / TRIAL_FILE for parent in (folder, *folder.parents[:2]) if (parent / TRIAL_FILE).is_file()]
     if trials:
-        return folder, trial_from(json.loads(trials[0].read_text()), str(adapter), overrides)
-    peft = json.loads(settings.read_text())
+        return folder, trial_from(json.loads(trials[0].read_text(encoding="utf-8")), str(adapter), overrides)
+    peft = json.loads(settings.read_text(encoding="utf-8"))
     lora = {"rank": peft["r"], "targets": peft["target_modules"], "alpha_over_rank": peft["lora_alpha"] / peft["r"]}
     described = {"model": peft["base_model_name_or_path"], "lora": lora, "training": {"steps": 0}}
     return folder, trial_from(described, str(adapter), overrides)

@@ -95,7 +95,7 @@ class SweepRecorder:
 
         A trial can be scored again on more chips or rows; the same scores again are left as they are.
         """
-        result = json.loads(scores_file.read_text())
+        result = json.loads(scores_file.read_text(encoding="utf-8"))
         answers = _answers(result)
         chosen = filter(names.is_score, scores)
         metrics = {names.metric(name): float(scores[name]) for name in chosen}

@@ -235,7 +235,7 @@ class MlflowSweep:
 
     def _artifacts(self, run_id: str, number: int | None, entry: Entry) -> None:
         root = self._folder.root
-        self._client.log_text(run_id, (root / entry["scores_file"]).read_text(), names.SCORES_FILE)
+        self._client.log_text(run_id, (root / entry["scores_file"]).read_text(encoding="utf-8"), names.SCORES_FILE)
         if entry["adapter"]:
             self._log_adapter(run_id, number, root / entry["adapter"], entry)
 

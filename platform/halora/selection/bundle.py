@@ -148,7 +148,7 @@ def export(client: "MlflowClient", adapter: "RegisteredAdapter", folder: Path) -
                 f"the adapter of '{adapter.name}/{adapter.version}' in MLflow is not the one that was certified",
                 "select again: `halora adapter select`",
             )
-        described = json.loads((source / ADAPTER_CONFIG).read_text())
+        described = json.loads((source / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         write_json(made / ADAPTER_CONFIG, described | {"base_model_name_or_path": bundle.certification.base})
         _describe(made, bundle)
         write_checksums(made)

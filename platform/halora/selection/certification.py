@@ -128,7 +128,9 @@ def certifications_of(folder: SweepFolder) -> dict[int, Certification]:
     """Certifications of a sweep that are finished, by attempt."""
     files = {a.number: a.folder(folder) / names.CERTIFICATION_FILE for a in attempts_of(folder)}
     return {
-        number: Certification.from_json(json.loads(file.read_text())) for number, file in files.items() if file.exists()
+        number: Certification.from_json(json.loads(file.read_text(encoding="utf-8")))
+        for number, file in files.items()
+        if file.exists()
     }
 
 
@@ -181,7 +183,7 @@ def certify(
         work.carry_out(logged_scores(client, run.info.run_id), gates)
     found = work.result(gates, rows, adapter_bytes)
     file = attempt.folder(folder) / names.CERTIFICATION_FILE
-    if not file.exists() or json.loads(file.read_text()) != json.loads(json.dumps(found.to_json())):
+    if not file.exists() or json.loads(file.read_text(encoding="utf-8")) != json.loads(json.dumps(found.to_json())):
         write_json(file, found.to_json())
         with TemporaryDirectory() as scratch:
             write_json(Path(scratch) / names.CERTIFICATION_FILE, found.to_json())
@@ -321,7 +323,7 @@ class _Work:
             scores=scores,
             energy=energy,
             base=model_id(self._config.model),
-            base_sha256=json.loads(self._file("base").read_text())["sha256"],
+            base_sha256=json.loads(self._file("base").read_text(encoding="utf-8"))["sha256"],
             dtype=self._config.training.dtype,
             adapter_sha256=attempt.adapter_sha256,
         )
@@ -395,7 +397,7 @@ class _Work:
     def _read(self, name: str) -> "ChipScores":
         from halora.evaluation.chips import ChipScores
 
-        return ChipScores.from_json(json.loads(self._file(name).read_text()))
+        return ChipScores.from_json(json.loads(self._file(name).read_text(encoding="utf-8")))
 
 
 def _priced(config: TrialConfig) -> dict[str, Any]:

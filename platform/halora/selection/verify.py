@@ -119,7 +119,7 @@ def _file_problems(folder: Path) -> list[str]:
     sums = folder / CHECKSUMS_FILE
     if not sums.is_file():
         return [f"no bundle: it has no {CHECKSUMS_FILE}"]
-    lines = [re.fullmatch(r"([0-9a-f]{64})  ([\w.-]+)", line) for line in sums.read_text().splitlines()]
+    lines = [re.fullmatch(r"([0-9a-f]{64})  ([\w.-]+)", line) for line in sums.read_text(encoding="utf-8").splitlines()]
     digests = {match[2]: match[1] for match in lines if match}
     problems = []
     there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
@@ -208,6 +208,6 @@ def _scored_again(folder: Path, config: TrialConfig, bundle: Bundle, chips: int 
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from None

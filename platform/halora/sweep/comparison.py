@@ -218,7 +218,7 @@ def _scored(
         say(f"comparison: {done} of {len(jobs)} evaluations")
 
     score_on_workers(sweep, [jobs[place] for place in left], scored)
-    return [ChipScores.from_json(json.loads(file.read_text())) for file in files]
+    return [ChipScores.from_json(json.loads(file.read_text(encoding="utf-8"))) for file in files]
 
 
 def _digest(job: "ScoringJob") -> str:

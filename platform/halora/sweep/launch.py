@@ -94,11 +94,13 @@ def launch(
     open_client(store)
     folder.root.mkdir(parents=True)
     if store.server:
-        folder.server_file.write_text(store.server)
+        folder.server_file.write_text(store.server, encoding="utf-8")
     if curves:
         folder.curves_file.write_bytes(curves.read_bytes())
     sweep = sweep.model_copy(update={"launch": uuid4().hex})
-    folder.sweep_file.write_text(yaml.safe_dump(sweep.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    folder.sweep_file.write_text(
+        yaml.safe_dump(sweep.model_dump(mode="json"), sort_keys=False, allow_unicode=True), encoding="utf-8"
+    )
     return _run(sweep, store, watcher, cluster, metrics_port)
 
 
@@ -120,7 +122,7 @@ def resume(
     """
     folder = store.existing(name)
     if store.server:
-        folder.server_file.write_text(store.server)
+        folder.server_file.write_text(store.server, encoding="utf-8")
     sweep = load_sweep(str(folder.sweep_file))
     if not folder.curves_file.exists():
         _check_workers(sweep, store, cluster, store.storage or folder.storage_url)

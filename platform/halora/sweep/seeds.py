@@ -81,7 +81,7 @@ def train_seeds(
     own = folder.comparison
     own.root.mkdir(exist_ok=True)
     if folder.storage_url:
-        own.storage_file.write_text(f"{folder.storage_url}-comparison")
+        own.storage_file.write_text(f"{folder.storage_url}-comparison", encoding="utf-8")
     jobs = [_job(sweep, number, training) for number, training in enumerate(trainings)]
     for job in jobs:
         _claim(sweep, own, job)
@@ -112,7 +112,7 @@ def _claim(sweep: SweepConfig, own: SweepFolder, job: Job) -> None:
     """Have the job's folder to itself: what another configuration left there goes."""
     place, config = own.trial(job.number), sweep.resolve(job.values).model_dump(mode="json")
     plan = place / _PLAN_FILE
-    if not plan.exists() or json.loads(plan.read_text()) != config:
+    if not plan.exists() or json.loads(plan.read_text(encoding="utf-8")) != config:
         shutil.rmtree(place, ignore_errors=True)
         if url := own.trial_url(job.number):
             TrialStorage(url).remove()
@@ -122,7 +122,7 @@ def _claim(sweep: SweepConfig, own: SweepFolder, job: Job) -> None:
 
 def _steps(place: Path) -> int:
     checkpoint = latest_checkpoint(place)
-    return int(json.loads((checkpoint / "progress.json").read_text())["step"]) if checkpoint else 0
+    return int(json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))["step"]) if checkpoint else 0
 
 
 class _SeedWork:

@@ -49,7 +49,7 @@ class TrialFiles:
                 self._place(number).fetch_checkpoint(own)
             if latest_checkpoint(own):
                 TrialStorage(f"{url}/{number:05d}").put_checkpoint(own)
-        self._folder.storage_file.write_text(url)
+        self._folder.storage_file.write_text(url, encoding="utf-8")
 
     def reports(self, number: int) -> list[dict[str, float]]:
         """Reports of a trial up to its latest checkpoint.

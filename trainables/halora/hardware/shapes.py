@@ -156,7 +156,7 @@ def known_shape(model: str) -> ModelShape | None:
 
 def _read_shape(path: Path) -> ModelShape:
     try:
-        return ModelShape.from_config(json.loads(path.read_text()))
+        return ModelShape.from_config(json.loads(path.read_text(encoding="utf-8")))
     except UserError as error:
         raise UserError(f"model '{path}': {error}") from None
     except KeyError as error:
@@ -167,4 +167,4 @@ def _read_shape(path: Path) -> ModelShape:
 
 @cache
 def _known_models() -> dict[str, dict[str, Any]]:
-    return dict(yaml.safe_load((files("halora.hardware") / "models.yaml").read_text()))
+    return dict(yaml.safe_load((files("halora.hardware") / "models.yaml").read_text(encoding="utf-8")))
