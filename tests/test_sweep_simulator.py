@@ -366,7 +366,7 @@ def test_every_mistake_of_a_table_is_told(sweep, tmp_path):
         "column 'lora.rnk' is neither a score nor a searched field; did you mean 'lora.rank'?",
         "line 3: step is 'x', not a number",
         "line 5: accuracy is '55', not a share between 0 and 1",
-        "line 6: accuracy is 'nan', which is no finite number",
+        "line 6: accuracy is 'nan', which is not a finite number",
         "line 7: trial is '1.5', not a whole number from 0 up",
         "line 3: lora.rank is '3', outside the sweep's space",
         "line 4: accuracy left empty",

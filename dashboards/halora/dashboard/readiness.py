@@ -66,7 +66,7 @@ def readiness(snapshot: Snapshot, point: RecordedTrial) -> Readiness:
 
 
 def failed_gates(snapshot: Snapshot, point: RecordedTrial) -> tuple[str, ...]:
-    """Why a trial is no candidate, by the sweep's gates; none for a candidate."""
+    """Why a trial is not a candidate, by the sweep's gates; none for a candidate."""
     return standings([point], snapshot.sweep.gates)[0].reasons
 
 

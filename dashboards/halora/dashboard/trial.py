@@ -208,7 +208,7 @@ def _shape_here(model: str) -> ModelShape | None:
     folder = Path(model) / "config.json"
     try:
         return known_shape(model) or (known_shape(str(folder)) if model and folder.is_file() else None)
-    except (UserError, OSError, ValueError):  # no such family; a name that is no path
+    except (UserError, OSError, ValueError):  # no such family; a name that is not a path
         return None
 
 

@@ -69,7 +69,7 @@ def _ratios(summary: SweepSummary) -> list[dict[str, Any]]:
 
 
 def _script_json(content: Any) -> Markup:
-    """JSON that cannot end the script element it stands in."""
+    """JSON that cannot end the script element it is in."""
     text = json.dumps(content, allow_nan=False, ensure_ascii=True)
     return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
 

@@ -35,7 +35,7 @@ def train(
     scores: Annotated[bool, typer.Option(help="Score the adapter on chip instances once it is trained.")] = True,
     form: FormatOption = Format.TABLE,
 ) -> None:
-    """Train one configuration, going on from its last checkpoint in the output folder, and score its adapter."""
+    """Train one configuration, resuming from its last checkpoint in the output folder, and score its adapter."""
     from halora.spaces.sweep import load_trial
 
     config = load_trial(file, overrides_from(set_, example="training.steps=40"))
@@ -97,7 +97,7 @@ def _tell_scope(seeds: int, chips: int) -> None:
 
 
 def _train(runner: "TrialRunner", config: "TrialConfig", output: Path) -> None:
-    """Train, or go on from the last checkpoint in the folder."""
+    """Train, or resume from the last checkpoint in the folder."""
     try:
         with redirect_stdout(sys.stderr), _session(config.training.workers - 1):  # DeepSpeed talks
             training = runner.train(config, output)
@@ -112,7 +112,7 @@ def _train(runner: "TrialRunner", config: "TrialConfig", output: Path) -> None:
         say(f"failed: {error}; lower training.learning_rate or the noise and train again in another folder")
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        say("interrupted; the same command goes on from the last report")
+        say("interrupted; the same command resumes from the last report")
         raise
 
 

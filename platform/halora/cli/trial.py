@@ -1,4 +1,4 @@
-"""`halora trial`: one trial, what it said, and whether its figures can be had again."""
+"""`halora trial`: one trial, what it said, and whether its figures are reproduced."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory

@@ -135,7 +135,7 @@ class SweepRecorder:
         self._state(number, "finished")
 
     def continue_trial(self, number: int, cause: str) -> None:
-        """Record why a trial that runs goes on in another way."""
+        """Record why a running trial continues in another way."""
         self._state(number, "running", cause)
 
     def fail_trial(self, number: int, cause: str) -> None:
@@ -147,7 +147,7 @@ class SweepRecorder:
         self._state(number, "stopped")
 
     def interrupt_trial(self, number: int) -> None:
-        """Mark a trial that a later resume goes on with."""
+        """Mark a trial that a later resume continues."""
         self._state(number, "interrupted")
 
     def record_comparison(self, comparison: Mapping[str, Any]) -> None:

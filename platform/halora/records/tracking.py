@@ -142,7 +142,7 @@ class MlflowSweep:
             states.setdefault(_number(run), []).append(_state(run))
         return states
 
-    def mend(self, entries: Sequence[Entry], states: Mapping[int, str]) -> dict[int, str]:
+    def repair(self, entries: Sequence[Entry], states: Mapping[int, str]) -> dict[int, str]:
         """Delete runs that double another or stand for no trial, and deliver again trials that stand otherwise.
 
         Args:

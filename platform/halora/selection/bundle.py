@@ -1,7 +1,7 @@
 """The bundle: everything about a certified adapter in one folder, the adapter as PEFT stores it.
 
 `PeftModel.from_pretrained(base, FOLDER)` loads it as it is. The base is named by its id and the digest of its weights;
-no path of the machine that made it is inside. On a URL its checksums are written last: what has none is no bundle.
+no path of the machine that made it is inside. On a URL its checksums are written last: what has none is not a bundle.
 """
 
 import json
@@ -65,7 +65,7 @@ class Bundle:
 
 
 def export_to(client: "MlflowClient", adapter: "RegisteredAdapter", place: str) -> None:
-    """Write the bundle of a registered adapter to a new folder on this machine or on a URL, whole or not at all.
+    """Write the bundle of a registered adapter to a new folder on this machine or on a URL, atomically.
 
     Raises:
         UserError: See `export`; or the URL is none that fsspec knows.
@@ -118,7 +118,7 @@ def bundle_at(place: str) -> Iterator[Path]:
 
 
 def export(client: "MlflowClient", adapter: "RegisteredAdapter", folder: Path) -> Bundle:
-    """Write the bundle of a registered adapter into a new folder, which appears whole or not at all.
+    """Write the bundle of a registered adapter into a new folder, which appears atomically.
 
     Raises:
         UserError: The folder exists, or MLflow no longer has what was certified.

@@ -150,7 +150,7 @@ def certify(
     gates: Gates,
     say: Callable[[str], None] = lambda text: None,
 ) -> Certification:
-    """Certify a trial's adapter as MLflow has it, or go on with it, or look up how it went.
+    """Certify a trial's adapter as MLflow has it, or continue that, or look up how it ended.
 
     Args:
         client: Where the adapter is recorded.
@@ -158,7 +158,7 @@ def certify(
         store: Its store; `only_selection` is held.
         point: The trial.
         gates: What is asked.
-        say: Told how it goes on.
+        say: Told of the progress.
 
     Raises:
         UserError: Nothing is left of the error level, the task has no test split or too few rows in it, the adapter
@@ -213,7 +213,7 @@ def splits_of(task: str) -> tuple[str, ...]:
     """What tells the test splits of a task's parts: the name of each, and a digest of its texts in any order.
 
     Certifications that share one of these look at the same rows, or at rows of the same name: a copy of a data set
-    under another name counts, and so does one of the same name with a row mended.
+    under another name counts, and so does one of the same name with a row fixed.
 
     Raises:
         UserError: A part has no test split.

@@ -1,4 +1,4 @@
-"""Verifies a bundle: its files, its base, that plain PEFT loads it, and that its certified scores can be had again.
+"""Verifies a bundle: its files, its base, that plain PEFT loads it, and that its certified scores are reproduced.
 
 Nothing of the bundle is run or unpickled: JSON, Markdown and safetensors are all it may hold.
 """
@@ -87,10 +87,10 @@ def verify(
         base: Where its base model is, a name, hub id or folder; found by the bundle's own id when left out.
         task: Where its task is, likewise.
         chips: Score only the first chip instances again; all of the certificate's when left out.
-        say: Told how it goes on.
+        say: Told of the progress.
 
     Raises:
-        UserError: The bundle is refused, see `read_bundle`; its base or its task cannot be had, or is another; its
+        UserError: The bundle is refused, see `read_bundle`; its base or its task is not available, or is another; its
             adapter has tensors that do not belong to the base.
     """
     bundle = read_bundle(folder)

@@ -93,7 +93,7 @@ def check_cluster_file(path: Path) -> list[NodeType]:
     if not problems:
         problems += _by_ray(config)
     if problems:
-        raise UserError(problems, f"mend '{path}', then check it again before `ray up`")
+        raise UserError(problems, f"fix '{path}', then check it again before `ray up`")
     return _node_types(config)
 
 

@@ -137,7 +137,7 @@ def compare(
         folder: Its folder.
         core: Knows the trials' values.
         chosen: Trials by what they were chosen for, at least one.
-        say: Told how it goes on.
+        say: Told of the progress.
 
     Returns:
         The comparison; none if it was interrupted.

@@ -13,7 +13,7 @@ _LEVELS = {"failed": "error", "lost": "warning"}
 
 
 class Watcher(Protocol):
-    """Shows a person how the sweep goes on."""
+    """Shows a person the progress of a sweep."""
 
     def say(self, text: str) -> None:
         """One line about what happens now."""

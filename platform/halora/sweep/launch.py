@@ -68,7 +68,7 @@ def launch(
     Args:
         sweep: The sweep.
         store: Where it is recorded.
-        watcher: Shown how it goes on.
+        watcher: Shown the progress.
         curves: A table of recorded curves to take results from, instead of training.
         cluster: Where its workers run.
         metrics_port: Port of the loopback address to serve its metrics at; nowhere for none.
@@ -107,12 +107,12 @@ def launch(
 def resume(
     name: str, store: Store, watcher: Watcher, *, cluster: Cluster = LOCAL, metrics_port: int | None = None
 ) -> Outcome:
-    """Go on with a sweep: unfinished trials from their checkpoints, then those not begun yet.
+    """Resume a sweep: unfinished trials from their checkpoints, then those not begun yet.
 
     Args:
         name: The sweep.
         store: Where it is recorded.
-        watcher: Shown how it goes on.
+        watcher: Shown the progress.
         cluster: Where its workers run from now on.
         metrics_port: Port of the loopback address to serve its metrics at; nowhere for none.
 
@@ -331,11 +331,11 @@ class _Recording:
 
     def lost(self, job: Job, cause: str) -> None:
         self._begun.discard(job.number)  # its last report may not have been heard
-        self._watcher.say(f"trial {job.number} goes on from its checkpoint: {cause}")
+        self._watcher.say(f"trial {job.number} resumes from its checkpoint: {cause}")
 
     def out_of_memory(self, job: Job, cause: str) -> None:
-        self._recorder.continue_trial(job.number, f"{cause}; went on with half")
-        self._watcher.say(f"trial {job.number} goes on from its checkpoint with half the micro-batch: {cause}")
+        self._recorder.continue_trial(job.number, f"{cause}; continued with half")
+        self._watcher.say(f"trial {job.number} resumes from its checkpoint with half the micro-batch: {cause}")
 
     def failed(self, job: Job, cause: str) -> None:
         if job.goal.first_chip:

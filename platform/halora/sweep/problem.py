@@ -18,7 +18,7 @@ from halora.spaces.sweep import SweepConfig
 
 @dataclass(frozen=True)
 class Problem:
-    """A search over two objectives: accuracy, to be had by training, and energy, known for nothing.
+    """A search over two objectives: accuracy, which takes training, and energy, which is computed before it.
 
     Attributes:
         name: Name of the sweep.

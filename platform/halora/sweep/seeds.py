@@ -1,6 +1,6 @@
 """Chosen configurations trained again with other seeds, on the sweep's workers, for the closing comparison.
 
-Their folders are below the sweep's own, and as durable as trials: a training goes on from its last report.
+Their folders are below the sweep's own, and as durable as trials: a training resumes from its last report.
 """
 
 import json
@@ -65,7 +65,7 @@ def train_seeds(
     stopping: Callable[[], bool],
     say: Callable[[str], None],
 ) -> list[Trained] | None:
-    """Carry out trainings on the sweep's workers, or go on with them; none if that was interrupted.
+    """Carry out trainings on the sweep's workers, or continue them; none if that was interrupted.
 
     Ray has to run, see `halora.sweep.session.ray_session`.
 
@@ -74,7 +74,7 @@ def train_seeds(
         folder: Its folder.
         trainings: What to train; a training that is done is not repeated.
         stopping: Whether someone asked the sweep to stop.
-        say: Told how it goes on.
+        say: Told of the progress.
     """
     from halora.sweep.executor import run_trials
 
@@ -218,10 +218,10 @@ class _Telling:
         self._tell(job, f"failed: {cause}")
 
     def lost(self, job: Job, cause: str) -> None:
-        self._tell(job, f"goes on from its checkpoint: {cause}")
+        self._tell(job, f"resumes from its checkpoint: {cause}")
 
     def out_of_memory(self, job: Job, cause: str) -> None:
-        self._tell(job, f"goes on from its checkpoint with half the micro-batch: {cause}")
+        self._tell(job, f"resumes from its checkpoint with half the micro-batch: {cause}")
 
     def _tell(self, job: Job, text: str) -> None:
         training = self._trainings[job.number]

@@ -53,12 +53,12 @@ def check_not_launched(folder: SweepFolder) -> None:
     """Refuse a sweep name that is taken.
 
     Raises:
-        UserError: With the ways to go on.
+        UserError: With the ways forward.
     """
     if folder.root.exists():
         raise UserError(
             f"sweep '{folder.name}' was launched before",
-            f"go on with `halora sweep resume {folder.name}`, or launch under another name with --name",
+            f"resume it with `halora sweep resume {folder.name}`, or launch under another name with --name",
         )
 
 

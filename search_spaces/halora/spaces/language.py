@@ -83,7 +83,7 @@ class Range(_Distribution):
         return _numeric(value) and whole and self.low <= value <= self.high
 
     def nearest(self, value: Any) -> Value | None:
-        """The value of the range nearest to `value`; none where that is no number."""
+        """The value of the range nearest to `value`; none where that is not a number."""
         if not _numeric(value):
             return None
         inside = min(max(value, self.low), self.high)

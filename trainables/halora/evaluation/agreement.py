@@ -1,4 +1,4 @@
-"""Whether scores can be had again: those on record beside those of the same adapter, rows and chip instances now.
+"""Whether scores are reproduced: those on record beside those of the same adapter, rows and chip instances now.
 
 On clean weights only the order of sums differs, by thread count and processor. A conversion that is carried out turns
 such a difference into a whole step now and then, and layer after layer these add up: on a noisy chip two right

@@ -1,6 +1,6 @@
 """Programming error and ageing of real cells, as published or as measured by a chip team.
 
-Published coefficients stand in `coefficients.yaml`, each with its unit, source and confidence.
+Published coefficients are in `coefficients.yaml`, each with its unit, source and confidence.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ class EvaluationSettings(StrictModel):
         try:
             groups = re.compile(pattern).groups
         except re.error as error:
-            raise ValueError(f"answer_pattern is no regular expression: {error}") from None
+            raise ValueError(f"answer_pattern is not a regular expression: {error}") from None
         if groups > 1:
             raise ValueError(f"answer_pattern has {groups} groups; one at most, write others as (?:...)")
         return pattern

@@ -110,9 +110,9 @@ class NoiseSchedule(StrictModel):
         for field, needed in self._draws_needed().items():
             if draws < needed:
                 often = (steps - 1) // (needed - 1)
-                mend = f"redraw every {often} steps or less" if often else "train longer"
+                fix = f"redraw every {often} steps or less" if often else "train longer"
                 have = f"{steps} steps with a draw every {redraw_steps} have {draws}"
-                problems.append(f"{field}: takes {needed} draws to be met, but {have}; {mend}")
+                problems.append(f"{field}: takes {needed} draws to be met, but {have}; {fix}")
         return problems
 
     def _draws_needed(self) -> dict[str, int]:

@@ -23,7 +23,7 @@ _START_OVER = "delete it; the trial starts over"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a training goes on from, on the CPU.
+    """What a training resumes from, on the CPU.
 
     Attributes:
         step: Optimiser steps taken.

@@ -241,7 +241,7 @@ class Finetuner:
             checkpoint.write(folder, self._peft_model.peft_config["default"])
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint, whatever the number of workers and the ZeRO stage it was written with.
+        """Resume from a checkpoint, whatever the number of workers and the ZeRO stage it was written with.
 
         Raises:
             UserError: The checkpoint belongs to an adapter of another shape.

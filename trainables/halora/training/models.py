@@ -98,7 +98,7 @@ def estimated_shape(model: str) -> ModelShape:
     Loads no torch.
 
     Raises:
-        UserError: The model cannot be had, or is not of the LLaMA or Qwen family.
+        UserError: The model is not available, or is not of the LLaMA or Qwen family.
     """
     source = find_model(model)
     if Path(source).is_dir():
