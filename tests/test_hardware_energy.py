@@ -13,7 +13,7 @@ from halora.hardware.chip import Chip, load_chip, merge
 from halora.hardware.costs import adc_cost, constant_names, energy_constants
 from halora.hardware.energy import Phase, energy_per_token
 from halora.hardware.shapes import LinearShape, ModelShape, known_shape, named_shapes
-from halora.training.config import LoraSettings
+from halora.settings.training import LoraSettings
 
 PAPER_TARGETS = LoraSettings().targets
 LLAMA_1B, LLAMA_3B = named_shapes()["llama-3.2-1b"], named_shapes()["llama-3.2-3b"]
@@ -193,8 +193,8 @@ def test_models_are_found_by_name_hub_id_and_file(tmp_path):
         ('{"model_type": "gpt_neox", "hidden_size": 64}', "type 'gpt_neox' is not one of llama, qwen2, qwen3"),
         ('{"model_type": "llama", "n_embd": 64}', "hidden_size"),
         ('{"num_experts": 8, "hidden_size": 64}', "mixture of experts"),
-        ("[1]", "not the config.json"),
-        ("no json", "not the config.json"),
+        ("[1]", "is not a JSON object but list"),
+        ("no json", "is not JSON: Expecting value"),
         ('{"model_type": "llama", "hidden_size": 64, "num_attention_heads": 0}', "has no 'intermediate_size'"),
     ],
 )

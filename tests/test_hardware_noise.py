@@ -320,10 +320,10 @@ def test_compensation_brings_back_the_mean_magnitude(weight, compensation):
     per_output = aged.abs().mean(dim=1) / weight.abs().mean(dim=1)
     spread = (per_output - 1).abs().max().item()
     assert spread < 1e-4 if compensation == "column" else spread > 1e-3
-    lost, mended = (
+    lost, fixed = (
         noise_to_signal_db(weight, _aged(weight, 1e6, compensation=choice)) for choice in ("none", compensation)
     )
-    assert mended < lost - 6
+    assert fixed < lost - 6
 
 
 def test_weight_noise_is_measured_and_compensated_along_with_the_cells(weight):

@@ -74,14 +74,16 @@ def test_what_is_no_json(text, told):
     assert len(str(refused.value)) < 200
 
 
-@pytest.mark.parametrize("text", ['{"a": [1, 2.5, null, true, "\\ud83d\\ude00 ü"]}', "[]", "1e300", str(2**63 - 1), '"\\\\ud800"'])
+@pytest.mark.parametrize(
+    "text", ['{"a": [1, 2.5, null, true, "\\ud83d\\ude00 ü"]}', "[]", "1e300", str(2**63 - 1), '"\\\\ud800"']
+)
 def test_json_is_what_it_says(text):
     assert parse_json(text, "it") == json.loads(text)
 
 
 def test_an_object_is_one(tmp_path):
     (tmp_path / "a.json").write_text("[1]")
-    with pytest.raises(UserError, match="^it is not a JSON object but list$"):
+    with pytest.raises(UserError, match=r"^it is not a JSON object but list$"):
         read_object(tmp_path / "a.json", "it")
 
 
@@ -107,7 +109,7 @@ def test_a_table_is_read_cell_by_cell(tmp_path):
     path.write_bytes(b'\xef\xbb\xbfa, "b, c"\r\n\r\n1,2,3\r\n')
     assert read_csv(path, "it") == [["a", "b, c"], [], ["1", "2", "3"]]
     path.write_text("a\n" + "x" * 200_000)
-    with pytest.raises(UserError, match="^it is not a table: field larger"):
+    with pytest.raises(UserError, match=r"^it is not a table: field larger"):
         read_csv(path, "it")
 
 

@@ -392,13 +392,13 @@ def test_runs_that_mlflow_doubled_lost_or_changed_are_mended(client, store, swee
         3: ["finished"],
         77: ["running"],
     }
-    assert mlflow.mend(journal_entries(folder.journal_file), states) == {
+    assert mlflow.repair(journal_entries(folder.journal_file), states) == {
         0: "a second run is deleted",
         1: "delivered again",
         2: "delivered again",
         77: "its run is deleted",
     }
-    assert mlflow.mend(journal_entries(folder.journal_file), states) == {}
+    assert mlflow.repair(journal_entries(folder.journal_file), states) == {}
     assert mlflow.trial_states() == {number: ["finished"] for number in range(4)}
     assert {doubled.info.run_id, changed.info.run_id, whole.info.run_id} < {
         run.info.run_id for run in _runs(client, sweep, "trial")

@@ -151,7 +151,7 @@ def test_a_damaged_journal_is_named_with_the_place(tmp_path):
     with pytest.raises(UserError, match="is of version 99, this program reads 1"):
         journal.identity(path)
     path.write_text("[]\n")
-    with pytest.raises(UserError, match="is no journal"):
+    with pytest.raises(UserError, match="is not a journal"):
         journal.identity(path)
 
 

@@ -113,7 +113,7 @@ def test_every_mistake_of_a_file_is_told_at_once_and_nothing_else(tmp_path):
         ({"trial.task": {"arc-easy": 1, "piqua": 2}}, "trial.task: no task 'piqua'"),
         ({"trial.task": {"arc-easy": -1}}, "trial.task: task 'arc-easy': the weight of a task is a positive number"),
         ({"trial.task": "arc-easy+2*openbokqa"}, "did you mean 'openbookqa'?"),
-        ({"trial.evaluation.answer_pattern": "("}, "answer_pattern is no regular expression"),
+        ({"trial.evaluation.answer_pattern": "("}, "answer_pattern is not a regular expression"),
         ({"trial.prompt_format": "chatty"}, "trial.prompt_format: input should be 'plain' or 'chat', got 'chatty'"),
         ({"reference_point.energy_uj_per_token": 0}, "energy_uj_per_token: input should be greater than 0, got 0"),
     ],
@@ -251,7 +251,7 @@ def test_a_sweep_names_its_own_chips():
             "comparison.by: 'training.methd' is not searched over choices; did you mean",
         ),
         ({"comparison.by": "training.mu"}, "comparison.by: 'training.mu' is not searched over choices"),
-        ({"comparison.against": "lora"}, "comparison.against: 'lora' is no value of comparison.by (there is no"),
+        ({"comparison.against": "lora"}, "comparison.against: 'lora' is not a value of comparison.by (there is no"),
         (
             {
                 "comparison": {
@@ -262,7 +262,7 @@ def test_a_sweep_names_its_own_chips():
                     "chips": ["ideal"],
                 }
             },
-            "comparison.against: 'lor' is no value of comparison.by (choices: lora, noise_lora, halora)",
+            "comparison.against: 'lor' is not a value of comparison.by (choices: lora, noise_lora, halora)",
         ),
         ({"comparison.by": "training.method"}, "comparison.chips: required with comparison.by"),
         ({"comparison.chips": ["quite"], "chips": _CHIPS}, "comparison.chips[0]: no chip 'quite'"),

@@ -12,6 +12,7 @@ from optuna.storages import InMemoryStorage
 from halora.analysis.front import ranks
 from halora.analysis.racing import chip_estimates, front_probabilities
 from halora.errors import UserError
+from halora.settings.trial import Goal
 from halora.spaces.search import Budget, Constraint, Racing, SearchSettings
 from halora.spaces.sweep import load_sweep
 from halora.sweep.analytic import FUNCTIONS, AnalyticCurves
@@ -20,7 +21,6 @@ from halora.sweep.samplers import History
 from halora.sweep.simulator import SimulatedClock, simulate
 from halora.sweep.study import State, SweepStudy
 from halora.sweep.table import read_table
-from halora.trial import Goal
 
 CURVES = AnalyticCurves(FUNCTIONS["zdt1"], curve="saturating", chip_std=0.02)
 NOISY = AnalyticCurves(FUNCTIONS["zdt1"], chip_std=0.8)
@@ -366,7 +366,7 @@ def test_every_mistake_of_a_table_is_told(sweep, tmp_path):
         "column 'lora.rnk' is neither a score nor a searched field; did you mean 'lora.rank'?",
         "line 3: step is 'x', not a number",
         "line 5: accuracy is '55', not a share between 0 and 1",
-        "line 6: accuracy is 'nan', which is no finite number",
+        "line 6: accuracy is 'nan', which is not a finite number",
         "line 7: trial is '1.5', not a whole number from 0 up",
         "line 3: lora.rank is '3', outside the sweep's space",
         "line 4: accuracy left empty",

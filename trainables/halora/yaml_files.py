@@ -9,7 +9,9 @@ import yaml
 from halora.errors import UserError
 from halora.reading import bounded, finite, read_text
 
-_WHAT_BAD_VALUES_RAISE = (yaml.YAMLError, ValueError, IndexError, RecursionError)  # e.g. `2001-13-45`, `!!int ''`
+_WHAT_BAD_VALUES_RAISE = (  # e.g. `2001-13-45`, `!!int ''`, `!!timestamp x`
+    *(yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError),
+)
 _MOST_VALUES = 200_000
 """Values of a file once its aliases are written out; ten aliases of ten aliases of ten ... would fill a machine."""
 _DEEPEST = 50
@@ -23,7 +25,7 @@ class _Loader(yaml.SafeLoader):
                 continue
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str):
-                self._refuse(f"the key {key!r} is no text; write it in quotes", key_node)
+                self._refuse(f"the key {key!r} is not text; write it in quotes", key_node)
             if key in seen:
                 self._refuse(f"the key '{key}' is given twice", key_node)
             seen.add(key)
@@ -86,7 +88,7 @@ def parse_yaml(text: str, where: str) -> Any:
         where: What it is, for the message.
 
     Raises:
-        UserError: It is not YAML, has a key twice or one that is no text, a value that is none, or more than any
+        UserError: It is not YAML, has a key twice or one that is not text, a value that is none, or more than any
             description has.
     """
     loader = None

@@ -10,7 +10,6 @@ import typer
 
 from halora.cli.arguments import SweepArgument, SweepSetOption, overrides_from
 from halora.cli.comparison import print_comparison
-from halora.cli.elsewhere import AddressOption, FollowOption, WheelOption, detached, elsewhere
 from halora.cli.output import (
     Format,
     FormatOption,
@@ -22,6 +21,7 @@ from halora.cli.output import (
     show_rows,
     talk,
 )
+from halora.cli.remote_commands import AddressOption, FollowOption, WheelOption, detached, elsewhere
 from halora.errors import UserError
 from halora.records.names import REPORT_FILE
 from halora.records.store import Store
@@ -121,7 +121,7 @@ def resume(
     follow: FollowOption = None,
     metrics_port: MetricsPortOption = None,
 ) -> None:
-    """Go on with a sweep: unfinished trials from their checkpoints, then the rest, and records MLflow lacks."""
+    """Resume a sweep: unfinished trials from their checkpoints, then the rest, and records MLflow lacks."""
     from halora.sweep.state import load_core
 
     cluster = Cluster.at(address, wheel)
@@ -152,7 +152,7 @@ def stop(name: NameArgument, store: StoreOption = None, address: AddressOption =
         _close_records(name, place)
         return
     core.request_stop()
-    talk.print(f"sweep '{name}' ends after the next reports; go on with: halora sweep resume {name}", markup=False)
+    talk.print(f"sweep '{name}' ends after the next reports; resume it with: halora sweep resume {name}", markup=False)
 
 
 @app.command()
@@ -258,7 +258,7 @@ def report(name: NameArgument, store: StoreOption = None, address: AddressOption
 
 @app.command()
 def validate(sweep: SweepArgument, set_: SweepSetOption = None) -> None:
-    """Check a sweep file; every mistake is told at once."""
+    """Check a sweep file; all errors are reported together."""
     from halora.spaces.sweep import load_sweep
 
     config = load_sweep(sweep, overrides_from(set_))
@@ -339,7 +339,7 @@ def _close(name: str, store: Store, outcome: "Outcome") -> None:
         print_comparison(outcome.comparison)
     uri = store.serving(name).tracking_uri
     if not outcome.complete:
-        talk.print(f"\ninterrupted; all reports are kept. Go on with: halora sweep resume {name}", markup=False)
+        talk.print(f"\ninterrupted; all reports are kept. Resume it with: halora sweep resume {name}", markup=False)
     talk.print(
         f"\nlook at a trial:  halora trial show {name}/NUMBER"
         f"\nopen the report:  {store.sweep(name).published / REPORT_FILE}"

@@ -6,7 +6,7 @@ import yaml
 
 from halora.analysis.trials import OTHER_ACCURACY
 from halora.selection.certification import Certification, RobustnessLine
-from halora.trial import TrialConfig
+from halora.settings.trial import TrialConfig
 
 
 def model_card(config: TrialConfig, certification: Certification) -> str:
@@ -51,7 +51,7 @@ def model_card(config: TrialConfig, certification: Certification) -> str:
         f'base = AutoModelForCausalLM.from_pretrained("BASE")  # {certification.base}, as {certification.dtype}\n'
         'model = PeftModel.from_pretrained(base, "THIS FOLDER")\n```',
         f"Digest of the base's weights: `{certification.base_sha256}` (`halora adapter verify` compares it). The chip "
-        "stands in `chip.json`, what aihwkit-lightning can say of it in `aihwkit-lightning.json`.",
+        "is in `chip.json`, what aihwkit-lightning can say of it in `aihwkit-lightning.json`.",
         "## What this does not say",
         "The chip, its noise and its energy are models: `chip.json` lists the first, `energy.json` what is counted. "
         "The certificate speaks of chips drawn from this noise model and of these test rows, not of other data; the "

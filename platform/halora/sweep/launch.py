@@ -12,9 +12,10 @@ from uuid import uuid4
 
 import yaml
 
-from halora.analysis.trials import TrialPoint, grouped
+from halora.analysis.trials import RecordedTrial, grouped
 from halora.errors import UserError
 from halora.evaluation.damage import described
+from halora.pricing import trial_energy
 from halora.records.names import ENERGY, VIOLATION
 from halora.records.store import Store, SweepFolder
 from halora.spaces.search import total_violation
@@ -31,7 +32,7 @@ from halora.sweep.state import check_not_launched, only_driver, open_core
 from halora.sweep.table import read_table
 from halora.sweep.trial_files import TrialFiles
 from halora.training.models import check_available
-from halora.trial import RESULT_FILE, adapter_folder, trial_energy
+from halora.trial_folder import RESULT_FILE, adapter_folder
 
 if TYPE_CHECKING:
     from halora.evaluation.chips import ChipScores
@@ -67,7 +68,7 @@ def launch(
     Args:
         sweep: The sweep.
         store: Where it is recorded.
-        watcher: Shown how it goes on.
+        watcher: Shown the progress.
         curves: A table of recorded curves to take results from, instead of training.
         cluster: Where its workers run.
         metrics_port: Port of the loopback address to serve its metrics at; nowhere for none.
@@ -93,23 +94,25 @@ def launch(
     open_client(store)
     folder.root.mkdir(parents=True)
     if store.server:
-        folder.server_file.write_text(store.server)
+        folder.server_file.write_text(store.server, encoding="utf-8")
     if curves:
         folder.curves_file.write_bytes(curves.read_bytes())
     sweep = sweep.model_copy(update={"launch": uuid4().hex})
-    folder.sweep_file.write_text(yaml.safe_dump(sweep.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    folder.sweep_file.write_text(
+        yaml.safe_dump(sweep.model_dump(mode="json"), sort_keys=False, allow_unicode=True), encoding="utf-8"
+    )
     return _run(sweep, store, watcher, cluster, metrics_port)
 
 
 def resume(
     name: str, store: Store, watcher: Watcher, *, cluster: Cluster = LOCAL, metrics_port: int | None = None
 ) -> Outcome:
-    """Go on with a sweep: unfinished trials from their checkpoints, then those not begun yet.
+    """Resume a sweep: unfinished trials from their checkpoints, then those not begun yet.
 
     Args:
         name: The sweep.
         store: Where it is recorded.
-        watcher: Shown how it goes on.
+        watcher: Shown the progress.
         cluster: Where its workers run from now on.
         metrics_port: Port of the loopback address to serve its metrics at; nowhere for none.
 
@@ -119,7 +122,7 @@ def resume(
     """
     folder = store.existing(name)
     if store.server:
-        folder.server_file.write_text(store.server)
+        folder.server_file.write_text(store.server, encoding="utf-8")
     sweep = load_sweep(str(folder.sweep_file))
     if not folder.curves_file.exists():
         _check_workers(sweep, store, cluster, store.storage or folder.storage_url)
@@ -142,7 +145,7 @@ def probe(sweep: SweepConfig, store: Store, watcher: Watcher, *, cluster: Cluste
     _check_workers(sweep, store, cluster, store.storage)
     from halora.sweep.executor import score_on_workers  # imports Ray and torch
     from halora.sweep.session import ray_session
-    from halora.trainable import ScoringJob
+    from halora.trial_runner import ScoringJob
 
     waiting = bases(sweep, watcher.say)
     jobs = [ScoringJob(base.config, None) for base in waiting]
@@ -269,7 +272,7 @@ class _Recording:
         self._begun: set[int] = set()
         self._to_prune, self._cannot_prune = True, ""
 
-    def points(self) -> list[TrialPoint]:
+    def points(self) -> list[RecordedTrial]:
         """Finished trials of this sweep that break no constraint, earlier runs included."""
         return grouped(self._recorder.points).feasible
 
@@ -328,11 +331,11 @@ class _Recording:
 
     def lost(self, job: Job, cause: str) -> None:
         self._begun.discard(job.number)  # its last report may not have been heard
-        self._watcher.say(f"trial {job.number} goes on from its checkpoint: {cause}")
+        self._watcher.say(f"trial {job.number} resumes from its checkpoint: {cause}")
 
     def out_of_memory(self, job: Job, cause: str) -> None:
-        self._recorder.continue_trial(job.number, f"{cause}; went on with half")
-        self._watcher.say(f"trial {job.number} goes on from its checkpoint with half the micro-batch: {cause}")
+        self._recorder.continue_trial(job.number, f"{cause}; continued with half")
+        self._watcher.say(f"trial {job.number} resumes from its checkpoint with half the micro-batch: {cause}")
 
     def failed(self, job: Job, cause: str) -> None:
         if job.goal.first_chip:

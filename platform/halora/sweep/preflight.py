@@ -62,7 +62,7 @@ def refuse(reports: Sequence[NodeReport]) -> None:
     """
     problems = [f"node {report.address}: {problem}" for report in reports for problem in report.problems]
     if problems:
-        raise UnreachableError(problems, "mend the nodes and run again; `halora cluster check --address` looks again")
+        raise UnreachableError(problems, "fix the nodes and run again; `halora cluster check --address` looks again")
 
 
 def look_at(cluster: Cluster, store: Store, storage: str = "", models: Sequence[str] = ()) -> list[NodeReport]:

@@ -7,17 +7,18 @@ from typing import Any
 from pydantic import ValidationError
 
 from halora.errors import UserError
+from halora.pricing import trial_energy
+from halora.settings.trial import Goal, TrialConfig
 from halora.spaces.language import Distribution
 from halora.spaces.mistakes import describe
 from halora.spaces.recipes import first_points
 from halora.spaces.search import Budget, Constraint, Racing, SearchSettings
 from halora.spaces.sweep import SweepConfig
-from halora.trial import Goal, TrialConfig, trial_energy
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A search over two objectives: accuracy, to be had by training, and energy, known for nothing.
+    """A search over two objectives: accuracy, which takes training, and energy, which is computed before it.
 
     Attributes:
         name: Name of the sweep.

@@ -145,7 +145,7 @@ class _Process:
         os.close(file)
 
     def output(self) -> str:
-        return self._log.read_text(errors="replace")
+        return self._log.read_text(errors="replace", encoding="utf-8")
 
     def code(self) -> int | None:
         return self._process.poll()

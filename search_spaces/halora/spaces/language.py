@@ -8,13 +8,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from halora.errors import UserError
-from halora.hardware.description import Frozen
+from halora.strict_model import StrictModel
 
 Value = str | int | float | bool
 """A value a search can choose."""
 
 
-class _Distribution(Frozen):
+class _Distribution(StrictModel):
     when: dict[str, Annotated[tuple[Value, ...], Field(min_length=1)]] = Field(default_factory=dict)
     """Only searched when every named field has one of the given values; otherwise the trial's default stands."""
 
@@ -83,7 +83,7 @@ class Range(_Distribution):
         return _numeric(value) and whole and self.low <= value <= self.high
 
     def nearest(self, value: Any) -> Value | None:
-        """The value of the range nearest to `value`; none where that is no number."""
+        """The value of the range nearest to `value`; none where that is not a number."""
         if not _numeric(value):
             return None
         inside = min(max(value, self.low), self.high)

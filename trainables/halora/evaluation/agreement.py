@@ -1,4 +1,4 @@
-"""Whether scores can be had again: those on record beside those of the same adapter, rows and chip instances now.
+"""Whether scores are reproduced: those on record beside those of the same adapter, rows and chip instances now.
 
 On clean weights only the order of sums differs, by thread count and processor. A conversion that is carried out turns
 such a difference into a whole step now and then, and layer after layer these add up: on a noisy chip two right
@@ -13,8 +13,8 @@ import numpy as np
 
 from halora.errors import UserError
 from halora.evaluation.chips import ChipScores
-from halora.training.config import Dtype
-from halora.trial import TrialConfig
+from halora.settings.training import Dtype
+from halora.settings.trial import TrialConfig
 
 TOLERANCE_NATS: dict[Dtype, float] = {"fp32": 1e-4, "bf16": 0.1}
 """Mean absolute difference of margins that another order of sums explains."""

@@ -14,9 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
-
-from pydantic import BeforeValidator
+from typing import Any
 
 from halora.errors import UserError, attempt, nearest
 from halora.hardware.chip import Chip
@@ -24,13 +22,9 @@ from halora.hardware.fill import layer_fill
 from halora.hardware.mapping import LM_HEAD
 from halora.hardware.shapes import ModelShape, known_shape
 from halora.reading import is_file, is_folder, read_object, tensor_shapes
-from halora.training.config import LINEAR_NAMES, Dtype
+from halora.settings.names import EMBEDDED
+from halora.settings.training import LINEAR_NAMES, Dtype
 
-EMBEDDED = {
-    "smollm2-135m-instruct": "SmolLM2-135M-Instruct (LLaMA architecture), de-quantised from 4 bits",
-    "smollm2-135m-instruct-qwen2": "the same weights in the Qwen2 architecture, with zero q/k/v biases",
-    "smollm2-135m-instruct-outliers": "the same model, rescaled exactly to the weight outliers of a Qwen2.5",
-}
 _GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _SHOWN_WEIGHTS = 5
 _LARGEST_TOKENIZER = 128 * 2**20  # bytes
@@ -64,16 +58,6 @@ def extensions_dir() -> Path:
     Torch's own default is shared by all environments of a user, which then rebuild it in turn.
     """
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path(sys.prefix) / "torch_extensions")
-
-
-def located(model: Any) -> Any:
-    """A model's folder by absolute path, as whoever uses it may stand elsewhere; names and hub ids as they are."""
-    folder = isinstance(model, str) and model not in EMBEDDED and is_folder(model)
-    return str(Path(model).resolve()) if folder else model
-
-
-ModelSetting = Annotated[str, BeforeValidator(located)]
-"""A model: by name, hub id or folder."""
 
 
 def find_model(model: str, dtype: Dtype = "fp32") -> str:
@@ -249,11 +233,6 @@ def _hub_config(model: str, source: str) -> dict[str, Any]:
     return dict(_load(model, lambda: AutoConfig.from_pretrained(source).to_dict()))
 
 
-def model_id(model: str) -> str:
-    """What a model is called anywhere: its known name or hub id, or the name of its folder without the path."""
-    return Path(model).resolve().name if is_folder(model) else model
-
-
 def weights_digest(causal_lm: Any) -> str:
     """SHA-256 of a plain model's weights: name, dtype, shape and bytes of each, in the order of their names."""
     import hashlib
@@ -303,7 +282,7 @@ def load_base(model: str, dtype: Dtype) -> BaseModel:
     import torch
 
     from halora.training.attention import use_row_attention
-    from halora.training.frozen import FrozenLinear, install_norms
+    from halora.training.fused import FrozenLinear, install_norms
 
     base = plain_base(model, dtype)
     use_row_attention(base.causal_lm)
@@ -399,7 +378,7 @@ def _save_as_qwen2(llama_folder: Path, folder: Path) -> None:
     from safetensors.torch import load_file
     from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-    llama = json.loads((llama_folder / "config.json").read_text())
+    llama = json.loads((llama_folder / "config.json").read_text(encoding="utf-8"))
     left_out = {"architectures", "model_type", "attention_bias", "mlp_bias", "pretraining_tp", "transformers_version"}
     settings = {name: value for name, value in llama.items() if name not in left_out}
     qwen = Qwen2ForCausalLM(Qwen2Config(**settings))

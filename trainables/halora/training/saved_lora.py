@@ -8,7 +8,7 @@ from typing import Any
 
 from halora.errors import UserError
 from halora.reading import is_file, read_object, tensor_shapes
-from halora.trial import ADAPTER_WEIGHTS
+from halora.trial_folder import ADAPTER_WEIGHTS
 
 ADAPTER_CONFIG = "adapter_config.json"
 """PEFT's settings of an adapter, in its folder."""

@@ -3,7 +3,7 @@
 from pydantic import BaseModel, ConfigDict
 
 
-class Frozen(BaseModel):
+class StrictModel(BaseModel):
     """Base of every configuration: frozen, unknown keys refused, field docstrings kept as descriptions."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)

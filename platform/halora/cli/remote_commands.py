@@ -74,7 +74,7 @@ def detached(cluster: Cluster, name: str, follow: bool | None, sweep: str = "") 
 
     arguments, stdin = _arguments((*_TAKING_A_VALUE, *_FLAGS)), ""
     if cluster.elsewhere and Path(sweep).is_file():
-        stdin = Path(sweep).read_text()
+        stdin = Path(sweep).read_text(encoding="utf-8")
         arguments[arguments.index(sweep)] = "-"
     in_cluster = "auto" if cluster.elsewhere else cluster.address
     arguments += ["--follow", "--address", in_cluster]
