@@ -17,7 +17,7 @@ from halora.reading import read_tensors
 from halora.settings.training import LoraSettings
 from halora.training.fused import Branch, FrozenLinear
 from halora.training.models import BaseModel
-from halora.training.saved_lora import read_saved_lora
+from halora.training.saved_lora import read_lora_config
 from halora.trial_folder import ADAPTER_WEIGHTS
 
 
@@ -91,12 +91,12 @@ def attach_saved(base: BaseModel, folder: Path, weight_bits: int = AS_IT_IS) -> 
         weight_bits: Precision of A and B in the chip's SRAM, with a scale per rank; 16 leaves them as stored.
 
     Raises:
-        UserError: The folder holds no LoRA adapter in safetensors, see `read_saved_lora`, or one whose tensors are not
+        UserError: The folder holds no LoRA adapter in safetensors, see `read_lora_config`, or one whose tensors are not
             those of this base with this configuration; all of them are told.
     """
     from peft import PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
-    read_saved_lora(folder)
+    read_lora_config(folder)
     saved = folder / ADAPTER_WEIGHTS
     try:
         config: Any = PeftConfig.from_pretrained(folder)

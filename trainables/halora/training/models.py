@@ -140,7 +140,7 @@ def check_folder(model: str, folder: Path, shape: ModelShape) -> None:
     problems: list[str] = []
     found: dict[str, tuple[int, ...]] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        found |= attempt(problems, lambda: tensor_shapes(path, f"'{path}'")) or {}  # noqa: B023 (called at once)
+        found |= attempt(problems, lambda: tensor_shapes(path, path.name)) or {}  # noqa: B023 (called at once)
     if found and not problems:
         wanted = {f"{name}.weight": (each.out_features, each.in_features) for name, each in shape.linear_layers.items()}
         wanted["model.embed_tokens.weight"] = (shape.vocabulary, shape.hidden)
@@ -167,7 +167,7 @@ def check_folder(model: str, folder: Path, shape: ModelShape) -> None:
 
 def _last_token(path: Path) -> tuple[str, int] | None:
     """The token of the largest number in a `tokenizer.json`; none where it does not list its tokens."""
-    described = read_object(path, f"'{path}'", most_bytes=_LARGEST_TOKENIZER)
+    described = read_object(path, path.name, most_bytes=_LARGEST_TOKENIZER)
     inner, added = described.get("model"), described.get("added_tokens")
     vocabulary = inner.get("vocab") if isinstance(inner, Mapping) else None
     named = list(vocabulary.items()) if isinstance(vocabulary, Mapping) else []

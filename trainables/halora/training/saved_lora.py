@@ -52,14 +52,8 @@ def read_saved_lora(folder: Path) -> SavedLora:
         UserError: A file is missing or cannot be read; the adapter is of another kind; or it has tensors beside the A
             and B of linear layers (and the magnitudes of DoRA), which are neither simulated nor priced. All at once.
     """
-    missing = [name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if not is_file(folder / name)]
-    if missing:
-        raise UserError(f"no adapter in '{folder}': it has no {' and no '.join(missing)}")
-    config = read_object(folder / ADAPTER_CONFIG, f"'{folder / ADAPTER_CONFIG}'")
-    problems = _config_problems(config)
-    ranks: dict[str, int] = {}
-    if not problems:
-        ranks, problems = _ranks(tensor_shapes(folder / ADAPTER_WEIGHTS, f"'{folder / ADAPTER_WEIGHTS}'"))
+    config = read_lora_config(folder)
+    ranks, problems = _ranks(tensor_shapes(folder / ADAPTER_WEIGHTS, f"'{folder / ADAPTER_WEIGHTS}'"))
     if problems:
         raise UserError([f"adapter '{folder}': {problem}" for problem in problems])
     variant = "dora" if config.get("use_dora") else "rslora" if config.get("use_rslora") else "plain"
@@ -67,9 +61,23 @@ def read_saved_lora(folder: Path) -> SavedLora:
     return SavedLora(base, config["r"], float(config["lora_alpha"]), variant, ranks)
 
 
+def read_lora_config(folder: Path) -> dict[str, Any]:
+    """PEFT's settings of the LoRA adapter in a folder.
+
+    Raises:
+        UserError: One of its files is missing, the settings cannot be read, or are of another kind of adapter.
+    """
+    if missing := [name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if not is_file(folder / name)]:
+        raise UserError(f"no adapter in '{folder}': it has no {' and no '.join(missing)}")
+    config = read_object(folder / ADAPTER_CONFIG, f"'{folder / ADAPTER_CONFIG}'")
+    if problems := _config_problems(config):
+        raise UserError([f"adapter '{folder}': {problem}" for problem in problems])
+    return config
+
+
 def _config_problems(config: Mapping[str, Any]) -> list[str]:
     if (kind := config.get("peft_type")) != "LORA":
-        return [f"PEFT's type {kind!r} is not LORA; adapters of other kinds are not simulated"]
+        return [f"it is of PEFT's type {kind}, not LORA; adapters of other kinds are not simulated"]
     problems = []
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
