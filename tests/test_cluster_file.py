@@ -14,7 +14,7 @@ from raylets import ROOT
 
 import halora
 from halora.errors import UserError
-from halora.sweep.cluster_file import check_cluster_file
+from halora.sweep.cluster.cluster_file import check_cluster_file
 
 SHIPPED = (ROOT / "ray_cluster.yaml").read_text()
 START = "head_start_ray_commands"

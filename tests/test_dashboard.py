@@ -22,7 +22,7 @@ from halora.records.provenance import program
 from halora.records.recorder import SweepRecorder
 from halora.records.store import Store
 from halora.selection.certificate import chips_needed
-from halora.sweep.state import load_sweep_of
+from halora.sweep.run.state import load_sweep_of
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from itertools import pairwise
 import pytest
 import torch
 from pydantic import ValidationError
+from sampled_reads import sampled_read_error
 from torch import Tensor
 
 from halora.hardware.addressing import NoiseKey, Role
@@ -23,7 +24,7 @@ from halora.hardware.noise import (
     programmed_weight,
     write_verify_factor,
 )
-from halora.hardware.read_noise import read_noise, sampled_read_error, slow_deviation_us
+from halora.hardware.read_noise import read_noise, slow_deviation_us
 
 KEY = NoiseKey(role=Role.SEARCH, chip_seed=0, module="layer", purpose="programming")
 DRIFT = {"kind": "power-law", "nu_mean": 0.05, "nu_std": 0.01}

@@ -10,7 +10,7 @@ import yaml
 from halora.errors import UserError
 from halora.spaces.language import with_values
 from halora.spaces.sweep import load_sweep, shipped_sweeps
-from halora.sweep.samplers import choose
+from halora.sweep.search.samplers import choose
 
 _WRONG = """
 name: wrong

@@ -11,11 +11,18 @@ from pydantic import TypeAdapter
 from halora.errors import UserError
 from halora.records import names
 from halora.spaces.expressions import Expression
-from halora.spaces.language import Distribution, grid, in_space, size
+from halora.spaces.language import Distribution, grid, size
 from halora.spaces.recipes import RECIPES, first_points
 from halora.spaces.schema import sweep_schema
 from halora.spaces.search import ENERGY, METRICS, Constraint
 from halora.spaces.sweep import SHIPPED, SweepConfig, load_sweep, shipped_sweeps
+
+
+def in_space(space, values):
+    """Whether the values are one whole point of the space: all fields whose condition holds, and no others."""
+    return values.keys() == {path for path, each in space.items() if each.applies(values)} and all(
+        space[path].contains(value) for path, value in values.items()
+    )
 
 
 def _space(**fields):

@@ -11,11 +11,11 @@ from halora.pricing import trial_energy
 from halora.records.store import Store
 from halora.spaces.recipes import first_points
 from halora.spaces.sweep import SweepConfig, load_sweep
-from halora.sweep.core import Decision
-from halora.sweep.problem import free_knobs
-from halora.sweep.state import check_not_launched, open_core
-from halora.sweep.study import SweepStudy
-from halora.sweep.study_storage import storage_of
+from halora.sweep.run.state import check_not_launched, open_core
+from halora.sweep.search.core import Decision
+from halora.sweep.search.problem import free_knobs
+from halora.sweep.search.study import SweepStudy
+from halora.sweep.search.study_storage import storage_of
 
 _FIRST = (
     {"training.method": "lora", "lora.rank": 8, "chip.adc.bits": 6},

@@ -3,7 +3,7 @@
 import pytest
 
 from halora.spaces.sweep import load_sweep
-from halora.sweep import plan as planning
+from halora.sweep.run import plan as planning
 from halora.training.models import model_shape
 
 _QUIET = {"trial.chip.adc.lossless": True, "trial.chip.dac.lossless": True, "trial.chip.preset": "halora-2026"}

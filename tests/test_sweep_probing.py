@@ -18,7 +18,7 @@ from halora.evaluation.damage import Damage, described
 from halora.records.store import Store
 from halora.settings.trial import TrialConfig
 from halora.spaces.sweep import SweepConfig
-from halora.sweep.probing import Probing, bases
+from halora.sweep.run.probing import Probing, bases
 from halora.trial_runner import TrialRunner, task_rows
 
 OUTLIER = "model.layers.1.mlp.down_proj"

@@ -9,18 +9,18 @@ import optuna
 import pytest
 from optuna.storages import InMemoryStorage
 
+from benchmarks.analytic import FUNCTIONS, AnalyticCurves
 from halora.analysis.front import ranks
 from halora.analysis.racing import chip_estimates, front_probabilities
 from halora.errors import UserError
 from halora.settings.trial import Goal
 from halora.spaces.search import Budget, Constraint, Racing, SearchSettings
 from halora.spaces.sweep import load_sweep
-from halora.sweep.analytic import FUNCTIONS, AnalyticCurves
-from halora.sweep.core import DecisionCore
-from halora.sweep.samplers import History
-from halora.sweep.simulator import SimulatedClock, simulate
-from halora.sweep.study import State, SweepStudy
-from halora.sweep.table import read_table
+from halora.sweep.search.core import DecisionCore
+from halora.sweep.search.samplers import History
+from halora.sweep.search.study import State, SweepStudy
+from halora.sweep.simulation.simulator import SimulatedClock, simulate
+from halora.sweep.simulation.table import read_table
 
 CURVES = AnalyticCurves(FUNCTIONS["zdt1"], curve="saturating", chip_std=0.02)
 NOISY = AnalyticCurves(FUNCTIONS["zdt1"], chip_std=0.8)

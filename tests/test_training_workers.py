@@ -23,7 +23,7 @@ from halora.heartbeat import Heartbeats
 from halora.rank_workers import WorkerLostError
 from halora.settings.trial import TrialConfig
 from halora.storage import TrialStorage
-from halora.sweep.executor import _loss
+from halora.sweep.run.executor import _loss
 from halora.trainable import HaloraTrainable
 from halora.trial_folder import REPORTS_FILE, adapter_folder
 from halora.trial_runner import Training, TrialRunner

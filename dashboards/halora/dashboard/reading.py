@@ -15,7 +15,7 @@ from halora.records.index import read_ledger
 from halora.records.ledger import Ledger
 from halora.records.store import Store, SweepFolder
 from halora.spaces.sweep import SweepConfig
-from halora.sweep.state import is_running, load_sweep_of
+from halora.sweep.run.state import is_running, load_sweep_of
 
 _MOST_KEPT = 32
 """Sweeps in memory."""

@@ -66,7 +66,7 @@ def select(
     from halora.records.index import read_ledger
     from halora.selection.candidates import standings
     from halora.selection.selecting import select as select_adapter
-    from halora.sweep.state import load_sweep_of
+    from halora.sweep.run.state import load_sweep_of
 
     place = open_store(store).serving(sweep)
     config = load_sweep_of(place.existing(sweep))

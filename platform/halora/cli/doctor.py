@@ -67,7 +67,7 @@ def doctor(
 
 
 def _reconcile(place: Store, form: Format) -> None:
-    from halora.sweep.reconcile import reconcile_store
+    from halora.sweep.run.reconcile import reconcile_store
 
     if not place.sweeps():
         raise UserError(f"no sweep in '{place.root}' yet", "name another store with --store")

@@ -119,7 +119,7 @@ def _session(num_peers: int) -> AbstractContextManager[None]:
     """Ray for so many further workers; a single worker needs none."""
     if not num_peers:
         return nullcontext()
-    from halora.sweep.session import ray_session
+    from halora.sweep.cluster.session import ray_session
 
     return ray_session(num_peers)
 

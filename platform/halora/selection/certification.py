@@ -253,8 +253,8 @@ class _Work:
             write_json(self._file("recorded"), recorded.to_json())
         if not jobs:
             return
-        from halora.sweep.executor import score_on_workers
-        from halora.sweep.session import ray_session
+        from halora.sweep.cluster.session import ray_session
+        from halora.sweep.run.executor import score_on_workers
 
         evaluations = sum(job.config.evaluation.chip_instances for job in jobs.values())
         chips = f"{self._attempt.chips} chips of series {self._attempt.series}, {self._rows} test rows"

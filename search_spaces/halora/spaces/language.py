@@ -133,13 +133,6 @@ def chosen_values(space: Mapping[str, "Distribution"], choose: Callable[[str, "D
     return values
 
 
-def in_space(space: Mapping[str, "Distribution"], values: Mapping[str, Any]) -> bool:
-    """Whether the values are one whole point of the space: all fields whose condition holds, and no others."""
-    return values.keys() == {path for path, d in space.items() if d.applies(values)} and all(
-        space[path].contains(value) for path, value in values.items()
-    )
-
-
 def size(space: Mapping[str, "Distribution"]) -> int | None:
     """Number of configurations, conditions heeded; none where a field that can be searched is a float."""
     asked = {name for distribution in space.values() for name in distribution.when}

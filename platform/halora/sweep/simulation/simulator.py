@@ -12,8 +12,8 @@ import numpy as np
 from halora.evaluation.intervals import crossed
 from halora.files import write_json
 from halora.records.store import SweepFolder
-from halora.sweep.core import Decision, DecisionCore, Job
-from halora.sweep.running import RunningJobs, TrialEvents
+from halora.sweep.search.core import Decision, DecisionCore, Job
+from halora.sweep.search.running import RunningJobs, TrialEvents
 from halora.trial_folder import REPORTS_FILE, RESULT_FILE, latest_checkpoint
 
 

@@ -20,7 +20,7 @@ from halora.hardware.shapes import ModelShape
 from halora.settings.trial import Goal, TrialConfig
 from halora.spaces.language import Categorical
 from halora.spaces.sweep import SweepConfig
-from halora.sweep.problem import problem_of
+from halora.sweep.search.problem import problem_of
 from halora.training.models import model_shape
 from halora.training.tasks import load_rows
 

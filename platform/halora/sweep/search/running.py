@@ -6,7 +6,7 @@ from typing import Any, Protocol
 from halora.errors import StorageError
 from halora.records.names import BESIDE_METRICS
 from halora.spaces.search import METRICS
-from halora.sweep.core import Decision, Job
+from halora.sweep.search.core import Decision, Job
 
 _KEPT = (*METRICS, *BESIDE_METRICS, "step", "rows", "accuracy_by_chip")
 

@@ -17,7 +17,7 @@ import ray
 
 from halora.errors import UnreachableError, UserError
 from halora.spaces.sweep import SweepConfig
-from halora.sweep.cluster import LOCAL, Cluster
+from halora.sweep.cluster.cluster import LOCAL, Cluster
 
 NAMESPACE = "halora"
 """Ray's namespace of all that a sweep starts."""

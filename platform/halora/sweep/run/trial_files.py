@@ -12,8 +12,8 @@ from halora.analysis.trials import RecordedTrial
 from halora.errors import StorageError, UserError
 from halora.records.store import SweepFolder
 from halora.storage import TrialStorage, prune_folder
-from halora.sweep.core import Job
-from halora.sweep.study import State, Trial
+from halora.sweep.search.core import Job
+from halora.sweep.search.study import State, Trial
 from halora.trial_folder import latest_checkpoint, past_reports
 from halora.url_folder import UrlFolder
 

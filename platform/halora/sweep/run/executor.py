@@ -20,10 +20,10 @@ from halora.heartbeat import Heartbeats
 from halora.records.store import SweepFolder
 from halora.spaces.sweep import SweepConfig
 from halora.storage import read_adapter
-from halora.sweep.core import Decision
-from halora.sweep.probing import Base, Probing
-from halora.sweep.running import JobSource, RunningJobs, TrialEvents
-from halora.sweep.session import worker_share
+from halora.sweep.cluster.session import worker_share
+from halora.sweep.run.probing import Base, Probing
+from halora.sweep.search.core import Decision
+from halora.sweep.search.running import JobSource, RunningJobs, TrialEvents
 from halora.trainable import HaloraTrainable
 from halora.trial_runner import ScoringJob
 

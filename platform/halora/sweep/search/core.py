@@ -22,9 +22,9 @@ from halora.analysis.racing import chip_estimates, front_probabilities, value_of
 from halora.settings.trial import Goal
 from halora.spaces.language import grid, size
 from halora.spaces.search import ENERGY
-from halora.sweep.problem import Problem
-from halora.sweep.samplers import BLIND, History, Proposal, make_sampler, propose
-from halora.sweep.study import Scores, State, SweepStudy, Trial, point_key
+from halora.sweep.search.problem import Problem
+from halora.sweep.search.samplers import BLIND, History, Proposal, make_sampler, propose
+from halora.sweep.search.study import Scores, State, SweepStudy, Trial, point_key
 
 _RE_ASKS = 20  # points that are skipped, or known already, before one is drawn at random
 _RANDOM_DRAWS = 200

@@ -17,7 +17,7 @@ from halora.records.store import SweepFolder
 from halora.settings.trial import Goal
 from halora.spaces.sweep import SweepConfig
 from halora.storage import TrialStorage
-from halora.sweep.core import MOST_LOST, Decision, Job
+from halora.sweep.search.core import MOST_LOST, Decision, Job
 from halora.trial_folder import adapter_folder, latest_checkpoint
 
 _PLAN_FILE = "training.json"
@@ -67,7 +67,7 @@ def train_seeds(
 ) -> list[Trained] | None:
     """Carry out trainings on the sweep's workers, or continue them; none if that was interrupted.
 
-    Ray has to run, see `halora.sweep.session.ray_session`.
+    Ray has to run, see `halora.sweep.cluster.session.ray_session`.
 
     Args:
         sweep: The sweep.
@@ -76,7 +76,7 @@ def train_seeds(
         stopping: Whether someone asked the sweep to stop.
         say: Told of the progress.
     """
-    from halora.sweep.executor import run_trials
+    from halora.sweep.run.executor import run_trials
 
     own = folder.comparison
     own.root.mkdir(exist_ok=True)
@@ -126,7 +126,7 @@ def _steps(place: Path) -> int:
 
 
 class _SeedWork:
-    """Hands out a fixed list of trainings, see `halora.sweep.running.JobSource`."""
+    """Hands out a fixed list of trainings, see `halora.sweep.search.running.JobSource`."""
 
     def __init__(self, jobs: Sequence[Job], done: set[int], stopping: Callable[[], bool]) -> None:
         self._jobs = {job.number: job for job in jobs}
@@ -188,7 +188,7 @@ class _SeedWork:
 
 
 class _Telling:
-    """Says how the trainings go on, and brings adapters from the storage; see `halora.sweep.running.TrialEvents`."""
+    """Tells of the trainings and brings adapters from the storage; see `halora.sweep.search.running.TrialEvents`."""
 
     def __init__(self, own: SweepFolder, trainings: Sequence[SeedTraining], say: Callable[[str], None]) -> None:
         self._own, self._trainings, self._say = own, trainings, say

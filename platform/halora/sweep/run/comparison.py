@@ -24,8 +24,8 @@ from halora.records.provenance import program
 from halora.records.store import ComparisonFolder, SweepFolder
 from halora.settings.trial import TrialConfig
 from halora.spaces.sweep import Comparison, SweepConfig
-from halora.sweep.core import DecisionCore
-from halora.sweep.seeds import SeedTraining, Trained, train_seeds
+from halora.sweep.run.seeds import SeedTraining, Trained, train_seeds
+from halora.sweep.search.core import DecisionCore
 from halora.trial_folder import ADAPTER_WEIGHTS, adapter_folder
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def compare(
     """Score the chosen trials' adapters and the bare base on fresh validation rows and fresh chip instances.
 
     What was trained and scored before, by a process that was interrupted, is not repeated. Ray has to run, see
-    `halora.sweep.session.ray_session`.
+    `halora.sweep.cluster.session.ray_session`.
 
     Args:
         sweep: The sweep, with a comparison.
@@ -204,7 +204,7 @@ def _scored(
     sweep: SweepConfig, own: ComparisonFolder, jobs: "Sequence[ScoringJob]", say: Callable[[str], None]
 ) -> list[ChipScores]:
     """Scores of all jobs, each kept in a file as soon as it is there, and read where it was kept before."""
-    from halora.sweep.executor import score_on_workers  # imports Ray
+    from halora.sweep.run.executor import score_on_workers  # imports Ray
 
     own.scores.mkdir(parents=True, exist_ok=True)
     files = [own.scores / f"{_digest(job)}.json" for job in jobs]

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from halora.records.store import Store
-from halora.sweep.state import is_running, load_core, only_driver
-from halora.sweep.study import State, Trial
+from halora.sweep.run.state import is_running, load_core, only_driver
+from halora.sweep.search.study import State, Trial
 
 if TYPE_CHECKING:
     from halora.records.recorder import SweepRecorder

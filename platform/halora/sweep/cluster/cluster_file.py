@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from halora.errors import UserError, nearest
-from halora.sweep.versions import LIBRARIES, code_digest, own_code
+from halora.sweep.cluster.versions import LIBRARIES, code_digest, own_code
 from halora.yaml_files import read_yaml
 
 HEAD_SCRIPTS = ("postgresql.sh", "mlflow.sh", "ray-head.sh")

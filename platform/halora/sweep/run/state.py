@@ -11,11 +11,11 @@ import yaml
 from halora.errors import UserError
 from halora.records.store import Store, SweepFolder
 from halora.spaces.sweep import SweepConfig
-from halora.sweep.core import DecisionCore
-from halora.sweep.problem import problem_of
-from halora.sweep.samplers import fitting_trials
-from halora.sweep.study import SweepStudy
-from halora.sweep.study_storage import storage_of
+from halora.sweep.search.core import DecisionCore
+from halora.sweep.search.problem import problem_of
+from halora.sweep.search.samplers import fitting_trials
+from halora.sweep.search.study import SweepStudy
+from halora.sweep.search.study_storage import storage_of
 
 
 def load_core(name: str, store: Store) -> tuple[SweepConfig, DecisionCore]:

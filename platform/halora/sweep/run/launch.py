@@ -21,16 +21,16 @@ from halora.records.store import Store, SweepFolder
 from halora.spaces.search import total_violation
 from halora.spaces.sweep import SweepConfig, load_sweep
 from halora.storage import check_storage
-from halora.sweep.cluster import LOCAL, RUNS, Cluster
-from halora.sweep.comparison import ClosingComparison, check_rows_left, compare, contestants
-from halora.sweep.core import DecisionCore, Job
-from halora.sweep.driver_log import DriverLog, Watcher
-from halora.sweep.probing import Probing, bases
-from halora.sweep.reconcile import record_as_studied
-from halora.sweep.simulator import SimulatedClock, simulate
-from halora.sweep.state import check_not_launched, only_driver, open_core
-from halora.sweep.table import read_table
-from halora.sweep.trial_files import TrialFiles
+from halora.sweep.cluster.cluster import LOCAL, RUNS, Cluster
+from halora.sweep.run.comparison import ClosingComparison, check_rows_left, compare, contestants
+from halora.sweep.run.driver_log import DriverLog, Watcher
+from halora.sweep.run.probing import Probing, bases
+from halora.sweep.run.reconcile import record_as_studied
+from halora.sweep.run.state import check_not_launched, only_driver, open_core
+from halora.sweep.run.trial_files import TrialFiles
+from halora.sweep.search.core import DecisionCore, Job
+from halora.sweep.simulation.simulator import SimulatedClock, simulate
+from halora.sweep.simulation.table import read_table
 from halora.training.models import check_available
 from halora.trial_folder import RESULT_FILE, adapter_folder
 
@@ -143,8 +143,8 @@ def probe(sweep: SweepConfig, store: Store, watcher: Watcher, *, cluster: Cluste
         UnreachableError: The storage or the cluster does not answer, or one of its nodes could not run a trial.
     """
     _check_workers(sweep, store, cluster, store.storage)
-    from halora.sweep.executor import score_on_workers  # imports Ray and torch
-    from halora.sweep.session import ray_session
+    from halora.sweep.cluster.session import ray_session
+    from halora.sweep.run.executor import score_on_workers  # imports Ray and torch
     from halora.trial_runner import ScoringJob
 
     waiting = bases(sweep, watcher.say)
@@ -167,7 +167,7 @@ def _check_workers(sweep: SweepConfig, store: Store, cluster: Cluster, storage: 
         for model in models:
             check_available(model)
         return
-    from halora.sweep.preflight import check_cluster  # imports Ray
+    from halora.sweep.cluster.preflight import check_cluster  # imports Ray
 
     check_cluster(cluster, store, storage, models)
 
@@ -175,7 +175,7 @@ def _check_workers(sweep: SweepConfig, store: Store, cluster: Cluster, storage: 
 def _run(sweep: SweepConfig, store: Store, watcher: Watcher, cluster: Cluster, metrics_port: int | None) -> Outcome:
     from halora.records.position import undelivered
     from halora.records.sender import recording
-    from halora.sweep.metrics import SweepCollector, serving_metrics
+    from halora.sweep.run.metrics import SweepCollector, serving_metrics
 
     folder = store.sweep(sweep.name)
     with only_driver(folder):
@@ -236,8 +236,8 @@ def _train(
     """Run the core's jobs on Ray, and the closing comparison after them; whether both came to their end."""
     import torch
 
-    from halora.sweep.executor import run_trials  # imports Ray
-    from halora.sweep.session import ray_session
+    from halora.sweep.cluster.session import ray_session
+    from halora.sweep.run.executor import run_trials  # imports Ray
 
     torch.set_num_threads(1)  # the cores are the workers'
     processes = sweep.concurrent * sweep.workers
