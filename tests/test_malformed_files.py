@@ -5,6 +5,7 @@ are damaged byte by byte and value by value. What is read without complaint can 
 """
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from halora.cli.arguments import chip_from, overrides_from
 from halora.hardware.chip import PRESETS, preset_names
 from halora.hardware.measured_states import read_states
 from halora.hardware.shapes import known_shape
-from halora.spaces.sweep import SHIPPED, load_sweep, load_trial, shipped_sweeps
-from halora.sweep.table import read_table
+from halora.spaces.sweep import SHIPPED, SweepConfig, load_sweep, load_trial, shipped_sweeps
+from halora.sweep.simulation.table import read_table
 from halora.training.models import model_shape
 from halora.training.saved_lora import read_saved_lora
 from halora.training.tasks import load_rows
@@ -164,8 +165,13 @@ def _chip(data: st.DataObject, folder: Path) -> None:
     json.dumps(chip.model_dump(mode="json"), allow_nan=False).encode()
 
 
+@cache
+def _quickstart() -> SweepConfig:
+    return load_sweep("quickstart")
+
+
 def _curves(data: st.DataObject, folder: Path) -> None:
-    sweep = load_sweep("quickstart")
+    sweep = _quickstart()
     table = read_table(Path(_written(folder / "curves.csv", damaged_bytes(data, CURVES.encode()))), sweep)
     assert 0 <= table.accuracy({"lora.rank": 8}, 2, 0) <= 1
 

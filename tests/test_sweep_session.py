@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from halora.errors import UserError
-from halora.sweep.session import _own_folder
+from halora.sweep.cluster.session import _own_folder
 
 _ANOTHER = """
 import ray, sys
@@ -18,7 +18,7 @@ sys.stdin.read()
 """
 _OURS = """
 import ray
-from halora.sweep.session import ray_session
+from halora.sweep.cluster.session import ray_session
 with ray_session(3):
     print(ray.cluster_resources()["CPU"], ray.get(ray.remote(lambda: 7).remote()))
     print(ray._private.worker.global_worker.node.get_temp_dir_path())
@@ -56,6 +56,6 @@ def test_the_folder_of_sockets_is_the_users_where_that_is_short_and_private(monk
 
 
 def test_where_no_folder_is_short_enough_the_way_out_is_told(monkeypatch):
-    monkeypatch.setattr("halora.sweep.session._LONGEST_PARENT", 3)
+    monkeypatch.setattr("halora.sweep.cluster.session._LONGEST_PARENT", 3)
     with pytest.raises(UserError, match=r"3 bytes at most; tried .*set RAY_TMPDIR"), _own_folder():
         pass

@@ -154,7 +154,7 @@ def _demo_model() -> Finding:
 
 
 def _ray() -> Finding:
-    code = "import ray; from halora.sweep.session import ray_session\n"
+    code = "import ray; from halora.sweep.cluster.session import ray_session\n"
     code += "with ray_session(1):\n    print(ray.__version__, 'starts')"
     ok, line = _run_python(code, timeout_s=120)
     return Finding("Ray", ok, line, "" if ok else "see the message")
