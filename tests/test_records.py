@@ -22,6 +22,7 @@ from halora.errors import UnreachableError, UserError
 from halora.pricing import trial_energy
 from halora.records import names, queries
 from halora.records.index import read_ledger
+from halora.records.position import refused as refused_of
 from halora.records.position import undelivered
 from halora.records.provenance import commit_of, program
 from halora.records.recorder import SweepRecorder
@@ -482,6 +483,8 @@ def test_what_mlflow_refuses_is_kept_and_told_and_holds_nothing_up(client, store
     assert refused[0]["entry"]["metrics"] == {"bad$name": 1.0}
     assert "Invalid value" in refused[0]["error"]
     assert any("MLflow refused a record of trial 0" in line for line in said)
+    assert list(refused_of(folder)) == [0, 1]
+    assert "Invalid value" in refused_of(folder)[0]
     (lost,) = differences(store.tracking_uri, sweep.name, folder.journal_file)
     assert lost.startswith("lost: (0, 'bad$name', ")
     assert undelivered(store, sweep.name) == 0
