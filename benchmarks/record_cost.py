@@ -34,7 +34,7 @@ from halora.cli.main import main
 main()
 """
 
-_METRICS = {"train_loss": 2.0, "train_task_loss": 1.5, "train_reg_loss": 0.5, "train_sigma": 0.01}
+_METRICS = {"train_loss": 2.0, "train_task_loss": 1.5, "train_reg_loss": 0.5, "train_strength": 0.01}
 
 
 def main() -> None:

@@ -72,7 +72,7 @@ def files(tmp_path_factory, tiny_models, tiny_task):
                 "chip.adc.bits": {"low": 5, "high": 9, "kind": "int"},
             },
             "reference_point": {"accuracy": 0.0, "energy_uj_per_token": 1.0},
-            "early_stopping": {"rungs": [{"steps": 4, "chip_instances": 2, "rows": 4}], "keep": 0.4},
+            "early_stopping": {"rungs": [{"steps": 4, "chip_instances": 2, "rows": 4}], "reduction_factor": 2.5},
             "search": {"sampler": "random"},
         }
         path = folder / f"{name}.yaml"

@@ -86,12 +86,12 @@ def test_the_recorded_names_are_frozen():
         "CAUSE": "halora.cause",
         "WARNING": "halora.warning",
         "LABEL": "halora.{label}",
-        "LABELS": ("method", "model", "chip", "task", "noise", "noise_level"),
+        "LABELS": ("method", "model", "chip", "task", "noise", "noise_strength"),
         "TRAINING_METRICS": (
             "train_loss",
             "train_task_loss",
             "train_reg_loss",
-            "train_sigma",
+            "train_strength",
             "train_task_grad_norm",
             "train_reg_grad_norm",
             "train_reg_share",
@@ -166,7 +166,9 @@ def test_a_finished_trial_is_read_back_whole(client, store, sweep, folder, said,
     with recording(store, sweep, said.append) as recorder:
         config, energy = begin(recorder, sweep, 0)
         for step in (2, 4):
-            recorder.report_step(0, step, {"train_loss": 3.0 / step, "train_sigma": 0.01, "step": step, "other": 1.0})
+            recorder.report_step(
+                0, step, {"train_loss": 3.0 / step, "train_strength": 0.01, "step": step, "other": 1.0}
+            )
         finish(recorder, folder.root, 0, accuracy=0.5, **named, **{"not.of.these": 1.0})
         recorder.finish(interrupted=False)
     assert said == []
@@ -203,7 +205,7 @@ def test_a_finished_trial_is_read_back_whole(client, store, sweep, folder, said,
         "chip": "halora-2026",
         "task": config.task,
         "noise": "gaussian",
-        "noise_level": "0.01",
+        "noise_strength": "0.01",
     }
     assert tags["mlflow.parentRunId"] == queries.parent_run(client, sweep.name).info.run_id
 

@@ -40,7 +40,7 @@ def test_what_is_appended_is_read_back_from_any_place(tmp_path):
     path = tmp_path / "records.jsonl"
     written = [
         _begin(0, model="a 'quoted' \"model\"\n<script>", text="\u202eגרסה 🤖 \ud800"),
-        _entry("report", 0, step=2, metrics={"train_loss": float("nan"), "train_sigma": 0.1 + 0.2}),
+        _entry("report", 0, step=2, metrics={"train_loss": float("nan"), "train_strength": 0.1 + 0.2}),
         _state(0, "failed", "loss nan at step 3"),
     ]
     _write(path, written)

@@ -39,7 +39,7 @@ derived:
   training.batch_size: "8"
 constraints: [energy_mj <= 3, accuracy > 0.5]
 search: {sampler: tpa}
-early_stopping: {rungs: [{steps: 4}, {steps: 4}], keep: 1.0}
+early_stopping: {rungs: [{steps: 4}, {steps: 4}], reduction_factor: 1.0}
 first:
   - {training.batch_size: 9, training.steps: 4}
 reference_point: {accuracy: 0.0, energy_uj_per_token: 6.0}
@@ -71,7 +71,7 @@ _MISTAKES = {
     "constraints.1: write `METRIC <= NUMBER` or `METRIC >= NUMBER`, got 'accuracy > 0.5'",
     "search.sampler: input should be 'tpe', 'gp', 'nsga2', 'nsga3', 'random' or 'qmc', got 'tpa'",
     "early_stopping.rungs: every rung needs more steps than the one before it, got 4, 4",
-    "early_stopping.keep: input should be less than 1, got 1.0",
+    "early_stopping.reduction_factor: input should be greater than 1, got 1.0",
     "first[0].training.batch_size: 9 is outside the space",
     "first[0].training.steps: not searched",
     "comparison: needs trial.evaluation.rows",
@@ -162,7 +162,7 @@ def test_every_override_that_cannot_be_set_is_told_beside_the_other_mistakes():
         ({"trial.evaluation": 5}, "trial.evaluation: input should be a valid dictionary"),
         ({"trial.evaluation.rows": None}, "comparison: needs trial.evaluation.rows"),
         ({"trial.chip.adc.bit": 8}, "trial.chip.adc.bit: unknown key; did you mean 'bits'?"),
-        ({"trial.training.schedule.sigma_end": 0.1}, "sigma_end is not allowed for shape 'constant'"),
+        ({"trial.training.schedule.strength_end": 0.1}, "strength_end is not allowed for shape 'constant'"),
         ({"space": {"training.weight_decay": {"low": 0, "high": 1, "log": True}}}, "a log range needs low > 0, got 0"),
         ({"space": {"chip.adc.bits": {"low": 4.5, "high": 6, "kind": "int"}}}, "an int range needs whole limits"),
         ({"space.lora.rank.choices": []}, "space.lora.rank.choices: tuple should have at least 1 item"),
@@ -233,7 +233,7 @@ def test_a_point_written_in_the_file_is_searched_whole():
 def test_only_fields_whose_condition_holds_are_suggested():
     sweep = load_sweep("quickstart")
     conditional = {path: d.when for path, d in sweep.space.items() if d.when}
-    assert {"training.mu", "training.schedule.sigma_end"} <= conditional.keys()
+    assert {"training.mu", "training.schedule.strength_end"} <= conditional.keys()
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=1))
     seen = set()
     for _ in range(100):

@@ -108,8 +108,8 @@ def test_derived_values_follow_the_searched_ones():
     assert config.training.schedule.warmup_steps == 4
     assert config.lora.alpha_over_rank == 2.0
     assert config.training.weight_decay == 0.05
-    plain = load_sweep("quickstart", {"derived": {"training.weight_decay": "training.schedule.sigma_end"}})
-    assert plain.resolve({"lora.rank": 8}).training.weight_decay == 0.0  # sigma_end is not searched there
+    plain = load_sweep("quickstart", {"derived": {"training.weight_decay": "training.schedule.strength_end"}})
+    assert plain.resolve({"lora.rank": 8}).training.weight_decay == 0.0  # strength_end is not searched there
     with pytest.raises(UserError, match=r"derived, with lora.rank 2: lora.alpha_over_rank: .*less than or equal to 64"):
         load_sweep("quickstart", {"derived": {"lora.alpha_over_rank": "130 / lora.rank"}})
 
@@ -144,7 +144,7 @@ def test_the_paper_s_recipe_and_a_tuned_lora_are_tried_in_every_sweep_that_allow
         "training.method": "halora",
         "training.mu": 0.1,
         "training.schedule.shape": "constant",
-        "training.schedule.sigma_start": 0.01,
+        "training.schedule.strength_start": 0.01,
         "training.learning_rate": 2e-3,
         "lora.rank": 4,
         "chip.adc.bits": 8,  # the chip's own

@@ -140,7 +140,7 @@ def test_a_new_core_goes_on_with_what_was_left_unfinished(sweep, store, tmp_path
 def test_values_that_contradict_each_other_are_skipped_with_their_cause(tiny_models, tiny_task, store):
     """Each end of each range is allowed beside the defaults; more stages than steps are not."""
     stages = {"low": 2, "high": 12, "kind": "int"}
-    training = {"steps": 12, "schedule": {"shape": "step", "sigma_start": 0.0, "sigma_end": 0.01, "stages": 2}}
+    training = {"steps": 12, "schedule": {"shape": "step", "strength_start": 0.0, "strength_end": 0.01, "stages": 2}}
     sweep = _sweep(
         tiny_models["llama"],
         tiny_task,

@@ -131,7 +131,7 @@ def fronts_chart(fronts: Mapping[str, FrontView], reference: tuple[float, float]
 def noise_chart(
     points: Sequence[RecordedTrial], field: str, title: str, *, marked: Sequence[RecordedTrial] = ()
 ) -> Chart:
-    """Accuracy over `noise_level`, at all levels a trial was scored at, or over the metric `noise_db`.
+    """Accuracy over `noise_strength`, at all levels a trial was scored at, or over the metric `noise_db`.
 
     The `marked` trials get a ring.
     """
@@ -164,7 +164,7 @@ def noise_chart(
 
 
 def _accuracies_over(point: RecordedTrial, field: str) -> list[tuple[float, float]]:
-    if field == "noise_level":
+    if field == "noise_strength":
         return list(point.accuracy_by_level.items())
     return [(point.metrics[field], point.accuracy)] if field in point.metrics else []
 

@@ -23,10 +23,10 @@ def render_report(summary: SweepSummary) -> str:
     view = summary.front
     scored = [*view.groups.feasible, *view.groups.violating]
     levels = sorted({level for point in scored for level in point.accuracy_by_level})
-    several = charts.noise_chart(scored, "noise_level", "noise level of the chip (unit of its model)")
+    several = charts.noise_chart(scored, "noise_strength", "noise strength of the chip (unit of its model)")
     drawn = {
         "front": charts.front_chart(view) if scored else None,
-        "noise_level": several if len(levels) > 1 else None,
+        "noise_strength": several if len(levels) > 1 else None,
         "noise_db": charts.noise_chart(scored, "noise_db", "realised noise to signal of the weights (dB)"),
         "energy": charts.energy_chart(view),
         "importance": charts.importance_chart(summary),

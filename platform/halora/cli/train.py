@@ -103,7 +103,7 @@ def _train(runner: "TrialRunner", config: "TrialConfig", output: Path) -> None:
             try:
                 while not training.done:
                     report = training.advance()
-                    losses = f"loss {report['train_loss']:.4f}, sigma {report['train_sigma']:.3g}"
+                    losses = f"loss {report['train_loss']:.4f}, strength {report['train_strength']:.3g}"
                     say(f"step {report['step']}/{config.training.steps}, {losses}")
             finally:
                 training.close()

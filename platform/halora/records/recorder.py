@@ -223,7 +223,7 @@ def labels(config: TrialConfig) -> dict[str, Any]:
         "chip": chip.name,
         "task": config.task,
         "noise": chip.noise.kind,
-        "noise_level": chip.noise.level,
+        "noise_strength": chip.noise.level,
     }
 
 

@@ -353,7 +353,7 @@ class _Work:
     def _held_out(self, config: TrialConfig, first_chip: int, chips: int) -> "ScoringJob":
         from halora.trial_runner import ScoringJob
 
-        asked = config.evaluation.at_own_level().model_copy(update={"rows": self._rows, "chip_instances": chips})
+        asked = config.evaluation.at_own_strength().model_copy(update={"rows": self._rows, "chip_instances": chips})
         config = config.model_copy(update={"evaluation": asked})
         return ScoringJob(
             config,

@@ -78,7 +78,7 @@ def _share(difference: float, allowed: float) -> float:
 def as_scored(config: TrialConfig, scores: ChipScores) -> TrialConfig:
     """The trial, to be scored on as many rows and chip instances as these scores have, at the chip's own noise."""
     size = {"rows": len(scores.row_ids), "chip_instances": len(scores.chip_seeds)}
-    return config.model_copy(update={"evaluation": config.evaluation.at_own_level().model_copy(update=size)})
+    return config.model_copy(update={"evaluation": config.evaluation.at_own_strength().model_copy(update=size)})
 
 
 def agreement(config: TrialConfig, recorded: ChipScores, again: ChipScores) -> Agreement:

@@ -383,4 +383,4 @@ def _wheel_code(wheel: Path) -> str:
 
 
 def _plain(number: float | None) -> str:
-    return "not said" if number is None else f"{number:g}"
+    return "n/a" if number is None else f"{number:g}"

@@ -212,7 +212,7 @@ def _trainings(sweep: SweepConfig, core: DecisionCore, chosen: Mapping[str, Reco
 
 
 def _fresh(config: TrialConfig, comparison: Comparison) -> TrialConfig:
-    own = config.evaluation.at_own_level()
+    own = config.evaluation.at_own_strength()
     size = {"rows": comparison.rows, "chip_instances": comparison.chip_instances}
     return config.model_copy(update={"evaluation": own.model_copy(update=size)})
 

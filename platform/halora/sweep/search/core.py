@@ -229,7 +229,7 @@ class DecisionCore:
         """The best paused trial of the highest rung that has one among those to go on."""
         for rung in sorted({trial.level for trial in trials if trial.state is State.PAUSED}, reverse=True):
             reached = [t for t in trials if len(t.scores) > rung and t.state is not State.FAILED]
-            quota = (ceil if search_ends else floor)(self._problem.keep * len(reached))
+            quota = (ceil if search_ends else floor)(len(reached) / self._problem.reduction_factor)
             if sum(trial.level > rung for trial in reached) >= quota:
                 continue  # else every newcomer that reorders the best would promote one more
             accuracy = np.array([trial.scores[rung]["accuracy"] for trial in reached], dtype=float)
