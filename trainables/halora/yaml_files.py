@@ -31,7 +31,7 @@ class _Loader(yaml.SafeLoader):
             seen.add(key)
         return super().construct_mapping(node, deep)
 
-    def construct_scalar(self, node: yaml.ScalarNode) -> Any:
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
         """A scalar's text, surrogate pairs joined as JSON has them."""
         text = super().construct_scalar(node)
         if not isinstance(text, str) or text.isascii():
