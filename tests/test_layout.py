@@ -72,6 +72,7 @@ def test_imports_run_one_way():
                 "trainable",
                 "sweep.cluster_file",
                 "sweep.executor",
+                "sweep.loopback",
                 "sweep.preflight",
                 "sweep.remote",
                 "sweep.session",
