@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SOURCE_ROOTS = ("trainables", "search_spaces", "platform", "dashboards")
 LAYERS = (
-    {"errors", "files", "url_folder", "yaml_files"},
+    {"errors", "files", "secret_urls", "url_folder", "yaml_files"},
     {"hardware"},
     {"training", "evaluation", "trial"},
     {"heartbeat", "peers", "storage"},

@@ -22,7 +22,7 @@ from halora.selection.lightning import lightning_settings
 from halora.training.models import model_id
 from halora.training.tasks import task_id
 from halora.trial import ADAPTER_WEIGHTS, TRIAL_FILE, TrialConfig
-from halora.url_folder import UrlFolder, checked_url, is_below, is_url, shown
+from halora.url_folder import UrlFolder, checked_url, is_below, is_url
 
 if TYPE_CHECKING:
     from halora.evaluation.chips import ChipScores
@@ -71,13 +71,14 @@ def export_to(client: "MlflowClient", adapter: "RegisteredAdapter", place: str) 
         UserError: See `export`; or the URL is none that fsspec knows.
         StorageError: The URL cannot be written.
     """
+    url = checked_url(place)
     if not is_url(place):
         export(client, adapter, Path(place))
         return
-    target = UrlFolder(checked_url(place), retries_s=())
+    target = UrlFolder(url, retries_s=())
     there = target.files()
     if CHECKSUMS_FILE in there or there.keys() - {*FILES}:  # else nothing, or what an interrupted export left
-        raise UserError(f"'{shown(place)}' exists", "name a new folder")
+        raise UserError(f"'{place}' exists", "name a new folder")
     target.check_writable()
     with TemporaryDirectory() as scratch:
         folder = Path(scratch) / "bundle"
@@ -96,15 +97,16 @@ def bundle_at(place: str) -> Iterator[Path]:
         UserError: The URL is none that fsspec knows.
         StorageError: The URL cannot be read.
     """
+    url = checked_url(place)
     if not is_url(place):
         yield Path(place)
         return
-    source = UrlFolder(checked_url(place), retries_s=())
+    source = UrlFolder(url, retries_s=())
     with TemporaryDirectory() as scratch:
         folder = Path(scratch)
         there = source.files()
         if strange := [name for name in there if not is_below(name)]:
-            raise UserError([f"{shown(place)}: {name} is not part of a bundle" for name in strange])
+            raise UserError([f"{place}: {name} is not part of a bundle" for name in strange])
         if CHECKSUMS_FILE in there:
             for name in there:
                 path = folder / name
@@ -113,7 +115,7 @@ def bundle_at(place: str) -> Iterator[Path]:
         try:
             yield folder
         except UserError as error:
-            told = [problem.replace(scratch, shown(place)) for problem in error.problems]
+            told = [problem.replace(scratch, place) for problem in error.problems]
             raise type(error)(told, error.next_step) from None
 
 
