@@ -19,7 +19,7 @@ from statistics import median
 
 import psutil
 
-from halora.trial import RESULT_FILE, past_reports
+from halora.trial_folder import RESULT_FILE, past_reports
 
 FOLDER = Path(__file__).parent
 RESULTS_FILE = "results.json"

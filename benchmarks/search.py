@@ -45,6 +45,7 @@ from ray.tune.search.optuna import OptunaSearch
 from halora.analysis.front import ranks
 from halora.analysis.front import volume as front_volume
 from halora.analysis.racing import chip_estimates
+from halora.settings.trial import Goal
 from halora.spaces.search import Racing, Sampler, SearchSettings
 from halora.sweep.analytic import FUNCTIONS, AnalyticCurves
 from halora.sweep.core import DecisionCore
@@ -52,7 +53,6 @@ from halora.sweep.problem import Problem
 from halora.sweep.samplers import make_sampler
 from halora.sweep.simulator import SimulatedClock, simulate
 from halora.sweep.study import State, SweepStudy
-from halora.trial import Goal
 
 SEEDS = range(20)
 MORE_SEEDS = range(60)

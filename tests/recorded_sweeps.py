@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import yaml
 
+from halora.pricing import trial_energy
 from halora.records import names
 from halora.records.recorder import SweepRecorder
 from halora.records.store import Store
 from halora.spaces.sweep import SweepConfig
-from halora.trial import trial_energy
 
 SCORES = {name: 0.25 + i / 100 for i, name in enumerate(names.SCORE_METRICS)}
 

@@ -21,7 +21,7 @@ from halora.files import sha256_of
 from halora.records.names import CERTIFICATION_FILE
 from halora.selection.bundle import CHECKSUMS_FILE, FILES, write_checksums
 from halora.training.tasks import load_rows
-from halora.trial import ADAPTER_WEIGHTS
+from halora.trial_folder import ADAPTER_WEIGHTS
 
 HALORA = Path(sys.executable).parent / "halora"
 GATES = {

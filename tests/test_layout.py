@@ -5,6 +5,8 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections import defaultdict
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -12,10 +14,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SOURCE_ROOTS = ("trainables", "search_spaces", "platform", "dashboards")
 LAYERS = (
-    {"errors", "files", "secret_urls", "url_folder", "yaml_files"},
+    {"errors", "files", "secret_urls", "strict_model", "trial_folder", "url_folder", "yaml_files"},
     {"hardware"},
-    {"training", "evaluation", "trial"},
-    {"heartbeat", "peers", "storage"},
+    {"settings"},
+    {"training"},
+    {"evaluation"},
+    {"pricing"},
+    {"heartbeat", "rank_workers", "storage"},
+    {"trial_runner"},
     {"trainable"},
     {"spaces"},
     {"analysis"},
@@ -61,6 +67,17 @@ def test_imports_run_one_way():
     assert not against
 
 
+def test_no_packages_import_each_other_in_a_circle():
+    """The layers above do not say so of names that share one."""
+    needs = defaultdict(set)
+    for parts, tree in _modules():
+        for imported in _imports(tree, ["halora", *parts[:-1]]):
+            top, _, rest = imported.partition(".")
+            if top == "halora" and (name := rest.partition(".")[0]) != parts[0]:
+                needs[parts[0]].add(name)
+    TopologicalSorter(needs).prepare()  # raises CycleError with the circle
+
+
 @pytest.mark.parametrize(
     ("library", "importers"),
     [
@@ -68,7 +85,7 @@ def test_imports_run_one_way():
             "ray",
             {
                 "heartbeat",
-                "peers",
+                "rank_workers",
                 "trainable",
                 "sweep.cluster_file",
                 "sweep.executor",

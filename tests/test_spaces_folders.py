@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from halora.settings.names import as_sum
 from halora.spaces.sweep import load_sweep, load_trial
 from halora.training.models import model_shape
-from halora.training.tasks import as_sum, load_rows
+from halora.training.tasks import load_rows
 
 
 @pytest.fixture

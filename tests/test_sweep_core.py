@@ -7,6 +7,7 @@ import pytest
 
 from halora.errors import UserError
 from halora.hardware.chip import preset_names
+from halora.pricing import trial_energy
 from halora.records.store import Store
 from halora.spaces.recipes import first_points
 from halora.spaces.sweep import SweepConfig, load_sweep
@@ -15,7 +16,6 @@ from halora.sweep.problem import free_knobs
 from halora.sweep.state import check_not_launched, open_core
 from halora.sweep.study import SweepStudy
 from halora.sweep.study_storage import storage_of
-from halora.trial import trial_energy
 
 _FIRST = (
     {"training.method": "lora", "lora.rank": 8, "chip.adc.bits": 6},

@@ -12,6 +12,7 @@ from optuna.storages import InMemoryStorage
 from halora.analysis.front import ranks
 from halora.analysis.racing import chip_estimates, front_probabilities
 from halora.errors import UserError
+from halora.settings.trial import Goal
 from halora.spaces.search import Budget, Constraint, Racing, SearchSettings
 from halora.spaces.sweep import load_sweep
 from halora.sweep.analytic import FUNCTIONS, AnalyticCurves
@@ -20,7 +21,6 @@ from halora.sweep.samplers import History
 from halora.sweep.simulator import SimulatedClock, simulate
 from halora.sweep.study import State, SweepStudy
 from halora.sweep.table import read_table
-from halora.trial import Goal
 
 CURVES = AnalyticCurves(FUNCTIONS["zdt1"], curve="saturating", chip_std=0.02)
 NOISY = AnalyticCurves(FUNCTIONS["zdt1"], chip_std=0.8)

@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from halora.training import attention, frozen
 from halora.training.attention import RowLayout, attend_on_cpu
 from halora.training.batches import PackedRow, lay_out
-from halora.training.frozen import FrozenLinear, FrozenNorm
+from halora.training.fused import FrozenLinear, FrozenNorm
 from halora.training.models import load_base
 
 

@@ -11,13 +11,14 @@ from halora.errors import UserError
 from halora.hardware.chip import load_chip
 from halora.hardware.noise import programmed_weight
 from halora.hardware.noise_settings import noise_kinds
+from halora.settings.schedule import NoiseSchedule
+from halora.settings.training import LoraSettings, TrainingSettings
+from halora.settings.trial import TrialConfig
 from halora.spaces.mistakes import describe
 from halora.spaces.sweep import load_trial
-from halora.trainable import Workbench
-from halora.training.config import LoraSettings, TrainingSettings
 from halora.training.rram import install
-from halora.training.schedule import MOST_MOVED, NoiseSchedule, TrainingNoise
-from halora.trial import TrialConfig
+from halora.training.training_noise import MOST_MOVED, TrainingNoise
+from halora.trial_runner import TrialRunner
 
 LAYERS = [f"model.layers.{block}.mlp.{name}" for block in range(5) for name in ("up_proj", "down_proj")]
 AGEING = {"preset": "cmo-hfox", "retention": {"ageing": {"kind": "cmo-relaxation"}, "refresh_interval_s": 3600}}
@@ -259,7 +260,7 @@ CHIPS = {
 
 @pytest.mark.parametrize("shape", ["constant", *SHAPES, "random"])
 @pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
-def test_any_shape_trains_over_any_noise(tiny_trial, tmp_path, workbench, chip, shape):
+def test_any_shape_trains_over_any_noise(tiny_trial, tmp_path, runner, chip, shape):
     schedule = {
         "shape": shape,
         "sigma_start": 0.5,
@@ -270,7 +271,7 @@ def test_any_shape_trains_over_any_noise(tiny_trial, tmp_path, workbench, chip, 
     }
     schedule |= {} if shape == "constant" else {"sigma_end": 1.0}
     config = tiny_trial(chip=chip, steps=3, schedule=schedule)
-    training = workbench.train(config, tmp_path)
+    training = runner.train(config, tmp_path)
     try:
         losses = [training.advance()["train_task_loss"] for _ in range(3)]
     finally:
@@ -279,9 +280,9 @@ def test_any_shape_trains_over_any_noise(tiny_trial, tmp_path, workbench, chip, 
 
 
 @pytest.fixture(scope="module")
-def workbench() -> Workbench:
-    """One process's workbench."""
-    return Workbench()
+def runner() -> TrialRunner:
+    """One process's runner."""
+    return TrialRunner()
 
 
 def test_the_shipped_noise_kinds_are_all_trained_over():
@@ -383,13 +384,13 @@ def test_all_that_is_never_met_is_told_at_once(tiny_trial):
     ]
 
 
-def test_draws_of_an_epoch_that_are_too_few_are_told_when_the_rows_are_known(tiny_trial, tmp_path, workbench):
+def test_draws_of_an_epoch_that_are_too_few_are_told_when_the_rows_are_known(tiny_trial, tmp_path, runner):
     """64 rows in batches of 4: an epoch is 16 steps."""
     schedule = {"redraw_steps": "epoch", "chips": 3}
     told = "training.schedule.chips: takes 3 draws to be met, but 32 steps with a draw every 16 have 2"
     with pytest.raises(UserError, match=told):
-        workbench.train(tiny_trial(steps=32, schedule=schedule), tmp_path)
-    workbench.train(tiny_trial(steps=33, schedule=schedule), tmp_path).close()
+        runner.train(tiny_trial(steps=32, schedule=schedule), tmp_path)
+    runner.train(tiny_trial(steps=33, schedule=schedule), tmp_path).close()
 
 
 def test_only_the_method_decides_on_noise_and_regulariser():

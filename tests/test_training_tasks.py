@@ -6,8 +6,9 @@ import re
 import pytest
 
 from halora.errors import UserError
-from halora.training.tasks import KNOWN_TASKS, Row, as_sum, check_task, load_rows, task_weights
-from halora.trial import TrialConfig
+from halora.settings.names import KNOWN_TASKS, as_sum, task_weights
+from halora.settings.trial import TrialConfig
+from halora.training.tasks import Row, check_task, load_rows
 
 
 def _folder(tmp_path, *lines: object, name: str = "train") -> str:

@@ -74,7 +74,7 @@ class Heartbeats:
         return found
 
 
-class Heart:
+class HeartbeatSender:
     """The worker's end: a thread that beats while the process runs.
 
     Args:

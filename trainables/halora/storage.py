@@ -19,15 +19,8 @@ from typing import IO, Any
 
 from halora.errors import StorageError, UserError
 from halora.files import sha256_of
-from halora.trial import (
-    OPTIMIZER_FILE,
-    REPORTS_FILE,
-    RESULT_FILE,
-    TRIAL_FILE,
-    Goal,
-    adapter_folder,
-    latest_checkpoint,
-)
+from halora.settings.trial import Goal
+from halora.trial_folder import OPTIMIZER_FILE, REPORTS_FILE, RESULT_FILE, TRIAL_FILE, adapter_folder, latest_checkpoint
 from halora.url_folder import RETRIES_S, UrlFolder, is_below
 
 MANIFEST_FILE = "manifest.json"

@@ -8,7 +8,7 @@ from functools import cached_property
 import yaml
 
 from halora.analysis.summary import FrontView, view_front, volumes
-from halora.analysis.trials import ACCURACY, ENERGY, Objective, TrialPoint
+from halora.analysis.trials import ACCURACY, ENERGY, Objective, RecordedTrial
 from halora.errors import UserError
 from halora.records import journal
 from halora.records.index import read_ledger
@@ -86,7 +86,7 @@ class Snapshot:
             "front": len(self.view.members),
         }
 
-    def point(self, number: int) -> TrialPoint:
+    def point(self, number: int) -> RecordedTrial:
         """A trial.
 
         Raises:

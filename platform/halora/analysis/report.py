@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from halora.analysis import charts
 from halora.analysis.summary import SweepSummary
-from halora.analysis.trials import TrialPoint
+from halora.analysis.trials import RecordedTrial
 
 _TEMPLATE = "report.html.jinja"
 _MOST_ROWS = 200
@@ -49,7 +49,7 @@ def render_report(summary: SweepSummary) -> str:
     )
 
 
-def _ended(summary: SweepSummary) -> list[TrialPoint]:
+def _ended(summary: SweepSummary) -> list[RecordedTrial]:
     groups = summary.front.groups
     return [*groups.feasible, *groups.violating, *groups.unscored, *groups.stopped, *groups.failed]
 

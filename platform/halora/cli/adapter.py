@@ -269,7 +269,7 @@ def _tell_chips(store: Store, sweep: "SweepConfig", gates: "Gates") -> None:
     from halora.selection.attempts import chips_by_failures, spent_on
     from halora.selection.certificate import error_share
     from halora.selection.certification import splits_of
-    from halora.training.tasks import as_sum, task_id
+    from halora.settings.names import as_sum, task_id
 
     for task in map(as_sum, sweep.values_of("task")):
         spent = spent_on(store, splits_of(task), gates.confidence)

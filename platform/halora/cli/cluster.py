@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from halora.cli.elsewhere import AddressOption, elsewhere
 from halora.cli.output import Format, FormatOption, StorageOption, StoreOption, open_store, show_rows, talk
+from halora.cli.remote_commands import AddressOption, elsewhere
 from halora.errors import UserError
 from halora.records.store import Store
 from halora.sweep.cluster import Cluster

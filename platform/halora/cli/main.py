@@ -10,8 +10,8 @@ import warnings
 import typer
 
 from halora.cli import adapter, cluster, dashboard, doctor, energy, front, noise, space, sweep, train, trial
-from halora.cli.elsewhere import check_client
 from halora.cli.output import talk
+from halora.cli.remote_commands import check_client
 from halora.errors import UnreachableError, UserError
 
 app = typer.Typer(

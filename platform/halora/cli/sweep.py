@@ -10,7 +10,6 @@ import typer
 
 from halora.cli.arguments import SweepArgument, SweepSetOption, overrides_from
 from halora.cli.comparison import print_comparison
-from halora.cli.elsewhere import AddressOption, FollowOption, WheelOption, detached, elsewhere
 from halora.cli.output import (
     Format,
     FormatOption,
@@ -22,6 +21,7 @@ from halora.cli.output import (
     show_rows,
     talk,
 )
+from halora.cli.remote_commands import AddressOption, FollowOption, WheelOption, detached, elsewhere
 from halora.errors import UserError
 from halora.records.names import REPORT_FILE
 from halora.records.store import Store

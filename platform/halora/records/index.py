@@ -8,7 +8,7 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 
-from halora.analysis.trials import TrialPoint
+from halora.analysis.trials import RecordedTrial
 from halora.errors import UserError
 from halora.records import journal
 from halora.records.ledger import Ledger
@@ -39,7 +39,7 @@ def read_ledger(store: Store, sweep: str) -> Ledger:
         return ledger
 
 
-def recorded_trial(store: Store, sweep: str, number: int) -> TrialPoint:
+def recorded_trial(store: Store, sweep: str, number: int) -> RecordedTrial:
     """A trial as its sweep's journal has it.
 
     Raises:

@@ -13,7 +13,7 @@ from mlflow.exceptions import MlflowException
 
 from halora.errors import UserError
 from halora.records import names
-from halora.trial import TrialConfig
+from halora.settings.trial import TrialConfig
 
 if TYPE_CHECKING:
     from halora.evaluation.chips import ChipScores

@@ -127,7 +127,7 @@ class MlflowSweep:
         """Put the files of a folder on the parent run, in the place of older ones."""
         self._client.log_artifacts(self._run(None, 0), str(folder))
 
-    def remove_doubles(self) -> None:
+    def remove_duplicates(self) -> None:
         """Delete runs that a request made though its answer was lost."""
         for number in list(self._unsure):
             for run in self._find(number):

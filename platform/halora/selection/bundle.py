@@ -19,9 +19,9 @@ from halora.records.names import CERTIFICATION_FILE, CERTIFICATION_FOLDER, SCORE
 from halora.selection.card import model_card
 from halora.selection.certification import Certification, logged_certification
 from halora.selection.lightning import lightning_settings
-from halora.training.models import model_id
-from halora.training.tasks import task_id
-from halora.trial import ADAPTER_WEIGHTS, TRIAL_FILE, TrialConfig
+from halora.settings.names import model_id, task_id
+from halora.settings.trial import TrialConfig
+from halora.trial_folder import ADAPTER_WEIGHTS, TRIAL_FILE
 from halora.url_folder import UrlFolder, checked_url, is_below, is_url
 
 if TYPE_CHECKING:

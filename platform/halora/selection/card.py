@@ -6,7 +6,7 @@ import yaml
 
 from halora.analysis.trials import OTHER_ACCURACY
 from halora.selection.certification import Certification, RobustnessLine
-from halora.trial import TrialConfig
+from halora.settings.trial import TrialConfig
 
 
 def model_card(config: TrialConfig, certification: Certification) -> str:

@@ -13,10 +13,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from halora.analysis.trials import TrialPoint
+from halora.analysis.trials import RecordedTrial
 from halora.errors import UserError
 from halora.files import sha256_of, write_json
 from halora.hardware.addressing import Role
+from halora.pricing import trial_energy
 from halora.records import names
 from halora.records.publishing import baseline_energies
 from halora.records.store import Store, SweepFolder
@@ -24,17 +25,19 @@ from halora.selection.attempts import Attempt, attempts_of, open_attempt
 from halora.selection.certificate import Certificate, yield_lower_bound
 from halora.selection.gates import Gate, certified_gates
 from halora.selection.robustness import Scenario, level_name, scenarios
+from halora.settings.names import model_id, task_id, task_weights
+from halora.settings.trial import TrialConfig
 from halora.spaces.gates import Gates
 from halora.spaces.sweep import SweepConfig
-from halora.training.models import model_id, plain_base, weights_digest
-from halora.training.tasks import load_rows, task_id, task_weights
-from halora.trial import ADAPTER_WEIGHTS, TrialConfig, trial_energy
+from halora.training.models import plain_base, weights_digest
+from halora.training.tasks import load_rows
+from halora.trial_folder import ADAPTER_WEIGHTS
 
 if TYPE_CHECKING:
     from halora.evaluation.chips import ChipScores
     from halora.records.registry import RegisteredAdapter
     from halora.records.tracking import MlflowClient
-    from halora.trainable import ScoringJob
+    from halora.trial_runner import ScoringJob
 
 _CHIPS_PER_JOB = 4
 
@@ -141,7 +144,7 @@ def certify(
     client: "MlflowClient",
     sweep: SweepConfig,
     store: Store,
-    point: TrialPoint,
+    point: RecordedTrial,
     gates: Gates,
     say: Callable[[str], None] = lambda text: None,
 ) -> Certification:
@@ -331,7 +334,7 @@ class _Work:
 
     def _jobs(self, recorded: "ChipScores", gates: Gates) -> Iterator[tuple[str, "ScoringJob"]]:
         from halora.evaluation.agreement import as_scored
-        from halora.trainable import ScoringJob
+        from halora.trial_runner import ScoringJob
 
         for name, first_chip, chips in self._chip_parts():
             yield name, self._held_out(self._config, first_chip, chips)
@@ -343,7 +346,7 @@ class _Work:
                 yield self._part_of(scenario, chips), self._held_out(config, 0, chips)
 
     def _held_out(self, config: TrialConfig, first_chip: int, chips: int) -> "ScoringJob":
-        from halora.trainable import ScoringJob
+        from halora.trial_runner import ScoringJob
 
         asked = config.evaluation.at_own_level().model_copy(update={"rows": self._rows, "chip_instances": chips})
         config = config.model_copy(update={"evaluation": asked})

@@ -6,7 +6,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from halora.analysis.trials import TrialPoint
+from halora.analysis.trials import RecordedTrial
 from halora.errors import UserError
 from halora.records import names
 from halora.records.store import Store
@@ -41,7 +41,7 @@ class Selection:
 def select(
     store: Store,
     sweep: SweepConfig,
-    points: list[TrialPoint],
+    points: list[RecordedTrial],
     gates: Gates,
     prefer: Preference = "knee",
     say: Callable[[str], None] = lambda text: None,

@@ -17,8 +17,9 @@ from halora.hardware.addressing import Role
 from halora.records.names import CERTIFICATION_FILE, SCORES_FILE
 from halora.selection.bundle import CHECKSUMS_FILE, CHIP_FILE, FILES, Bundle
 from halora.selection.certification import Certification
+from halora.settings.trial import TrialConfig
 from halora.training.models import BaseModel, plain_base, weights_digest
-from halora.trial import ADAPTER_WEIGHTS, TRIAL_FILE, TrialConfig
+from halora.trial_folder import ADAPTER_WEIGHTS, TRIAL_FILE
 
 if TYPE_CHECKING:
     from halora.evaluation.chips import ChipScores
@@ -185,12 +186,12 @@ def _plain_check(folder: Path, base: BaseModel, config: TrialConfig, scores: "Ch
 def _scored_again(folder: Path, config: TrialConfig, bundle: Bundle, chips: int | None) -> list[Check]:
     """The certified chips, or the first of them, scored again, and what the certificate says by that."""
     from halora.evaluation.agreement import agreement, as_scored
-    from halora.trainable import Workbench
+    from halora.trial_runner import TrialRunner
 
     certificate, recorded = bundle.certification.certificate, bundle.scores
     if chips is not None:
         recorded = recorded.first_chips(chips)
-    again = Workbench().evaluate(
+    again = TrialRunner().evaluate(
         as_scored(config, recorded), folder, split="test", role=Role.CERTIFY, series=certificate.series
     )
     found = agreement(config, recorded, again)

@@ -13,10 +13,10 @@ from typing import Any, Literal
 import numpy as np
 
 from halora.hardware.addressing import derive_seed
+from halora.settings.trial import Goal
 from halora.spaces.language import Distribution, Range
 from halora.spaces.search import Constraint, SearchSettings
 from halora.sweep.problem import Problem
-from halora.trial import Goal
 
 _Point = tuple[float, ...]
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from halora.analysis.front import best
-from halora.analysis.trials import TrialPoint
+from halora.analysis.trials import RecordedTrial
 from halora.errors import UserError
 from halora.evaluation.chips import ChipScores, summary_over_seeds
 from halora.evaluation.decisions import Gain, judged
@@ -22,13 +22,14 @@ from halora.evaluation.intervals import Estimate, gain, share_gain
 from halora.files import sha256_of, write_json
 from halora.records.provenance import program
 from halora.records.store import ComparisonFolder, SweepFolder
+from halora.settings.trial import TrialConfig
 from halora.spaces.sweep import Comparison, SweepConfig
 from halora.sweep.core import DecisionCore
 from halora.sweep.seeds import SeedTraining, Trained, train_seeds
-from halora.trial import ADAPTER_WEIGHTS, TrialConfig, adapter_folder
+from halora.trial_folder import ADAPTER_WEIGHTS, adapter_folder
 
 if TYPE_CHECKING:
-    from halora.trainable import ScoringJob
+    from halora.trial_runner import ScoringJob
 
 UNTRAINED = "untrained"
 """The bare base among the contestants."""
@@ -92,7 +93,8 @@ def check_rows_left(sweep: SweepConfig) -> None:
     Raises:
         UserError: A task has not enough validation rows beyond those the search scores on.
     """
-    from halora.training.tasks import as_sum, load_rows
+    from halora.settings.names import as_sum
+    from halora.training.tasks import load_rows
 
     if sweep.comparison is None:
         return
@@ -107,7 +109,7 @@ def check_rows_left(sweep: SweepConfig) -> None:
             )
 
 
-def contestants(comparison: Comparison, points: Sequence[TrialPoint]) -> dict[str, TrialPoint]:
+def contestants(comparison: Comparison, points: Sequence[RecordedTrial]) -> dict[str, RecordedTrial]:
     """The best trial, or the best of every value of the field that the comparison goes by."""
     if comparison.by is None:
         groups = {"best": list(points)}
@@ -122,7 +124,7 @@ def compare(
     sweep: SweepConfig,
     folder: SweepFolder,
     core: DecisionCore,
-    chosen: Mapping[str, TrialPoint],
+    chosen: Mapping[str, RecordedTrial],
     say: Callable[[str], None],
 ) -> ClosingComparison | None:
     """Score the chosen trials' adapters and the bare base on fresh validation rows and fresh chip instances.
@@ -140,7 +142,7 @@ def compare(
     Returns:
         The comparison; none if it was interrupted.
     """
-    from halora.trainable import ScoringJob  # imports Ray
+    from halora.trial_runner import ScoringJob  # imports Ray
 
     comparison = sweep.comparison
     assert comparison is not None
@@ -181,7 +183,7 @@ def compare(
     )
 
 
-def _trainings(sweep: SweepConfig, core: DecisionCore, chosen: Mapping[str, TrialPoint]) -> list[SeedTraining]:
+def _trainings(sweep: SweepConfig, core: DecisionCore, chosen: Mapping[str, RecordedTrial]) -> list[SeedTraining]:
     """Seed by seed over all contestants, so that an early end leaves each with as many."""
     assert sweep.comparison is not None
     values = {name: core.trial(point.number).values for name, point in chosen.items()}
@@ -229,7 +231,7 @@ def _digest(job: "ScoringJob") -> str:
 def _cells(
     by_place: Mapping[tuple[str, str], Sequence[ChipScores]],
     reference: str,
-    chosen: Mapping[str, TrialPoint],
+    chosen: Mapping[str, RecordedTrial],
     comparison: Comparison,
 ) -> tuple[Cell, ...]:
     compared = [(name, chip) for name, chip in by_place if name != reference and (reference, chip) in by_place]
@@ -259,7 +261,7 @@ def _origin(
     sweep: SweepConfig,
     folder: SweepFolder,
     core: DecisionCore,
-    chosen: Mapping[str, TrialPoint],
+    chosen: Mapping[str, RecordedTrial],
     trainings: Sequence[SeedTraining],
     trained: Sequence[Trained],
 ) -> list[dict[str, Any]]:

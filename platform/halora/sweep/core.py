@@ -19,12 +19,12 @@ import numpy as np
 
 from halora.analysis.promotion import promotion_order
 from halora.analysis.racing import chip_estimates, front_probabilities, value_of_a_chip
+from halora.settings.trial import Goal
 from halora.spaces.language import grid, size
 from halora.spaces.search import ENERGY
 from halora.sweep.problem import Problem
 from halora.sweep.samplers import BLIND, History, Proposal, make_sampler, propose
 from halora.sweep.study import Scores, State, SweepStudy, Trial, point_key
-from halora.trial import Goal
 
 _RE_ASKS = 20  # points that are skipped, or known already, before one is drawn at random
 _RANDOM_DRAWS = 200

@@ -24,7 +24,8 @@ from halora.sweep.core import Decision
 from halora.sweep.probing import Base, Probing
 from halora.sweep.running import JobSource, RunningJobs, TrialEvents
 from halora.sweep.session import worker_share
-from halora.trainable import HaloraTrainable, ScoringJob
+from halora.trainable import HaloraTrainable
+from halora.trial_runner import ScoringJob
 
 
 class _CoreSearcher(Searcher):

@@ -12,9 +12,10 @@ from uuid import uuid4
 
 import yaml
 
-from halora.analysis.trials import TrialPoint, grouped
+from halora.analysis.trials import RecordedTrial, grouped
 from halora.errors import UserError
 from halora.evaluation.damage import described
+from halora.pricing import trial_energy
 from halora.records.names import ENERGY, VIOLATION
 from halora.records.store import Store, SweepFolder
 from halora.spaces.search import total_violation
@@ -31,7 +32,7 @@ from halora.sweep.state import check_not_launched, only_driver, open_core
 from halora.sweep.table import read_table
 from halora.sweep.trial_files import TrialFiles
 from halora.training.models import check_available
-from halora.trial import RESULT_FILE, adapter_folder, trial_energy
+from halora.trial_folder import RESULT_FILE, adapter_folder
 
 if TYPE_CHECKING:
     from halora.evaluation.chips import ChipScores
@@ -142,7 +143,7 @@ def probe(sweep: SweepConfig, store: Store, watcher: Watcher, *, cluster: Cluste
     _check_workers(sweep, store, cluster, store.storage)
     from halora.sweep.executor import score_on_workers  # imports Ray and torch
     from halora.sweep.session import ray_session
-    from halora.trainable import ScoringJob
+    from halora.trial_runner import ScoringJob
 
     waiting = bases(sweep, watcher.say)
     jobs = [ScoringJob(base.config, None) for base in waiting]
@@ -269,7 +270,7 @@ class _Recording:
         self._begun: set[int] = set()
         self._to_prune, self._cannot_prune = True, ""
 
-    def points(self) -> list[TrialPoint]:
+    def points(self) -> list[RecordedTrial]:
         """Finished trials of this sweep that break no constraint, earlier runs included."""
         return grouped(self._recorder.points).feasible
 

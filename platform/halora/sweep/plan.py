@@ -17,12 +17,12 @@ import numpy as np
 import psutil
 
 from halora.hardware.shapes import ModelShape
+from halora.settings.trial import Goal, TrialConfig
 from halora.spaces.language import Categorical
 from halora.spaces.sweep import SweepConfig
 from halora.sweep.problem import problem_of
 from halora.training.models import model_shape
 from halora.training.tasks import load_rows
-from halora.trial import Goal, TrialConfig
 
 _PROCESS_BYTES = 1.2 * 2**30  # Python with torch, transformers and DeepSpeed loaded, measured
 _ACTIVATION_BYTES = 40  # per token, layer and hidden feature: what the backward keeps in float32

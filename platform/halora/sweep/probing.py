@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from halora.errors import UserError
 from halora.evaluation.damage import Damage, described
+from halora.settings.names import model_id
+from halora.settings.trial import TrialConfig
 from halora.spaces.sweep import SweepConfig
-from halora.training.models import model_id
 from halora.training.tasks import load_rows
-from halora.trial import TrialConfig
 
 if TYPE_CHECKING:
     from halora.evaluation.chips import ChipScores

@@ -7,12 +7,13 @@ from typing import Any
 from pydantic import ValidationError
 
 from halora.errors import UserError
+from halora.pricing import trial_energy
+from halora.settings.trial import Goal, TrialConfig
 from halora.spaces.language import Distribution
 from halora.spaces.mistakes import describe
 from halora.spaces.recipes import first_points
 from halora.spaces.search import Budget, Constraint, Racing, SearchSettings
 from halora.spaces.sweep import SweepConfig
-from halora.trial import Goal, TrialConfig, trial_energy
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,13 @@ from typing import Any
 
 from halora.errors import StorageError, UserError
 from halora.files import write_json
+from halora.pricing import trial_energy
 from halora.records.store import SweepFolder
+from halora.settings.trial import Goal
 from halora.spaces.sweep import SweepConfig
 from halora.storage import TrialStorage
 from halora.sweep.core import MOST_LOST, Decision, Job
-from halora.trial import Goal, adapter_folder, latest_checkpoint, trial_energy
+from halora.trial_folder import adapter_folder, latest_checkpoint
 
 _PLAN_FILE = "training.json"
 

@@ -14,7 +14,7 @@ from halora.files import write_json
 from halora.records.store import SweepFolder
 from halora.sweep.core import Decision, DecisionCore, Job
 from halora.sweep.running import RunningJobs, TrialEvents
-from halora.trial import REPORTS_FILE, RESULT_FILE, latest_checkpoint
+from halora.trial_folder import REPORTS_FILE, RESULT_FILE, latest_checkpoint
 
 
 class Curves(Protocol):

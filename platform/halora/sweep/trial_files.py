@@ -8,13 +8,13 @@ import secrets
 from collections.abc import Sequence
 
 from halora.analysis.front import front
-from halora.analysis.trials import TrialPoint
+from halora.analysis.trials import RecordedTrial
 from halora.errors import StorageError, UserError
 from halora.records.store import SweepFolder
 from halora.storage import TrialStorage, prune_folder
 from halora.sweep.core import Job
 from halora.sweep.study import State, Trial
-from halora.trial import latest_checkpoint, past_reports
+from halora.trial_folder import latest_checkpoint, past_reports
 from halora.url_folder import UrlFolder
 
 
@@ -92,7 +92,7 @@ class TrialFiles:
         if not (adapter and scores):
             raise StorageError(f"storage '{self._folder.storage_url}' lacks what trial {job.number} left there")
 
-    def prune(self, trials: Sequence[Trial], points: Sequence[TrialPoint], *, settled: bool) -> None:
+    def prune(self, trials: Sequence[Trial], points: Sequence[RecordedTrial], *, settled: bool) -> None:
         """Remove what nobody needs again of trials that ended; to be repeated, which does no harm.
 
         Moments of finished trials go everywhere, checkpoints of failed and stopped ones too. The storage keeps the

@@ -8,10 +8,11 @@ from pydantic import TypeAdapter, ValidationError
 
 from halora.errors import UserError, nearest
 from halora.hardware.chip import Chip, load_chip
+from halora.pricing import trial_energy
+from halora.settings.trial import TrialConfig
 from halora.spaces.language import Categorical, Distribution, Range
 from halora.spaces.mistakes import describe, field_paths
 from halora.spaces.resolving import fixed_value, formula, resolve_trial
-from halora.trial import TrialConfig, trial_energy
 
 if TYPE_CHECKING:
     from halora.spaces.sweep import SweepConfig

@@ -8,13 +8,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from halora.errors import UserError
-from halora.hardware.description import Frozen
+from halora.strict_model import StrictModel
 
 Value = str | int | float | bool
 """A value a search can choose."""
 
 
-class _Distribution(Frozen):
+class _Distribution(StrictModel):
     when: dict[str, tuple[Value, ...]] = Field(default_factory=dict)
     """Only searched when every named field has one of the given values; otherwise the trial's default stands."""
 

@@ -13,8 +13,8 @@ import numpy as np
 
 from halora.errors import UserError
 from halora.evaluation.chips import ChipScores
-from halora.training.config import Dtype
-from halora.trial import TrialConfig
+from halora.settings.training import Dtype
+from halora.settings.trial import TrialConfig
 
 TOLERANCE_NATS: dict[Dtype, float] = {"fp32": 1e-4, "bf16": 0.1}
 """Mean absolute difference of margins that another order of sums explains."""

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Self
 from pydantic import Field, ValidationError
 
 from halora.errors import UserError, nearest
-from halora.hardware.description import Frozen
+from halora.strict_model import StrictModel
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class MeasuredState(Frozen):
+class MeasuredState(StrictModel):
     """What cells programmed to one conductance held some time later."""
 
     conductance_us: float = Field(ge=0)

@@ -16,7 +16,7 @@ from numpy.polynomial.hermite_e import hermegauss
 from pydantic import Field
 
 from halora.errors import UserError
-from halora.hardware.description import Frozen
+from halora.strict_model import StrictModel
 
 if TYPE_CHECKING:  # a chip is described, checked and priced without loading torch
     from torch import Tensor
@@ -28,7 +28,7 @@ Domain = Literal["weight", "conductance"]
 """What a model moves: weights in their own units, or conductances of single cells in microsiemens."""
 
 
-class NoiseModel(Frozen, ABC):
+class NoiseModel(StrictModel, ABC):
     """One cause of error, of conductances unless it is a `WeightNoise`."""
 
     domain: ClassVar[Domain] = "conductance"

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from halora.errors import UserError
 from halora.hardware.addressing import derive_seed
 from halora.hardware.rounding import AS_IT_IS, rounded
-from halora.training.config import LoraSettings
-from halora.training.frozen import Branch, FrozenLinear
+from halora.settings.training import LoraSettings
+from halora.training.fused import Branch, FrozenLinear
 from halora.training.models import BaseModel
-from halora.trial import ADAPTER_WEIGHTS
+from halora.trial_folder import ADAPTER_WEIGHTS
 
 
 def attach(base: BaseModel, lora: LoraSettings, seed: int) -> Any:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from halora.errors import UserError
-from halora.trial import ADAPTER_WEIGHTS, OPTIMIZER_FILE
+from halora.trial_folder import ADAPTER_WEIGHTS, OPTIMIZER_FILE
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _START_OVER = "delete it; the trial starts over"

@@ -22,18 +22,19 @@ from torch import Tensor, nn
 from halora.errors import UserError
 from halora.hardware.addressing import derive_seed
 from halora.hardware.chip import Chip, Retention
+from halora.settings.names import task_weights
+from halora.settings.training import TrainingSettings
+from halora.settings.trial import TrialConfig
 from halora.training.adapter import attach, detach, lora_pairs, regulariser
 from halora.training.batches import Batch, lay_out, mixture_of, pack_answer, rows_at_step
+from halora.training.calibration import at_age, calibrate
 from halora.training.checkpoint import Checkpoint, TrainedState
-from halora.training.config import TrainingSettings
 from halora.training.gradients import GradientShares, gradient_shares, watching_gradients
 from halora.training.models import BaseModel
-from halora.training.reads import at_age, calibrate
 from halora.training.rram import Reads, RramArray
-from halora.training.schedule import TrainingNoise
-from halora.training.tasks import Row, task_weights
-from halora.training.workers import Place, bound_waits, join_process_group, leave_process_group, mean_over_workers
-from halora.trial import TrialConfig
+from halora.training.tasks import Row
+from halora.training.training_noise import TrainingNoise
+from halora.training.workers import WorkerRank, bound_waits, join_process_group, leave_process_group, mean_over_workers
 
 
 @dataclass(frozen=True)
@@ -91,11 +92,11 @@ class Finetuner:
     """
 
     def __init__(
-        self, base: BaseModel, array: RramArray, rows: list[Row], config: TrialConfig, place: Place | None = None
+        self, base: BaseModel, array: RramArray, rows: list[Row], config: TrialConfig, place: WorkerRank | None = None
     ) -> None:
         self.step = 0
         self._base, self._array, self._rows, self._config = base, array, rows, config
-        self._place = place or Place()
+        self._place = place or WorkerRank()
         self._mixture = mixture_of(rows, task_weights(config.task))
         self._programmed = (-1, 0.0)  # number of the draw under the model, and its strength
         self._calibrated: dict[str, dict[str, Reads]] = {}

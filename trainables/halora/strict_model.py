@@ -8,7 +8,7 @@ from halora.errors import UserError
 from halora.secret_urls import hidden
 
 
-class Frozen(BaseModel):
+class StrictModel(BaseModel):
     """Base of every configuration: frozen, unknown keys refused, field docstrings kept as descriptions.
 
     Configurations are recorded, so a URL with a secret in it is refused wherever it stands.

@@ -1,34 +1,19 @@
-"""The full, resolved description of one trial: what is logged, hashed and needed to repeat it; and its folder."""
+"""The full, resolved description of one trial: logged, hashed, and enough to repeat it; and what to bring it to."""
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
 
 from halora.errors import UserError
-from halora.evaluation.config import EvaluationSettings
 from halora.hardware.chip import ChipSetting
-from halora.hardware.description import Frozen
-from halora.hardware.energy import EnergyBreakdown, energy_per_token
-from halora.training.config import LoraSettings, TrainingSettings
-from halora.training.models import ModelSetting, estimated_shape, model_shape
-from halora.training.tasks import TaskSetting
-
-TRIAL_FILE = "trial.json"
-"""The configuration of a trial, in its folder."""
-REPORTS_FILE = "reports.json"
-"""Its reports while it trained, there."""
-RESULT_FILE = "result.json"
-"""Its scores at the last goal it reached, there."""
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-"""The adapter's weights in its folder, as PEFT names them."""
-OPTIMIZER_FILE = "optimizer.safetensors"
-"""The optimiser's moments, in a checkpoint."""
+from halora.settings.evaluation import EvaluationSettings
+from halora.settings.names import ModelSetting, TaskSetting
+from halora.settings.training import LoraSettings, TrainingSettings
+from halora.strict_model import StrictModel
 
 
-class TrialConfig(Frozen):
+class TrialConfig(StrictModel):
     """One configuration trained and evaluated."""
 
     model: ModelSetting
@@ -94,44 +79,3 @@ class Goal:
         whole = self.steps >= config.training.steps and not self.first_chip
         evaluation = config.evaluation if whole else config.evaluation.at_own_level()
         return config.model_copy(update={"evaluation": evaluation.model_copy(update=left)})
-
-
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint below a trial's folder."""
-    found = sorted(folder.glob("step-*/progress.json"))
-    return found[-1].parent if found else None
-
-
-def adapter_folder(folder: Path) -> Path | None:
-    """The trained adapter in a trial's folder, in PEFT's format."""
-    checkpoint = latest_checkpoint(folder)
-    return checkpoint / "adapter" if checkpoint else None
-
-
-def past_reports(folder: Path) -> list[dict[str, float]]:
-    """Reports of a trial up to its latest checkpoint, by step; whoever asked for them may have ended meanwhile."""
-    checkpoint, written = latest_checkpoint(folder), folder / REPORTS_FILE
-    if checkpoint is None or not written.exists():
-        return []
-    reached = json.loads((checkpoint / "progress.json").read_text())["step"]
-    return [report for report in json.loads(written.read_text()) if report["step"] <= reached]
-
-
-def trial_energy(config: TrialConfig, *, estimated: bool = False) -> EnergyBreakdown:
-    """Energy per token of a trial's configuration; exact, and free before training.
-
-    Args:
-        config: The trial.
-        estimated: Do without the model's weights, see `estimated_shape`: enough to tell what can be priced.
-
-    Raises:
-        UserError: The model's dimensions cannot be had.
-    """
-    shape_of = estimated_shape if estimated else model_shape
-    return energy_per_token(
-        shape_of(config.model),
-        config.chip,
-        rank=config.lora.rank,
-        targets=config.lora.targets,
-        context_tokens=config.evaluation.context_tokens,
-    )

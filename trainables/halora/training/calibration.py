@@ -10,7 +10,7 @@ from torch import Tensor
 from halora.hardware.chip import Chip
 from halora.hardware.converter_model import fit_converters
 from halora.hardware.converters import ExactReads, reads_are_exact
-from halora.hardware.mapping import Place
+from halora.hardware.mapping import Placement
 from halora.hardware.read_noise import read_noise
 from halora.training.batches import PackedRow, lay_out, pack_answer
 from halora.training.models import BaseModel
@@ -38,7 +38,7 @@ def calibrate(
     batch = lay_out(taken)
 
     def fit(layer: RramLinear, x: Tensor) -> None:
-        if places[layer.name] is not Place.RRAM:
+        if places[layer.name] is not Placement.RRAM:
             return
         fitted = ExactReads.calibrated if converters == "exact" else fit_converters
         reads[layer.name] = fitted(x[0, :num_tokens].float(), layer.split(chip)[0].float(), chip)

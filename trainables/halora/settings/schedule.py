@@ -1,33 +1,20 @@
-"""The noise a training meets, step by step: how strong, how often redrawn, on which chips and where it is stronger.
-
-The strength follows the step; a redraw changes what is drawn. Everything is a function of (trial, step), so a restored
-run meets the same noise. Nothing here draws: a schedule names the chip instance of a step by its address, and the same
-address at another strength is the same draw, scaled.
-"""
+"""The noise schedule of a training: how strong, how often redrawn, on which chips and where it is stronger."""
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from math import ceil, cos, pi
-from random import Random
 from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
 from halora.errors import UserError
-from halora.hardware.addressing import NoiseKey, Role, derive_seed
 from halora.hardware.chip import Chip, ChipSetting
-from halora.hardware.description import Frozen
-from halora.hardware.instance import ChipInstance
+from halora.strict_model import StrictModel
 
 Shape = Literal["constant", "linear", "cosine", "step", "cyclic", "random"]
 
-MOST_MOVED = 0.05
-"""Noisy weights keep the strength they were made with until the schedule's has moved from it by more than this share,
-0.4 dB; see `TrainingNoise`."""
 
-
-class LayerLaw(Frozen):
+class LayerLaw(StrictModel):
     """Multiplier of sigma per layer, from `first` to `last` by equal factors along an order of the layers."""
 
     order: Literal["depth", "sensitivity"] = "depth"
@@ -44,7 +31,7 @@ class LayerLaw(Frozen):
         return {name: self.first * (self.last / self.first) ** (place / span) for name, place in places.items()}
 
 
-class OtherChip(Frozen):
+class OtherChip(StrictModel):
     """A chip that some draws are made on instead of the trial's own, so that training meets a mixture of noise."""
 
     chip: ChipSetting
@@ -52,7 +39,7 @@ class OtherChip(Frozen):
     """Share of the draws, relative to 1 for the trial's own chip."""
 
 
-class NoiseSchedule(Frozen):
+class NoiseSchedule(StrictModel):
     """The training noise over the steps."""
 
     shape: Shape = "constant"
@@ -174,117 +161,8 @@ class NoiseSchedule(Frozen):
                 return chance
 
 
-@dataclass(frozen=True)
-class Draw:
-    """The noise in force at a step.
-
-    Attributes:
-        index: Number of the draw; equal for the steps that share it.
-        sigma: Level of the trial's chip's noise model in force; 0 for a clean draw.
-        instance: The chip instance; none for a clean draw.
-    """
-
-    index: int
-    sigma: float
-    instance: ChipInstance | None
-
-
-@dataclass(frozen=True)
-class _Choice:
-    """What is chosen once per draw.
-
-    Attributes:
-        index: Number of the draw.
-        key: Address of the chip instance.
-        chance: Where the shape `random` stands.
-        chip: The chip; none for a clean draw.
-        other_level: The chip's own noise level where it is not the trial's chip.
-    """
-
-    index: int
-    key: NoiseKey
-    chance: float
-    chip: Chip | None = None
-    other_level: float | None = None
-
-
-class TrainingNoise:
-    """The chip instances that one training meets, and how strong the noise of each is at a step.
-
-    Another strength means making the noisy weights again, from the same draws. That takes tenths of a second to seconds
-    (docs/decisions/012), so it is done only where the schedule has moved by more than `MOST_MOVED` of the strength in
-    force; and exactly at a redraw, at the last step, and where the schedule rests or turns, so that all its ends are
-    met as they are written. What is in force follows from the steps since the redraw alone, whichever of them this
-    process took itself, and is the same whether a copy is kept or not.
-
-    Args:
-        schedule: When, how strong and where.
-        chip: The trial's chip.
-        seed: The trial's seed.
-        steps: Optimiser steps of the whole training.
-        epoch_steps: Optimiser steps of one pass over the rows; may be a fraction.
-        layers: Canonical names of the mapped layers, in the order of the forward pass.
-    """
-
-    def __init__(
-        self, schedule: NoiseSchedule, chip: Chip, seed: int, steps: int, epoch_steps: float, layers: Sequence[str]
-    ) -> None:
-        self.redraw_steps = ceil(epoch_steps) if schedule.redraw_steps == "epoch" else schedule.redraw_steps
-        self._schedule, self._chip, self._seed, self._steps = schedule, chip, seed, steps
-        self._multipliers = schedule.layers.multipliers(layers, chip)
-        self._chosen = self._choose(0)
-        self._known = -1, 0.0  # the last step asked for, and the strength in force then
-
-    def at(self, step: int) -> Draw:
-        """The noise in force at a step."""
-        if self._chosen.index != (index := step // self.redraw_steps):
-            self._chosen = self._choose(index)
-        choice = self._chosen
-        if choice.chip is None:
-            return Draw(index, 0.0, None)
-        sigma = self._in_force(step, choice)
-        level = sigma if choice.other_level is None else choice.other_level * sigma / self._chip.noise.level
-        return Draw(index, sigma, ChipInstance(choice.chip, choice.key, level, self._multipliers))
-
-    def _sigma(self, step: int, choice: _Choice) -> float:
-        return self._schedule.sigma(step, self._steps, choice.chance)
-
-    def _in_force(self, step: int, choice: _Choice) -> float:
-        """The strength that the noisy weights were made with, the last time that was called for up to a step."""
-        first = choice.index * self.redraw_steps
-        known, held = self._known
-        if not first <= known <= step:
-            known, held = first, self._sigma(first, choice)
-        for each in range(known + 1, step + 1):
-            before, now, after = (self._sigma(near, choice) for near in (each - 1, each, each + 1))
-            turns = (now - before) * (after - now) <= 0
-            if turns or each == self._steps - 1 or abs(now - held) > MOST_MOVED * held:
-                held = now
-        self._known = step, held
-        return held
-
-    def _choose(self, index: int) -> _Choice:
-        """What the address of a draw chooses."""
-        schedule, chance = self._schedule, Random(derive_seed("draw", self._seed, index))
-        number = index if schedule.chips is None else index % schedule.chips
-        choice = _Choice(
-            index,
-            NoiseKey(role=Role.TRAIN, chip_seed=derive_seed(self._seed, number)),
-            chance.random() if schedule.shape == "random" else 0.0,
-        )
-        if chance.random() < schedule.clean_probability:
-            return choice
-        others = schedule.others
-        other = chance.choices([None, *others], [1.0, *(other.weight for other in others)])[0]
-        chip = other.chip if other else self._chip
-        if schedule.time_s is not None:
-            shortest, longest = schedule.time_s
-            chip = _at_time(chip, shortest * (longest / shortest) ** chance.random())
-        return replace(choice, chip=chip, other_level=other.chip.noise.level if other else None)
-
-
-def _at_time(chip: Chip, time_s: float) -> Chip:
-    """The chip, its cells that old when they are read."""
+def at_time(chip: Chip, time_s: float) -> Chip:
+    """The chip, its cells that old when they are read, in seconds since programming."""
     described = chip.model_dump()
     described["retention"]["refresh_interval_s"] = time_s
     return Chip.model_validate(described)
@@ -296,7 +174,7 @@ def _ageing_problems(chip: Chip, times_s: tuple[float, float]) -> list[str]:
     problems: list[str] = []
     for time_s in times_s:
         try:
-            _at_time(chip, time_s)
+            at_time(chip, time_s)
         except ValidationError as error:
             for item in error.errors():
                 cause = item.get("ctx", {}).get("error")

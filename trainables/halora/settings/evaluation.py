@@ -5,14 +5,14 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from halora.hardware.description import Frozen
+from halora.strict_model import StrictModel
 
 Scoring = Literal["options", "options_per_byte", "generation"]
 BESIDE: dict[Scoring, str] = {"options": "per_byte", "options_per_byte": "summed"}
 """The other way to choose an option, told beside the one asked for: a suffix of its metrics' names."""
 
 
-class EvaluationSettings(Frozen):
+class EvaluationSettings(StrictModel):
     """Chips of the search pool and validation rows a trial is scored on."""
 
     chip_instances: int = Field(default=5, ge=1)

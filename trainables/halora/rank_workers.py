@@ -1,23 +1,19 @@
 """The other workers of a trial: Ray actors in its placement group that work in step with the trial's own process.
 
-The trial's process is rank 0. What it does in a block of `Peers.in_step`, its peers do meanwhile, and both meet in the
-collective operations of their process group. A peer that ends takes its connections with it, so rank 0 learns of it at
-once; one that hangs is given up when the group's timeout has passed. Either way the block ends in an error that names
-the worker, never in a wait without end.
+A process alone on its trial has none of them and needs no Ray. The trial's process is rank 0. What it does in a block
+of `RankWorkers.in_step`, its peers do meanwhile, and both meet in the collective operations of their process group. A
+peer that ends takes its connections with it, so rank 0 learns of it at once; one that hangs is given up when the
+group's timeout has passed. Either way the block ends in an error that names the worker, never in a wait without end.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import ray
-from ray.exceptions import GetTimeoutError, RayError, RayTaskError
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
 from halora.errors import UserError
 from halora.training.memory import ran_out_of_memory
 
-_LAST_WORDS_S = 10.0
+_ERROR_WAIT_S = 10.0
 """How long a peer may take to say what happened to it, once rank 0 has failed."""
 
 
@@ -29,7 +25,7 @@ class WorkerOutOfMemoryError(WorkerLostError):
     """Memory ran out for a worker of a trial, another than that of rank 0."""
 
 
-class Peers:
+class RankWorkers:
     """Actors of rank 1 and up. They outlive a trial, so that each loads the base model once.
 
     Args:
@@ -45,12 +41,19 @@ class Peers:
     @property
     def host(self) -> str:
         """Address at which peers reach this process."""
-        return str(ray.util.get_node_ip_address()) if self.count else "127.0.0.1"
+        if not self.count:
+            return "127.0.0.1"
+        import ray
+
+        return str(ray.util.get_node_ip_address())
 
     def start(self) -> None:
         """Start the actors, each in a bundle of its own, unless they run."""
         if self._actors or not self.count:
             return
+        import ray
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
         group = ray.util.get_current_placement_group()
         for rank in range(1, self.count + 1):
             place = PlacementGroupSchedulingStrategy(group, rank) if group else "DEFAULT"
@@ -60,8 +63,11 @@ class Peers:
 
     def kill(self) -> None:
         """End the actors; `start` makes new ones."""
-        for actor in self._actors:
-            ray.kill(actor)
+        if self._actors:
+            import ray
+
+            for actor in self._actors:
+                ray.kill(actor)
         self._actors = []
 
     @contextmanager
@@ -82,7 +88,7 @@ class Peers:
         try:
             yield
         except Exception as error:
-            lost = self._lost(calls, _LAST_WORDS_S)
+            lost = self._lost(calls, _ERROR_WAIT_S)
             together = isinstance(error, UserError | FloatingPointError)
             if lost is not None and not (together and lost.answered):
                 self.kill()
@@ -97,6 +103,9 @@ class Peers:
         """What happened to the first peer that did not do its part; one that ended before one that followed it."""
         if not calls:
             return None
+        import ray
+        from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+
         ray.wait(calls, num_returns=len(calls), timeout=timeout_s)
         ended: list[WorkerLostError] = []
         silent: list[WorkerLostError] = []

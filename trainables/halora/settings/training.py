@@ -4,8 +4,8 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from halora.hardware.description import Frozen
-from halora.training.schedule import NoiseSchedule
+from halora.settings.schedule import NoiseSchedule
+from halora.strict_model import StrictModel
 
 Method = Literal["lora", "noise_lora", "halora"]
 """`lora`: no noise, no regulariser. `noise_lora`: noise only. `halora`: noise and L_reg."""
@@ -19,7 +19,7 @@ LoraVariant = Literal["plain", "rslora", "dora"]
 LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-class LoraSettings(Frozen):
+class LoraSettings(StrictModel):
     """Shape of the adapter; the paper adapts q, k, v, up and down at rank 4."""
 
     rank: int = Field(default=4, ge=1, le=256)
@@ -37,7 +37,7 @@ class LoraSettings(Frozen):
         return targets
 
 
-class TrainingSettings(Frozen):
+class TrainingSettings(StrictModel):
     """Method, loss, optimiser and engine of one trial."""
 
     method: Method = "halora"
