@@ -47,7 +47,7 @@ def check_adapter_config(folder: Path) -> None:
     if not isinstance(content, dict):
         raise UserError(f"{path} is not a mapping of keys to values but {type(content).__name__}")
     if content.get("peft_type") != "LORA":
-        raise UserError(f"the adapter in '{folder}' is of PEFT's type {content.get('peft_type')}, not LORA")
+        raise UserError(f"{path}: it is of PEFT's type {_short(content.get('peft_type')).strip('"')}, not LORA")
     if problems := list(_problems(content)):
         raise UserError([f"{path}: {problem}" for problem in problems])
 
