@@ -256,7 +256,7 @@ def verify(
 
     with bundle_at(bundle) as folder:
         arguments = {"folder": folder, "base": base, "task": task, "chips": chips, "key": key}
-        checks = in_child(verify_bundle, arguments, say, timeout)
+        checks = in_child(verify_bundle, arguments, say, timeout_s=timeout)
     rows = [{"check": check.name, "verdict": _verdict(check.passed), "figures": check.text} for check in checks]
     show_rows(rows, form)
     if any(check.passed is False for check in checks):

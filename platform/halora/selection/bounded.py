@@ -22,7 +22,14 @@ _STARTING_S = 900.0
 _WAITING_FACTOR = 10  # of reading, on a busy machine
 
 
-def in_child[T](work: Callable[..., T], arguments: dict[str, Any], say: Callable[[str], None], timeout_s: float) -> T:
+def in_child[T](
+    work: Callable[..., T],
+    arguments: dict[str, Any],
+    say: Callable[[str], None],
+    *,
+    timeout_s: float,
+    reading_s: int = READING_S,
+) -> T:
     """What `work` gives, called in a new process.
 
     Args:
@@ -30,14 +37,15 @@ def in_child[T](work: Callable[..., T], arguments: dict[str, Any], say: Callable
             memory are bounded. A function of a module.
         arguments: Of it.
         say: Told what it says.
-        timeout_s: Longest it may take after it was read, in seconds.
+        timeout_s: Longest it may take beside reading, in seconds.
+        reading_s: Processor time that reading may take, in seconds.
 
     Raises:
         UserError: What it raises; or it took too long or too much memory, or broke.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_carry_out, args=(sender, work, arguments), daemon=True)
+    process = context.Process(target=_carry_out, args=(sender, work, arguments, reading_s), daemon=True)
     process.start()
     sender.close()
     what, deadline = "starting", time.monotonic() + _STARTING_S
@@ -50,7 +58,7 @@ def in_child[T](work: Callable[..., T], arguments: dict[str, Any], say: Callable
             try:
                 kind, value = receiver.recv()
             except EOFError:
-                raise _died(process, what) from None
+                raise _died(process, what, reading_s) from None
             match kind:
                 case "say":
                     say(value)
@@ -68,22 +76,22 @@ def in_child[T](work: Callable[..., T], arguments: dict[str, Any], say: Callable
         receiver.close()
 
 
-def _died(process: Any, what: str) -> UserError:
+def _died(process: Any, what: str, reading_s: int) -> UserError:
     process.join()
     code = process.exitcode or 0
     if code == -signal.SIGXCPU:
-        return UserError(f"{what} took more than {READING_S} s of processor time and was ended")
+        return UserError(f"{what} took more than {reading_s} s of processor time and was ended")
     how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
     return UserError(f"{what} ended its process ({how}): it takes too much memory, or breaks what reads it")
 
 
-def _carry_out(sender: Connection, work: Callable[..., Any], arguments: dict[str, Any]) -> None:
+def _carry_out(sender: Connection, work: Callable[..., Any], arguments: dict[str, Any], reading_s: int) -> None:
     warnings.simplefilter("ignore")
 
     @contextmanager
     def reading(what: str) -> Iterator[None]:
-        sender.send(("begins", (what, READING_S * _WAITING_FACTOR)))
-        with _limited():
+        sender.send(("begins", (what, reading_s * _WAITING_FACTOR)))
+        with _limited(reading_s):
             yield
         sender.send(("begins", ("the check", None)))
 
@@ -98,12 +106,12 @@ def _carry_out(sender: Connection, work: Callable[..., Any], arguments: dict[str
 
 
 @contextmanager
-def _limited() -> Iterator[None]:
-    """Bounds on this process's processor time and memory from now on while the block runs."""
+def _limited(reading_s: int) -> Iterator[None]:
+    """Bounds on what this process takes of processor time and memory while the block runs."""
     own = psutil.Process()
     used_s = sum(own.cpu_times()[:2])
     wanted = {
-        resource.RLIMIT_CPU: int(used_s) + READING_S,
+        resource.RLIMIT_CPU: int(used_s) + reading_s,
         resource.RLIMIT_AS: own.memory_info().vms + READING_BYTES,
     }
     before = {kind: resource.getrlimit(kind) for kind in wanted}

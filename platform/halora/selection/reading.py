@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from itertools import islice
-from math import isclose
+from math import isclose, isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +47,7 @@ _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
 _MOST_STRANGE_FILES = 20
 _MOST_DIFFERENCES = 20
 _MOST_EARLIER = 10**6
+_MOST_DIGITS = 18  # of a whole number
 _ROUNDING = 1e-9
 """By which sums in another order differ, relatively."""
 _ANEW = "have it exported anew"
@@ -122,7 +123,8 @@ def read_json(path: Path) -> Any:
         UserError: It is none, or holds what is not a number, or is nested too deep.
     """
     try:
-        return json.loads(read_regular(path, most_bytes(path.name)), parse_constant=_no_number)
+        content = read_regular(path, most_bytes(path.name))
+        return json.loads(content, parse_constant=_no_number, parse_float=_finite, parse_int=_bounded)
     except (ValueError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
@@ -130,7 +132,16 @@ def read_json(path: Path) -> Any:
 
 
 def _no_number(text: str) -> Any:
-    raise ValueError(f"{text} is not a number")
+    raise ValueError(f"{shortened(text, 40)} is not a number, or too large a one")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    return number if isfinite(number) else _no_number(text)
+
+
+def _bounded(text: str) -> int:
+    return int(text) if len(text) <= _MOST_DIGITS else _no_number(text)
 
 
 def _typed[T](path: Path, kind: Any) -> T:

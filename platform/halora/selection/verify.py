@@ -181,13 +181,24 @@ def _scored_again(
         _scores_check("scores", config, recorded, again),
         Check("certificate", by_these.passed, f"{text}yield at least {by_these.bound:.4f}"),
     ]
-    for line in asked_scenarios(config, bundle.certification.asked) if chips is None else ():
+    if chips is None and bundle.robustness:
+        checks.append(_robustness_check(runner, folder, config, bundle, say))
+    return checks
+
+
+def _robustness_check(
+    runner: "TrialRunner", folder: Path, config: TrialConfig, bundle: Bundle, say: Callable[[str], None]
+) -> Check:
+    """The lines of the robustness table, scored again."""
+    differing = []
+    for line in asked_scenarios(config, bundle.certification.asked):
         if line.chip is not None:
             say(f"scoring {line.name} again")
             own, recorded = config.model_copy(update={"chip": line.chip}), bundle.robustness[line.name]
-            again = _again(runner, folder, own, bundle, recorded)
-            checks.append(_scores_check(f"robustness: {line.name}", own, recorded, again))
-    return checks
+            found = _scores_check(line.name, own, recorded, _again(runner, folder, own, bundle, recorded))
+            differing += [] if found.passed else [f"{line.name}: {found.text}"]
+    text = "; ".join(differing) or f"{len(bundle.robustness)} lines scored again, as recorded"
+    return Check("robustness", not differing, text)
 
 
 def _again(
