@@ -27,8 +27,8 @@ class UserError(ValueError):
         if len(given) > _MOST:
             given[_MOST - 1 :] = [f"and {len(given) - _MOST + 1} more problems"]
         self.problems = [printable(shortened(hidden(problem))) for problem in given]
-        self.next_step = next_step
-        super().__init__("; ".join(self.problems) + (f" ({next_step})" if next_step else ""))
+        self.next_step = printable(shortened(hidden(next_step)))
+        super().__init__("; ".join(self.problems) + (f" ({self.next_step})" if next_step else ""))
 
     def __reduce__(self) -> tuple[type["UserError"], tuple[list[str], str]]:
         return type(self), (self.problems, self.next_step)
