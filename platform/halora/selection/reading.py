@@ -19,7 +19,6 @@ from halora.errors import UserError, attempt, shortened
 from halora.files import check_regular, read_regular, sha256_of
 from halora.records.names import CERTIFICATION_FILE, ROBUSTNESS_FILE, SCORES_FILE
 from halora.selection.bundle import (
-    ADAPTER_CONFIG,
     CARD_FILE,
     CHECKSUMS_FILE,
     CHIP_FILE,
@@ -37,7 +36,7 @@ from halora.selection.lightning import lightning_settings
 from halora.settings.names import EMBEDDED, KNOWN_TASKS
 from halora.settings.trial import TrialConfig
 from halora.spaces.mistakes import describe
-from halora.training.adapter_config import check_adapter_config
+from halora.training.adapter_config import ADAPTER_CONFIG, check_adapter_config
 from halora.trial_folder import ADAPTER_WEIGHTS, TRIAL_FILE
 
 if TYPE_CHECKING:
@@ -144,13 +143,12 @@ def _bounded(text: str) -> int:
     return int(text) if len(text) <= _MOST_DIGITS else _no_number(text)
 
 
-def _typed[T](path: Path, kind: Any) -> T:
+def _typed(path: Path, kind: Any) -> Any:
     try:
-        found: T = TypeAdapter(kind).validate_json(read_regular(path, most_bytes(path.name)), strict=True)
+        return TypeAdapter(kind).validate_json(read_regular(path, most_bytes(path.name)), strict=True)
     except ValidationError as error:
         told = error.errors(include_url=False, include_input=False, include_context=False)[:_MOST_DIFFERENCES]
         raise UserError([f"{path}: {'.'.join(map(str, each['loc']))}: {each['msg']}" for each in told]) from None
-    return found
 
 
 def _trial(path: Path) -> TrialConfig:
@@ -310,7 +308,7 @@ def _adapter_problems(stored: Mapping[str, Any], bundle: Bundle) -> Iterator[str
         "base_model_name_or_path": bundle.certification.base,
     }
     targets = stored["target_modules"]
-    found = stored | {"target_modules": sorted(targets) if isinstance(targets, list) else targets}
+    found = {**stored, "target_modules": sorted(targets) if isinstance(targets, list) else targets}
     for key, value in wanted.items():
         if found.get(key, False) != value:
             yield f"{ADAPTER_CONFIG}: {key} is {_told(found.get(key))}, {TRIAL_FILE} says {_told(value)}"

@@ -22,6 +22,8 @@ from halora.settings.trial import TrialConfig
 from halora.training.models import BaseModel, plain_base, weights_digest
 
 if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
     from halora.evaluation.chips import ChipScores
     from halora.trial_runner import TrialRunner
 
@@ -55,7 +57,7 @@ def verify(
     chips: int | None = None,
     key: Path | None = None,
     say: Callable[[str], None] = lambda text: None,
-    reading: Callable[[str], AbstractContextManager[None]] = nullcontext,
+    reading: Callable[[str], AbstractContextManager[None]] = lambda what: nullcontext(),
 ) -> list[Check]:
     """Verify a bundle.
 
@@ -102,7 +104,7 @@ def verify(
     return [*checks, *_scored_again(folder, config, bundle, chips, say), *_unverified(bundle, chips)]
 
 
-def _signature(folder: Path, key: "signature.Ed25519PublicKey | None") -> Check:
+def _signature(folder: Path, key: "Ed25519PublicKey | None") -> Check:
     path = folder / SIGNATURE_FILE
     if key is None:
         made = f"there is one in {SIGNATURE_FILE}; give its key with --key" if path.exists() else "none"

@@ -53,7 +53,8 @@ def check_adapter_config(folder: Path) -> None:
 
 
 def _problems(content: Mapping[str, Any]) -> Iterator[str]:
-    rank, alpha = content.get("r"), content.get("lora_alpha")
+    rank: Any = content.get("r")
+    alpha: Any = content.get("lora_alpha")
     if type(rank) is not int or not 1 <= rank <= _LARGEST_RANK:
         yield f"r: a whole number from 1 to {_LARGEST_RANK} is wanted, got {_short(rank)}"
     if type(alpha) not in (int, float) or not 0 < alpha < 1e6:
