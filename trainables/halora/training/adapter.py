@@ -13,6 +13,7 @@ from halora.errors import UserError
 from halora.hardware.addressing import derive_seed
 from halora.hardware.rounding import AS_IT_IS, rounded
 from halora.settings.training import LoraSettings
+from halora.training.adapter_config import check_adapter_config
 from halora.training.fused import Branch, FrozenLinear
 from halora.training.models import BaseModel
 from halora.trial_folder import ADAPTER_WEIGHTS
@@ -91,19 +92,22 @@ def attach_saved(base: BaseModel, folder: Path, weight_bits: int = AS_IT_IS) -> 
         UserError: The folder holds no LoRA adapter in safetensors, or one whose tensors are not those of this base with
             this configuration; all of them are told.
     """
-    from peft import LoraConfig, PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+    from peft import PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     saved = folder / ADAPTER_WEIGHTS
     if not saved.is_file():
         raise UserError(f"no {ADAPTER_WEIGHTS} in '{folder}'")
+    check_adapter_config(folder)
     config: Any = PeftConfig.from_pretrained(folder)
-    if not isinstance(config, LoraConfig):
-        raise UserError(f"the adapter in '{folder}' is of PEFT's type {config.peft_type.value}, not LORA")
     config.inference_mode = True
     config._register_custom_module({FrozenLinear: _fused_lora()})
     peft_model = get_peft_model(base.causal_lm, config)
-    tensors = load_file(saved)
+    try:
+        tensors = load_file(saved)
+    except SafetensorError as error:
+        raise UserError(f"{saved} is not in the safetensors format: {error}") from None
     wanted = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
     if problems := _misfits(tensors, wanted):
         detach(peft_model)

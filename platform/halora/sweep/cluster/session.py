@@ -17,6 +17,7 @@ import ray
 from halora.errors import UnreachableError
 from halora.spaces.sweep import SweepConfig
 from halora.sweep.cluster.cluster import LOCAL, Cluster
+from halora.sweep.cluster.loopback import only_this_machine
 
 NAMESPACE = "halora"
 """Ray's namespace of all that a sweep starts."""
@@ -52,20 +53,20 @@ def ray_session(processes: int, *, cpus: int | None = None, cluster: Cluster = L
     share = max(cores // processes, 1)
     environment = {"TOKENIZERS_PARALLELISM": "false"}
     if not cluster.address:
-        ray.init(
-            num_cpus=cores if cpus else processes,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="ERROR",
-            namespace=NAMESPACE,
-            object_store_memory=100 * 2**20,
-            _node_ip_address="127.0.0.1",
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(cpus or share), **environment}},
-        )
-        try:
-            yield
-        finally:
-            ray.shutdown()
+        with only_this_machine():
+            ray.init(
+                num_cpus=cores if cpus else processes,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="ERROR",
+                namespace=NAMESPACE,
+                object_store_memory=100 * 2**20,
+                runtime_env={"env_vars": {"OMP_NUM_THREADS": str(cpus or share), **environment}},
+            )
+            try:
+                yield
+            finally:
+                ray.shutdown()
         return
     with joined(cluster, {"OMP_NUM_THREADS": str(cpus or 1), **environment}):
         yield
