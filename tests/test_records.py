@@ -19,14 +19,18 @@ from records_audit import differences, journal_entries
 
 from halora.analysis.front import front, hypervolume
 from halora.errors import UnreachableError, UserError
+from halora.pricing import trial_energy
 from halora.records import names, queries
 from halora.records.index import read_ledger
+from halora.records.position import refused as refused_of
 from halora.records.position import undelivered
 from halora.records.provenance import commit_of, program
 from halora.records.recorder import SweepRecorder
 from halora.records.sender import recording
 from halora.records.store import Store
 from halora.records.tracking import MlflowSweep, open_client
+from halora.settings.trial import TrialConfig
+from halora.spaces.mistakes import field_paths
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +187,7 @@ def test_a_finished_trial_is_read_back_whole(client, store, sweep, folder, said,
     prefixes = (*names.TASK_METRICS, names.LEVEL_METRIC)
     assert {name: value for name, value in metrics.items() if name.startswith(prefixes)} == {
         "accuracy.arc-easy": 0.25,
-        "clean_accuracy./rows/my _own_": 0.75,
+        "clean_accuracy./rows/my _own_-1bba51f3": 0.75,
         "accuracy_at.0.02": 0.2,
     }
     assert not {"not.of.these", "other"} & metrics.keys()
@@ -482,6 +486,8 @@ def test_what_mlflow_refuses_is_kept_and_told_and_holds_nothing_up(client, store
     assert refused[0]["entry"]["metrics"] == {"bad$name": 1.0}
     assert "Invalid value" in refused[0]["error"]
     assert any("MLflow refused a record of trial 0" in line for line in said)
+    assert list(refused_of(folder)) == [0, 1]
+    assert "Invalid value" in refused_of(folder)[0]
     (lost,) = differences(store.tracking_uri, sweep.name, folder.journal_file)
     assert lost.startswith("lost: (0, 'bad$name', ")
     assert undelivered(store, sweep.name) == 0
@@ -516,6 +522,30 @@ def test_hostile_names_are_recorded_as_they_are(client, store, tiny_models, tiny
     page = folder.published / "report.html"
     assert "<script>alert" not in page.read_text()
     assert "&lt;script&gt;alert" in page.read_text()
+
+
+def test_nothing_of_a_long_and_odd_sweep_is_refused(client, store, tiny_models, tiny_task, said, tmp_path):
+    """Folders of tasks by names that MLflow takes for other paths, or for too long; all fields searched at once."""
+    task = "+".join(str(shutil.copytree(tiny_task, tmp_path / ("a task " * 30) / str(i))) for i in range(4))
+    sweep = made_up_sweep(store, "odd", tiny_models["llama"], task, description="what it is for " * 2000)
+    folder = store.sweep("odd")
+    scored = ("/rows/my/", "/rows//my", "/rows/../my", "rows/.", "a+b", "a*b", "模型", "x" * 300, "x" * 301, "/")
+    named = {f"accuracy.{name}": i / 16 for i, name in enumerate(scored)}
+    with recording(store, sweep, said.append) as recorder:
+        config = sweep.resolve({})
+        params = dict.fromkeys(field_paths(TrialConfig), "x" * 7000)
+        assert len(params) > 100
+        recorder.begin_trial(0, config, params, trial_energy(config))
+        finish(recorder, folder.root, 0, accuracy=0.5, **named)
+        recorder.finish(interrupted=False)
+    assert said == []
+    assert not folder.refused_file.exists()
+    run = queries.trial_run(client, "odd", 0)
+    assert run.data.params.keys() == params.keys()
+    assert len(run.inputs.dataset_inputs) == 2
+    found = {name: value for name, value in run.data.metrics.items() if name.startswith("accuracy.")}
+    assert sorted(found.values()) == sorted(named.values())  # each by a name of its own
+    assert found["accuracy.模型"] == named["accuracy.模型"]
 
 
 def test_a_run_that_is_not_there_is_named(client, store, sweep, folder, said):

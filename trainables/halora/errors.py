@@ -63,6 +63,26 @@ def attempt[T](problems: list[str], call: Callable[[], T]) -> T | None:
         return None
 
 
+def check_all(*checks: Callable[[], object]) -> None:
+    """Make several checks, and tell the problems of all of them at once.
+
+    Raises:
+        UserError: Some failed; an `UnreachableError` at once.
+    """
+    problems: list[str] = []
+    next_steps: dict[str, None] = {}
+    for check in checks:
+        try:
+            check()
+        except UnreachableError:
+            raise
+        except UserError as error:
+            problems += error.problems
+            next_steps |= {error.next_step: None} if error.next_step else {}
+    if problems:
+        raise UserError(list(dict.fromkeys(problems)), "; ".join(next_steps))
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the known name closest to `name`, or nothing."""
     matches = get_close_matches(name, list(known), n=1)

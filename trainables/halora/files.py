@@ -1,10 +1,13 @@
 """Files that are written atomically, whatever happens to their writer; their digests; files of other people."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,14 @@ def write_whole(path: Path, text: str, *, durable: bool = False) -> None:
 def write_json(path: Path, content: Any, *, durable: bool = False) -> None:
     """Write a JSON file, see `write_whole`."""
     write_whole(path, json.dumps(content, indent=1), durable=durable)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock of a file, made where it is not there, while the block runs; others wait for it."""
+    with path.open("a", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def no_room(error: BaseException) -> bool:

@@ -154,13 +154,10 @@ def _demo_model() -> Finding:
 
 
 def _ray() -> Finding:
-    code = (
-        "import ray; ray.init(num_cpus=1, include_dashboard=False, logging_level='ERROR', log_to_driver=False,"
-        " object_store_memory=80 * 2**20, _node_ip_address='127.0.0.1');"
-        " print(ray.__version__, 'starts'); ray.shutdown()"
-    )
+    code = "import ray; from halora.sweep.cluster.session import ray_session\n"
+    code += "with ray_session(1):\n    print(ray.__version__, 'starts')"
     ok, line = _run_python(code, timeout_s=120)
-    return Finding("Ray", ok, line, "" if ok else "see the message; a stale `ray start` on this machine is usual")
+    return Finding("Ray", ok, line, "" if ok else "see the message")
 
 
 def _mlflow(store: Store) -> Finding:

@@ -22,7 +22,7 @@ from halora.cli.output import (
     talk,
 )
 from halora.cli.remote_commands import AddressOption, FollowOption, WheelOption, detached, elsewhere
-from halora.errors import UserError
+from halora.errors import UserError, shortened
 from halora.records.names import REPORT_FILE
 from halora.records.store import Store
 from halora.sweep.cluster.cluster import Cluster
@@ -189,7 +189,7 @@ def list_(form: FormatOption = Format.TABLE, store: StoreOption = None, address:
     from halora.analysis.front import front
     from halora.analysis.trials import grouped
     from halora.records.index import read_ledger
-    from halora.records.position import undelivered
+    from halora.records.position import refused, undelivered
     from halora.sweep.run.state import is_running
 
     place = open_store(store)
@@ -208,6 +208,7 @@ def list_(form: FormatOption = Format.TABLE, store: StoreOption = None, address:
                 "best_accuracy": members[-1].accuracy if members else None,
                 "lowest_energy_uj_per_token": members[0].energy_uj_per_token if members else None,
                 "undelivered": undelivered(place, name),
+                "refused": len(refused(place.sweep(name))),
             }
         )
     if rows or form is not Format.TABLE:
@@ -332,6 +333,7 @@ def _close_records(name: str, store: Store) -> None:
 
 def _close(name: str, store: Store, outcome: "Outcome") -> None:
     from halora.cli.front import print_front
+    from halora.records.position import refused
 
     talk.print()
     print_front(name, store, Format.TABLE)
@@ -348,5 +350,12 @@ def _close(name: str, store: Store, outcome: "Outcome") -> None:
         highlight=False,
         soft_wrap=True,
     )
-    if outcome.failed or not outcome.complete:
+    lost = refused(store.sweep(name))
+    for number, cause in lost.items():
+        what = "of the sweep" if number is None else f"of trial {number}"
+        said = f"records {what} are not in MLflow, which refused them: {shortened(cause, 300)}"
+        talk.print(said, style="red", markup=False, highlight=False, soft_wrap=True)
+    if lost:
+        talk.print(f"they are kept in {store.sweep(name).refused_file}", markup=False, highlight=False, soft_wrap=True)
+    if outcome.failed or lost or not outcome.complete:
         raise typer.Exit(1)

@@ -1,5 +1,6 @@
 """Every name that MLflow sees, in one place; a test freezes them."""
 
+import hashlib
 import re
 from collections.abc import Mapping
 
@@ -109,6 +110,10 @@ YIELD_BOUND = "halora.yield_bound"
 REPLACED = "halora.replaced"  # version that was champion before this one
 
 
+_LONGEST_METRIC = 250  # characters, as MLflow takes them
+LONGEST_DATASET = 500
+
+
 def registered_name(model: str, task: str, chip: str, chip_hash: str) -> str:
     """Name of a registered model: one chip's champion never stands in the way of another's."""
     parts = (model, task, f"{chip}-{chip_hash[:8]}")
@@ -132,5 +137,19 @@ def query(tags: Mapping[str, str]) -> str:
 
 
 def metric(name: str) -> str:
-    """A metric's name with `_` for the characters that MLflow refuses, as a folder's path may hold."""
-    return re.sub(r"[^\w./: -]", "_", name)
+    """A metric's name as MLflow takes it.
+
+    It takes some characters, 250 of them, and no path that another spelling would do for, as the path of a task's
+    folder may be. Such a name is spelled otherwise, and ends in its digest, so that it stays apart from others.
+    """
+    spelled = re.sub(r"[^\w./: -]", "_", name)
+    spelled = "/".join(re.sub(r"^\.{1,2}$", "_", part) for part in spelled.split("/") if part)
+    return name if spelled == name and len(name) <= _LONGEST_METRIC else bounded(spelled, _LONGEST_METRIC, of=name)
+
+
+def bounded(name: str, most: int, of: str = "") -> str:
+    """A name cut to so many characters; one that is longer, or is spelled otherwise than `of`, ends in a digest."""
+    if len(name) <= most and of in ("", name):
+        return name
+    digest = hashlib.sha256((of or name).encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    return f"{name[: most - len(digest) - 1]}-{digest}"

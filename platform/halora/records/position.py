@@ -39,3 +39,14 @@ def undelivered(store: Store, sweep: str) -> int:
     """Number of a sweep's entries that its MLflow lacks."""
     folder = store.sweep(sweep)
     return Position(folder, store.serving(sweep).tracking_uri).left() if folder.journal_file.exists() else 0
+
+
+def refused(folder: SweepFolder) -> dict[int | None, str]:
+    """Why MLflow refused records of a sweep, by the trial they are of; none for the sweep itself.
+
+    It would refuse them again; they are kept in the sweep's `refused_file`.
+    """
+    if not folder.refused_file.exists():
+        return {}
+    kept = [json.loads(line) for line in folder.refused_file.read_text(encoding="utf-8").splitlines()]
+    return {each["entry"]["trial"]: str(each["error"]) for each in kept}

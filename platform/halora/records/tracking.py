@@ -8,6 +8,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from mlflow.exceptions import MlflowException
 
 from halora.errors import UnreachableError
 from halora.evaluation.damage import Damage
+from halora.files import locked
 from halora.records import names
 from halora.records.journal import Entry
 from halora.records.store import Store
@@ -42,6 +44,7 @@ _STATUS = {
 }
 _REFUSALS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE", "BAD_REQUEST"}
 _MOST_RUNS = 50_000  # MLflow's own limit of one search
+_MOST_PARAMS = 100  # of one request, MLflow's own limit
 _LARGEST_BATCH = 900  # metrics; MLflow takes 1000 metrics, params and tags together
 
 
@@ -51,9 +54,12 @@ def open_client(store: Store) -> MlflowClient:
     Raises:
         UnreachableError: It does not answer, or cannot be opened.
     """
+    own = not store.server and os.access(store.root, os.W_OK)
+    making = locked(store.root / "mlflow.lock") if own else nullcontext()
     try:
-        client = MlflowClient(store.tracking_uri)
-        client.search_experiments(max_results=1)
+        with making:  # two at once would both make the tables of a new database
+            client = MlflowClient(store.tracking_uri)
+            client.search_experiments(max_results=1)
     except Exception as error:  # MLflow, requests and SQLAlchemy raise many kinds
         raise UnreachableError(
             f"MLflow at '{store.tracking_uri}' cannot be opened: {first_line(error)}",
@@ -224,11 +230,10 @@ class MlflowSweep:
         program = entry.get("program", {})  # journals that were begun before it was recorded lack it
         told = {names.VERSION: program.get("version"), names.COMMIT: program.get("commit")}
         tags |= {name: value for name, value in told.items() if value}
-        self._client.log_batch(
-            run_id,
-            params=[Param(name, str(value)) for name, value in entry["params"].items()],
-            tags=[RunTag(name, value) for name, value in tags.items()],
-        )
+        self._client.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])
+        params = [Param(name, str(value)) for name, value in entry["params"].items()]
+        for start in range(0, len(params), _MOST_PARAMS):
+            self._client.log_batch(run_id, params=params[start : start + _MOST_PARAMS])
         self._client.log_text(run_id, json.dumps(entry["config"], indent=1), names.CONFIG_FILE)
         if entry["datasets"]:
             self._client.log_inputs(run_id, [_dataset_input(dataset) for dataset in entry["datasets"]])
@@ -291,5 +296,6 @@ def _state(run: Run) -> str:
 
 def _dataset_input(dataset: Mapping[str, Any]) -> DatasetInput:
     profile = json.dumps({"rows": int(dataset["rows"])})
-    entry = Dataset(dataset["name"], dataset["digest"], "halora task", dataset["name"], profile=profile)
+    name = names.bounded(dataset["name"], names.LONGEST_DATASET)
+    entry = Dataset(name, dataset["digest"], "halora task", dataset["name"], profile=profile)
     return DatasetInput(entry, [InputTag("mlflow.data.context", dataset["split"])])

@@ -96,6 +96,7 @@ def certify(
         UserError: Nothing is left of the error level, the task has no test split or too few rows in it, the adapter
             is not in MLflow.
     """
+    from halora.records.position import refused
     from halora.records.queries import download_adapter, logged_config, logged_scores, trial_run
     from halora.records.registry import log_certification
 
@@ -105,7 +106,9 @@ def certify(
     with TemporaryDirectory() as scratch:
         adapter = download_adapter(client, run, Path(scratch))
         if adapter is None:
-            raise UserError(f"trial '{sweep.name}/{point.number}' has no adapter in MLflow: it was simulated")
+            cause = refused(folder).get(point.number)
+            why = f"its record was refused: {cause} (kept in {folder.refused_file})" if cause else "it was simulated"
+            raise UserError(f"trial '{sweep.name}/{point.number}' has no adapter in MLflow: {why}")
         weights = adapter / ADAPTER_WEIGHTS
         adapter_bytes = weights.stat().st_size
         rows = test_rows(config, gates)

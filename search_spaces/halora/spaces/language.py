@@ -15,7 +15,7 @@ Value = str | int | float | bool
 
 
 class _Distribution(StrictModel):
-    when: dict[str, tuple[Value, ...]] = Field(default_factory=dict)
+    when: dict[str, Annotated[tuple[Value, ...], Field(min_length=1)]] = Field(default_factory=dict)
     """Only searched when every named field has one of the given values; otherwise the trial's default stands."""
 
     def applies(self, chosen: Mapping[str, Any]) -> bool:

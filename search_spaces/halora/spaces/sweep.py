@@ -11,8 +11,9 @@ from pydantic import AfterValidator, Field, StringConstraints, ValidationError, 
 from halora.errors import UserError, attempt, nearest
 from halora.hardware.chip import Chip, load_chip
 from halora.pricing import trial_energy
+from halora.reading import decoded, is_file
 from halora.settings.trial import TrialConfig
-from halora.spaces.checks import file_problems, model_and_task_problems, sweep_problems
+from halora.spaces.checks import FileChecks, model_and_task_problems, sweep_problems
 from halora.spaces.gates import Gates
 from halora.spaces.language import Categorical, Distribution, with_values
 from halora.spaces.mistakes import describe
@@ -22,6 +23,16 @@ from halora.strict_model import StrictModel
 from halora.yaml_files import parse_yaml, read_yaml
 
 SHIPPED = files("halora.spaces") / "sweeps"
+
+_LEAST: dict[str, Any] = {
+    "name": "nameless",
+    "family": "nameless",
+    "trials": 1,
+    "trial": {},
+    "space": {},
+    "reference_point": {"accuracy": 0, "energy_uj_per_token": 1},
+}
+"""What every sweep has."""
 
 Formula = Annotated[str, AfterValidator(lambda text: formula(text).text)]
 
@@ -171,17 +182,17 @@ def load_sweep(name_or_path: str, overrides: Mapping[str, Any] | None = None) ->
         UserError: With every mistake found: unknown keys, values out of range, searched fields that do not exist,
             points outside the space, a model or task that does not exist.
     """
-    raw = _read(name_or_path)
-    data = with_absolute_folders(with_values(raw, overrides or {}))
-    problems: list[str] = []
+    data, problems = _overridden(_read(name_or_path), overrides or {})
+    data = with_absolute_folders(data)
     sweep: SweepConfig | None = None
     try:
         sweep = SweepConfig.model_validate(data)
     except ValidationError as error:
         problems += describe(error, SweepConfig)
-    problems += file_problems(data)  # whatever else is wrong
-    if sweep is not None and not problems:
-        problems = sweep_problems(sweep)
+    checks = FileChecks.of(data)
+    problems += checks.problems
+    right = _without_mistakes(checks.right) if problems or sweep is None else sweep
+    problems += sweep_problems(right, data)
     if problems:
         raise UserError(
             [f"{name_or_path}: {problem}" for problem in dict.fromkeys(problems)],
@@ -189,6 +200,26 @@ def load_sweep(name_or_path: str, overrides: Mapping[str, Any] | None = None) ->
         )
     assert sweep is not None
     return sweep
+
+
+def _overridden(data: dict[str, Any], overrides: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The content of a file with values by dotted path set, and what is wrong with those that cannot be."""
+    problems: list[str] = []
+    for path, value in overrides.items():
+        data = attempt(problems, lambda: with_values(data, {path: value})) or data  # noqa: B023 (called at once)
+    return data, problems
+
+
+def _without_mistakes(data: Mapping[str, Any]) -> SweepConfig:
+    """A sweep of whatever is right in a file's content; its trial is empty where that is not."""
+    content = _LEAST | {key: value for key, value in data.items() if key in SweepConfig.model_fields}
+    while True:
+        try:
+            return SweepConfig.model_validate(content)
+        except ValidationError as error:
+            wrong = {str(item["loc"][0]) for item in error.errors(include_url=False)}
+            content = {key: value for key, value in content.items() if key not in wrong}
+            content |= {key: _LEAST[key] for key in wrong & _LEAST.keys()}
 
 
 def load_trial(name_or_path: str, overrides: Mapping[str, Any] | None = None) -> TrialConfig:
@@ -202,9 +233,12 @@ def load_trial(name_or_path: str, overrides: Mapping[str, Any] | None = None) ->
         UserError: With every mistake found.
     """
     data = _read(name_or_path, "trial")
-    if isinstance(trial := data.get("trial"), dict):
-        return trial_from({"seed": data.get("seed", 0), **trial}, name_or_path, overrides, data.get("chips"))
-    return trial_from(data, name_or_path, overrides)
+    if not isinstance(trial := data.get("trial"), dict):
+        return trial_from(data, name_or_path, overrides)
+    chips = FileChecks.of({"chips": data.get("chips")})
+    if chips.problems:
+        raise UserError([f"{name_or_path}: {problem}" for problem in chips.problems], "correct the file and run again")
+    return trial_from({"seed": data.get("seed", 0), **trial}, name_or_path, overrides, chips.right["chips"])
 
 
 def trial_from(
@@ -218,12 +252,12 @@ def trial_from(
     Raises:
         UserError: With every mistake found.
     """
-    problems: list[str] = []
+    data, problems = _overridden(data, overrides or {})
     try:
-        config = resolve_trial(data, overrides or {}, chips or {})
+        config = resolve_trial(data, {}, chips or {})
     except ValidationError as error:
         problems += describe(error, TrialConfig)
-    named = model_and_task_problems(with_values(data, overrides or {}), {})
+    named = model_and_task_problems(data, {})
     problems += [problem.removeprefix("trial.") for problem in named]
     if not problems:
         attempt(problems, lambda: trial_energy(config, estimated=True))
@@ -237,8 +271,9 @@ def _read(name_or_path: str, what: str = "sweep") -> dict[str, Any]:
     if name_or_path in shipped_sweeps():
         data = parse_yaml((SHIPPED / f"{name_or_path}.yaml").read_text(encoding="utf-8"), where)
     elif name_or_path == "-":
-        data = parse_yaml(sys.stdin.read(), f"the {what} on standard input")
-    elif Path(name_or_path).is_file():
+        where = f"the {what} on standard input"
+        data = parse_yaml(decoded(sys.stdin.buffer.read(), where, "YAML"), where)
+    elif is_file(name_or_path):
         data = read_yaml(Path(name_or_path), where)
     else:
         raise UserError(
