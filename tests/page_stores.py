@@ -16,7 +16,7 @@ from halora.records.recorder import SweepRecorder
 from halora.records.store import Store
 from halora.selection.attempts import open_attempt
 from halora.selection.certificate import Certificate
-from halora.selection.certification import Certification, RobustnessLine
+from halora.selection.claims import Certification, RobustnessLine
 from halora.selection.gates import certified_gates
 from halora.spaces.gates import Gates
 from halora.spaces.sweep import SweepConfig
@@ -144,7 +144,7 @@ def certify_made_up(store: Store, sweep: str, number: int, *, failures: int = 0,
         RobustnessLine("time", "10 years", reason=HOSTILE),
     )
     certification = Certification(
-        certificate, tuple(found), lines, {}, {"energy_uj_per_token": energy}, "tiny-llama", "b", "fp32", digest
+        certificate, gates, tuple(found), lines, {}, {"energy_uj_per_token": energy}, "tiny-llama", "b", "fp32", digest
     )
     write_json(attempt.folder(folder) / CERTIFICATION_FILE, certification.to_json())
 

@@ -151,6 +151,7 @@ def test_the_recorded_names_are_frozen():
         "DAMAGE_FILE": "damage.json",
         "CERTIFICATION_FOLDER": "selection/attempt-{attempt:02d}",
         "CERTIFICATION_FILE": "certification.json",
+        "ROBUSTNESS_FILE": "robustness.json",
         "CANDIDATE": "candidate",
         "CHAMPION": "champion",
         "ATTEMPT": "halora.attempt",

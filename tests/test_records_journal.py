@@ -286,7 +286,7 @@ def test_a_store_names_its_server_and_keeps_no_password(tmp_path, monkeypatch):
     assert Store.at().tracking_uri == "http://tracking:5000"
     assert Store.at(None, "http://other:5000").tracking_uri == "http://other:5000"
     for uri in ("http://me:secret@host:5000", "postgresql://me:secret@host/db"):
-        with pytest.raises(UserError, match="'host' holds a password") as caught:
+        with pytest.raises(UserError, match="tracking URI holds a user or a password") as caught:
             Store.at(None, uri)
         assert "secret" not in str(caught.value)
 

@@ -14,8 +14,9 @@ from halora.errors import UserError
 from halora.hardware.costs import energy_constants
 from halora.hardware.energy import energy_per_token
 from halora.pricing import trial_energy
+from halora.training.adapter_config import ADAPTER_CONFIG
 from halora.training.models import model_shape
-from halora.training.saved_lora import ADAPTER_CONFIG, read_saved_lora
+from halora.training.saved_lora import read_saved_lora
 from halora.trial_folder import ADAPTER_WEIGHTS
 
 Q, V, UP = (f"model.layers.{{}}.{name}" for name in ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj"))
@@ -88,6 +89,10 @@ def test_adapters_of_other_kinds_are_refused(saved, halora, config):
 
 def test_what_is_beside_a_lora_branch_is_refused(saved):
     folder = saved(peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    with pytest.raises(UserError, match="modules_to_save: only a LoRA branch on named layers is supported"):
+        read_saved_lora(folder)
+    content = json.loads((folder / ADAPTER_CONFIG).read_text())
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(content | {"modules_to_save": None}))
     with pytest.raises(UserError, match=r"tensor '.*lm_head.*' is not part of a LoRA branch beside a linear layer"):
         read_saved_lora(folder)
 
@@ -95,10 +100,10 @@ def test_what_is_beside_a_lora_branch_is_refused(saved):
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"r": 0}, "r is 0, not a whole number from 1 up"),
-        ({"r": "4"}, "r is '4', not a whole number"),
-        ({"r": True, "lora_alpha": None}, "r is True, not .*lora_alpha is None, not a number above 0"),
-        ({"base_model_name_or_path": 3}, "base_model_name_or_path is not a text"),
+        ({"r": 0}, "r: a whole number from 1 to 1024 is wanted, got 0"),
+        ({"r": "4"}, 'r: a whole number from 1 to 1024 is wanted, got "4"'),
+        ({"r": True, "lora_alpha": None}, "got true.*lora_alpha: a positive number is wanted, got null"),
+        ({"base_model_name_or_path": 3}, "base_model_name_or_path: a text is wanted, got 3"),
         ({"peft_type": ["LORA"]}, r"it is of PEFT's type \['LORA'\], not LORA"),
     ],
 )

@@ -1,7 +1,9 @@
-"""What a user is told when something they can fix is wrong; imports nothing of the project."""
+"""What a user is told when something they can fix is wrong."""
 
 from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
+
+from halora.secret_urls import hidden
 
 _LONGEST = 1000
 """Characters of one problem; what is in the middle of a longer one is left out."""
@@ -12,7 +14,8 @@ _MOST = 200
 class UserError(ValueError):
     """One or more mistakes a user can fix, all told at once, with the next step.
 
-    Problems quote what was given, whatever that is: they are bounded in length and number, and can be printed.
+    Problems quote what was given, whatever that is: they are bounded in length and number, and can be printed;
+    URLs with a secret are told by their scheme alone.
 
     Args:
         problems: One sentence each: where, what was given, what is allowed.
@@ -23,9 +26,9 @@ class UserError(ValueError):
         given = [problems] if isinstance(problems, str) else list(problems)
         if len(given) > _MOST:
             given[_MOST - 1 :] = [f"and {len(given) - _MOST + 1} more problems"]
-        self.problems = [printable(shortened(problem)) for problem in given]
-        self.next_step = next_step
-        super().__init__("; ".join(self.problems) + (f" ({next_step})" if next_step else ""))
+        self.problems = [printable(shortened(hidden(problem))) for problem in given]
+        self.next_step = printable(shortened(hidden(next_step)))
+        super().__init__("; ".join(self.problems) + (f" ({self.next_step})" if next_step else ""))
 
     def __reduce__(self) -> tuple[type["UserError"], tuple[list[str], str]]:
         return type(self), (self.problems, self.next_step)

@@ -231,7 +231,8 @@ def _adapter_and_trial(adapter: Path, overrides: dict[str, Any]) -> tuple[Path, 
         UserError: There is no adapter, or too little is known of its trial.
     """
     from halora.spaces.sweep import trial_from
-    from halora.training.saved_lora import ADAPTER_CONFIG, read_saved_lora
+    from halora.training.adapter_config import ADAPTER_CONFIG
+    from halora.training.saved_lora import read_saved_lora
     from halora.trial_folder import ADAPTER_WEIGHTS, TRIAL_FILE, adapter_folder
 
     folder = adapter_folder(adapter) or adapter

@@ -98,6 +98,7 @@ DAMAGE_FILE = "damage.json"  # what the chips do to the untrained bases
 # Selection: artifacts of the trial's run, below a folder of their own for each certification.
 CERTIFICATION_FOLDER = "selection/attempt-{attempt:02d}"
 CERTIFICATION_FILE = "certification.json"  # certificate, gates, robustness; the scores are in SCORES_FILE beside it
+ROBUSTNESS_FILE = "robustness.json"  # scores behind each line of the robustness table
 
 # Selection: the model registry.
 CANDIDATE = "candidate"  # alias: passed every gate

@@ -261,7 +261,8 @@ def _datasets(config: TrialConfig) -> list[dict[str, str]]:
 
 @lru_cache(maxsize=64)
 def dataset(task: str, split: Split, limit: int | None) -> dict[str, str]:
-    """The first rows of a split, by `name`, `split`, `rows` and the `digest` of their text."""
+    """The first rows of a split, by `name`, `split`, `rows` and the `digest` of their text, wherever the task is."""
     rows = load_rows(task, split, limit)
-    digest = hashlib.sha256("\n".join(map(repr, rows)).encode("utf-8", "surrogatepass")).hexdigest()[:32]
+    texts = (repr((row.prompt, row.options, row.answer, row.reference)) for row in rows)
+    digest = hashlib.sha256("\n".join(texts).encode("utf-8", "surrogatepass")).hexdigest()[:32]
     return {"name": task, "split": split, "rows": str(len(rows)), "digest": digest}

@@ -3,9 +3,9 @@
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from halora.errors import UserError, nearest
+from halora.secret_urls import secrets_in
 from halora.url_folder import checked_url
 
 
@@ -28,13 +28,13 @@ class Store:
         """The store in `folder`, in `$HALORA_STORE`, or in `./halora-store`; its server and storage likewise.
 
         Raises:
-            UserError: The server's URI or the storage's holds a password.
+            UserError: The server's URI or the storage's holds a secret, or may.
         """
         root = folder or Path(os.environ.get("HALORA_STORE", "halora-store"))
         uri = os.environ.get("HALORA_TRACKING_URI", "") if server is None else server
-        if urlsplit(uri).password:
+        if found := secrets_in(uri):
             raise UserError(
-                f"the tracking URI of '{urlsplit(uri).hostname}' holds a password, which would be written to disk",
+                f"the tracking URI holds {' and '.join(found)}, which would be written to disk",
                 "leave it out and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or PGPASSWORD",
             )
         url = os.environ.get("HALORA_STORAGE", "") if storage is None else storage

@@ -12,7 +12,8 @@ from halora.records import names
 from halora.records.store import Store
 from halora.selection.attempts import only_selection
 from halora.selection.candidates import Preference, Standing, standings
-from halora.selection.certification import Certification, certify
+from halora.selection.certification import certify
+from halora.selection.claims import Certification
 from halora.spaces.gates import Gates
 from halora.spaces.sweep import SweepConfig
 

@@ -15,9 +15,9 @@ from halora.hardware.addressing import derive_seed
 from halora.hardware.rounding import AS_IT_IS, rounded
 from halora.reading import read_tensors
 from halora.settings.training import LoraSettings
+from halora.training.adapter_config import read_lora_config
 from halora.training.fused import Branch, FrozenLinear
 from halora.training.models import BaseModel
-from halora.training.saved_lora import read_lora_config
 from halora.trial_folder import ADAPTER_WEIGHTS
 
 

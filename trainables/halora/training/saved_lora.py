@@ -4,14 +4,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from halora.errors import UserError
-from halora.reading import is_file, read_object, tensor_shapes
+from halora.reading import tensor_shapes
+from halora.training.adapter_config import read_lora_config
 from halora.trial_folder import ADAPTER_WEIGHTS
-
-ADAPTER_CONFIG = "adapter_config.json"
-"""PEFT's settings of an adapter, in its folder."""
 
 _PART = re.compile(
     r"base_model\.model\.(?P<layer>[\w.]+)\.lora_(?:(?P<matrix>[AB])\.weight|magnitude_vector(?:\.weight)?)"
@@ -59,34 +56,6 @@ def read_saved_lora(folder: Path) -> SavedLora:
     variant = "dora" if config.get("use_dora") else "rslora" if config.get("use_rslora") else "plain"
     base = config.get("base_model_name_or_path") or ""
     return SavedLora(base, config["r"], float(config["lora_alpha"]), variant, ranks)
-
-
-def read_lora_config(folder: Path) -> dict[str, Any]:
-    """PEFT's settings of the LoRA adapter in a folder.
-
-    Raises:
-        UserError: One of its files is missing, the settings cannot be read, or are of another kind of adapter.
-    """
-    if missing := [name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if not is_file(folder / name)]:
-        raise UserError(f"no adapter in '{folder}': it has no {' and no '.join(missing)}")
-    config = read_object(folder / ADAPTER_CONFIG, f"'{folder / ADAPTER_CONFIG}'")
-    if problems := _config_problems(config):
-        raise UserError([f"adapter '{folder}': {problem}" for problem in problems])
-    return config
-
-
-def _config_problems(config: Mapping[str, Any]) -> list[str]:
-    if (kind := config.get("peft_type")) != "LORA":
-        return [f"it is of PEFT's type {kind}, not LORA; adapters of other kinds are not simulated"]
-    problems = []
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        problems.append(f"r is {rank!r}, not a whole number from 1 up")
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or alpha <= 0:
-        problems.append(f"lora_alpha is {alpha!r}, not a number above 0")
-    if not isinstance(config.get("base_model_name_or_path"), str | None):
-        problems.append("base_model_name_or_path is not a text")
-    return problems
 
 
 def _ranks(shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, int], list[str]]:

@@ -18,6 +18,7 @@ import ray
 from halora.errors import UnreachableError, UserError
 from halora.spaces.sweep import SweepConfig
 from halora.sweep.cluster.cluster import LOCAL, Cluster
+from halora.sweep.cluster.loopback import only_this_machine
 
 NAMESPACE = "halora"
 """Ray's namespace of all that a sweep starts."""
@@ -57,7 +58,7 @@ def ray_session(processes: int, *, cpus: int | None = None, cluster: Cluster = L
     share = max(cores // processes, 1)
     environment = {"TOKENIZERS_PARALLELISM": "false"}
     if not cluster.address:
-        with _own_folder() as folder:
+        with only_this_machine(), _own_folder() as folder:
             try:
                 ray.init(
                     address="local",  # none would join $RAY_ADDRESS, or a Ray that runs here already
@@ -67,7 +68,6 @@ def ray_session(processes: int, *, cpus: int | None = None, cluster: Cluster = L
                     logging_level="ERROR",
                     namespace=NAMESPACE,
                     object_store_memory=100 * 2**20,
-                    _node_ip_address="127.0.0.1",
                     _temp_dir=folder,
                     runtime_env={"env_vars": {"OMP_NUM_THREADS": str(cpus or share), **environment}},
                 )
