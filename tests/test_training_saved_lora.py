@@ -47,7 +47,10 @@ def saved(tiny_models, tmp_path_factory):
             {"r": 2, "target_modules": ["q_proj", "v_proj"], "rank_pattern": {"layers.1.self_attn.v_proj": 8}},
             {Q.format(0): 2, Q.format(1): 2, V.format(0): 2, V.format(1): 8},
         ),
-        ({"r": 2, "target_modules": r".*\.0\..*(q|v)_proj"}, {Q.format(0): 2, V.format(0): 2}),
+        (
+            {"r": 2, "target_modules": ["layers.0.self_attn.q_proj", "layers.0.self_attn.v_proj"]},
+            {Q.format(0): 2, V.format(0): 2},
+        ),
         ({"r": 2, "target_modules": ["v_proj"], "use_dora": True}, {V.format(0): 2, V.format(1): 2}),
     ],
 )
