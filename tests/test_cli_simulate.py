@@ -84,7 +84,7 @@ def files(tmp_path_factory, tiny_models, tiny_task):
 
 def _study(store, name):
     journal = optuna.storages.journal.JournalFileBackend(str(store / "sweeps" / name / "study.journal"))
-    return optuna.load_study(study_name=name, storage=optuna.storages.JournalStorage(journal)).trials
+    return optuna.load_study(study_name=None, storage=optuna.storages.JournalStorage(journal)).trials
 
 
 def _runs(store, name, kind="trial"):

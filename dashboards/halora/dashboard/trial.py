@@ -146,7 +146,8 @@ def mlflow_address(site: Site, sweep: str, number: int | None) -> str:
         command = f"mlflow server --app-name halora --backend-store-uri '{store.tracking_uri}'"
         raise UserError(f"sweep '{sweep}' is recorded in a database, which has no page of its own", f"run {command}")
     client = open_client(store)
-    run = parent_run(client, sweep) if number is None else trial_run(client, sweep, number)
+    launch = site.reader.snapshot(sweep).sweep.launch
+    run = parent_run(client, sweep, launch) if number is None else trial_run(client, sweep, launch, number)
     return f"{store.tracking_uri.rstrip('/')}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
 
 

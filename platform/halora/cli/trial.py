@@ -83,11 +83,13 @@ def _agrees(store: Store, sweep: str, point: "TrialPoint") -> bool:
     from halora.evaluation.agreement import agreement, as_scored
     from halora.records import names, queries
     from halora.records.tracking import open_client
+    from halora.sweep.state import load_sweep_of
     from halora.trainable import Workbench
     from halora.trial import trial_energy
 
     client = open_client(store)
-    run = queries.trial_run(client, sweep, point.number)
+    launch = load_sweep_of(store.existing(sweep)).launch
+    run = queries.trial_run(client, sweep, launch, point.number)
     config = queries.logged_config(client, run.info.run_id)
     logged = queries.logged_scores(client, run.info.run_id)
     energy = trial_energy(config).total_uj_per_token

@@ -7,8 +7,8 @@ from halora.analysis.trials import LEVEL_METRIC as LEVEL_METRIC
 from halora.analysis.trials import VIOLATION as VIOLATION
 
 # Tags of parent and child runs.
-SWEEP = "halora.sweep"
-LAUNCH = "halora.launch"  # of the parent run: identity of the launch, which the sweep's certified chips are drawn from
+SWEEP = "halora.sweep"  # name of the sweep, for people
+LAUNCH = "halora.launch"  # identity of the launch: what every run is found by; certified chips are drawn from it
 KIND = "halora.kind"  # sweep | trial
 NUMBER = "halora.trial"
 CHIP_HASH = "halora.chip_hash"
@@ -119,9 +119,9 @@ def is_score(name: str) -> bool:
     return name in (*SCORE_METRICS, *BESIDE_METRICS) or name.startswith((*TASK_METRICS, LEVEL_METRIC, VIOLATION))
 
 
-def identity(sweep: str, number: int | None) -> dict[str, str]:
-    """Tags by which the run of a trial is found again, or the parent run of its sweep."""
-    tags = {SWEEP: sweep, KIND: "sweep" if number is None else "trial"}
+def identity(launch: str, number: int | None) -> dict[str, str]:
+    """Tags by which the run of a trial is found again, or the parent run of its launch."""
+    tags = {LAUNCH: launch, KIND: "sweep" if number is None else "trial"}
     return tags if number is None else {**tags, NUMBER: str(number)}
 
 

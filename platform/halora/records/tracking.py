@@ -1,4 +1,4 @@
-"""Writes a sweep's journal to MLflow: a parent run per sweep, a child run per trial, found again by (sweep, number).
+"""Writes a sweep's journal to MLflow: a parent run per sweep, a child run per trial, found again by (launch, number).
 
 Delivering an entry twice leaves what delivering it once does: metrics keep their timestamp, step and value, by which
 MLflow tells rows apart; everything else is looked for before it is made.
@@ -168,7 +168,7 @@ class MlflowSweep:
         return done
 
     def _trial_runs(self) -> list[Run]:
-        return self._search({names.SWEEP: self._sweep.name, names.KIND: "trial"})
+        return self._search({names.LAUNCH: self._sweep.launch, names.KIND: "trial"})
 
     def _run(self, number: int | None, began_ms: int) -> str:
         """The run of this identity, made once whatever happened before."""
@@ -176,14 +176,12 @@ class MlflowSweep:
             return self._runs[number]
         found = self._find(number)
         if not found:
-            tags = names.identity(self._sweep.name, number)
+            tags = self._tags(number)
             tags[_NAME_TAG] = self._sweep.name if number is None else f"{self._sweep.name}/{number}"
             if number is not None:
                 tags[_PARENT_TAG] = self._run(None, began_ms)
-            else:
-                tags[names.LAUNCH] = self._sweep.launch
-                if self._sweep.description:
-                    tags[_NOTE_TAG] = self._sweep.description
+            elif self._sweep.description:
+                tags[_NOTE_TAG] = self._sweep.description
             self._unsure.add(number)
             found = [self._client.create_run(self._experiment, start_time=began_ms, tags=tags)]
             self._unsure.discard(number)
@@ -194,7 +192,10 @@ class MlflowSweep:
         return run_id
 
     def _find(self, number: int | None) -> list[Run]:
-        return self._search(names.identity(self._sweep.name, number))
+        return self._search(names.identity(self._sweep.launch, number))
+
+    def _tags(self, number: int | None) -> dict[str, str]:
+        return {**names.identity(self._sweep.launch, number), names.SWEEP: self._sweep.name}
 
     def _search(self, tags: Mapping[str, str]) -> list[Run]:
         if not self._experiment:
@@ -244,7 +245,7 @@ class MlflowSweep:
         if not adapter.is_dir():
             raise FileNotFoundError(f"adapter '{adapter}' is gone")
         found = self._client.search_logged_models([self._experiment], f"source_run_id = '{run_id}'", max_results=1)
-        tags = names.identity(self._sweep.name, number)
+        tags = self._tags(number)
         model = (
             found[0]
             if found

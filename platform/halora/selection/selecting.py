@@ -89,7 +89,7 @@ def register_certified(
             + "; ".join(str(gate) for gate in certification.gates if not gate.passed)
         )
     certificate = certification.certificate
-    run = queries.trial_run(client, certificate.sweep, certificate.trial)
+    run = queries.trial_run(client, certificate.sweep, certificate.launch, certificate.trial)
     name = names.registered_name(certification.base, certificate.task, certificate.chip, certificate.chip_hash)
     tags = {names.GATE.format(gate=gate.name): str(gate) for gate in certification.gates}
     tags |= {

@@ -10,15 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-import yaml
-
 from halora.analysis.trials import TrialPoint, grouped
 from halora.errors import UserError
 from halora.evaluation.damage import described
 from halora.records.names import ENERGY, VIOLATION
 from halora.records.store import Store, SweepFolder
 from halora.spaces.search import total_violation
-from halora.spaces.sweep import SweepConfig, load_sweep
+from halora.spaces.sweep import SweepConfig
 from halora.storage import check_storage
 from halora.sweep.cluster import LOCAL, RUNS, Cluster
 from halora.sweep.comparison import ClosingComparison, check_rows_left, compare, contestants
@@ -27,7 +25,8 @@ from halora.sweep.driver_log import DriverLog, Watcher
 from halora.sweep.probing import Probing, bases
 from halora.sweep.reconcile import record_as_studied
 from halora.sweep.simulator import SimulatedClock, simulate
-from halora.sweep.state import check_not_launched, only_driver, open_core
+from halora.sweep.state import check_not_launched, claim, load_sweep_of, only_driver, open_core, write_sweep
+from halora.sweep.study_storage import check_database
 from halora.sweep.table import read_table
 from halora.sweep.trial_files import TrialFiles
 from halora.training.models import check_available
@@ -75,7 +74,8 @@ def launch(
     Raises:
         UserError: The name is taken, the store cannot be written, the table does not fit, a model cannot be loaded, or
             the comparison would have no rows.
-        UnreachableError: MLflow, the storage or the cluster does not answer, or one of its nodes could not run a trial.
+        UnreachableError: MLflow, the study's database, the storage or the cluster does not answer, or one of the nodes
+            could not run a trial.
     """
     folder = store.sweep(sweep.name)
     store.check_writable()
@@ -91,13 +91,17 @@ def launch(
     from halora.records.tracking import open_client
 
     open_client(store)
-    folder.root.mkdir(parents=True)
-    if store.server:
-        folder.server_file.write_text(store.server)
-    if curves:
-        folder.curves_file.write_bytes(curves.read_bytes())
+    check_database()
     sweep = sweep.model_copy(update={"launch": uuid4().hex})
-    folder.sweep_file.write_text(yaml.safe_dump(sweep.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+
+    def write(new: SweepFolder) -> None:
+        if store.server:
+            new.server_file.write_text(store.server)
+        if curves:
+            new.curves_file.write_bytes(curves.read_bytes())
+        write_sweep(new, sweep)
+
+    claim(folder, write)
     return _run(sweep, store, watcher, cluster, metrics_port)
 
 
@@ -120,7 +124,7 @@ def resume(
     folder = store.existing(name)
     if store.server:
         folder.server_file.write_text(store.server)
-    sweep = load_sweep(str(folder.sweep_file))
+    sweep = load_sweep_of(folder)
     if not folder.curves_file.exists():
         _check_workers(sweep, store, cluster, store.storage or folder.storage_url)
     return _run(sweep, store.serving(name), watcher, cluster, metrics_port)
@@ -182,7 +186,7 @@ def _run(sweep: SweepConfig, store: Store, watcher: Watcher, cluster: Cluster, m
         core.request_stop(False)
         files = TrialFiles(folder)
         if store.storage and not simulated:
-            files.keep_at(store.storage, core.unfinished)
+            files.keep_at(store.storage, sweep.launch, core.unfinished)
         with (
             recording(store, sweep, watcher.say) as recorder,
             serving_metrics(

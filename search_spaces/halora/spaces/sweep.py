@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
+from uuid import uuid4
 
 from pydantic import AfterValidator, Field, StringConstraints, ValidationError, field_validator
 
@@ -98,8 +99,8 @@ class SweepConfig(Frozen):
     name: Name
     family: Name
     """MLflow experiment; sweeps of a family can be compared."""
-    launch: str = ""
-    """Identity of the launch that certified chips depend on, drawn at each launch whatever a file says."""
+    launch: str = Field(default_factory=lambda: uuid4().hex)
+    """Identity of the launch, drawn at each whatever a file says; the name is for people."""
     description: str = ""
     seed: int = Field(default=0, ge=0)
     trials: int = Field(ge=1)
