@@ -4,6 +4,7 @@ import base64
 import json
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 
@@ -32,7 +33,7 @@ def made_up_sweep(store: Store, name: str, model: str, task: str, **more: Any) -
         "reference_point": {"accuracy": 0.0, "energy_uj_per_token": 1.0},
         **more,
     }
-    sweep = SweepConfig.model_validate(content)
+    sweep = SweepConfig.model_validate({"launch": uuid4().hex, **content})
     folder = store.sweep(name)
     folder.root.mkdir(parents=True)
     write_sweep(folder, sweep)

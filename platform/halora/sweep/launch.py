@@ -22,6 +22,7 @@ from halora.sweep.cluster import LOCAL, RUNS, Cluster
 from halora.sweep.comparison import ClosingComparison, check_rows_left, compare, contestants
 from halora.sweep.core import DecisionCore, Job
 from halora.sweep.driver_log import DriverLog, Watcher
+from halora.sweep.folders import check_unchanged, folder_digests
 from halora.sweep.probing import Probing, bases
 from halora.sweep.reconcile import record_as_studied
 from halora.sweep.simulator import SimulatedClock, simulate
@@ -92,7 +93,8 @@ def launch(
 
     open_client(store)
     check_database()
-    sweep = sweep.model_copy(update={"launch": uuid4().hex})
+    own = {"launch": uuid4().hex, "folders": {} if curves else folder_digests(sweep)}
+    sweep = sweep.model_copy(update=own)
 
     def write(new: SweepFolder) -> None:
         if store.server:
@@ -118,7 +120,7 @@ def resume(
         metrics_port: Port of the loopback address to serve its metrics at; nowhere for none.
 
     Raises:
-        UserError: There is no such sweep, or another process is running it.
+        UserError: There is no such sweep, another process is running it, or its models or tasks have changed.
         UnreachableError: The storage or the cluster does not answer, or one of its nodes could not run a trial.
     """
     folder = store.existing(name)
@@ -126,6 +128,7 @@ def resume(
         folder.server_file.write_text(store.server)
     sweep = load_sweep_of(folder)
     if not folder.curves_file.exists():
+        check_unchanged(sweep)
         _check_workers(sweep, store, cluster, store.storage or folder.storage_url)
     return _run(sweep, store.serving(name), watcher, cluster, metrics_port)
 

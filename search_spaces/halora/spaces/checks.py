@@ -10,7 +10,7 @@ from halora.errors import UserError, nearest
 from halora.hardware.chip import Chip, load_chip
 from halora.spaces.language import Categorical, Distribution, Range
 from halora.spaces.mistakes import describe, field_paths
-from halora.spaces.resolving import fixed_value, formula, resolve_trial
+from halora.spaces.resolving import NamedChips, fixed_value, formula, resolve_trial
 from halora.trial import TrialConfig, trial_energy
 
 if TYPE_CHECKING:
@@ -26,10 +26,10 @@ def file_problems(data: Mapping[str, Any]) -> list[str]:
     trial, space = data.get("trial"), data.get("space")
     if not isinstance(trial, dict) or not isinstance(space, dict):
         return []
-    chips = data.get("chips")
-    chips = chips if isinstance(chips, dict) else {}
+    own, read = data.get("chips"), data.get("chips_read")
+    chips = NamedChips(own if isinstance(own, dict) else {}, read if isinstance(read, dict) else {})
     readable = _readable(space)
-    problems = _chip_problems(chips)
+    problems = _chip_problems(chips.own)
     problems += _trial_problems(trial, chips)
     problems += _space_problems(trial, space, readable, chips)
     problems += _derived_problems(trial, space, data.get("derived"))
@@ -47,7 +47,7 @@ def sweep_problems(sweep: "SweepConfig") -> list[str]:
     return problems or _derived_range_problems(sweep) or _energy_problems(sweep)
 
 
-def _trial_problems(trial: dict[str, Any], chips: Mapping[str, Any]) -> list[str]:
+def _trial_problems(trial: dict[str, Any], chips: NamedChips) -> list[str]:
     try:
         resolve_trial(trial, {}, chips)
     except ValidationError as error:
@@ -77,9 +77,7 @@ def _chip_problems(chips: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _space_problems(
-    trial: dict[str, Any], space: dict[str, Any], readable: _Space, chips: Mapping[str, Any]
-) -> list[str]:
+def _space_problems(trial: dict[str, Any], space: dict[str, Any], readable: _Space, chips: NamedChips) -> list[str]:
     problems = []
     known_paths = field_paths(TrialConfig)
     wrong_anyway = {problem.partition(": ")[0] for problem in _trial_problems(trial, chips)}
@@ -114,7 +112,7 @@ def _condition_problems(space: _Space, path: str) -> list[str]:
 
 
 def _probe_problems(
-    trial: dict[str, Any], space: _Space, path: str, wrong_anyway: set[str], chips: Mapping[str, Any]
+    trial: dict[str, Any], space: _Space, path: str, wrong_anyway: set[str], chips: NamedChips
 ) -> list[str]:
     """What a trial would refuse of the searched values, beyond the fields that are wrong already."""
     problems = []

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
-from uuid import uuid4
 
 from pydantic import AfterValidator, Field, StringConstraints, ValidationError, field_validator
 
@@ -16,7 +15,7 @@ from halora.spaces.checks import file_problems, model_and_task_problems, sweep_p
 from halora.spaces.gates import Gates
 from halora.spaces.language import Categorical, Distribution, with_values
 from halora.spaces.mistakes import describe
-from halora.spaces.resolving import formula, named_chip, resolve_trial, with_absolute_folders
+from halora.spaces.resolving import NamedChips, described, formula, named_chip, resolve_trial
 from halora.spaces.search import Budget, Constraint, EarlyStopping, Racing, SearchSettings
 from halora.trial import TrialConfig, trial_energy
 from halora.yaml_files import parse_yaml, read_yaml
@@ -24,6 +23,9 @@ from halora.yaml_files import parse_yaml, read_yaml
 SHIPPED = files("halora.spaces") / "sweeps"
 
 Formula = Annotated[str, AfterValidator(lambda text: formula(text).text)]
+
+_OF_A_LAUNCH = ("launch", "folders")
+"""What a description says of the launch it was written for, which another launch does not take over."""
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,79}$")]
 
@@ -99,7 +101,7 @@ class SweepConfig(Frozen):
     name: Name
     family: Name
     """MLflow experiment; sweeps of a family can be compared."""
-    launch: str = Field(default_factory=lambda: uuid4().hex)
+    launch: str = ""
     """Identity of the launch, drawn at each whatever a file says; the name is for people."""
     description: str = ""
     seed: int = Field(default=0, ge=0)
@@ -109,6 +111,10 @@ class SweepConfig(Frozen):
     resources: Resources = Resources()
     chips: dict[str, Any] = Field(default_factory=dict)
     """Chips of this sweep by name, each written as a trial's `chip`, to be named there, in choices and comparisons."""
+    chips_read: dict[str, Any] = Field(default_factory=dict)
+    """Presets and chip files that the sweep names, as they were when it was read; no file has to say it."""
+    folders: dict[str, str] = Field(default_factory=dict)
+    """SHA-256 of the models' and tasks' folders that the sweep names, by their path, as they were at its launch."""
     trial: dict[str, Any]
     """A trial's fixed fields, and the defaults of the searched ones."""
     space: dict[str, Distribution]
@@ -137,7 +143,7 @@ class SweepConfig(Frozen):
 
     def resolve(self, values: Mapping[str, Any]) -> TrialConfig:
         """The trial that the given values of searched fields describe."""
-        return resolve_trial({"seed": self.seed, **self.trial}, values, self.chips, self.derived)
+        return resolve_trial({"seed": self.seed, **self.trial}, values, self._named_chips, self.derived)
 
     @property
     def chips_searched(self) -> int:
@@ -152,7 +158,11 @@ class SweepConfig(Frozen):
 
     def chip(self, name: str) -> Chip:
         """A chip by its name in this sweep, a preset's name, or a path."""
-        return load_chip(named_chip(name, self.chips))
+        return load_chip(named_chip(name, self._named_chips))
+
+    @property
+    def _named_chips(self) -> NamedChips:
+        return NamedChips(self.chips, self.chips_read)
 
 
 def shipped_sweeps() -> list[str]:
@@ -172,7 +182,8 @@ def load_sweep(name_or_path: str, overrides: Mapping[str, Any] | None = None) ->
             points outside the space, a model or task that does not exist.
     """
     raw = _read(name_or_path)
-    data = with_absolute_folders(with_values(raw, overrides or {}))
+    data = described(with_values(raw, overrides or {}))
+    data = {key: value for key, value in data.items() if key not in _OF_A_LAUNCH}
     problems: list[str] = []
     sweep: SweepConfig | None = None
     try:
@@ -220,7 +231,7 @@ def trial_from(
     """
     problems: list[str] = []
     try:
-        config = resolve_trial(data, overrides or {}, chips or {})
+        config = resolve_trial(data, overrides or {}, NamedChips(chips or {}))
     except ValidationError as error:
         problems += describe(error, TrialConfig)
     named = model_and_task_problems(with_values(data, overrides or {}), {})
