@@ -274,7 +274,7 @@ def test_a_position_counts_for_its_journal_and_its_mlflow_only(tmp_path):
     store = _store_with(tmp_path, _STORY)
     folder = store.sweep("s")
     assert undelivered(store, "s") == len(_STORY)
-    position = Position(folder, store.tracking_uri)
+    position = Position(folder, store.server)
     position.move(read(folder.journal_file, 0, limit=5)[1])
     assert undelivered(store, "s") == len(_STORY) - 4
     assert Position(folder, "http://127.0.0.1:1").left() == len(_STORY)
@@ -295,6 +295,8 @@ def test_a_store_names_its_server_and_keeps_no_password(tmp_path, monkeypatch):
     monkeypatch.setenv("HALORA_TRACKING_URI", "http://tracking:5000")
     assert Store.at().tracking_uri == "http://tracking:5000"
     assert Store.at(None, "http://other:5000").tracking_uri == "http://other:5000"
+    monkeypatch.chdir(tmp_path)
+    assert Store.at(None, "sqlite:///own.db").server == f"sqlite:///{tmp_path}/own.db"  # a resume may stand elsewhere
     for uri in ("http://me:secret@host:5000", "postgresql://me:secret@host/db"):
         with pytest.raises(UserError, match="'host' holds a password") as caught:
             Store.at(None, uri)

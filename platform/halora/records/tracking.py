@@ -25,6 +25,7 @@ from halora.errors import UnreachableError
 from halora.evaluation.damage import Damage
 from halora.records import names
 from halora.records.journal import Entry
+from halora.records.moving import follow
 from halora.records.store import Store
 from halora.spaces.sweep import SweepConfig
 
@@ -52,7 +53,7 @@ def open_client(store: Store) -> MlflowClient:
         UnreachableError: It does not answer, or cannot be opened.
     """
     try:
-        client = MlflowClient(store.tracking_uri)
+        client = _client(store)
         client.search_experiments(max_results=1)
     except Exception as error:  # MLflow, requests and SQLAlchemy raise many kinds
         raise UnreachableError(
@@ -60,6 +61,11 @@ def open_client(store: Store) -> MlflowClient:
             "start its server, or name another with --tracking-uri" if store.server else "",
         ) from None
     return client
+
+
+def _client(store: Store) -> MlflowClient:
+    follow(store)
+    return MlflowClient(store.tracking_uri)  # opens a database at once
 
 
 def first_line(error: Exception) -> str:
@@ -92,7 +98,7 @@ class MlflowSweep:
 
     @cached_property
     def _client(self) -> MlflowClient:
-        return MlflowClient(self._store.tracking_uri)  # opens a database at once
+        return _client(self._store)
 
     def deliver(self, number: int | None, entries: Sequence[Entry]) -> None:
         """Write entries of one trial, or of the sweep itself, in their order.
