@@ -1,6 +1,7 @@
 """A sweep as it was launched is all that is ever read of it: oracle is the same sweep that nothing was done to."""
 
 import os
+import shutil
 import threading
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import yaml
 from halora.errors import UserError
 from halora.records.store import Store
 from halora.spaces.sweep import SweepConfig, load_sweep
-from halora.sweep.folders import check_unchanged, folder_digests
+from halora.sweep.folders import base_and_task, check_unchanged, folder_digests
 from halora.sweep.state import check_not_launched, claim, load_core, load_sweep_of, open_core, write_sweep
 
 _STATES = "conductance_us,mean_us,std_us,time_s\n0,0.5,0.4,1\n20,19.5,1.0,1\n40,39,1.2,1\n"
@@ -142,6 +143,24 @@ def test_a_model_or_a_task_that_changed_is_told(lab, tiny_task, tmp_path):
     task.rename(tmp_path / "moved")
     with pytest.raises(UserError, match=rf"^'{task}', which the sweep was launched with, is gone"):
         check_unchanged(sweep)
+
+
+def test_folders_of_one_name_are_told_apart_by_what_is_in_them(tiny_models, tiny_task, tmp_path):
+    """For the registry: a base of the same name is another base, and the same base elsewhere is the same."""
+    sweep = load_sweep("quickstart")
+    told = {}
+    for place in ("one", "two", "copy"):
+        model, task = tmp_path / place / "model", tmp_path / place / "task"
+        shutil.copytree(tiny_models["qwen2" if place == "two" else "llama"], model)
+        shutil.copytree(tiny_task, task)
+        own = {"model": str(model), "task": f"2*{task}+arc-easy"}
+        trial = sweep.model_copy(update={"trial": sweep.trial | own})
+        trial = trial.model_copy(update={"folders": folder_digests(trial)})
+        told[place] = base_and_task(trial, trial.resolve({}))
+    assert told["one"][0] != told["two"][0]
+    assert told["one"] == told["copy"]
+    assert told["one"][1] == told["two"][1]
+    assert base_and_task(sweep, sweep.resolve({})) == ("smollm2-135m-instruct", "1.0*arc-easy")
 
 
 def test_status_shows_the_others_beside_a_sweep_that_cannot_be_read(lab, tmp_path, halora, halora_json):

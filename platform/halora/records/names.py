@@ -1,7 +1,9 @@
 """Every name that MLflow sees, in one place; a test freezes them."""
 
+import hashlib
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from halora.analysis.trials import LEVEL_METRIC as LEVEL_METRIC
 from halora.analysis.trials import VIOLATION as VIOLATION
@@ -108,9 +110,17 @@ YIELD_BOUND = "halora.yield_bound"
 REPLACED = "halora.replaced"  # version that was champion before this one
 
 
-def registered_name(model: str, task: str, chip: str, chip_hash: str) -> str:
-    """Name of a registered model: one chip's champion never stands in the way of another's."""
-    parts = (model, task, f"{chip}-{chip_hash[:8]}")
+def registered_name(model: str, task: str, chip: str, identity: Sequence[str]) -> str:
+    """Name of a registered model: one chip's champion never stands in the way of another's.
+
+    Args:
+        model: The base, for people.
+        task: The task, for people.
+        chip: The chip, for people.
+        identity: What tells these three from all others; its digest ends the name.
+    """
+    digest = hashlib.sha256(json.dumps(list(identity)).encode()).hexdigest()
+    parts = (model, task, f"{chip}-{digest[:8]}")
     return "halora." + ".".join(re.sub(r"[^A-Za-z0-9_-]+", "-", part).strip("-") for part in parts)
 
 

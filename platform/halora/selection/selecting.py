@@ -15,6 +15,8 @@ from halora.selection.candidates import Preference, Standing, standings
 from halora.selection.certification import Certification, certify
 from halora.spaces.gates import Gates
 from halora.spaces.sweep import SweepConfig
+from halora.sweep.folders import base_and_task
+from halora.sweep.state import load_sweep_of
 
 if TYPE_CHECKING:
     from halora.records.registry import RegisteredAdapter
@@ -90,7 +92,9 @@ def register_certified(
         )
     certificate = certification.certificate
     run = queries.trial_run(client, certificate.sweep, certificate.launch, certificate.trial)
-    name = names.registered_name(certification.base, certificate.task, certificate.chip, certificate.chip_hash)
+    sweep, config = load_sweep_of(store.existing(certificate.sweep)), queries.logged_config(client, run.info.run_id)
+    identity = (*base_and_task(sweep, config), certificate.chip_hash)
+    name = names.registered_name(certification.base, certificate.task, certificate.chip, identity)
     tags = {names.GATE.format(gate=gate.name): str(gate) for gate in certification.gates}
     tags |= {
         names.ATTEMPT: str(certificate.attempt),

@@ -7,6 +7,7 @@ from halora.errors import UserError
 from halora.files import sha256_of
 from halora.spaces.sweep import SweepConfig
 from halora.training.tasks import as_sum, task_weights
+from halora.trial import TrialConfig
 
 _SUFFIXES = (".json", ".jsonl", ".safetensors", ".model", ".txt", ".jinja")
 """Of the files that a model or a task is read from."""
@@ -17,6 +18,12 @@ def folder_digests(sweep: SweepConfig) -> dict[str, str]:
     tasks = [part for task in sweep.values_of("task") for part in task_weights(as_sum(task))]
     paths = map(Path, dict.fromkeys([*map(str, sweep.values_of("model")), *tasks]))
     return {str(path): _digest(path) for path in paths if path.is_absolute() and path.is_dir()}
+
+
+def base_and_task(sweep: SweepConfig, config: TrialConfig) -> tuple[str, str]:
+    """What tells a trial's base and its task from all others: their names, or what is in their folders."""
+    tasks = {sweep.folders.get(name, name): weight for name, weight in task_weights(config.task).items()}
+    return sweep.folders.get(config.model, config.model), "+".join(f"{tasks[name]!r}*{name}" for name in sorted(tasks))
 
 
 def check_unchanged(sweep: SweepConfig) -> None:
