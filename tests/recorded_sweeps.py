@@ -4,7 +4,6 @@ import base64
 import json
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 
@@ -12,6 +11,7 @@ from halora.records import names
 from halora.records.recorder import SweepRecorder
 from halora.records.store import Store
 from halora.spaces.sweep import SweepConfig
+from halora.sweep.launched import as_launched
 from halora.sweep.state import write_sweep
 from halora.trial import trial_energy
 
@@ -33,7 +33,7 @@ def made_up_sweep(store: Store, name: str, model: str, task: str, **more: Any) -
         "reference_point": {"accuracy": 0.0, "energy_uj_per_token": 1.0},
         **more,
     }
-    sweep = SweepConfig.model_validate({"launch": uuid4().hex, **content})
+    sweep = as_launched(SweepConfig.model_validate(content))
     folder = store.sweep(name)
     folder.root.mkdir(parents=True)
     write_sweep(folder, sweep)

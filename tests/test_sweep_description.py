@@ -9,10 +9,12 @@ import pytest
 import yaml
 
 from halora.errors import UserError
+from halora.hardware.shapes import ModelShape, named_shapes
 from halora.records.store import Store
 from halora.spaces.sweep import SweepConfig, load_sweep
-from halora.sweep.folders import base_and_task, check_unchanged, folder_digests
+from halora.sweep.launched import as_launched, base_and_task, check_unchanged
 from halora.sweep.state import check_not_launched, claim, load_core, load_sweep_of, open_core, write_sweep
+from halora.training.models import model_shape
 
 _STATES = "conductance_us,mean_us,std_us,time_s\n0,0.5,0.4,1\n20,19.5,1.0,1\n40,39,1.2,1\n"
 _TABLE = {"kind": "measured", "path": "states.csv", "extrapolate": True}
@@ -58,7 +60,7 @@ def lab(tmp_path, monkeypatch, tiny_models, tiny_task):
 
 def _launched(root: Path, name: str = "described") -> tuple[Store, SweepConfig]:
     store, sweep = Store(root), load_sweep("described.yaml", {"name": name})
-    sweep = sweep.model_copy(update={"launch": "1" * 32, "folders": folder_digests(sweep)})
+    sweep = as_launched(sweep)
     root.mkdir()
     claim(store.sweep(name), lambda folder: write_sweep(folder, sweep))
     return store, sweep
@@ -118,10 +120,18 @@ def test_a_description_is_read_back_bit_for_bit(lab, tmp_path, monkeypatch):
     assert again.constraints[0].bound == 4.2951234567891234
     assert [again.chip(name) for name in again.comparison.chips] == chips
     assert [chip.name for chip in chips] == ["other", "measured", "neurram-2022"]
+    assert again.shape(sweep.trial["model"]) == model_shape(sweep.trial["model"])
     # it can be launched again as well, as another launch
     repeated = load_sweep(str(store.sweep("described").sweep_file), {"name": "again"})
     assert repeated.resolve({"chip": "lab.yaml"}) == sweep.resolve({"chip": "lab.yaml"})
-    assert (repeated.launch, repeated.folders) == ("", {})
+    assert (repeated.launch, repeated.folders, repeated.shapes) == ("", {}, {})
+
+
+@pytest.mark.parametrize("model", sorted(named_shapes()))
+def test_the_dimensions_of_every_known_model_are_read_back(model):
+    shape = named_shapes()[model]
+    assert ModelShape.from_config(shape.dimensions) == shape
+    assert ModelShape.from_config(shape.dimensions).fill_source == shape.fill_source
 
 
 def test_a_model_or_a_task_that_changed_is_told(lab, tiny_task, tmp_path):
@@ -130,7 +140,7 @@ def test_a_model_or_a_task_that_changed_is_told(lab, tiny_task, tmp_path):
     for file in Path(tiny_task).iterdir():
         (task / file.name).write_bytes(file.read_bytes())
     sweep = load_sweep("described.yaml", {"trial.task": f"2*{task}+arc-easy"})
-    sweep = sweep.model_copy(update={"folders": folder_digests(sweep)})
+    sweep = as_launched(sweep)
     assert sorted(sweep.folders) == sorted([str(task), sweep.trial["model"]])
     check_unchanged(sweep)
     os.utime(task / "train.jsonl", (0, 0))  # what counts is the content
@@ -154,8 +164,7 @@ def test_folders_of_one_name_are_told_apart_by_what_is_in_them(tiny_models, tiny
         shutil.copytree(tiny_models["qwen2" if place == "two" else "llama"], model)
         shutil.copytree(tiny_task, task)
         own = {"model": str(model), "task": f"2*{task}+arc-easy"}
-        trial = sweep.model_copy(update={"trial": sweep.trial | own})
-        trial = trial.model_copy(update={"folders": folder_digests(trial)})
+        trial = as_launched(sweep.model_copy(update={"trial": sweep.trial | own}))
         told[place] = base_and_task(trial, trial.resolve({}))
     assert told["one"][0] != told["two"][0]
     assert told["one"] == told["copy"]

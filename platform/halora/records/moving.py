@@ -37,4 +37,4 @@ def follow(store: Store) -> None:
 
 
 def _is_ours(place: str | None, family: str) -> bool:
-    return bool(place) and place.startswith("file:") and place.endswith(f"/artifacts/{family}")
+    return place is not None and place.startswith("file:") and place.endswith(f"/artifacts/{family}")

@@ -15,7 +15,7 @@ from halora.selection.candidates import Preference, Standing, standings
 from halora.selection.certification import Certification, certify
 from halora.spaces.gates import Gates
 from halora.spaces.sweep import SweepConfig
-from halora.sweep.folders import base_and_task
+from halora.sweep.launched import base_and_task
 from halora.sweep.state import load_sweep_of
 
 if TYPE_CHECKING:

@@ -8,7 +8,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from uuid import uuid4
 
 from halora.analysis.trials import TrialPoint, grouped
 from halora.errors import UserError
@@ -22,7 +21,7 @@ from halora.sweep.cluster import LOCAL, RUNS, Cluster
 from halora.sweep.comparison import ClosingComparison, check_rows_left, compare, contestants
 from halora.sweep.core import DecisionCore, Job
 from halora.sweep.driver_log import DriverLog, Watcher
-from halora.sweep.folders import check_unchanged, folder_digests
+from halora.sweep.launched import as_launched, check_unchanged
 from halora.sweep.probing import Probing, bases
 from halora.sweep.reconcile import record_as_studied
 from halora.sweep.simulator import SimulatedClock, simulate
@@ -93,8 +92,7 @@ def launch(
 
     open_client(store)
     check_database()
-    own = {"launch": uuid4().hex, "folders": {} if curves else folder_digests(sweep)}
-    sweep = sweep.model_copy(update=own)
+    sweep = as_launched(sweep)
 
     def write(new: SweepFolder) -> None:
         if store.server:

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, Field, StringConstraints, ValidationError, 
 from halora.errors import UserError, attempt, nearest
 from halora.hardware.chip import Chip, load_chip
 from halora.hardware.description import Frozen
+from halora.hardware.shapes import ModelShape
 from halora.spaces.checks import file_problems, model_and_task_problems, sweep_problems
 from halora.spaces.gates import Gates
 from halora.spaces.language import Categorical, Distribution, with_values
@@ -24,7 +25,7 @@ SHIPPED = files("halora.spaces") / "sweeps"
 
 Formula = Annotated[str, AfterValidator(lambda text: formula(text).text)]
 
-_OF_A_LAUNCH = ("launch", "folders")
+_OF_A_LAUNCH = ("launch", "folders", "shapes")
 """What a description says of the launch it was written for, which another launch does not take over."""
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,79}$")]
@@ -115,6 +116,8 @@ class SweepConfig(Frozen):
     """Presets and chip files that the sweep names, as they were when it was read; no file has to say it."""
     folders: dict[str, str] = Field(default_factory=dict)
     """SHA-256 of the models' and tasks' folders that the sweep names, by their path, as they were at its launch."""
+    shapes: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Dimensions of its models as they were then, see `ModelShape.dimensions`."""
     trial: dict[str, Any]
     """A trial's fixed fields, and the defaults of the searched ones."""
     space: dict[str, Distribution]
@@ -155,6 +158,10 @@ class SweepConfig(Frozen):
         """What a top-level field of a trial can be: its choices, or its fixed value."""
         searched = self.space.get(path)
         return searched.choices if isinstance(searched, Categorical) else (self.trial[path],)
+
+    def shape(self, model: str) -> ModelShape | None:
+        """Dimensions of one of its models as it was launched with it; none before that, or if nothing was known."""
+        return ModelShape.from_config(self.shapes[model]) if model in self.shapes else None
 
     def chip(self, name: str) -> Chip:
         """A chip by its name in this sweep, a preset's name, or a path."""

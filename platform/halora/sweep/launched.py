@@ -1,11 +1,15 @@
-"""Folders of models and tasks that a sweep names: what was in them at its launch, so that a resume meets the same."""
+"""What a sweep is launched with, beyond what its file says: an identity, and its models and tasks as they are then."""
 
 import hashlib
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
+from uuid import uuid4
 
 from halora.errors import UserError
 from halora.files import sha256_of
 from halora.spaces.sweep import SweepConfig
+from halora.training.models import estimated_shape
 from halora.training.tasks import as_sum, task_weights
 from halora.trial import TrialConfig
 
@@ -13,11 +17,17 @@ _SUFFIXES = (".json", ".jsonl", ".safetensors", ".model", ".txt", ".jinja")
 """Of the files that a model or a task is read from."""
 
 
-def folder_digests(sweep: SweepConfig) -> dict[str, str]:
-    """SHA-256 of every folder of a model or a task that the sweep names, by its path."""
+def as_launched(sweep: SweepConfig) -> SweepConfig:
+    """The sweep as one launch has it: an identity of its own, and what its models and its folders are now."""
+    models = list(map(str, sweep.values_of("model")))
     tasks = [part for task in sweep.values_of("task") for part in task_weights(as_sum(task))]
-    paths = map(Path, dict.fromkeys([*map(str, sweep.values_of("model")), *tasks]))
-    return {str(path): _digest(path) for path in paths if path.is_absolute() and path.is_dir()}
+    shapes: dict[str, dict[str, Any]] = {}
+    for model in models:
+        with suppress(UserError):  # a simulation needs no model
+            shapes[model] = estimated_shape(model).dimensions
+    paths = [path for path in map(Path, dict.fromkeys([*models, *tasks])) if path.is_absolute() and path.is_dir()]
+    folders = {str(path): _digest(path) for path in paths}
+    return sweep.model_copy(update={"launch": uuid4().hex, "folders": folders, "shapes": shapes})
 
 
 def base_and_task(sweep: SweepConfig, config: TrialConfig) -> tuple[str, str]:
