@@ -22,6 +22,7 @@ from halora.evaluation.intervals import Estimate, gain, share_gain
 from halora.files import sha256_of, write_json
 from halora.records.provenance import program
 from halora.records.store import ComparisonFolder, SweepFolder
+from halora.spaces.language import Categorical
 from halora.spaces.sweep import Comparison, SweepConfig
 from halora.sweep.core import DecisionCore
 from halora.sweep.seeds import SeedTraining, Trained, train_seeds
@@ -168,7 +169,9 @@ def compare(
     by_place: dict[tuple[str, str], list[ChipScores]] = {}
     for place, scores in zip(places, _scored(sweep, folder.comparison, jobs, say), strict=True):
         by_place.setdefault(place, []).append(scores)
-    reference = comparison.against or UNTRAINED
+    by = sweep.space.get(comparison.by or "")
+    against = by.named(comparison.against) if isinstance(by, Categorical) else None
+    reference = UNTRAINED if against is None else str(against)
     return ClosingComparison(
         reference=reference,
         rows=comparison.rows,

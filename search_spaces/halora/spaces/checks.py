@@ -232,14 +232,14 @@ def _comparison_problems(sweep: "SweepConfig") -> list[str]:
         return []
     problems = []
     searched = sweep.space.get(comparison.by) if comparison.by else None
-    values = [str(value) for value in searched.choices] if isinstance(searched, Categorical) else []
-    if comparison.by and not values:
+    choices = searched if isinstance(searched, Categorical) else None
+    if comparison.by and not choices:
         listed = [path for path, distribution in sweep.space.items() if isinstance(distribution, Categorical)]
         problems.append(
             f"comparison.by: '{comparison.by}' is not searched over choices{nearest(comparison.by, listed)}"
         )
-    elif comparison.against is not None and comparison.against not in values:
-        known = f"choices: {', '.join(values)}" if values else "there is no comparison.by"
+    elif comparison.against is not None and (choices is None or choices.named(comparison.against) is None):
+        known = f"choices: {', '.join(map(str, choices.choices))}" if choices else "there is no comparison.by"
         problems.append(f"comparison.against: '{comparison.against}' is no value of comparison.by ({known})")
     for i, name in enumerate(comparison.chips):
         try:

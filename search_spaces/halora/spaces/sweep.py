@@ -14,7 +14,7 @@ from halora.hardware.description import Frozen
 from halora.hardware.shapes import ModelShape
 from halora.spaces.checks import file_problems, model_and_task_problems, sweep_problems
 from halora.spaces.gates import Gates
-from halora.spaces.language import Categorical, Distribution, with_values
+from halora.spaces.language import Categorical, Distribution, Value, with_values
 from halora.spaces.mistakes import describe
 from halora.spaces.resolving import NamedChips, described, formula, named_chip, resolve_trial
 from halora.spaces.search import Budget, Constraint, EarlyStopping, Racing, SearchSettings
@@ -48,7 +48,7 @@ class Comparison(Frozen):
     """Chip instances of the search pool after those the search scores on."""
     by: str | None = None
     """A searched field; the best trial of each of its values takes part. The best of all trials when left out."""
-    against: str | None = None
+    against: Value | None = None
     """The value of `by` whose trial gains are measured from; the untrained base when left out."""
     chips: tuple[str, ...] = ()
     """Chips to compare on, each a name of `chips`, a preset or a path; the trials' own when left out."""
