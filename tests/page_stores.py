@@ -20,7 +20,7 @@ from halora.selection.certification import Certification, RobustnessLine
 from halora.selection.gates import certified_gates
 from halora.spaces.gates import Gates
 from halora.spaces.sweep import SweepConfig
-from halora.sweep.state import load_sweep_of
+from halora.sweep.run.state import load_sweep_of
 
 HOSTILE = "</script><script>document.title='broken in'</script> <img src=http://203.0.113.1/x onerror=alert(1)> \"'&‮🤖"
 STORIES = ("zero", "one", "dozen", "infeasible", "failed", "numberless", "hostile", "large")
@@ -164,7 +164,7 @@ def varied_trial(recorder: SweepRecorder, sweep: SweepConfig, folder: Path, numb
         values["training__mu"] = float(10 ** rng.uniform(-3, 0))
     begin(recorder, sweep, number, **values)
     for step in range(2, 17, 2):
-        losses = {"train_loss": 3 / step, "train_task_loss": 2.5 / step, "train_sigma": 0.01}
+        losses = {"train_loss": 3 / step, "train_task_loss": 2.5 / step, "train_strength": 0.01}
         gradients = {"train_task_grad_norm": 4.0, "train_reg_grad_norm": step / 8, "train_reg_share": step / 32}
         recorder.report_step(number, step, losses | (gradients if method == "halora" else {}))
     if number == 3:

@@ -50,7 +50,7 @@ def test_a_server_that_is_killed_costs_only_delay(database, server, store, tiny_
         for number in range(30):
             begin(recorder, sweep, number)
             for step in range(1, 11):
-                recorder.report_step(number, step, {"train_loss": 1 / step, "train_sigma": 0.01})
+                recorder.report_step(number, step, {"train_loss": 1 / step, "train_strength": 0.01})
                 time.sleep(0.01)
             finish(recorder, folder.root, number, accuracy=0.3 + number / 100)
             if number == 12:
@@ -84,7 +84,7 @@ def test_a_driver_that_is_killed_three_times_loses_and_doubles_nothing(
         sys.path.insert(0, {str(Path(__file__).parent)!r})
         from halora.records.sender import recording
         from halora.records.store import Store
-        from halora.sweep.state import load_sweep_of
+        from halora.sweep.run.state import load_sweep_of
         from recorded_sweeps import begin, finish
         store = Store(Path({str(store.root)!r}), {store.server!r})
         sweep = load_sweep_of(store.sweep({sweep.name!r}))

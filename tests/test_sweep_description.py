@@ -12,8 +12,8 @@ from halora.errors import UserError
 from halora.hardware.shapes import ModelShape, named_shapes
 from halora.records.store import Store
 from halora.spaces.sweep import SweepConfig, load_sweep
-from halora.sweep.launched import as_launched, base_and_task, check_unchanged
-from halora.sweep.state import check_not_launched, claim, load_core, load_sweep_of, open_core, write_sweep
+from halora.sweep.run.launched import as_launched, base_and_task, check_unchanged
+from halora.sweep.run.state import check_not_launched, claim, load_core, load_sweep_of, open_core, write_sweep
 from halora.training.models import model_shape
 
 _STATES = "conductance_us,mean_us,std_us,time_s\n0,0.5,0.4,1\n20,19.5,1.0,1\n40,39,1.2,1\n"
@@ -222,7 +222,7 @@ def test_of_launches_at_once_one_has_the_name(tmp_path):
     assert [folder.sweep_file.read_text()] == won
     assert len(told) == 7
     assert set(told) == {
-        "sweep 'same' was launched before (go on with `halora sweep resume same`, or launch under another name with "
+        "sweep 'same' was launched before (resume it with `halora sweep resume same`, or launch under another name with "
         "--name)"
     }
     assert [path.name for path in tmp_path.iterdir()] == ["sweeps"]

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, whatever happens to their writer; and their digests."""
+"""Files that are written atomically, whatever happens to their writer; and their digests."""
 
 import errno
 import hashlib
@@ -11,7 +11,7 @@ from typing import Any
 def write_whole(path: Path, text: str, *, durable: bool = False) -> None:
     """Write a text file; one that is `durable` is on the disk itself when this returns, power loss or not."""
     scratch = path.with_name(f".{path.name}.partial")
-    with scratch.open("w") as file:
+    with scratch.open("w", encoding="utf-8") as file:
         file.write(text)
         if durable:
             file.flush()
