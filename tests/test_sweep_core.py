@@ -1,17 +1,19 @@
 """Oracles: the study itself (what a fresh reader of it says), determinism, the points written in the sweep file."""
 
+import shutil
 from dataclasses import replace
 
 import optuna
 import pytest
 
 from halora.errors import UserError
+from halora.files import write_json
 from halora.hardware.chip import preset_names
 from halora.pricing import trial_energy
 from halora.records.store import Store
 from halora.spaces.recipes import first_points
 from halora.spaces.sweep import SweepConfig, load_sweep
-from halora.sweep.run.state import check_not_launched, open_core, write_sweep
+from halora.sweep.run.state import check_not_launched, open_core, warm_start, write_sweep
 from halora.sweep.search.core import Decision
 from halora.sweep.search.problem import free_knobs
 from halora.sweep.search.study import SweepStudy
@@ -252,13 +254,15 @@ def test_a_sweep_starts_warm_from_earlier_ones(sweep, store):
     assert later.space["lora.rank"].choices == tuple(best["choices"])
     cold = later.model_copy(update={"search": sweep.search, "name": "cold"})
     (store.root / "sweeps" / "cold").mkdir()
+    write_json(store.sweep("later").warm_start_file, warm_start(later, store))
+    shutil.rmtree(store.sweep("core").root)  # what becomes of it is nothing to the other
     ranks = {
         name: [job.values["lora.rank"] for job in _run_out(open_core(each, store))]
         for name, each in (("later", later), ("cold", cold))
     }
     assert ranks["later"] != ranks["cold"]
     with pytest.raises(UserError, match="no sweep 'coer'"):
-        open_core(later.model_copy(update={"search": settings.model_copy(update={"warm_start": ("coer",)})}), store)
+        warm_start(later.model_copy(update={"search": settings.model_copy(update={"warm_start": ("coer",)})}), store)
 
 
 def test_quickstart_searches_a_wide_range_of_energies(tmp_path):

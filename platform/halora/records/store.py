@@ -137,6 +137,11 @@ class SweepFolder:
         return self.root / "sweep.yaml"
 
     @property
+    def warm_start_file(self) -> Path:
+        """Trials of other sweeps that it was started warm from."""
+        return self.root / "warm-start.json"
+
+    @property
     def study_file(self) -> Path:
         """Optuna's journal."""
         return self.root / "study.journal"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from halora.analysis.trials import RecordedTrial, grouped
 from halora.errors import UserError
 from halora.evaluation.damage import described
+from halora.files import write_json
 from halora.pricing import trial_energy
 from halora.records.names import ENERGY, VIOLATION
 from halora.records.store import Store, SweepFolder
@@ -24,7 +25,15 @@ from halora.sweep.run.driver_log import DriverLog, Watcher
 from halora.sweep.run.launched import as_launched, check_unchanged
 from halora.sweep.run.probing import Probing, bases
 from halora.sweep.run.reconcile import record_as_studied
-from halora.sweep.run.state import check_not_launched, claim, load_sweep_of, only_driver, open_core, write_sweep
+from halora.sweep.run.state import (
+    check_not_launched,
+    claim,
+    load_sweep_of,
+    only_driver,
+    open_core,
+    warm_start,
+    write_sweep,
+)
 from halora.sweep.run.trial_files import TrialFiles
 from halora.sweep.search.core import DecisionCore, Job
 from halora.sweep.search.study_storage import check_database
@@ -86,8 +95,7 @@ def launch(
     else:
         _check_workers(sweep, store, cluster, store.storage)
         check_rows_left(sweep)
-    for name in sweep.search.warm_start:
-        store.existing(name)
+    earlier = warm_start(sweep, store)
 
     from halora.records.tracking import open_client
 
@@ -100,6 +108,8 @@ def launch(
             new.server_file.write_text(store.server, encoding="utf-8")
         if curves:
             new.curves_file.write_bytes(curves.read_bytes())
+        if earlier:
+            write_json(new.warm_start_file, earlier)
         write_sweep(new, sweep)
 
     claim(folder, write)

@@ -1,11 +1,13 @@
 """How a launched sweep stands: its decision core and whether a process runs it. Light: no MLflow, Ray or torch."""
 
 import fcntl
+import json
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 from uuid import uuid4
 
 from pydantic import ValidationError
@@ -18,7 +20,7 @@ from halora.spaces.mistakes import describe
 from halora.spaces.sweep import SweepConfig
 from halora.sweep.search.core import DecisionCore
 from halora.sweep.search.problem import problem_of
-from halora.sweep.search.samplers import fitting_trials
+from halora.sweep.search.samplers import fitting_trials, kept_of
 from halora.sweep.search.study import SweepStudy
 from halora.sweep.search.study_storage import storage_of
 from halora.yaml_files import read_yaml, to_yaml
@@ -68,18 +70,20 @@ def open_core(
     clock_s: Callable[[], float] = time.monotonic,
     say: Callable[[str], None] = lambda text: None,
 ) -> DecisionCore:
-    """The decision core of a sweep over whatever its study holds, and the trials of those it starts warm from.
+    """The decision core of a sweep over whatever its study holds, and the trials that it was started warm from."""
+    problem, file = problem_of(sweep), store.sweep(sweep.name).warm_start_file
+    kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    return DecisionCore(problem, _study(sweep, store, say), fitting_trials(problem, kept), clock_s)
+
+
+def warm_start(sweep: SweepConfig, store: Store) -> list[dict[str, Any]]:
+    """The trials that a sweep starts warm from as they are now, see `kept_of`.
 
     Raises:
         UserError: A sweep to start from is not in the store.
     """
-    problem = problem_of(sweep)
-    earlier = [
-        trial
-        for name in sweep.search.warm_start
-        for trial in fitting_trials(problem, _study(load_sweep_of(store.existing(name)), store).trials())
-    ]
-    return DecisionCore(problem, _study(sweep, store, say), earlier, clock_s)
+    sources = [load_sweep_of(store.existing(name)) for name in sweep.search.warm_start]
+    return [kept for source in sources for kept in kept_of(_study(source, store).trials())]
 
 
 def _study(sweep: SweepConfig, store: Store, say: Callable[[str], None] = lambda text: None) -> SweepStudy:
