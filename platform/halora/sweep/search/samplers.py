@@ -236,7 +236,7 @@ def kept_of(trials: Sequence[Trial]) -> list[dict[str, Any]]:
 
 def fitting_trials(problem: Problem, kept: Sequence[Mapping[str, Any]]) -> list[Trial]:
     """Trials of earlier sweeps, see `kept_of`, that are points of this space, at this problem's energies."""
-    found = []
+    found: list[Trial] = []
     for earlier in kept:
         values = {path: earlier["values"][path] for path in problem.space if path in earlier["values"]}
         try:
