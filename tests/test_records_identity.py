@@ -52,7 +52,7 @@ def test_two_stores_in_one_database_keep_to_their_own_launch(tmp_path, tiny_mode
         journal = store.sweep("same").journal_file
         mlflow = MlflowSweep(store, sweep)
         assert mlflow.trial_states() == {number: ["finished"] for number in range(3)}
-        assert mlflow.mend(read(journal)[0], states) == {}  # nothing of the other's is taken for its own
+        assert mlflow.repair(read(journal)[0], states) == {}  # nothing of the other's is taken for its own
         assert differences(shared, "same", journal) == []
         run = queries.trial_run(client, "same", sweep.launch, 1)
         assert (run.data.tags["halora.sweep"], run.data.tags["halora.launch"]) == ("same", sweep.launch)
