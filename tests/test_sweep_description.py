@@ -135,6 +135,11 @@ def test_the_dimensions_of_every_known_model_are_read_back(model):
     assert ModelShape.from_config(shape.dimensions).fill_source == shape.fill_source
 
 
+@pytest.mark.parametrize("given", [5, [1], {"lab.yaml": 5}, {"lab.yaml": "isaac", "other.yaml": None}])
+def test_a_file_need_not_say_what_its_chips_are(lab, given):
+    assert load_sweep("described.yaml", {"chips_read": given, "launch": given}) == load_sweep("described.yaml")
+
+
 def test_a_model_or_a_task_that_changed_is_told(lab, tiny_task, tmp_path):
     task = tmp_path / "task"
     task.mkdir()

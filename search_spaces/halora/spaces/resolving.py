@@ -93,7 +93,9 @@ def _with_absolute_folders(sweep: Mapping[str, Any]) -> dict[str, Any]:
 def _with_chips_read(sweep: dict[str, Any]) -> dict[str, Any]:
     trial, chips, known = (sweep.get(key) for key in ("trial", "chips", "chips_read"))
     own = {name: _read(setting) for name, setting in chips.items()} if isinstance(chips, Mapping) else {}
-    read = dict(known) if isinstance(known, Mapping) else {}
+    read = (
+        {name: chip for name, chip in known.items() if isinstance(chip, Mapping)} if isinstance(known, Mapping) else {}
+    )
     for name in _chip_names(sweep):
         if name not in own and name not in read and isinstance(found := _read(name), dict):
             read[name] = found

@@ -113,7 +113,7 @@ class SweepConfig(StrictModel):
     resources: Resources = Resources()
     chips: dict[str, Any] = Field(default_factory=dict)
     """Chips of this sweep by name, each written as a trial's `chip`, to be named there, in choices and comparisons."""
-    chips_read: dict[str, Any] = Field(default_factory=dict)
+    chips_read: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Presets and chip files that the sweep names, as they were when it was read; no file has to say it."""
     folders: dict[str, str] = Field(default_factory=dict)
     """SHA-256 of the models' and tasks' folders that the sweep names, by their path, as they were at its launch."""
