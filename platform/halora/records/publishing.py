@@ -44,7 +44,7 @@ def summarise(sweep: SweepConfig, ledger: Ledger) -> SweepSummary:
             model: baseline_energies(sweep.resolve({"model": model}), sweep.shape(model)) for model in sorted(models)
         },
         comparison=ledger.comparison,
-        damage=[line for outcome in ledger.damage or () for line in described(outcome)],
+        damage=described(ledger.damage or ()),
         time=time.strftime("%Y-%m-%d %H:%M:%S %Z"),
     )
 
