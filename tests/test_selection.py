@@ -215,3 +215,4 @@ def test_a_registered_name_tells_base_task_and_chip():
     assert name == "halora.meta-llama-Llama-3-2-1B.arc-easy-2-openbookqa.halora-2026-59ff30eb"
     others = [("base", "task", "another chip"), ("base", "another task", identity[2]), ("other", *identity[1:])]
     assert len({name, *(registered_name(*told, other) for other in others)}) == 4
+    assert registered_name("模型", "c++", "x" * 300, identity) == f"halora.模型.c.{'x' * 60}-59ff30eb"

@@ -120,8 +120,8 @@ def registered_name(model: str, task: str, chip: str, identity: Sequence[str]) -
         identity: What tells these three from all others; its digest ends the name.
     """
     digest = hashlib.sha256(json.dumps(list(identity)).encode()).hexdigest()
-    parts = (model, task, f"{chip}-{digest[:8]}")
-    return "halora." + ".".join(re.sub(r"[^A-Za-z0-9_-]+", "-", part).strip("-") for part in parts)
+    parts = (model[:80], task[:80], f"{chip[:60]}-{digest[:8]}")  # MLflow takes 256 characters
+    return "halora." + ".".join(re.sub(r"[^\w-]+", "-", part).strip("-") for part in parts)
 
 
 def is_score(name: str) -> bool:
