@@ -176,7 +176,7 @@ def test_a_finished_trial_is_read_back_whole(client, store, sweep, folder, said,
     assert differences(store.tracking_uri, sweep.name, folder.journal_file) == []
     assert undelivered(store, sweep.name) == 0
 
-    run = queries.trial_run(client, sweep.name, 0)
+    run = queries.trial_run(client, sweep.name, sweep.launch, 0)
     metrics, tags = run.data.metrics, run.data.tags
     assert run.data.params == {"lora.rank": "4"}
     components = {k: v for k, v in metrics.items() if k.startswith("energy_uj_per_token.")}
@@ -208,7 +208,7 @@ def test_a_finished_trial_is_read_back_whole(client, store, sweep, folder, said,
         "noise": "gaussian",
         "noise_strength": "0.01",
     }
-    assert tags["mlflow.parentRunId"] == queries.parent_run(client, sweep.name).info.run_id
+    assert tags["mlflow.parentRunId"] == queries.parent_run(client, sweep.name, sweep.launch).info.run_id
 
 
 def test_the_noise_of_each_layer_is_recorded_by_kind_and_depth(sweep, folder):
@@ -252,7 +252,7 @@ def test_a_trial_has_its_adapter_as_a_logged_model_and_its_rows_as_data_sets(
         finish(recorder, folder.root, 0, accuracy=0.5)
         recorder.fail_trial(1, "boom")
         recorder.finish(interrupted=False)
-    run, failed = (queries.trial_run(client, sweep.name, number) for number in (0, 1))
+    run, failed = (queries.trial_run(client, sweep.name, sweep.launch, number) for number in (0, 1))
     adapter = queries.download_adapter(client, run, tmp_path)
     assert (adapter / "adapter_model.safetensors").read_bytes() == b"weights 0"
     assert queries.download_adapter(client, failed, tmp_path) is None
@@ -291,7 +291,7 @@ def test_trials_end_in_mlflow_s_terminal_states(client, store, sweep, folder, sa
     told = ["finished", "failed", "interrupted", "interrupted", "stopped"]
     assert [run.data.tags["halora.state"] for run in runs] == told
     assert runs[1].data.tags["halora.cause"] == "loss nan at step 3"
-    parent = queries.parent_run(client, sweep.name)
+    parent = queries.parent_run(client, sweep.name, sweep.launch)
     assert (parent.info.status, parent.data.tags["halora.state"]) == ("KILLED", "interrupted")
     assert differences(store.tracking_uri, sweep.name, folder.journal_file) == []
 
@@ -342,7 +342,7 @@ def test_a_trial_scored_again_on_more_chips_has_both_scores_and_stands_where_the
             finish(recorder, folder.root, 0, accuracy)
         assert recorder.points[0].accuracy == 0.4
         recorder.finish(interrupted=False)
-    run = queries.trial_run(client, sweep.name, 0)
+    run = queries.trial_run(client, sweep.name, sweep.launch, 0)
     history = client.get_metric_history(run.info.run_id, "accuracy")
     assert sorted(metric.value for metric in history) == [0.4, 0.6]
     assert len(run.outputs.model_outputs) == 1
@@ -369,7 +369,7 @@ def test_rungs_and_simulated_scores_are_recorded_once(client, store, sweep, fold
                 recorder.report_rung(0, step, told)
             recorder.finish_trial(0, 4, scores, result, None)
             recorder.finish(interrupted=False)
-    run = queries.trial_run(client, sweep.name, 0)
+    run = queries.trial_run(client, sweep.name, sweep.launch, 0)
     history = client.get_metric_history(run.info.run_id, "rung_accuracy")
     assert {metric.step: metric.value for metric in history} == rungs
     assert len(history) == len(client.get_metric_history(run.info.run_id, "accuracy")) + 1 == 2
@@ -421,7 +421,7 @@ def test_the_parent_run_keeps_the_front(client, store, sweep, folder, said, tmp_
         recorder.record_comparison(_COMPARISON)
         recorder.finish(interrupted=False)
         points = recorder.points
-    parent = queries.parent_run(client, sweep.name)
+    parent = queries.parent_run(client, sweep.name, sweep.launch)
     run_id = parent.info.run_id
     rows = queries.logged_json(client, run_id, names.FRONT_JSON)
     assert [(row["number"], row["accuracy"], row["on_front"]) for row in rows] == [
@@ -516,7 +516,7 @@ def test_hostile_names_are_recorded_as_they_are(client, store, tiny_models, tiny
         recorder.fail_trial(0, f"{name}: no such\nthing" * 1000)
         recorder.finish(interrupted=False)
     assert said == []
-    run = queries.trial_run(client, "hostile", 0)
+    run = queries.trial_run(client, "hostile", sweep.launch, 0)
     assert run.data.params["model"] == run.data.tags["halora.model"] == str(model)
     assert run.data.tags["halora.cause"].startswith(name)
     page = folder.published / "report.html"
@@ -552,10 +552,10 @@ def test_a_run_that_is_not_there_is_named(client, store, sweep, folder, said):
     with recording(store, sweep, said.append) as recorder:
         recorder.finish(interrupted=False)
     with pytest.raises(UserError, match=f"MLflow has no run of trial '{sweep.name}/7' yet"):
-        queries.trial_run(client, sweep.name, 7)
+        queries.trial_run(client, sweep.name, sweep.launch, 7)
     with pytest.raises(UserError, match="nothing is recorded of sweep 'other'"):
-        queries.parent_run(client, "other")
-    run_id = queries.parent_run(client, sweep.name).info.run_id
+        queries.parent_run(client, "other", "0" * 32)
+    run_id = queries.parent_run(client, sweep.name, sweep.launch).info.run_id
     with pytest.raises(UserError, match=r"has no 'nothing\.json'; it did not get that far"):
         queries.logged_json(client, run_id, "nothing.json")
 

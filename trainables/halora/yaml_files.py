@@ -75,9 +75,18 @@ class _Loader(yaml.SafeLoader):
 
 for _kind in ("int", "float"):
     _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", getattr(_Loader, f"construct_yaml_{_kind}"))
-_Loader.add_implicit_resolver(  # PyYAML's own asks for a dot and a sign
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"), list("-+.0123456789")
-)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes whatever `_Loader` would take for a number."""
+
+
+for _end in (_Loader, _Dumper):  # PyYAML's own asks for a dot and a sign
+    _end.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
+        list("-+.0123456789"),
+    )
 
 
 def parse_yaml(text: str, where: str) -> Any:
@@ -114,3 +123,8 @@ def read_yaml(path: Path, where: str) -> Any:
         UserError: It cannot be read, or see `parse_yaml`.
     """
     return parse_yaml(read_text(path, where, "YAML"), where)
+
+
+def to_yaml(value: Any) -> str:
+    """Plain values as YAML text that `parse_yaml` reads back as they were, numbers bit for bit."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)

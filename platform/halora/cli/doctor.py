@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from halora.cli.output import Format, FormatOption, StoreOption, open_store, show_rows, talk
+from halora.cli.output import Format, FormatOption, StoreOption, open_store, say, show_rows, talk
 from halora.errors import UserError
 from halora.records.store import Store
 
@@ -71,6 +71,7 @@ def _reconcile(place: Store, form: Format) -> None:
 
     if not place.sweeps():
         raise UserError(f"no sweep in '{place.root}' yet", "name another store with --store")
+    found, left = reconcile_store(place, say)
     rows = [
         {
             "sweep": name,
@@ -80,12 +81,16 @@ def _reconcile(place: Store, form: Format) -> None:
             "mlflow": d.mlflow or "-",
             "fixed": d.fixed,
         }
-        for name, d in reconcile_store(place, lambda line: talk.print(line, markup=False))
+        for name, d in found
     ]
     if rows or form is not Format.TABLE:
         show_rows(rows, form)
-    else:
+    elif not left:
         talk.print("the records say of every trial what its study says")
+    for line in left:
+        say(line)
+    if left:
+        raise typer.Exit(1)
 
 
 def _python() -> Finding:

@@ -1,15 +1,16 @@
 """Every name that MLflow sees, in one place; a test freezes them."""
 
 import hashlib
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from halora.analysis.trials import LEVEL_METRIC as LEVEL_METRIC
 from halora.analysis.trials import VIOLATION as VIOLATION
 
 # Tags of parent and child runs.
-SWEEP = "halora.sweep"
-LAUNCH = "halora.launch"  # of the parent run: identity of the launch, which the sweep's certified chips are drawn from
+SWEEP = "halora.sweep"  # name of the sweep, for people
+LAUNCH = "halora.launch"  # identity of the launch: what every run is found by; certified chips are drawn from it
 KIND = "halora.kind"  # sweep | trial
 NUMBER = "halora.trial"
 CHIP_HASH = "halora.chip_hash"
@@ -114,10 +115,18 @@ _LONGEST_METRIC = 250  # characters, as MLflow takes them
 LONGEST_DATASET = 500
 
 
-def registered_name(model: str, task: str, chip: str, chip_hash: str) -> str:
-    """Name of a registered model: one chip's champion never stands in the way of another's."""
-    parts = (model, task, f"{chip}-{chip_hash[:8]}")
-    return "halora." + ".".join(re.sub(r"[^A-Za-z0-9_-]+", "-", part).strip("-") for part in parts)
+def registered_name(model: str, task: str, chip: str, identity: Sequence[str]) -> str:
+    """Name of a registered model: one chip's champion never stands in the way of another's.
+
+    Args:
+        model: The base, for people.
+        task: The task, for people.
+        chip: The chip, for people.
+        identity: What tells these three from all others; its digest ends the name.
+    """
+    digest = hashlib.sha256(json.dumps(list(identity)).encode()).hexdigest()
+    parts = (model[:80], task[:80], f"{chip[:60]}-{digest[:8]}")  # MLflow takes 256 characters
+    return "halora." + ".".join(re.sub(r"[^\w-]+", "-", part).strip("-") for part in parts)
 
 
 def is_score(name: str) -> bool:
@@ -125,9 +134,9 @@ def is_score(name: str) -> bool:
     return name in (*SCORE_METRICS, *BESIDE_METRICS) or name.startswith((*TASK_METRICS, LEVEL_METRIC, VIOLATION))
 
 
-def identity(sweep: str, number: int | None) -> dict[str, str]:
-    """Tags by which the run of a trial is found again, or the parent run of its sweep."""
-    tags = {SWEEP: sweep, KIND: "sweep" if number is None else "trial"}
+def identity(launch: str, number: int | None) -> dict[str, str]:
+    """Tags by which the run of a trial is found again, or the parent run of its launch."""
+    tags = {LAUNCH: launch, KIND: "sweep" if number is None else "trial"}
     return tags if number is None else {**tags, NUMBER: str(number)}
 
 

@@ -40,7 +40,7 @@ class SweepRecorder:
 
     def __init__(self, folder: SweepFolder, sweep: SweepConfig) -> None:
         self._folder, self._sweep = folder, sweep
-        self._journal = Journal(folder.journal_file)
+        self._journal = Journal(folder.journal_file, sweep.launch)
         self.ledger = Ledger()
         self.ledger.take(read(folder.journal_file)[0])
         self._state(None, "running")

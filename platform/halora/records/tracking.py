@@ -1,4 +1,4 @@
-"""Writes a sweep's journal to MLflow: a parent run per sweep, a child run per trial, found again by (sweep, number).
+"""Writes a sweep's journal to MLflow: a parent run per sweep, a child run per trial, found again by (launch, number).
 
 Delivering an entry twice leaves what delivering it once does: metrics keep their timestamp, step and value, by which
 MLflow tells rows apart; everything else is looked for before it is made.
@@ -15,6 +15,7 @@ from typing import Any
 
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # which is for a command's answer
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # a blind second try can make a second run
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
 
@@ -27,6 +28,7 @@ from halora.evaluation.damage import Damage
 from halora.files import locked
 from halora.records import names
 from halora.records.journal import Entry
+from halora.records.moving import follow
 from halora.records.store import Store
 from halora.spaces.sweep import SweepConfig
 
@@ -58,7 +60,7 @@ def open_client(store: Store) -> MlflowClient:
     making = locked(store.root / "mlflow.lock") if own else nullcontext()
     try:
         with making:  # two at once would both make the tables of a new database
-            client = MlflowClient(store.tracking_uri)
+            client = _client(store)
             client.search_experiments(max_results=1)
     except Exception as error:  # MLflow, requests and SQLAlchemy raise many kinds
         raise UnreachableError(
@@ -66,6 +68,11 @@ def open_client(store: Store) -> MlflowClient:
             "start its server, or name another with --tracking-uri" if store.server else "",
         ) from None
     return client
+
+
+def _client(store: Store) -> MlflowClient:
+    follow(store)
+    return MlflowClient(store.tracking_uri)  # opens a database at once
 
 
 def first_line(error: Exception) -> str:
@@ -98,7 +105,7 @@ class MlflowSweep:
 
     @cached_property
     def _client(self) -> MlflowClient:
-        return MlflowClient(self._store.tracking_uri)  # opens a database at once
+        return _client(self._store)
 
     def deliver(self, number: int | None, entries: Sequence[Entry]) -> None:
         """Write entries of one trial, or of the sweep itself, in their order.
@@ -174,7 +181,7 @@ class MlflowSweep:
         return done
 
     def _trial_runs(self) -> list[Run]:
-        return self._search({names.SWEEP: self._sweep.name, names.KIND: "trial"})
+        return self._search({names.LAUNCH: self._sweep.launch, names.KIND: "trial"})
 
     def _run(self, number: int | None, began_ms: int) -> str:
         """The run of this identity, made once whatever happened before."""
@@ -182,14 +189,12 @@ class MlflowSweep:
             return self._runs[number]
         found = self._find(number)
         if not found:
-            tags = names.identity(self._sweep.name, number)
+            tags = self._tags(number)
             tags[_NAME_TAG] = self._sweep.name if number is None else f"{self._sweep.name}/{number}"
             if number is not None:
                 tags[_PARENT_TAG] = self._run(None, began_ms)
-            else:
-                tags[names.LAUNCH] = self._sweep.launch
-                if self._sweep.description:
-                    tags[_NOTE_TAG] = self._sweep.description
+            elif self._sweep.description:
+                tags[_NOTE_TAG] = self._sweep.description
             self._unsure.add(number)
             found = [self._client.create_run(self._experiment, start_time=began_ms, tags=tags)]
             self._unsure.discard(number)
@@ -200,7 +205,10 @@ class MlflowSweep:
         return run_id
 
     def _find(self, number: int | None) -> list[Run]:
-        return self._search(names.identity(self._sweep.name, number))
+        return self._search(names.identity(self._sweep.launch, number))
+
+    def _tags(self, number: int | None) -> dict[str, str]:
+        return {**names.identity(self._sweep.launch, number), names.SWEEP: self._sweep.name}
 
     def _search(self, tags: Mapping[str, str]) -> list[Run]:
         if not self._experiment:
@@ -249,7 +257,7 @@ class MlflowSweep:
         if not adapter.is_dir():
             raise FileNotFoundError(f"adapter '{adapter}' is gone")
         found = self._client.search_logged_models([self._experiment], f"source_run_id = '{run_id}'", max_results=1)
-        tags = names.identity(self._sweep.name, number)
+        tags = self._tags(number)
         model = (
             found[0]
             if found

@@ -101,7 +101,7 @@ def certify(
     from halora.records.registry import log_certification
 
     folder = store.sweep(sweep.name)
-    run = trial_run(client, sweep.name, point.number)
+    run = trial_run(client, sweep.name, sweep.launch, point.number)
     config = logged_config(client, run.info.run_id)
     with TemporaryDirectory() as scratch:
         adapter = download_adapter(client, run, Path(scratch))

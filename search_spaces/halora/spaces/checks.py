@@ -13,7 +13,7 @@ from halora.pricing import trial_energy
 from halora.settings.trial import TrialConfig
 from halora.spaces.language import Categorical, Distribution, Range
 from halora.spaces.mistakes import describe, field_paths
-from halora.spaces.resolving import fixed_value, formula, resolve_trial
+from halora.spaces.resolving import NamedChips, fixed_value, formula, resolve_trial
 
 if TYPE_CHECKING:
     from halora.spaces.sweep import SweepConfig
@@ -44,8 +44,9 @@ class FileChecks:
         readable, by_chip = _readable(space), _chip_problems(chips)
         # A trial with a chip that is wrong is no trial with an unknown chip.
         usable = {name: _ANY_CHIP if by_chip[name] else setting for name, setting in chips.items()}
-        of_trial = _trial_problems(trial, usable) if isinstance(data.get("trial"), dict) else []
-        by_path = _space_problems(trial, space, readable, usable, of_trial)
+        named = NamedChips(usable, _mapping(data.get("chips_read")))
+        of_trial = _trial_problems(trial, named) if isinstance(data.get("trial"), dict) else []
+        by_path = _space_problems(trial, space, readable, named, of_trial)
         of_derived = _derived_problems(trial, space, derived)
         evaluation = trial.get("evaluation", {})
         no_rows = data.get("comparison") and isinstance(evaluation, dict) and evaluation.get("rows") is None
@@ -88,7 +89,7 @@ def _mapping(given: Any) -> dict[str, Any]:
     return given if isinstance(given, dict) else {}
 
 
-def _trial_problems(trial: dict[str, Any], chips: Mapping[str, Any]) -> list[str]:
+def _trial_problems(trial: dict[str, Any], chips: NamedChips) -> list[str]:
     try:
         resolve_trial(trial, {}, chips)
     except ValidationError as error:
@@ -120,7 +121,7 @@ def _chip_problems(chips: Mapping[str, Any]) -> dict[str, list[str]]:
 
 
 def _space_problems(
-    trial: dict[str, Any], space: dict[str, Any], readable: _Space, chips: Mapping[str, Any], of_trial: list[str]
+    trial: dict[str, Any], space: dict[str, Any], readable: _Space, chips: NamedChips, of_trial: list[str]
 ) -> dict[str, list[str]]:
     """What is wrong with each searched field; what its distribution itself lacks is told by `describe`."""
     by_path: dict[str, list[str]] = {}
@@ -158,7 +159,7 @@ def _condition_problems(space: _Space, path: str) -> list[str]:
 
 
 def _probe_problems(
-    trial: dict[str, Any], space: _Space, path: str, wrong_anyway: set[str], chips: Mapping[str, Any]
+    trial: dict[str, Any], space: _Space, path: str, wrong_anyway: set[str], chips: NamedChips
 ) -> list[str]:
     """What a trial would refuse of the searched values, beyond the fields that are wrong already."""
     problems = []
@@ -282,16 +283,16 @@ def _comparison_problems(sweep: "SweepConfig", space: Mapping[str, Any], chips: 
     if comparison.by and not comparison.chips and own_chips:
         problems.append("comparison.chips: required with comparison.by, as the trials' own chips differ")
     searched = sweep.space.get(comparison.by) if comparison.by else None
-    values = [str(value) for value in searched.choices] if isinstance(searched, Categorical) else []
+    choices = searched if isinstance(searched, Categorical) else None
     if comparison.by in space and searched is None:
         pass  # told with the field
-    elif comparison.by and not values:
+    elif comparison.by and not choices:
         listed = [path for path, distribution in sweep.space.items() if isinstance(distribution, Categorical)]
         problems.append(
             f"comparison.by: '{comparison.by}' is not searched over choices{nearest(comparison.by, listed)}"
         )
-    elif comparison.against is not None and comparison.against not in values:
-        known = f"choices: {', '.join(values)}" if values else "there is no comparison.by"
+    elif comparison.against is not None and (choices is None or choices.named(comparison.against) is None):
+        known = f"choices: {', '.join(map(str, choices.choices))}" if choices else "there is no comparison.by"
         problems.append(f"comparison.against: '{comparison.against}' is not a value of comparison.by ({known})")
     for i, name in enumerate(comparison.chips):
         try:

@@ -101,6 +101,21 @@ class ModelShape:
         )
 
     @property
+    def dimensions(self) -> dict[str, Any]:
+        """The `config.json` that `from_config` reads it back from, with an estimate of the fill."""
+        rows = {linear.name: linear.out_features for linear in self.linears}
+        return {
+            "model_type": "qwen2" if "qwen" in self.fill_source else "llama",
+            "hidden_size": self.hidden,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": rows["k_proj"] // self.head_dim,
+            "head_dim": self.head_dim,
+            "intermediate_size": rows["gate_proj"],
+            "num_hidden_layers": self.layers,
+            "vocab_size": self.vocabulary,
+        }
+
+    @property
     def linear_layers(self) -> dict[str, LinearShape]:
         """Every linear layer of the decoder blocks by canonical name, in the order of the forward pass."""
         return {

@@ -59,8 +59,8 @@ ModelSetting = Annotated[str, BeforeValidator(located)]
 
 
 def model_id(model: str) -> str:
-    """What a model is called anywhere: its known name or hub id, or the name of its folder without the path."""
-    return Path(model).resolve().name if is_folder(model) else model
+    """What a model is called anywhere: its known name or hub id, or the name of its folder, even if that is gone."""
+    return Path(model).resolve().name if Path(model).is_absolute() or is_folder(model) else model
 
 
 def task_weights(task: str) -> dict[str, float]:
@@ -107,7 +107,8 @@ def _weight(given: Any, where: str) -> float:
 
 
 def as_sum(task: Any) -> Any:
-    """A mapping of tasks to weights as the sum that means the same, and folders by absolute path.
+    """A mapping of tasks to weights as the sum that means the same, and folders by absolute path; a known task's name
+    is never a folder's, which may be written `./NAME`.
 
     A trial is described here and carried out elsewhere: in a worker's folder, or in another months later.
     """
@@ -124,8 +125,8 @@ def as_sum(task: Any) -> Any:
 
 def _located(part: str) -> str:
     factor, times, name = _factor(part)
-    folder = Path(name.strip())
-    return f"{factor}{times}{folder.resolve() if is_folder(folder) else name}"
+    folder, known = Path(name.strip()), name.strip() in KNOWN_TASKS | MIXTURES
+    return f"{factor}{times}{folder.resolve() if is_folder(folder) and not known else name}"
 
 
 def _plain(number: float) -> str:

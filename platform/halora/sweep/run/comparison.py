@@ -25,6 +25,7 @@ from halora.reading import is_folder
 from halora.records.provenance import program
 from halora.records.store import ComparisonFolder, SweepFolder
 from halora.settings.trial import TrialConfig
+from halora.spaces.language import Categorical
 from halora.spaces.sweep import Comparison, SweepConfig
 from halora.sweep.run.seeds import SeedTraining, Trained, train_seeds
 from halora.sweep.search.core import DecisionCore
@@ -187,7 +188,9 @@ def compare(
     by_place: dict[tuple[str, str], list[ChipScores]] = {}
     for place, scores in zip(places, _scored(sweep, folder.comparison, jobs, say), strict=True):
         by_place.setdefault(place, []).append(scores)
-    reference = comparison.against or UNTRAINED
+    by = sweep.space.get(comparison.by or "")
+    against = by.named(comparison.against) if isinstance(by, Categorical) else None
+    reference = UNTRAINED if against is None else str(against)
     return ClosingComparison(
         reference=reference,
         rows=comparison.rows,

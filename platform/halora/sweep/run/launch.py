@@ -9,27 +9,35 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from uuid import uuid4
-
-import yaml
 
 from halora.analysis.trials import RecordedTrial, grouped
 from halora.errors import UserError, check_all
 from halora.evaluation.damage import described
+from halora.files import write_json
 from halora.pricing import trial_energy
 from halora.records.names import ENERGY, VIOLATION
 from halora.records.store import Store, SweepFolder
 from halora.spaces.search import total_violation
-from halora.spaces.sweep import SweepConfig, load_sweep
+from halora.spaces.sweep import SweepConfig
 from halora.storage import check_storage
 from halora.sweep.cluster.cluster import LOCAL, RUNS, Cluster
 from halora.sweep.run.comparison import ClosingComparison, check_rows, check_rows_left, compare, contestants
 from halora.sweep.run.driver_log import DriverLog, Watcher
+from halora.sweep.run.launched import as_launched, check_unchanged
 from halora.sweep.run.probing import Probing, bases
 from halora.sweep.run.reconcile import record_as_studied
-from halora.sweep.run.state import check_not_launched, only_driver, open_core
+from halora.sweep.run.state import (
+    check_not_launched,
+    claim,
+    load_sweep_of,
+    only_driver,
+    open_core,
+    warm_start,
+    write_sweep,
+)
 from halora.sweep.run.trial_files import TrialFiles
 from halora.sweep.search.core import DecisionCore, Job
+from halora.sweep.search.study_storage import check_database
 from halora.sweep.simulation.simulator import SimulatedClock, simulate
 from halora.sweep.simulation.table import read_table
 from halora.training.models import check_available
@@ -77,7 +85,8 @@ def launch(
     Raises:
         UserError: The name is taken, the store cannot be written, the table does not fit, a model cannot be loaded, or
             the comparison would have no rows.
-        UnreachableError: MLflow, the storage or the cluster does not answer, or one of its nodes could not run a trial.
+        UnreachableError: MLflow, the study's database, the storage or the cluster does not answer, or one of the nodes
+            could not run a trial.
     """
     folder = store.sweep(sweep.name)
     store.check_writable()
@@ -91,22 +100,27 @@ def launch(
         *((lambda: read_table(curves, sweep),) if curves else training),
         *(partial(store.existing, name) for name in sweep.search.warm_start),
     )
+    earlier = warm_start(sweep, store)
 
     from halora.records.tracking import open_client
 
     open_client(store)
+    check_database()
     with ExitStack() as workers:
         if not curves:
             workers.enter_context(_workers(sweep, cluster))  # the name is taken once the sweep can run
-        folder.root.mkdir(parents=True)
-        if store.server:
-            folder.server_file.write_text(store.server, encoding="utf-8")
-        if curves:
-            folder.curves_file.write_bytes(curves.read_bytes())
-        sweep = sweep.model_copy(update={"launch": uuid4().hex})
-        folder.sweep_file.write_text(
-            yaml.safe_dump(sweep.model_dump(mode="json"), sort_keys=False, allow_unicode=True), encoding="utf-8"
-        )
+        sweep = as_launched(sweep)
+
+        def write(new: SweepFolder) -> None:
+            if store.server:
+                new.server_file.write_text(store.server, encoding="utf-8")
+            if curves:
+                new.curves_file.write_bytes(curves.read_bytes())
+            if earlier:
+                write_json(new.warm_start_file, earlier)
+            write_sweep(new, sweep)
+
+        claim(folder, write)
         return _run(sweep, store, watcher, workers, metrics_port)
 
 
@@ -123,15 +137,16 @@ def resume(
         metrics_port: Port of the loopback address to serve its metrics at; nowhere for none.
 
     Raises:
-        UserError: There is no such sweep, or another process is running it.
+        UserError: There is no such sweep, another process is running it, or its models or tasks have changed.
         UnreachableError: The storage or the cluster does not answer, or one of its nodes could not run a trial.
     """
     folder = store.existing(name)
     if store.server:
         folder.server_file.write_text(store.server, encoding="utf-8")
-    sweep = load_sweep(str(folder.sweep_file))
+    sweep = load_sweep_of(folder)
     if folder.curves_file.exists():
         return _run(sweep, store.serving(name), watcher, nullcontext(), metrics_port)
+    check_unchanged(sweep)
     _check_workers(sweep, store, cluster, store.storage or folder.storage_url)
     return _run(sweep, store.serving(name), watcher, _workers(sweep, cluster), metrics_port)
 
@@ -205,7 +220,7 @@ def _run(
         core.request_stop(False)
         files = TrialFiles(folder)
         if store.storage and not simulated:
-            files.keep_at(store.storage, core.unfinished)
+            files.keep_at(store.storage, sweep.launch, core.unfinished)
         with (
             recording(store, sweep, watcher.say) as recorder,
             serving_metrics(
