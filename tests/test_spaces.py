@@ -144,6 +144,13 @@ def test_no_stage_of_the_checks_hides_another(tmp_path):
     assert not [mistake for mistake in _TOLD if not any(mistake in problem for problem in told)], told
 
 
+@pytest.mark.parametrize("overrides", [{"trial.model": "nobody"}, {"trial.task": "nothing"}, {"trial.chip": "none"}])
+def test_one_mistake_is_told_once_whatever_rests_on_it(overrides):
+    with pytest.raises(UserError) as caught:
+        load_sweep("early-stopping", overrides)
+    assert len(caught.value.problems) == 1, caught.value.problems
+
+
 def test_every_override_that_cannot_be_set_is_told_beside_the_other_mistakes():
     with pytest.raises(UserError) as caught:
         load_sweep("quickstart", {"trials.x": 1, "first.x": 2, "seed": -1})

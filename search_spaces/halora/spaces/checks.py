@@ -309,12 +309,24 @@ def _energy_problems(sweep: "SweepConfig") -> list[str]:
     problems: dict[str, str] = {}  # by what is wrong, told where it is met first
     priced = {p: d for p, d in sweep.space.items() if p.partition(".")[0] in ("model", "chip", "lora")}
     for point in ({}, *({**d.condition(sweep.space), path: value} for path, d in priced.items() for value in d.probes)):
+        if (config := _with_known_model(sweep, point)) is None:
+            continue
         try:
-            trial_energy(sweep.resolve(point), estimated=True)
+            trial_energy(config, estimated=True)
         except UserError as error:
             at = ", ".join(f"{path} {value}" for path, value in point.items())
             for problem in error.problems:
                 problems.setdefault(problem, f"trial.{problem}" + (f" (with {at})" if at else ""))
-        except ValueError:  # no trial there, which is told already
-            pass
     return list(problems.values())
+
+
+def _with_known_model(sweep: "SweepConfig", point: Mapping[str, Any]) -> TrialConfig | None:
+    """The trial at a point; none where there is none, or its model is not known, which is told already."""
+    from halora.training.models import estimated_shape
+
+    try:
+        config = sweep.resolve(point)
+        estimated_shape(config.model)
+    except ValueError:
+        return None
+    return config
