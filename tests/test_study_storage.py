@@ -31,7 +31,8 @@ def _change(study: SweepStudy) -> list[tuple]:
         study.count_lost_workers(study.trial(number), 1)
         study.scored(study.trial(number), {"accuracy": i / TRIALS, "step": 3})
         if i % 2:
-            study.finished(study.trial(number), i / TRIALS, {})
+            study.finished(study.trial(number), {"accuracy": i / TRIALS, "step": 9})
+            study.tell(study.trial(number), {})
         else:
             study.failed(number)
         study.spend(i / 60)

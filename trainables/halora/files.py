@@ -4,19 +4,24 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 from pathlib import Path
 from typing import Any
 
 
 def write_whole(path: Path, text: str, *, durable: bool = False) -> None:
     """Write a text file; one that is `durable` is on the disk itself when this returns, power loss or not."""
-    scratch = path.with_name(f".{path.name}.partial")
-    with scratch.open("w") as file:
-        file.write(text)
-        if durable:
-            file.flush()
-            os.fsync(file.fileno())
-    scratch.replace(path)
+    scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")  # two may write the same file
+    try:
+        with scratch.open("w", encoding="utf-8") as file:
+            file.write(text)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        scratch.replace(path)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
     if durable:
         folder = os.open(path.parent, os.O_RDONLY)
         try:
