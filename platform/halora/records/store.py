@@ -43,7 +43,15 @@ class Store:
     @property
     def tracking_uri(self) -> str:
         """MLflow's tracking URI."""
-        return self.server or f"sqlite:///{self.root / 'mlflow.db'}"
+        from sqlalchemy.engine import URL
+
+        own = URL.create("sqlite", database=str(self.root / "mlflow.db"))  # which quotes what means something in a URL
+        return self.server or own.render_as_string()
+
+    @property
+    def remote(self) -> bool:
+        """Whether the tracking URI is that of a server, and not of a file of this machine."""
+        return bool(urlsplit(self.tracking_uri).hostname)
 
     def serving(self, sweep: str) -> "Store":
         """This store with the server that a sweep is recorded in, where none was asked for."""

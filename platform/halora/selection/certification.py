@@ -179,11 +179,11 @@ def certify(
     found = work.result(gates, rows, adapter_bytes)
     file = attempt.folder(folder) / names.CERTIFICATION_FILE
     if not file.exists() or json.loads(file.read_text()) != json.loads(json.dumps(found.to_json())):
-        write_json(file, found.to_json())
         with TemporaryDirectory() as scratch:
             write_json(Path(scratch) / names.CERTIFICATION_FILE, found.to_json())
             write_json(Path(scratch) / names.SCORES_FILE, work.certified.to_json())
             log_certification(client, run.info.run_id, attempt.number, Path(scratch))
+        write_json(file, found.to_json())  # last: what is in the file is in MLflow
     return found
 
 

@@ -15,6 +15,7 @@ import yaml
 from halora.analysis.trials import TrialPoint, grouped
 from halora.errors import UserError
 from halora.evaluation.damage import described
+from halora.files import write_whole
 from halora.records.names import ENERGY, VIOLATION
 from halora.records.store import Store, SweepFolder
 from halora.spaces.search import total_violation
@@ -93,11 +94,11 @@ def launch(
     open_client(store)
     folder.root.mkdir(parents=True)
     if store.server:
-        folder.server_file.write_text(store.server)
+        write_whole(folder.server_file, store.server)
     if curves:
         folder.curves_file.write_bytes(curves.read_bytes())
     sweep = sweep.model_copy(update={"launch": uuid4().hex})
-    folder.sweep_file.write_text(yaml.safe_dump(sweep.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    write_whole(folder.sweep_file, yaml.safe_dump(sweep.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
     return _run(sweep, store, watcher, cluster, metrics_port)
 
 
@@ -119,7 +120,7 @@ def resume(
     """
     folder = store.existing(name)
     if store.server:
-        folder.server_file.write_text(store.server)
+        write_whole(folder.server_file, store.server)
     sweep = load_sweep(str(folder.sweep_file))
     if not folder.curves_file.exists():
         _check_workers(sweep, store, cluster, store.storage or folder.storage_url)

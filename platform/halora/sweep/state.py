@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import struct
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,9 @@ from halora.sweep.problem import problem_of
 from halora.sweep.samplers import fitting_trials
 from halora.sweep.study import SweepStudy
 from halora.sweep.study_storage import storage_of
+
+
+_FLOCK = "hhqqi4x"  # C's struct flock on Linux: type, whence, start, length, process
 
 
 def load_core(name: str, store: Store) -> tuple[SweepConfig, DecisionCore]:
@@ -63,15 +67,13 @@ def check_not_launched(folder: SweepFolder) -> None:
 
 
 def is_running(folder: SweepFolder) -> bool:
-    """Whether a process of this machine is running the sweep."""
+    """Whether a process of this machine is running the sweep. Asking takes no lock, so that it never keeps one off."""
     try:
-        with folder.lock_file.open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return False
+        with folder.lock_file.open("rb") as lock:
+            held = fcntl.fcntl(lock, fcntl.F_OFD_GETLK, _whole_file(fcntl.F_WRLCK))
     except FileNotFoundError:
         return False
-    except BlockingIOError:
-        return True
+    return bool(struct.unpack(_FLOCK, held)[0] != fcntl.F_UNLCK)
 
 
 @contextmanager
@@ -83,7 +85,7 @@ def only_driver(folder: SweepFolder) -> Iterator[None]:
     """
     with folder.lock_file.open("a") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.fcntl(lock, fcntl.F_OFD_SETLK, _whole_file(fcntl.F_WRLCK))
         except BlockingIOError:
             raise UserError(
                 f"sweep '{folder.name}' is running in another process",
@@ -93,3 +95,8 @@ def only_driver(folder: SweepFolder) -> Iterator[None]:
         lock.write(str(os.getpid()))
         lock.flush()
         yield
+
+
+def _whole_file(kind: int) -> bytes:
+    """A lock on all of a file, for `fcntl`. It belongs to the open file, as one of `flock` does, but can be asked for."""
+    return struct.pack(_FLOCK, kind, os.SEEK_SET, 0, 0, 0)
