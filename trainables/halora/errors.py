@@ -1,6 +1,6 @@
 """What a user is told when something they can mend is wrong; imports nothing of the project."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from difflib import get_close_matches
 
 
@@ -27,6 +27,14 @@ class UnreachableError(UserError):
 
 class StorageError(UnreachableError):
     """Storage cannot be reached, read or written now; what is in it is as it was."""
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """An error and those that led to it, from the last to the first."""
+    found: BaseException | None = error
+    while found is not None:
+        yield found
+        found = found.__cause__ or found.__context__
 
 
 def attempt[T](problems: list[str], call: Callable[[], T]) -> T | None:

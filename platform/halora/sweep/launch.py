@@ -205,10 +205,12 @@ def _run(sweep: SweepConfig, store: Store, watcher: Watcher, cluster: Cluster, m
             except KeyboardInterrupt:
                 pass
             finally:
-                _tell_end(sweep, core, watcher)
-                record_as_studied(core.trials(), recorder)
-                recorder.record_estimates(core.estimates())
-                recorder.finish(interrupted=not ended)
+                try:
+                    _tell_end(sweep, core, watcher)
+                    record_as_studied(core.trials(), recorder)
+                    recorder.record_estimates(core.estimates())
+                finally:  # the study may be away
+                    recorder.finish(interrupted=not ended)
                 events.prune()
         return Outcome(ended, core.counts()["failed"], comparison)
 

@@ -17,6 +17,7 @@ import ray
 from halora.errors import UnreachableError
 from halora.spaces.sweep import SweepConfig
 from halora.sweep.cluster import LOCAL, Cluster
+from halora.sweep.interrupts import sigterm_as_interrupt
 
 NAMESPACE = "halora"
 """Ray's namespace of all that a sweep starts."""
@@ -63,6 +64,7 @@ def ray_session(processes: int, *, cpus: int | None = None, cluster: Cluster = L
             runtime_env={"env_vars": {"OMP_NUM_THREADS": str(cpus or share), **environment}},
         )
         try:
+            sigterm_as_interrupt()
             yield
         finally:
             ray.shutdown()
@@ -93,6 +95,7 @@ def joined(cluster: Cluster, environment: dict[str, str]) -> Iterator[None]:
         except Exception as error:  # ConnectionError, AuthenticationError, RuntimeError of unequal versions ...
             raise unreachable(cluster.address, error) from None
         try:
+            sigterm_as_interrupt()
             yield
         finally:
             ray.shutdown()

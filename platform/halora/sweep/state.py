@@ -18,7 +18,6 @@ from halora.sweep.samplers import fitting_trials
 from halora.sweep.study import SweepStudy
 from halora.sweep.study_storage import storage_of
 
-
 _FLOCK = "hhqqi4x"  # C's struct flock on Linux: type, whence, start, length, process
 
 
@@ -98,5 +97,5 @@ def only_driver(folder: SweepFolder) -> Iterator[None]:
 
 
 def _whole_file(kind: int) -> bytes:
-    """A lock on all of a file, for `fcntl`. It belongs to the open file, as one of `flock` does, but can be asked for."""
+    """A lock on all of a file, for `fcntl`: it belongs to the open file, as one of `flock` does."""
     return struct.pack(_FLOCK, kind, os.SEEK_SET, 0, 0, 0)

@@ -5,7 +5,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
-from halora.errors import UnreachableError, UserError
+from halora.errors import UnreachableError, UserError, causes
 from halora.records.journal import append_line
 from halora.records.store import SweepFolder
 
@@ -82,7 +82,7 @@ class PatientStorage(RDBStorage):
         known = url.startswith(("postgresql", "mysql", "mariadb"))
         waiting = {"connect_timeout": _CONNECTING_S} if known else {}
         super().__init__(url, engine_kwargs={"pool_pre_ping": True, "connect_args": waiting})
-        self._say = say
+        self._say, self._given_up = say, False
 
     def _create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> FrozenTrial:
         assert template_trial is not None  # trials are begun with all their values
@@ -118,7 +118,8 @@ class PatientStorage(RDBStorage):
         Raises:
             UnreachableError: It stays away, or refuses for a reason that waiting does not change.
         """
-        end, delay_s, gone = time.monotonic() + _PATIENCE_S, 0.2, False
+        patience_s = 0.0 if self._given_up else _PATIENCE_S
+        end, delay_s, gone = time.monotonic() + patience_s, 0.2, False
         while True:
             try:
                 found = (again if again and gone else call)()
@@ -126,7 +127,8 @@ class PatientStorage(RDBStorage):
                 if not _is_away(error):
                     told = f"the study's database refuses: {_cause(error, self.url)}"
                     raise UnreachableError(told, "put that right and resume the sweep") from None
-                if time.monotonic() > end:
+                if time.monotonic() >= end:
+                    self._given_up = True  # what is still to be written at the end of the sweep waits no more
                     told = f"the study's database has been away for {_PATIENCE_S / 60:.0f} minutes"
                     raise UnreachableError(told, "start it and resume the sweep") from None
                 if not gone:
@@ -173,7 +175,7 @@ def _is_away(error: BaseException) -> bool:
 
     A server that can be reached and refuses says why with the code of its error, or as FATAL while it is connected to.
     """
-    for each in _chain(error):
+    for each in causes(error):
         if isinstance(each, DBAPIError):
             text, code = str(each.orig), str(getattr(each.orig, "sqlstate", None) or "")
             if code.startswith(_AWAY_CODES) or _AWAY.search(text):
@@ -191,17 +193,9 @@ _REFUSED = re.compile(r"FATAL|authentication|does not exist|denied|database is f
 
 def _cause(error: BaseException, url: str) -> str:
     """What a database said, on one line, without its password."""
-    said = next((each.orig for each in _chain(error) if isinstance(each, DBAPIError) and each.orig), None)
+    said = next((each.orig for each in causes(error) if isinstance(each, DBAPIError) and each.orig), None)
     if said is None:
         return type(error).__name__  # its text may hold the password
     text = " ".join(str(said).split())[:300]
     password = make_url(url).password
     return text.replace(str(password), "***") if password else text
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    """An error and those that led to it."""
-    found: BaseException | None = error
-    while found is not None:
-        yield found
-        found = found.__cause__ or found.__context__
