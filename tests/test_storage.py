@@ -152,6 +152,8 @@ def test_an_upload_that_was_killed_is_not_taken_for_a_checkpoint(base, tmp_path)
     assert _content(tmp_path / "there") == _content(whole)
     assert len(storage.reports()) == 2
     storage.put_checkpoint(_checkpoint(tmp_path / "again", 4))
+    assert len(_objects(url)) == 20 + 7  # whoever wrote the 20 may only be frozen
+    storage.put_checkpoint(_checkpoint(tmp_path / "further", 6))
     assert len(_objects(url)) == 7  # files of one checkpoint and its manifest
 
 
