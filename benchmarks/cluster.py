@@ -24,7 +24,7 @@ import psutil
 import yaml
 
 from benchmarks.harness import Work, interleave, parser, record, rows_done, run, save
-from halora.trial import RESULT_FILE
+from halora.trial_folder import RESULT_FILE
 
 NODES = 4
 BATCH_SIZE = 2
@@ -75,7 +75,7 @@ class Sweep:
         """Run it."""
         with TemporaryDirectory() as folder:
             path = Path(folder) / "sweep.yaml"
-            path.write_text(yaml.safe_dump(sweep_of(self._trials)))
+            path.write_text(yaml.safe_dump(sweep_of(self._trials)), encoding="utf-8")
             own = [str(Path(sys.executable).with_name("halora")), "sweep", "launch", str(path), "--follow"]
             own += ["--address", self._address, "--store", f"{folder}/store"]
             other = [sys.executable, "-m", "benchmarks.cluster", "--trials", str(self._trials)]
@@ -121,9 +121,9 @@ def run_plain(folder: Path, address: str, trials: int) -> None:
     from ray.tune.search.optuna import OptunaSearch
 
     from halora.heartbeat import Heartbeats
+    from halora.settings.trial import Goal
     from halora.spaces.sweep import load_sweep
     from halora.trainable import HaloraTrainable
-    from halora.trial import Goal
 
     sweep = load_sweep(str(folder / "sweep.yaml"))
     ray.init(address=address, log_to_driver=False, runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}})

@@ -15,10 +15,10 @@ from halora.hardware.addressing import NoiseKey, Role
 from halora.hardware.chip import load_chip
 from halora.hardware.instance import ChipInstance
 from halora.hardware.noise import mean_db
-from halora.trainable import task_rows
 from halora.training.batches import pack
 from halora.training.models import load_base
 from halora.training.rram import install
+from halora.trial_runner import task_rows
 
 _MODELS = ("smollm2-135m-instruct", "smollm2-135m-instruct-outliers")
 _PRESETS = ("halora-2026-tensor-max", "halora-2026", "halora-2026-channel-max", "halora-2026-absolute")

@@ -23,10 +23,10 @@ from benchmarks.harness import Way, Work, interleave, parser, record, save, use_
 from benchmarks.ways import SIGMA, PlainSteps, trial
 from halora.hardware.addressing import NoiseKey, Role
 from halora.hardware.instance import ChipInstance
-from halora.trainable import Workbench
+from halora.settings.trial import TrialConfig
 from halora.training.batches import pack
 from halora.training.models import find_model
-from halora.trial import TrialConfig
+from halora.trial_runner import TrialRunner
 
 _TOLERANCE_NATS = 1e-3  # in fp32; sums in another order
 _CHECKED_ROWS = 40
@@ -63,16 +63,16 @@ class OurScores:
     def __init__(self, config: TrialConfig, adapter: Path) -> None:
         self._config, self._adapter = config, adapter
         self._chips = count()
-        self._workbench = Workbench()
-        base, _ = self._workbench.base(config)
-        rows = self._workbench.scored_rows(config)
+        self._runner = TrialRunner()
+        base, _ = self._runner.base(config)
+        rows = self._runner.scored_rows(config)
         tokens = sum(len(pack(row, base.tokenizer).sources) for row in rows)
         self._work = Work(len(rows), plain.dtype_name(base.causal_lm), torch.get_num_threads(), tokens)
         self.margins: tuple[tuple[float, ...], ...] = ()
 
     def __call__(self) -> Work:
         """Score on clean weights and on a chip instance."""
-        scores = self._workbench.evaluate(self._config, self._adapter, first_chip=next(self._chips))
+        scores = self._runner.evaluate(self._config, self._adapter, first_chip=next(self._chips))
         self.margins = (scores.clean, *scores.noisy)
         return replace(self._work, rows=len(scores.row_ids))
 
@@ -98,7 +98,7 @@ class PlainScores:
         put_noise: Callable[[plain.NoisyWeights], None] = plain.NoisyWeights.redraw,
     ) -> None:
         self._batch_size, self._by_length, self._put_noise = batch_size, by_length, put_noise
-        self._rows = Workbench().scored_rows(config)
+        self._rows = TrialRunner().scored_rows(config)
         model, self._tokenizer = plain.load(find_model(config.model, config.training.dtype), config.training.dtype)
         self._noise = plain.NoisyWeights(model, SIGMA)
         self._model = PeftModel.from_pretrained(model, adapter)
@@ -137,7 +137,7 @@ def check_equal_margins(config: TrialConfig, adapter: Path) -> float:
     Raises:
         AssertionError: They have not.
     """
-    _, array = Workbench().base(config)
+    _, array = TrialRunner().base(config)
 
     def put_chip_instance(noise: plain.NoisyWeights) -> None:
         array.program(ChipInstance(config.chip, NoiseKey(role=Role.SEARCH, chip_seed=0), config.chip.noise.level))

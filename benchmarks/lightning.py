@@ -20,10 +20,10 @@ from pathlib import Path
 from benchmarks.harness import interleave, parser, record, save, use_threads
 from benchmarks.ways import CLEAN, SIGMA, OurSteps, trial
 from halora.selection.lightning import PACKAGE
-from halora.trainable import Workbench
+from halora.settings.trial import TrialConfig
 from halora.training.models import cache_dir, extensions_dir
 from halora.training.rram import RramLinear
-from halora.trial import TrialConfig
+from halora.trial_runner import TrialRunner
 
 _TOLERANCE = 1e-3  # of a loss in fp32, relative; a sum in another order
 
@@ -57,14 +57,14 @@ def lightning_steps(config: TrialConfig, sigma: float) -> OurSteps:
     hardware.modifier.noise_type = WeightNoiseInjectionType.ADD_NORMAL
     hardware.modifier.std_dev = sigma
     hardware.mapping.max_input_size = -1  # one crossbar per matrix, as in our way
-    workbench = Workbench()
-    causal_lm = workbench.base(config)[0].causal_lm
+    runner = TrialRunner()
+    causal_lm = runner.base(config)[0].causal_lm
     for name, layer in list(causal_lm.named_modules()):
         if isinstance(layer, RramLinear):
             parent, _, child = name.rpartition(".")
             analog = AnalogLinear.from_digital(layer, hardware).requires_grad_(False)
             setattr(causal_lm.get_submodule(parent), child, analog)
-    return OurSteps(config, workbench)
+    return OurSteps(config, runner)
 
 
 def check_equal_losses() -> None:
@@ -97,7 +97,7 @@ def _environment() -> Path:
         asked = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
         packages = Path(subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip())
         ours = sysconfig.get_path("purelib")
-        (packages / "this-project.pth").write_text(f"import site; site.addsitedir({ours!r})\n")
+        (packages / "this-project.pth").write_text(f"import site; site.addsitedir({ours!r})\n", encoding="utf-8")
         install = [sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", PACKAGE]
         subprocess.run([*install, "--quiet", "--disable-pip-version-check"], check=True)
         ready.touch()

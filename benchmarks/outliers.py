@@ -1,11 +1,11 @@
 """What the largest weights in SRAM give back, untrained and trained: no timing, accuracies with their intervals.
 
 SmolLM2 and its twin with a Qwen2.5's weight outliers on ARC-Easy, on instances of `halora-2026` without converters
-under two readings of sigma, and on chips of measured cells, in bf16. Adapters of rank 4 are trained for 120 steps of 16
-rows at 1e-3 with nothing in SRAM, `noise_lora` at sigma 0.01 of the tensor's largest weight, one seed each. Accuracies
-are over validation rows that no training or search has seen, on the same chips; in brackets 95 % intervals over rows
-and chips. Prints a row as soon as it is known; about four hours of one core. `--methods untrained --rows 60 --chips 3`
-takes half an hour.
+under two readings of sigma, and on chips of measured cells. Adapters of rank 4 are trained for 120 steps of 16 rows
+at 1e-3 with nothing in SRAM, `noise_lora` at sigma 0.01 of the tensor's largest weight, one seed each. Accuracies are
+over validation rows that no training or search has seen, on the same chips; in brackets 95 % intervals over rows and
+chips. Prints a row as soon as it is known; about four hours of one core. `--methods untrained --rows 60 --chips 3`
+takes half an hour. A core without bfloat16 instructions is several times faster with `--dtype fp32`.
 
     python -m benchmarks.outliers
 """
@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 
 from halora.evaluation.intervals import share
+from halora.settings.trial import TrialConfig
 from halora.spaces.sweep import load_trial
-from halora.trainable import Workbench
-from halora.trial import TrialConfig, adapter_folder
+from halora.trial_folder import adapter_folder
+from halora.trial_runner import TrialRunner
 
 _LOSSLESS = {"adc": {"lossless": True}, "dac": {"lossless": True}}
 _READINGS = {"halora-2026-tensor-max": (0.01, 0.02, 0.04), "halora-2026": (0.02, 0.04, 0.08)}
@@ -35,11 +36,11 @@ _FIRST_ROW = 200
 def _config(
     model: str, chip: dict[str, Any], share_in_sram: float, strengths: tuple[float, ...], size: Any
 ) -> TrialConfig:
-    evaluation = {"rows": size.rows, "chip_instances": size.chips, "noise_levels": list(strengths)}
+    evaluation = {"rows": size.rows, "chip_instances": size.chips, "noise_strengths": list(strengths)}
     settings = {
         "model": model,
         "chip": {**chip, **_LOSSLESS, "mapping": {"outliers": {"share": share_in_sram}}},
-        "training.dtype": "bf16",
+        "training.dtype": size.dtype,
         **{f"evaluation.{name}": value for name, value in evaluation.items()},
     }
     return load_trial("quickstart", settings)
@@ -47,30 +48,32 @@ def _config(
 
 def _cells() -> Iterator[tuple[str, str, str, dict[str, Any], tuple[float, ...]]]:
     """Base, adapter, name of the chip, the chip, and further strengths: the rows of the table, most wanted first."""
-    for model, method in ((_SMOLLM2, "lora"), (_SMOLLM2, "noise_lora"), (_SMOLLM2, _UNTRAINED), (_TWIN, _UNTRAINED)):
-        for preset, (own, *others) in _READINGS.items():
-            yield model, method, preset, {"preset": preset, "noise": {"sigma": own}}, tuple(others)
+    for preset, (own, *others) in _READINGS.items():
+        chip = {"preset": preset, "noise": {"sigma": own}}
+        for method in _METHODS:
+            yield _SMOLLM2, method, preset, chip, tuple(others)
+        yield _TWIN, _UNTRAINED, preset, chip, tuple(others)
     for model in (_SMOLLM2, _TWIN):
         for preset in ("cmo-hfox", "neurram-2022"):
             yield model, _UNTRAINED, preset, {"preset": preset}, ()
 
 
-def _trained(workbench: Workbench, method: str, folder: Path) -> Path | None:
+def _trained(runner: TrialRunner, method: str, dtype: str, folder: Path) -> Path | None:
     """The adapter's folder; none for the untrained base."""
     if method == _UNTRAINED:
         return None
     settings = {
         "chip": {"preset": "halora-2026-tensor-max", **_LOSSLESS},
         "training.method": method,
-        "training.dtype": "bf16",
+        "training.dtype": dtype,
         "training.steps": 120,
         "training.batch_size": 16,
         "training.learning_rate": 1e-3,
         "training.report_every": 40,
-        "training.schedule": {"sigma_start": 0.01, "redraw_steps": 4},
+        "training.schedule": {"strength_start": 0.01, "redraw_steps": 4},
         "lora.rank": 4,
     }
-    training = workbench.train(load_trial("quickstart", settings), folder)
+    training = runner.train(load_trial("quickstart", settings), folder)
     while not training.done:
         training.advance()
     training.close()
@@ -84,18 +87,19 @@ def main() -> None:
     parser.add_argument("--chips", type=int, default=10, help="chip instances")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.0, 0.001], help="shares of the weights in SRAM")
     parser.add_argument("--methods", nargs="+", choices=_METHODS, default=_METHODS, help="adapters to look at")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the frozen weights and products")
     size = parser.parse_args()
     print("| base | adapter | chip | share in SRAM | noise dB | clean | accuracy at each strength |")
     print("|---|---|---|---|---|---|---|")
-    workbench = Workbench()
+    runner = TrialRunner()
     with TemporaryDirectory() as scratch:
-        adapters = {method: _trained(workbench, method, Path(scratch) / method) for method in size.methods}
+        adapters = {method: _trained(runner, method, size.dtype, Path(scratch) / method) for method in size.methods}
         for model, method, name, chip, others in _cells():
             if method not in size.methods:
                 continue
             for share_in_sram in size.shares:
                 config = _config(model, chip, share_in_sram, others, size)
-                scores = workbench.evaluate(config, adapters[method], first_row=_FIRST_ROW)
+                scores = runner.evaluate(config, adapters[method], first_row=_FIRST_ROW)
                 right = [scores.noisy_correct, *scores.level_correct]
                 levels = [config.chip.noise.level, *others]
                 said = [

@@ -22,7 +22,7 @@ from sqlalchemy import create_engine, insert
 from starlette.testclient import TestClient
 
 from benchmarks.harness import Record, Way, Work, interleave, parser, record, save
-from halora.analysis.trials import TrialPoint
+from halora.analysis.trials import RecordedTrial
 from halora.dashboard.app import create_app
 from halora.records import names
 from halora.records.index import read_ledger
@@ -49,7 +49,7 @@ def main() -> None:
 def _measured(store: Store, trials: int, rounds: int) -> list[Record]:
     folder = store.sweep(_SWEEP)
     folder.root.mkdir(parents=True)
-    folder.sweep_file.write_text((SHIPPED / f"{_SWEEP}.yaml").read_text())
+    folder.sweep_file.write_text((SHIPPED / f"{_SWEEP}.yaml").read_text(encoding="utf-8"), encoding="utf-8")
     generated_journal(folder.journal_file, trials)
     points = read_ledger(store, _SWEEP).points()  # makes the index, as a sweep leaves it
     seconds = interleave({"MLflow": searched(store, points), **_pages(store, trials)}, rounds)
@@ -77,7 +77,7 @@ def _pages(store: Store, trials: int) -> dict[str, Way]:
     }
 
 
-def searched(store: Store, points: Sequence[TrialPoint]) -> Way:
+def searched(store: Store, points: Sequence[RecordedTrial]) -> Way:
     """A search for the trials as runs of MLflow, which are made before."""
     client = MlflowClient(store.tracking_uri)
     experiment = client.create_experiment("beside", artifact_location=(store.root / "artifacts").as_uri())
@@ -97,7 +97,7 @@ def searched(store: Store, points: Sequence[TrialPoint]) -> Way:
     return search
 
 
-def fill(store: Store, experiment: int, points: Sequence[TrialPoint]) -> None:
+def fill(store: Store, experiment: int, points: Sequence[RecordedTrial]) -> None:
     """Write trials into MLflow's tables as its client would, which takes minutes for ten thousand."""
     runs, params, tags, metrics = [], [], [], []
     for point in points:

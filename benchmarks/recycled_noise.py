@@ -22,8 +22,9 @@ from benchmarks.ways import trial
 from halora.evaluation.intervals import crossed
 from halora.hardware import draws
 from halora.hardware.addressing import NoiseKey
-from halora.trainable import Workbench
-from halora.trial import TrialConfig, adapter_folder
+from halora.settings.trial import TrialConfig
+from halora.trial_folder import adapter_folder
+from halora.trial_runner import TrialRunner
 
 
 def main() -> None:
@@ -34,7 +35,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=48)
     parser.add_argument("--chips", type=int, default=2)
     arguments = parser.parse_args()
-    workbench = Workbench()
+    runner = TrialRunner()
     recycled, true = [], []
     for seed in range(arguments.seeds):
         config = trial(
@@ -45,9 +46,9 @@ def main() -> None:
                 "evaluation": {"rows": arguments.rows, "chip_instances": arguments.chips},
             }
         )
-        recycled.append(margins(workbench, config))
+        recycled.append(margins(runner, config))
         with true_draws():
-            true.append(margins(workbench, config))
+            true.append(margins(runner, config))
         print(f"seed {seed}: recycled {recycled[-1].mean():.3f}, true {true[-1].mean():.3f} nats", flush=True)
     for name, values in {
         "recycled": np.array(recycled),
@@ -58,14 +59,14 @@ def main() -> None:
         print(f"margin in nats, {name}: {found.mean:.3f}, 95 % interval [{found.low:.3f}, {found.high:.3f}]")
 
 
-def margins(workbench: Workbench, config: TrialConfig) -> np.ndarray:
+def margins(runner: TrialRunner, config: TrialConfig) -> np.ndarray:
     """Margin of every scored row after training, the mean over chip instances, `(rows,)`."""
     with tempfile.TemporaryDirectory() as folder:
-        training = workbench.train(config, Path(folder))
+        training = runner.train(config, Path(folder))
         while not training.done:
             training.advance()
         training.close()
-        return np.array(workbench.evaluate(config, adapter_folder(Path(folder))).noisy).mean(axis=0)
+        return np.array(runner.evaluate(config, adapter_folder(Path(folder))).noisy).mean(axis=0)
 
 
 @contextmanager

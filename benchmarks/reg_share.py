@@ -12,8 +12,8 @@ import argparse
 from statistics import median
 
 from halora.spaces.sweep import load_trial
-from halora.trainable import Workbench
 from halora.training.engine import Finetuner
+from halora.trial_runner import TrialRunner
 
 _PARTS = {"": "A and B", "_a": "A", "_b": "B"}
 
@@ -28,9 +28,9 @@ def main() -> None:
     parser.add_argument("--norm", choices=("frobenius", "spectral"), default="frobenius")
     parser.add_argument("--chip", default="halora-2026")
     arguments = parser.parse_args()
-    workbench = Workbench()
+    runner = TrialRunner()
     for reduction in ("mean", "sum"):
-        reports = _reports(workbench, arguments, reduction)
+        reports = _reports(runner, arguments, reduction)
         print(f"\n{arguments.norm}, {reduction} over the modules, mu {arguments.mu:g}")
         print("step  task gradient  share of A and B  of A      of B")
         for step, report in enumerate(reports, start=1):
@@ -43,7 +43,7 @@ def main() -> None:
             print(f"{name}: {min(found):.4f} to {max(found):.4f}, median {middle:.4f}; {', '.join(mus)}")
 
 
-def _reports(workbench: Workbench, arguments: argparse.Namespace, reduction: str) -> list[dict[str, float]]:
+def _reports(runner: TrialRunner, arguments: argparse.Namespace, reduction: str) -> list[dict[str, float]]:
     """What every step saw."""
     settings = {
         "chip": arguments.chip,
@@ -56,8 +56,8 @@ def _reports(workbench: Workbench, arguments: argparse.Namespace, reduction: str
         "training.steps": arguments.steps,
     }
     config = load_trial("quickstart", settings)
-    base, array = workbench.base(config)
-    finetuner = Finetuner(base, array, workbench.training_rows(config, config.training.train_rows), config)
+    base, array = runner.base(config)
+    finetuner = Finetuner(base, array, runner.training_rows(config, config.training.train_rows), config)
     try:
         return [finetuner.train_steps(1) for _ in range(arguments.steps)]
     finally:

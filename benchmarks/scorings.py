@@ -11,11 +11,12 @@ from typing import get_args
 
 from halora.cli.output import Format, show_rows
 from halora.evaluation.scoring import margin, option_scores, per_byte
+from halora.settings.names import KNOWN_TASKS
 from halora.training.batches import pack
 from halora.training.models import load_base
 from halora.training.prompts import prepared_rows
 from halora.training.rram import install
-from halora.training.tasks import KNOWN_TASKS, Split, load_rows
+from halora.training.tasks import Split, load_rows
 
 
 def main() -> None:

@@ -18,8 +18,8 @@ from transformers.masking_utils import sdpa_mask
 from benchmarks.harness import Record, Way, interleave, parser, record, save, use_threads
 from benchmarks.ways import CHIP, CLEAN, OurSteps, PlainSteps, trial
 from halora.hardware.addressing import derive_seed
+from halora.settings.trial import TrialConfig
 from halora.training.attention import RowLayout, attend_on_cpu
-from halora.trial import TrialConfig
 
 PADDED_ATTENTION = "halora_padded"
 _MU = 0.1

@@ -14,11 +14,11 @@ from statistics import fmean, stdev
 import torch
 from torch import Tensor
 
+from halora.settings.trial import TrialConfig
 from halora.spaces.sweep import load_trial
-from halora.trainable import Workbench, task_rows
 from halora.training.adapter import lora_pairs
 from halora.training.engine import Finetuner
-from halora.trial import TrialConfig
+from halora.trial_runner import TrialRunner, task_rows
 
 _MUS = (0.0, 0.1, 1.0, 10.0)
 _SMOOTHED = 4  # steps that the task loss is averaged over
@@ -34,11 +34,9 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--sigma", type=float, default=0.01)
     arguments = parser.parse_args()
-    workbench = Workbench()
+    runner = TrialRunner()
     for norm in ("frobenius", "spectral"):
-        runs = {
-            (mu, seed): _gaps(workbench, arguments, mu, seed, norm) for mu in _MUS for seed in range(arguments.seeds)
-        }
+        runs = {(mu, seed): _gaps(runner, arguments, mu, seed, norm) for mu in _MUS for seed in range(arguments.seeds)}
         reached = max(min(losses) for losses, _ in runs.values())
         print(f"\nL_reg {norm}; matched at a task loss of {reached:.3f} nats")
         print("mu     step  gap at that step  gap at the end")
@@ -54,7 +52,7 @@ def main() -> None:
 
 
 def _gaps(
-    workbench: Workbench, arguments: argparse.Namespace, mu: float, seed: int, norm: str
+    runner: TrialRunner, arguments: argparse.Namespace, mu: float, seed: int, norm: str
 ) -> tuple[list[float], list[float]]:
     """Smoothed task losses of the ideal run, and the relative gap after every step."""
     settings = {
@@ -65,12 +63,12 @@ def _gaps(
         "training.reg_reduction": "mean",
         "training.steps": arguments.steps,
         "training.batch_size": arguments.batch_size,
-        "training.schedule": {"sigma_start": arguments.sigma, "redraw_steps": 4},
+        "training.schedule": {"strength_start": arguments.sigma, "redraw_steps": 4},
     }
     noisy = load_trial("quickstart", settings)
-    ideal = load_trial("quickstart", settings | {"chip": "ideal", "training.schedule": {"sigma_start": 0.0}})
-    losses, ideal_path = _trajectory(workbench, ideal)
-    _, noisy_path = _trajectory(workbench, noisy)
+    ideal = load_trial("quickstart", settings | {"chip": "ideal", "training.schedule": {"strength_start": 0.0}})
+    losses, ideal_path = _trajectory(runner, ideal)
+    _, noisy_path = _trajectory(runner, noisy)
     length, gaps, scale = 0.0, [], ideal.lora.alpha_over_rank
     for t in range(1, len(ideal_path)):
         length += scale * _distance(ideal_path[t], ideal_path[t - 1])
@@ -78,9 +76,9 @@ def _gaps(
     return [fmean(losses[t : t + _SMOOTHED]) for t in range(len(losses) - _SMOOTHED + 1)], gaps
 
 
-def _trajectory(workbench: Workbench, config: TrialConfig) -> tuple[list[float], list[Pairs]]:
+def _trajectory(runner: TrialRunner, config: TrialConfig) -> tuple[list[float], list[Pairs]]:
     """Task loss of every step, and the adapter before the first and after every step."""
-    base, array = workbench.base(config)
+    base, array = runner.base(config)
     finetuner = Finetuner(base, array, list(task_rows(config.task, "train", config.training.train_rows)), config)
     try:
         losses, path = [], [_copy(base.causal_lm)]

@@ -22,11 +22,11 @@ from benchmarks.harness import Work, interleave, parser, record, rows_done, run,
 from benchmarks.plain_sweep import RESULTS_FILE
 from benchmarks.ways import CHIP, SIGMA, row_order
 from halora.records.store import Store
+from halora.settings.training import Dtype
 from halora.spaces.sweep import SweepConfig, load_sweep
-from halora.trainable import Workbench
 from halora.training.batches import pack_answer
-from halora.training.config import Dtype
 from halora.training.models import find_model
+from halora.trial_runner import TrialRunner
 
 
 def main() -> None:
@@ -56,7 +56,7 @@ def short_sweep(trials: int, dtype: Dtype, model: str = "smollm2-135m-instruct",
                 "dtype": dtype,
                 "steps": 10,
                 "batch_size": 8,
-                "schedule": {"sigma_start": SIGMA, "redraw_steps": 1},
+                "schedule": {"strength_start": SIGMA, "redraw_steps": 1},
                 "report_every": 10,
                 "train_rows": 256,
             },
@@ -70,7 +70,7 @@ def short_sweep(trials: int, dtype: Dtype, model: str = "smollm2-135m-instruct",
     }
     with TemporaryDirectory() as folder:
         path = Path(folder) / "sweep.yaml"
-        path.write_text(yaml.safe_dump(content))
+        path.write_text(yaml.safe_dump(content), encoding="utf-8")
         return load_sweep(str(path))
 
 
@@ -79,9 +79,9 @@ class OurSweep:
 
     def __init__(self, sweep: SweepConfig) -> None:
         self._sweep, self._config = sweep, sweep.resolve({})
-        workbench = Workbench()
-        tokenizer = workbench.base(self._config)[0].tokenizer
-        rows = workbench.training_rows(self._config, self._config.training.train_rows)
+        runner = TrialRunner()
+        tokenizer = runner.base(self._config)[0].tokenizer
+        rows = runner.training_rows(self._config, self._config.training.train_rows)
         taken = chain.from_iterable(islice(row_order(self._config, rows), self._config.training.steps))
         self._loss_tokens = sum(len(pack_answer(rows[i], tokenizer).sources) for i in taken)
 
@@ -89,7 +89,7 @@ class OurSweep:
         """Run it."""
         with TemporaryDirectory() as folder:
             path = Path(folder) / "sweep.yaml"
-            path.write_text(yaml.safe_dump(self._sweep.model_dump(mode="json"), sort_keys=False))
+            path.write_text(yaml.safe_dump(self._sweep.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
             store = Store(Path(folder) / "store")
             halora = Path(sys.executable).with_name("halora")
             run([str(halora), "sweep", "launch", str(path), "--store", str(store.root)])
@@ -104,8 +104,8 @@ class PlainSweep:
 
     def __init__(self, sweep: SweepConfig) -> None:
         config = sweep.resolve({})
-        workbench = Workbench()
-        rows = workbench.training_rows(config, config.training.train_rows)
+        runner = TrialRunner()
+        rows = runner.training_rows(config, config.training.train_rows)
         self._job = {
             "trials": sweep.trials,
             "concurrent": sweep.concurrent,
@@ -118,15 +118,15 @@ class PlainSweep:
             "alpha": config.lora.rank * config.lora.alpha_over_rank,
             "train_rows": [asdict(row) for row in rows],
             "order": list(islice(row_order(config, rows), config.training.steps)),
-            "scored_rows": [asdict(row) for row in workbench.scored_rows(config)],
+            "scored_rows": [asdict(row) for row in runner.scored_rows(config)],
         }
 
     def __call__(self) -> Work:
         """Run it."""
         with TemporaryDirectory() as folder:
-            (Path(folder) / "job.json").write_text(json.dumps(self._job))
+            (Path(folder) / "job.json").write_text(json.dumps(self._job), encoding="utf-8")
             run([sys.executable, "-m", "benchmarks.plain_sweep", folder])
-            trials = json.loads((Path(folder) / RESULTS_FILE).read_text())
+            trials = json.loads((Path(folder) / RESULTS_FILE).read_text(encoding="utf-8"))
         (threads,) = {trial["threads"] for trial in trials}
         (dtype,) = {trial["dtype"] for trial in trials}
         rows = sum(trial["trained_rows"] + trial["scored_rows"] for trial in trials)

@@ -9,19 +9,20 @@ import torch
 
 from benchmarks import plain
 from benchmarks.harness import Work
+from halora.settings.names import task_weights
+from halora.settings.trial import TrialConfig
 from halora.spaces.sweep import load_trial
-from halora.trainable import Workbench
 from halora.training.batches import mixture_of, pack_answer, rows_at_step
 from halora.training.models import find_model
-from halora.training.tasks import Row, task_weights
-from halora.training.workers import Place
-from halora.trial import TrialConfig
+from halora.training.tasks import Row
+from halora.training.workers import WorkerRank
+from halora.trial_runner import TrialRunner
 
 SIGMA = 0.01
 """Of the training noise, over the largest weight of each matrix: the paper's."""
 CHIP = {"preset": "ideal", "noise": {"kind": "gaussian", "sigma": SIGMA, "reference": "tensor_max"}}
 """A chip with that noise and no other flaw, as the other ways know no other."""
-CLEAN = {"training.schedule": {"sigma_start": 0.0, "clean_probability": 1.0}}
+CLEAN = {"training.schedule": {"strength_start": 0.0, "clean_probability": 1.0}}
 """Settings of a trial that trains with L_reg on clean weights."""
 
 
@@ -31,7 +32,7 @@ def trial(settings: Mapping[str, Any]) -> TrialConfig:
         "chip": CHIP,
         "training.method": "halora",
         "training.reg_reduction": "mean",  # as the other ways have it
-        "training.schedule": {"shape": "constant", "sigma_start": SIGMA, "redraw_steps": 1},
+        "training.schedule": {"shape": "constant", "strength_start": SIGMA, "redraw_steps": 1},
     }
     return load_trial("quickstart", fixed | dict(settings))
 
@@ -47,16 +48,16 @@ class OurSteps:
 
     Args:
         config: The trial.
-        workbench: Holds the base model; a new one when left out.
+        runner: Holds the base model; a new one when left out.
     """
 
-    def __init__(self, config: TrialConfig, workbench: Workbench | None = None) -> None:
+    def __init__(self, config: TrialConfig, runner: TrialRunner | None = None) -> None:
         self.losses: list[float] = []
-        self._workbench = workbench or Workbench()
-        self._causal_lm = self._workbench.base(config)[0].causal_lm
-        self._finetuner = self._workbench.finetuner(config, Place(), None)
-        rows = self._workbench.training_rows(config, config.training.train_rows)
-        tokenizer = self._workbench.base(config)[0].tokenizer
+        self._runner = runner or TrialRunner()
+        self._causal_lm = self._runner.base(config)[0].causal_lm
+        self._finetuner = self._runner.finetuner(config, WorkerRank(), None)
+        rows = self._runner.training_rows(config, config.training.train_rows)
+        tokenizer = self._runner.base(config)[0].tokenizer
         self._option_tokens = [len(pack_answer(row, tokenizer).sources) for row in rows]
         self._order = row_order(config, rows)
 
@@ -69,7 +70,7 @@ class OurSteps:
 
     def close(self) -> None:
         """End the training."""
-        self._workbench.close(self._finetuner)
+        self._runner.close(self._finetuner)
 
 
 class PlainSteps:
@@ -94,7 +95,7 @@ class PlainSteps:
     ) -> None:
         self.losses: list[float] = []
         training, lora = config.training, config.lora
-        rows = Workbench().training_rows(config, training.train_rows)
+        rows = TrialRunner().training_rows(config, training.train_rows)
         model, tokenizer = plain.load(find_model(config.model, training.dtype), training.dtype, attention)
         noise = None if sigma is None else plain.NoisyWeights(model, sigma)
         model = plain.with_adapter(model, lora.rank, lora.rank * lora.alpha_over_rank, seed)

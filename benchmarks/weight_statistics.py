@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from halora.hardware.mapping import LM_HEAD
-from halora.training.config import LINEAR_NAMES
+from halora.settings.training import LINEAR_NAMES
 from halora.training.models import plain_base
 
 MAGNITUDES, PEAKS, MOST = 24, 6, 2**22

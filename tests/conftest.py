@@ -107,7 +107,7 @@ def tiny_trial(tiny_models: dict[str, str], tiny_task: str) -> Callable[..., Any
     Its keyword arguments are settings of the training; `architecture`, `chip`, `lora`, `evaluation` and `seed` are the
     trial's own.
     """
-    from halora.trial import TrialConfig
+    from halora.settings.trial import TrialConfig
 
     def make(architecture: str = "llama", chip: Any = "halora-2026", **settings: Any) -> TrialConfig:
         own = {name: settings.pop(name) for name in ("lora", "evaluation", "seed") if name in settings}

@@ -22,7 +22,7 @@ from halora.analysis.trials import (
     ENERGY,
     Answers,
     Objective,
-    TrialPoint,
+    RecordedTrial,
     check_objectives,
     filtered,
     grouped,
@@ -45,7 +45,7 @@ def _point(number, accuracy, energy, margin=0.0, width=0.1, **more):
         "energy_uj_per_token": energy,
         **more.pop("metrics", {}),
     }
-    return TrialPoint(number=number, metrics=metrics, **more)
+    return RecordedTrial(number=number, metrics=metrics, **more)
 
 
 def _answers(correct, group="g"):
@@ -159,7 +159,7 @@ def test_trials_that_met_the_same_rows_are_resampled_together():
     probability = front_probability(points, draws=20_000)
     assert probability[0] == 1.0
     assert probability[1] == pytest.approx(drawn_at_all, abs=0.01)
-    apart = [TrialPoint(number=p.number, metrics=p.metrics) for p in points]
+    apart = [RecordedTrial(number=p.number, metrics=p.metrics) for p in points]
     assert front_probability(apart, draws=2000)[1] < 0.75  # what their wide intervals alone would say
 
 
@@ -167,7 +167,7 @@ def test_after_a_race_the_draws_are_centred_on_its_estimates():
     """The raced trial met harder chips; its estimate is 0.1 above its plain mean, and so is every draw."""
     rng = np.random.default_rng(2)
     correct = rng.random((6, 40)) < 0.5
-    rival = TrialPoint(number=0, metrics={"accuracy": correct.mean() + 0.1, "energy_uj_per_token": 1.0})
+    rival = RecordedTrial(number=0, metrics={"accuracy": correct.mean() + 0.1, "energy_uj_per_token": 1.0})
     plain, estimated = (
         front_probability([rival, _point(1, correct.mean() + shift, 2.0, correct=_answers(correct))], draws=4000)[1]
         for shift in (0.0, 0.1)
@@ -190,7 +190,7 @@ def test_accuracies_are_resampled_over_rows_and_chips():
     correct = rng.random((5, 40)) < 0.6
     means = [correct[np.ix_(rng.integers(5, size=5), rng.integers(40, size=40))].mean() for _ in range(4000)]
     rival_accuracy = np.quantile(means, 0.025)  # a cheaper trial, known exactly
-    rival = TrialPoint(number=0, metrics={"accuracy": rival_accuracy, "energy_uj_per_token": 1.0})
+    rival = RecordedTrial(number=0, metrics={"accuracy": rival_accuracy, "energy_uj_per_token": 1.0})
     trial = _point(1, correct.mean(), 2.0, correct=_answers(correct))
     assert front_probability([rival, trial], draws=8000)[1] == pytest.approx(0.975, abs=0.01)
 
@@ -225,11 +225,11 @@ def test_trials_are_kept_apart_by_how_they_stand():
         _point(1, 0.9, 1.0, metrics={"constraint_violation.energy_uj_per_token": 0.5}),
         _point(2, float("nan"), 1.0),
         _point(3, 0.5, 1.0, metrics={"constraint_violation.clean_accuracy": -0.1}),
-        TrialPoint(number=4, state="failed", cause="loss nan"),
-        TrialPoint(number=5, state="running"),
-        TrialPoint(number=6, state="interrupted", metrics={"accuracy": 1.0, "energy_uj_per_token": 0.1}),
-        TrialPoint(number=7),
-        TrialPoint(number=8, state="stopped", metrics={"accuracy": 1.0, "energy_uj_per_token": 0.1}),
+        RecordedTrial(number=4, state="failed", cause="loss nan"),
+        RecordedTrial(number=5, state="running"),
+        RecordedTrial(number=6, state="interrupted", metrics={"accuracy": 1.0, "energy_uj_per_token": 0.1}),
+        RecordedTrial(number=7),
+        RecordedTrial(number=8, state="stopped", metrics={"accuracy": 1.0, "energy_uj_per_token": 0.1}),
         _point(9, 0.9, 1.0, metrics={"constraint_violation": 0.25}),
     ]
     groups = grouped(points)
@@ -261,8 +261,8 @@ def test_trials_are_kept_apart_by_how_they_stand():
         (["method=halora"], {0, 2}),
         (["rank>=4"], {1, 2}),
         (["lora.rank>=4", " method != halora "], {1, 3} & {1, 2}),
-        (["noise_level<0.02"], {0, 1}),
-        (["noise_level=0.010"], {0, 1}),
+        (["noise_strength<0.02"], {0, 1}),
+        (["noise_strength=0.010"], {0, 1}),
         (["accuracy>0.25"], {1, 2}),
         (["mu!=0.1"], {1, 2, 3}),
         (["mu=0.1"], {0}),
@@ -272,10 +272,10 @@ def test_trials_are_kept_apart_by_how_they_stand():
 )
 def test_filters_choose_by_labels_values_and_metrics(conditions, expected):
     points = [
-        _point(0, 0.1, 1.0, labels={"method": "halora", "noise_level": 0.01}, params={"lora.rank": 2, "t.mu": 0.1}),
-        _point(1, 0.5, 1.0, labels={"method": "lora", "noise_level": 0.01}, params={"lora.rank": 4}),
-        _point(2, 0.5, 1.0, labels={"method": "halora", "noise_level": 0.02}, params={"lora.rank": 8}),
-        _point(3, 0.2, 1.0, labels={"method": "a=b", "noise_level": 0.02}, params={}),
+        _point(0, 0.1, 1.0, labels={"method": "halora", "noise_strength": 0.01}, params={"lora.rank": 2, "t.mu": 0.1}),
+        _point(1, 0.5, 1.0, labels={"method": "lora", "noise_strength": 0.01}, params={"lora.rank": 4}),
+        _point(2, 0.5, 1.0, labels={"method": "halora", "noise_strength": 0.02}, params={"lora.rank": 8}),
+        _point(3, 0.2, 1.0, labels={"method": "a=b", "noise_strength": 0.02}, params={}),
     ]
     assert {p.number for p in filtered(points, conditions)} == expected
 
@@ -414,9 +414,9 @@ def _summary(points, **more):
 
 def test_a_trial_stands_at_every_strength_of_noise_it_was_scored_at():
     others = {"accuracy_at.0.02": 0.4, "accuracy_at.0.005": 0.6}
-    point = _point(0, 0.5, 1.0, labels={"noise_level": 0.01}, metrics=others)
+    point = _point(0, 0.5, 1.0, labels={"noise_strength": 0.01}, metrics=others)
     assert point.accuracy_by_level == {0.005: 0.6, 0.01: 0.5, 0.02: 0.4}
-    (markers,) = charts.noise_chart([point], "noise_level", "level")["data"]
+    (markers,) = charts.noise_chart([point], "noise_strength", "level")["data"]
     assert (markers["x"], markers["y"]) == ([0.005, 0.01, 0.02], [0.6, 0.5, 0.4])
 
 
@@ -428,7 +428,7 @@ def test_charts_are_valid_plotly_figures_and_hold_every_trial(count):
             i,
             rng.random(),
             1 + 4 * rng.random(),
-            labels={"method": rng.choice(["lora", "halora", "<b>own</b>"]), "noise_level": rng.choice([0.01, 0.02])},
+            labels={"method": rng.choice(["lora", "halora", "<b>own</b>"]), "noise_strength": rng.choice([0.01, 0.02])},
             params={"lora.rank": 4, "model": "<img src=x onerror=alert(1)>"},
             metrics={"noise_db": rng.uniform(-40, -10), "energy_uj_per_token.adc": 0.5}
             | ({"constraint_violation.energy": 0.5} if i % 5 == 4 else {}),
@@ -438,7 +438,7 @@ def test_charts_are_valid_plotly_figures_and_hold_every_trial(count):
     summary = _summary(points)
     drawn = [
         charts.front_chart(summary.front),
-        charts.noise_chart(points, "noise_level", "level"),
+        charts.noise_chart(points, "noise_strength", "level"),
         charts.noise_chart(points, "noise_db", "dB"),
         charts.energy_chart(summary.front),
         charts.importance_chart(summary),

@@ -10,14 +10,14 @@ from halora.analysis.layers import by_kind
 from halora.analysis.parallel import ABSENT, line_places, parallel_axes
 from halora.analysis.summary import narrowed, view_front
 from halora.analysis.trial_charts import beside_chart, gradients_chart, layers_chart, loss_chart, time_chart
-from halora.analysis.trials import ACCURACY, ENERGY, Objective, TrialPoint, filtered
+from halora.analysis.trials import ACCURACY, ENERGY, Objective, RecordedTrial, filtered
 
 
 def _point(number, accuracy=0.5, energy=2.0, method="lora", clean=None, **params):
     metrics = {"accuracy": accuracy, "energy_uj_per_token": energy, "margin": 0.0, "accuracy_low": accuracy - 0.1}
     metrics |= {"accuracy_high": accuracy + 0.1} | ({} if clean is None else {"clean_accuracy": clean})
     chosen = {path.replace("__", "."): value for path, value in params.items()}
-    return TrialPoint(
+    return RecordedTrial(
         number=number, params=chosen, labels={"method": method, "model": f"m{number % 2}"}, metrics=metrics
     )
 

@@ -1,7 +1,7 @@
 """Oracle: physics' sign. Every field of the chip's description says what it does to the energy and to the error of real
 products, or why one of them has no sign; all of them, on every shipped chip, with SmolLM2's weights and tokens.
 
-A new field fails `test_every_field_is_declared` until it stands in `FIELDS`.
+A new field fails `test_every_field_is_declared` until it is in `FIELDS`.
 """
 
 from collections.abc import Iterator
@@ -19,13 +19,13 @@ from halora.hardware.instance import ChipInstance
 from halora.hardware.noise_settings import _model, noise_kinds
 from halora.hardware.rounding import rounded
 from halora.hardware.shapes import ModelShape, known_shape
-from halora.trainable import task_rows
+from halora.settings.training import LoraSettings
 from halora.training.adapter import attach, lora_pairs
 from halora.training.batches import Batch, lay_out, pack_answer
-from halora.training.config import LoraSettings
+from halora.training.calibration import calibrate
 from halora.training.models import BaseModel, load_base
-from halora.training.reads import calibrate
 from halora.training.rram import RramArray, install
+from halora.trial_runner import task_rows
 
 WAN = {"kind": "wan-2022", "strength": 0.15}
 CHIP = {

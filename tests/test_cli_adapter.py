@@ -21,7 +21,7 @@ from halora.files import sha256_of
 from halora.records.names import CERTIFICATION_FILE
 from halora.selection.bundle import CHECKSUMS_FILE, FILES, write_checksums
 from halora.training.tasks import load_rows
-from halora.trial import ADAPTER_WEIGHTS
+from halora.trial_folder import ADAPTER_WEIGHTS
 
 HALORA = Path(sys.executable).parent / "halora"
 GATES = {
@@ -45,7 +45,7 @@ def store(tmp_path_factory, tiny_models, tiny_task):
         "steps": 4,
         "batch_size": 4,
         "report_every": 4,
-        "schedule": {"sigma_start": 0.5},
+        "schedule": {"strength_start": 0.5},
     }
     sweep = {
         "name": "tiny",
@@ -135,7 +135,7 @@ def test_two_selections_at_once_register_one_candidate(selections, registered):
     assert said.count("registered: ") == 1
     assert said.count("registered already, nothing changed: ") == 1
     for _, out, _ in selections:
-        assert re.search(r"10 years +not said: .*172800", out)
+        assert re.search(r"10 years +n/a: .*172800", out)
         assert version.description in out
 
 

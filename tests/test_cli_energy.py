@@ -12,7 +12,7 @@ import pytest
 from halora.hardware.chip import load_chip, preset_names
 from halora.hardware.energy import Phase, energy_per_token
 from halora.hardware.shapes import named_shapes
-from halora.training.config import LoraSettings
+from halora.settings.training import LoraSettings
 
 DOCS = Path(__file__).parents[1] / "docs" / "hardware.md"
 

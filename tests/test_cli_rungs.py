@@ -9,8 +9,9 @@ from commands import content_of, halora, loss_history, runs, with_rungs
 
 def test_early_stopping_pauses_promotes_and_races(store, tiny_models, tiny_task, tmp_path):
     """Oracle: a promoted trial trained in one go in this process, and scored on the same chips."""
-    from halora.trainable import Workbench
-    from halora.trial import TrialConfig, adapter_folder
+    from halora.settings.trial import TrialConfig
+    from halora.trial_folder import adapter_folder
+    from halora.trial_runner import TrialRunner
 
     path = tmp_path / "rungs.yaml"
     path.write_text(yaml.safe_dump(with_rungs("rungs", tiny_models, tiny_task)))
@@ -29,8 +30,8 @@ def test_early_stopping_pauses_promotes_and_races(store, tiny_models, tiny_task,
     promoted = finished[-1]
     folder = store / "sweeps" / "rungs" / "trials" / f"{int(promoted.data.tags['halora.trial']):05d}"
     config = TrialConfig.model_validate_json((folder / "trial.json").read_text())
-    workbench = Workbench()
-    training = workbench.train(config, tmp_path / "by hand")
+    runner = TrialRunner()
+    training = runner.train(config, tmp_path / "by hand")
     losses = []
     while not training.done:
         losses.append(training.advance()["train_loss"])
@@ -38,7 +39,7 @@ def test_early_stopping_pauses_promotes_and_races(store, tiny_models, tiny_task,
     assert [loss for _, loss in loss_history(store, promoted)] == pytest.approx(losses, abs=1e-4)
     result = json.loads((folder / "result.json").read_text())
     chips = {"evaluation": config.evaluation.model_copy(update={"chip_instances": len(result["chip_seeds"])})}
-    scores = workbench.evaluate(config.model_copy(update=chips), adapter_folder(tmp_path / "by hand"))
+    scores = runner.evaluate(config.model_copy(update=chips), adapter_folder(tmp_path / "by hand"))
     assert result["chip_seeds"] == list(scores.chip_seeds)
     for margins, again in zip(result["noisy"], scores.noisy, strict=True):
         assert margins == pytest.approx(again, abs=1e-3)

@@ -1,4 +1,4 @@
-"""Oracles: the same configuration run by the workbench; an uninterrupted run; the logged summary."""
+"""Oracles: the same configuration run by the runner; an uninterrupted run; the logged summary."""
 
 import json
 import os
@@ -12,9 +12,10 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from halora.settings.trial import TrialConfig
 from halora.spaces.sweep import load_sweep, load_trial
-from halora.trainable import Workbench
-from halora.trial import TrialConfig, adapter_folder
+from halora.trial_folder import adapter_folder
+from halora.trial_runner import TrialRunner
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +41,10 @@ def _weights(run):
     return load_file(adapter_folder(run) / "adapter_model.safetensors")
 
 
-def test_train_is_what_the_workbench_does(halora_json, content, file, tmp_path):
+def test_train_is_what_the_runner_does(halora_json, content, file, tmp_path):
     (said,) = halora_json(f"train {file} --output {tmp_path / 'run'}")
-    config, workbench = TrialConfig.model_validate(content), Workbench()
-    training = workbench.train(config, tmp_path / "by hand")
+    config, runner = TrialConfig.model_validate(content), TrialRunner()
+    training = runner.train(config, tmp_path / "by hand")
     while not training.done:
         training.advance()
     training.close()
@@ -52,7 +53,7 @@ def test_train_is_what_the_workbench_does(halora_json, content, file, tmp_path):
     )
     assert ours.keys() == by_hand.keys()
     assert all((ours[name] == by_hand[name]).all() for name in ours)
-    summary = workbench.evaluate(config, adapter_folder(tmp_path / "by hand")).summary()
+    summary = runner.evaluate(config, adapter_folder(tmp_path / "by hand")).summary()
     assert {name: said[name] for name in summary} == pytest.approx(summary)
     assert said["energy_uj_per_token"] > 0
 
@@ -121,7 +122,7 @@ def test_evaluate_repeats_what_train_scored_and_takes_another_chip(halora_json, 
 
 def test_the_base_alone_is_scored_without_any_training(halora, halora_json, content, file, tmp_path):
     config = TrialConfig.model_validate(content)
-    summary = Workbench().evaluate(config, None).summary()
+    summary = TrialRunner().evaluate(config, None).summary()
     (of_file,) = halora_json(f"evaluate {file} --base")
     assert {name: of_file[name] for name in summary} == pytest.approx(summary)
     assert of_file["adapter"] is None
@@ -174,7 +175,7 @@ def test_every_mistake_of_a_trial_file_is_told_at_once(halora, content, tmp_path
         "chipp: unknown key; did you mean 'chip'",
         "lora.rank",
         "training.steps",
-        "sigma_end is required",
+        "strength_end is required",
         "arc-easy",
     ):
         assert told in err, told
@@ -218,6 +219,21 @@ def test_train_writes_its_configuration_beside_its_results(halora_json, content,
     assert {"trial.json", "reports.json", "result.json", "step-000006"} == {
         p.name for p in (tmp_path / "run").iterdir()
     }
+
+
+def test_one_worker_trains_and_scores_where_ray_is_not_installed(file, tmp_path):
+    run = tmp_path / "run"
+    code = "import sys; sys.modules['ray'] = None; from halora.cli.main import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "train", file, "--output", run, "--set", "training.steps=2"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads((run / "result.json").read_text())["row_ids"]
 
 
 def test_two_workers_train_as_one(content, file, tmp_path):

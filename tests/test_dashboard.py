@@ -21,7 +21,7 @@ from halora.records.provenance import program
 from halora.records.recorder import SweepRecorder
 from halora.records.store import Store
 from halora.selection.certificate import chips_needed
-from halora.sweep.state import load_sweep_of, only_driver
+from halora.sweep.run.state import load_sweep_of, only_driver
 
 
 @pytest.fixture(scope="module")
@@ -449,7 +449,7 @@ def test_a_card_tells_gates_certificate_and_how_far_it_is(certified):
     assert "certified" in passed.text
     chips, of_the_third = chips_needed(0.9, 0.05 / 2), chips_needed(0.9, 0.05 / 12)
     assert f"{chips} of {chips} chip instances that no search saw did" in passed.text
-    assert f"not said: {HOSTILE}" in passed.text
+    assert f"n/a: {HOSTILE}" in passed.text
     assert "halora adapter register dozen/4" in passed.text
     assert "failed its certification" in failed.text
     assert ["min_yield", "FAIL"] in [[row[0], row[3]] for row in failed.rows if len(row) == 4]
@@ -471,7 +471,7 @@ def test_accuracy_over_time_is_drawn_as_certified_or_said_to_be_unknown(certifie
     assert lines == {
         "mean over chips": (times_s, [0.5, 0.42]),
         "worst chip": (times_s, [0.375, 0.28]),
-        "asked": (times_s, [0.3, 0.3]),
+        "threshold": (times_s, [0.3, 0.3]),
     }
     said = {
         "dozen": "Over time: the chip's description has no ageing, so nothing changes.",

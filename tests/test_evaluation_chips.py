@@ -13,21 +13,21 @@ from halora.evaluation.chips import ChipScores
 from halora.evaluation.intervals import share
 from halora.hardware.addressing import Role
 from halora.records.names import BESIDE_METRICS
-from halora.trainable import Workbench, task_rows
-from halora.training.config import LINEAR_NAMES
-from halora.trial import adapter_folder
+from halora.settings.training import LINEAR_NAMES
+from halora.trial_folder import adapter_folder
+from halora.trial_runner import TrialRunner, task_rows
 
 
 @pytest.fixture(scope="module")
-def workbench() -> Workbench:
-    """One process's workbench, used by all tests here."""
-    return Workbench()
+def runner() -> TrialRunner:
+    """One process's runner, used by all tests here."""
+    return TrialRunner()
 
 
 @pytest.fixture
-def adapter(workbench, tiny_trial, tmp_path) -> Path:
+def adapter(runner, tiny_trial, tmp_path) -> Path:
     """An adapter after a few steps of training."""
-    training = workbench.train(tiny_trial(steps=4, report_every=4), tmp_path)
+    training = runner.train(tiny_trial(steps=4, report_every=4), tmp_path)
     training.advance()
     training.close()
     folder = adapter_folder(tmp_path)
@@ -38,29 +38,29 @@ def adapter(workbench, tiny_trial, tmp_path) -> Path:
 EVALUATION = {"chip_instances": 3, "batch_size": 8}
 
 
-def test_an_ideal_chip_without_noise_scores_exactly_as_clean(workbench, tiny_trial, adapter):
-    scores = workbench.evaluate(tiny_trial(chip="ideal", evaluation=EVALUATION), adapter)
+def test_an_ideal_chip_without_noise_scores_exactly_as_clean(runner, tiny_trial, adapter):
+    scores = runner.evaluate(tiny_trial(chip="ideal", evaluation=EVALUATION), adapter)
     assert scores.noisy == (scores.clean,) * 3
     summary = scores.summary()
     assert summary["accuracy"] == pytest.approx(summary["clean_accuracy"])
     assert summary["noise_db"] == pytest.approx(-300)
 
 
-def test_chips_are_the_same_in_every_call_and_process_state(workbench, tiny_trial, adapter):
+def test_chips_are_the_same_in_every_call_and_process_state(runner, tiny_trial, adapter):
     config = tiny_trial(evaluation=EVALUATION)
-    first = workbench.evaluate(config, adapter)
-    bare = workbench.evaluate(config, None)
-    assert workbench.evaluate(config, adapter) == first
-    assert Workbench().evaluate(config, adapter) == first
+    first = runner.evaluate(config, adapter)
+    bare = runner.evaluate(config, None)
+    assert runner.evaluate(config, adapter) == first
+    assert TrialRunner().evaluate(config, adapter) == first
     assert bare.clean != first.clean  # the adapter takes part, and is taken away again
     assert bare.noise_db == first.noise_db  # other adapters meet the same chips
     assert len(set(first.noisy)) == 3
     assert set(first.row_ids) == {row.row_id for row in task_rows(config.task, "validation", None)}
 
 
-def test_the_noise_of_each_layer_in_rram_is_told_on_every_chip(workbench, tiny_trial):
+def test_the_noise_of_each_layer_in_rram_is_told_on_every_chip(runner, tiny_trial):
     chip = {"preset": "halora-2026", "mapping": {"sram": ["*.v_proj"]}}
-    first = workbench.evaluate(tiny_trial(chip=chip, evaluation=EVALUATION), None)
+    first = runner.evaluate(tiny_trial(chip=chip, evaluation=EVALUATION), None)
     assert {name.rpartition(".")[2] for name in first.layers} == {*LINEAR_NAMES} - {"v_proj"}
     assert np.shape(first.layer_noise_db) == (3, len(first.layers))
     for by_layer, mean in zip(first.layer_noise_db, first.noise_db, strict=True):
@@ -72,56 +72,54 @@ def test_the_noise_of_each_layer_in_rram_is_told_on_every_chip(workbench, tiny_t
     assert ChipScores.from_json(json.loads(json.dumps(first.to_json()))) == first
 
 
-def test_chips_are_numbered(workbench, tiny_trial, adapter):
+def test_chips_are_numbered(runner, tiny_trial, adapter):
     config = tiny_trial(evaluation=EVALUATION)
-    first, later = workbench.evaluate(config, adapter), workbench.evaluate(config, adapter, first_chip=1)
+    first, later = runner.evaluate(config, adapter), runner.evaluate(config, adapter, first_chip=1)
     assert (first.chip_seeds, later.chip_seeds) == ((0, 1, 2), (1, 2, 3))
     assert later.noisy[:2] == first.noisy[1:]
     assert later.noisy[2] not in first.noisy
 
 
-def test_every_series_of_certified_chips_is_its_own(workbench, tiny_trial):
+def test_every_series_of_certified_chips_is_its_own(runner, tiny_trial):
     """Oracle: the noise that each chip's weights show, which depends on no adapter."""
     config = tiny_trial(evaluation=EVALUATION)
     series = [("", Role.SEARCH), ("one/1", Role.CERTIFY), ("one/2", Role.CERTIFY), ("two/1", Role.CERTIFY)]
-    found = [workbench.evaluate(config, None, role=role, series=name) for name, role in series]
+    found = [runner.evaluate(config, None, role=role, series=name) for name, role in series]
     assert len({noise_db for scores in found for noise_db in scores.noise_db}) == 4 * 3
-    assert (
-        workbench.evaluate(config, None, role=Role.CERTIFY, series="one/2", first_chip=1).noisy[0] == found[2].noisy[1]
-    )
+    assert runner.evaluate(config, None, role=Role.CERTIFY, series="one/2", first_chip=1).noisy[0] == found[2].noisy[1]
 
 
-def test_other_strengths_of_noise_are_those_of_a_chip_that_has_them(workbench, tiny_trial, adapter):
+def test_other_strengths_of_noise_are_those_of_a_chip_that_has_them(runner, tiny_trial, adapter):
     def chip(sigma):
         return {"preset": "halora-2026", "noise": {"sigma": sigma}}
 
-    both = workbench.evaluate(
-        tiny_trial(chip=chip(0.01), evaluation=EVALUATION | {"noise_levels": [0.2, 0.4]}), adapter
+    both = runner.evaluate(
+        tiny_trial(chip=chip(0.01), evaluation=EVALUATION | {"noise_strengths": [0.2, 0.4]}), adapter
     )
-    alone = workbench.evaluate(tiny_trial(chip=chip(0.01), evaluation=EVALUATION), adapter)
+    alone = runner.evaluate(tiny_trial(chip=chip(0.01), evaluation=EVALUATION), adapter)
     assert replace(both, levels=(), level_correct=()) == alone
     for sigma, correct in zip((0.2, 0.4), both.level_correct, strict=True):
-        there = workbench.evaluate(tiny_trial(chip=chip(sigma), evaluation=EVALUATION), adapter)
+        there = runner.evaluate(tiny_trial(chip=chip(sigma), evaluation=EVALUATION), adapter)
         assert correct == there.noisy_correct
         assert both.summary()[f"accuracy_at.{sigma:g}"] == pytest.approx(there.summary()["accuracy"])
-    raced = both.with_chips_after(2, workbench.evaluate(tiny_trial(evaluation=EVALUATION), adapter, first_chip=2))
+    raced = both.with_chips_after(2, runner.evaluate(tiny_trial(evaluation=EVALUATION), adapter, first_chip=2))
     assert raced.chip_seeds == (0, 1, 2, 3, 4)
     assert [len(by_chip) for by_chip in raced.level_correct] == [2, 2]
     assert ChipScores.from_json(json.loads(json.dumps(both.to_json()))) == both
 
 
-def test_a_row_scores_the_same_whatever_else_is_asked(workbench, tiny_trial, adapter):
+def test_a_row_scores_the_same_whatever_else_is_asked(runner, tiny_trial, adapter):
     config = tiny_trial(evaluation=EVALUATION)
     few = tiny_trial(evaluation={**EVALUATION, "rows": 4})
-    whole = workbench.evaluate(config, adapter)
-    part = workbench.evaluate(few, adapter, first_row=5)
+    whole = runner.evaluate(config, adapter)
+    part = runner.evaluate(few, adapter, first_row=5)
     for some_rows, all_rows in zip(part.noisy, whole.noisy, strict=True):
         assert some_rows == pytest.approx(all_rows[5:9], abs=1e-4)
 
 
-def test_coarser_converters_and_more_noise_move_the_margins_further(workbench, tiny_trial, adapter):
+def test_coarser_converters_and_more_noise_move_the_margins_further(runner, tiny_trial, adapter):
     def distance(chip: dict) -> float:
-        scores = workbench.evaluate(tiny_trial(chip={"preset": "ideal", **chip}, evaluation=EVALUATION), adapter)
+        scores = runner.evaluate(tiny_trial(chip={"preset": "ideal", **chip}, evaluation=EVALUATION), adapter)
         return float(np.abs(np.array(scores.noisy) - np.array(scores.clean)).mean())
 
     by_bits = [distance({"adc": {"bits": bits, "lossless": False}}) for bits in (8, 6, 4)]
@@ -132,11 +130,11 @@ def test_coarser_converters_and_more_noise_move_the_margins_further(workbench, t
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
-def test_a_huge_sigma_leaves_chance(workbench, tiny_trial, architecture):
+def test_a_huge_sigma_leaves_chance(runner, tiny_trial, architecture):
     chips = 40
     chip = {"preset": "halora-2026", "noise": {"sigma": 10.0}}
     config = tiny_trial(architecture, chip=chip, evaluation={"chip_instances": chips, "batch_size": 24})
-    scores = workbench.evaluate(config, None)
+    scores = runner.evaluate(config, None)
     rows = task_rows(config.task, "validation", None)
     chance = np.mean([1 / len(row.options) for row in rows])
     correct = np.array(scores.noisy) > 0
@@ -195,16 +193,16 @@ def test_a_mixture_tells_the_accuracy_of_each_task():
     )
 
 
-def test_right_answers_by_options_are_the_positive_margins(workbench, tiny_trial):
-    scores = workbench.evaluate(tiny_trial(evaluation=EVALUATION), None)
+def test_right_answers_by_options_are_the_positive_margins(runner, tiny_trial):
+    scores = runner.evaluate(tiny_trial(evaluation=EVALUATION), None)
     assert scores.clean_correct == tuple(value > 0 for value in scores.clean)
     assert scores.noisy_correct == tuple(tuple(value > 0 for value in margins) for margins in scores.noisy)
 
 
-def test_both_ways_of_scoring_options_come_from_one_pass(workbench, tiny_trial, adapter):
+def test_both_ways_of_scoring_options_come_from_one_pass(runner, tiny_trial, adapter):
     """Oracle: the same trial scored by the other way."""
     summed, lengths = (
-        workbench.evaluate(tiny_trial(evaluation=EVALUATION | {"scoring": scoring}), adapter)
+        runner.evaluate(tiny_trial(evaluation=EVALUATION | {"scoring": scoring}), adapter)
         for scoring in ("options", "options_per_byte")
     )
     assert (summed.beside, lengths.beside) == ("per_byte", "summed")
@@ -226,15 +224,15 @@ def test_both_ways_of_scoring_options_come_from_one_pass(workbench, tiny_trial, 
         )
 
 
-def test_a_mixture_is_trained_and_scored_by_task(workbench, tiny_trial, tiny_task, tmp_path):
+def test_a_mixture_is_trained_and_scored_by_task(runner, tiny_trial, tiny_task, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(tiny_task, other)
     trial = tiny_trial(steps=2, report_every=2, evaluation={**EVALUATION, "rows": 10})
     config = trial.model_copy(update={"task": f"{tiny_task}+3*{other}"})
-    training = workbench.train(config, tmp_path / "trial")
+    training = runner.train(config, tmp_path / "trial")
     training.advance()
     training.close()
-    scores = workbench.evaluate(config, adapter_folder(tmp_path / "trial"))
+    scores = runner.evaluate(config, adapter_folder(tmp_path / "trial"))
     assert scores.tasks == (tiny_task, str(other)) * 5
     assert scores.clean[::2] == pytest.approx(scores.clean[1::2], abs=1e-4)  # the same rows
     summary = scores.summary()

@@ -8,7 +8,6 @@ from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
 from halora.errors import UserError
-from halora.evaluation.config import EvaluationSettings
 from halora.evaluation.generation import (
     check_scorable,
     generate,
@@ -20,13 +19,14 @@ from halora.evaluation.generation import (
 from halora.hardware.addressing import NoiseKey, Role
 from halora.hardware.chip import load_chip
 from halora.hardware.instance import ChipInstance
-from halora.trainable import Workbench
+from halora.settings.evaluation import EvaluationSettings
 from halora.training.batches import PackedRow, lay_out
+from halora.training.calibration import calibrate
 from halora.training.models import load_base
-from halora.training.reads import calibrate
 from halora.training.rram import install
 from halora.training.tasks import Row
-from halora.trial import adapter_folder
+from halora.trial_folder import adapter_folder
+from halora.trial_runner import TrialRunner
 
 NUMBER = EvaluationSettings().answer_pattern
 ROWS = [
@@ -155,16 +155,16 @@ def test_a_trial_trains_on_completions_and_is_scored_by_what_it_generates(tiny_t
     evaluation = {"scoring": "generation", "max_new_tokens": 3, "chip_instances": 2}
     trial = tiny_trial(steps=12, report_every=12, batch_size=8, learning_rate=5e-2, evaluation=evaluation)
     config = trial.model_copy(update={"task": counting})
-    workbench = Workbench()
-    before = workbench.evaluate(config, None)
-    training = workbench.train(config, tmp_path / "trial")
+    runner = TrialRunner()
+    before = runner.evaluate(config, None)
+    training = runner.train(config, tmp_path / "trial")
     training.advance()
     training.close()
-    after = workbench.evaluate(config, adapter_folder(tmp_path / "trial"))
+    after = runner.evaluate(config, adapter_folder(tmp_path / "trial"))
     assert before.summary()["clean_accuracy"] == 0
     assert after.summary()["clean_accuracy"] == 1
     assert max(before.clean) < min(after.clean) <= 0
     assert len(after.noisy_correct) == 2
     by_options = config.model_copy(update={"evaluation": EvaluationSettings()})
     with pytest.raises(UserError, match="nothing to choose from"):  # before anything is trained
-        workbench.train(by_options, tmp_path / "other")
+        runner.train(by_options, tmp_path / "other")

@@ -15,8 +15,8 @@ from halora.hardware.addressing import NoiseKey, Role
 from halora.hardware.chip import load_chip
 from halora.hardware.instance import ChipInstance
 from halora.training.batches import pack
+from halora.training.calibration import calibrate
 from halora.training.models import load_base
-from halora.training.reads import calibrate
 from halora.training.rram import install
 from halora.training.tasks import Row, load_rows
 

@@ -7,16 +7,16 @@ from statistics import fmean
 import pytest
 import torch
 
-from halora.evaluation.config import EvaluationSettings
 from halora.evaluation.scoring import option_scores
 from halora.evaluation.sensitivity import layer_sensitivity, mean_change, with_mapping
 from halora.hardware.addressing import NoiseKey, Role
 from halora.hardware.chip import load_chip
 from halora.hardware.instance import ChipInstance
 from halora.hardware.noise import noise_to_signal_db, programmed_weight
+from halora.settings.evaluation import EvaluationSettings
 from halora.training.batches import pack
+from halora.training.calibration import calibrate
 from halora.training.models import load_base
-from halora.training.reads import calibrate
 from halora.training.rram import install
 from halora.training.tasks import load_rows
 

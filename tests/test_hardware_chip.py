@@ -10,10 +10,10 @@ from halora.hardware.addressing import NoiseKey, Role
 from halora.hardware.chip import PRESETS, load_chip, merge, preset_names
 from halora.hardware.converters import full_scale, tilewise_product
 from halora.hardware.energy import energy_per_token
-from halora.hardware.mapping import Mapping, Place
+from halora.hardware.mapping import Mapping, Placement
 from halora.hardware.noise import programmed_weight
 from halora.hardware.shapes import LinearShape, ModelShape
-from halora.trial import TrialConfig
+from halora.settings.trial import TrialConfig
 
 BASE = "halora-2026"
 
@@ -137,17 +137,17 @@ SIZES = {f"model.layers.{i}.mlp.{name}": 100 for i in range(4) for name in ("up_
 
 def test_mapping_by_fraction_takes_whole_layers_in_the_order_of_the_ranking():
     by_depth = Mapping(sram_fraction=0.4).places(SIZES)
-    assert [name for name, place in by_depth.items() if place is Place.SRAM] == list(SIZES)[:3]
+    assert [name for name, place in by_depth.items() if place is Placement.SRAM] == list(SIZES)[:3]
     ranked = Mapping(sram_fraction=0.25, ranking=("model.layers.3.mlp.up_proj", "*.down_proj")).places(SIZES)
-    in_sram = {name for name, place in ranked.items() if place is Place.SRAM}
+    in_sram = {name for name, place in ranked.items() if place is Placement.SRAM}
     assert in_sram == {"model.layers.3.mlp.up_proj", "model.layers.0.mlp.down_proj"}
 
 
 def test_mapping_by_pattern_with_digital_above_sram():
     places = Mapping(sram=("*.layers.0.*",), digital=("*.0.mlp.up_proj",)).places(SIZES)
-    assert places["model.layers.0.mlp.up_proj"] is Place.DIGITAL
-    assert places["model.layers.0.mlp.down_proj"] is Place.SRAM
-    assert set(list(places.values())[2:]) == {Place.RRAM}
+    assert places["model.layers.0.mlp.up_proj"] is Placement.DIGITAL
+    assert places["model.layers.0.mlp.down_proj"] is Placement.SRAM
+    assert set(list(places.values())[2:]) == {Placement.RRAM}
 
 
 def test_all_patterns_that_match_nothing_are_told_at_once():

@@ -13,7 +13,7 @@ from halora.hardware.chip import Chip, load_chip, merge
 from halora.hardware.costs import adc_cost, constant_names, energy_constants
 from halora.hardware.energy import Phase, energy_per_token
 from halora.hardware.shapes import LinearShape, ModelShape, known_shape, named_shapes
-from halora.training.config import LoraSettings
+from halora.settings.training import LoraSettings
 
 PAPER_TARGETS = LoraSettings().targets
 LLAMA_1B, LLAMA_3B = named_shapes()["llama-3.2-1b"], named_shapes()["llama-3.2-3b"]

@@ -14,7 +14,7 @@ from halora.hardware.fill import layer_fill
 from halora.hardware.mapping import LM_HEAD
 from halora.hardware.noise import cell_arrays, ir_drop_gain, programmed_weight
 from halora.hardware.shapes import known_shape, named_shapes
-from halora.training.config import LINEAR_NAMES
+from halora.settings.training import LINEAR_NAMES
 from halora.training.models import model_shape, plain_base
 
 CODINGS = [

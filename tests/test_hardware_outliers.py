@@ -5,7 +5,7 @@ import torch
 
 from halora.errors import UserError
 from halora.hardware.chip import Tile
-from halora.hardware.mapping import Mapping, Outliers, Place, outlier_count
+from halora.hardware.mapping import Mapping, Outliers, Placement, outlier_count
 from halora.hardware.outliers import SparseSide, side_matrix
 
 TILE = Tile(rows=32, columns=16)
@@ -98,7 +98,7 @@ def test_no_share_is_no_side(by):
 def test_the_whole_share_puts_a_layer_in_sram():
     sizes = {"model.layers.0.mlp.up_proj": 10, "model.layers.0.mlp.down_proj": 10}
     mapping = Mapping(outliers=Outliers(share=0.1, shares={"*.down_proj": 1.0}))
-    assert list(mapping.places(sizes).values()) == [Place.RRAM, Place.SRAM]
+    assert list(mapping.places(sizes).values()) == [Placement.RRAM, Placement.SRAM]
 
 
 def test_a_layer_has_the_share_of_the_first_pattern_that_matches():

@@ -10,18 +10,18 @@ from collections import Counter
 import pytest
 
 from halora import files
+from halora.pricing import trial_energy
 from halora.records.journal import Journal, read
 from halora.records.ledger import Ledger
 from halora.records.recorder import SweepRecorder
 from halora.records.store import Store
 from halora.spaces.sweep import SweepConfig
-from halora.sweep.launch import _Recording
-from halora.sweep.reconcile import record_as_studied
-from halora.sweep.simulator import SimulatedClock, simulate
-from halora.sweep.state import is_running, only_driver, open_core
-from halora.sweep.study_storage import PatientStorage, StudyFile
-from halora.sweep.trial_files import TrialFiles
-from halora.trial import trial_energy
+from halora.sweep.run.launch import _Recording
+from halora.sweep.run.reconcile import record_as_studied
+from halora.sweep.run.state import is_running, only_driver, open_core
+from halora.sweep.run.trial_files import TrialFiles
+from halora.sweep.search.study_storage import PatientStorage, StudyFile
+from halora.sweep.simulation.simulator import SimulatedClock, simulate
 
 _OF_A_DATABASE = (
     "_create_new_trial",
@@ -137,8 +137,10 @@ def _outcome(sweep, store):
     folder = store.sweep(sweep.name)
     core = open_core(sweep, store)
     trials = [
-        (trial.number, dict(trial.values), trial.state, trial.scores, trial.skipped, trial.energy_uj_per_token)
-        + (trial.violation, trial.frozen.state.name, trial.frozen.values, trial.frozen.constraints)
+        (
+            *(trial.number, dict(trial.values), trial.state, trial.scores, trial.skipped, trial.energy_uj_per_token),
+            *(trial.violation, trial.frozen.state.name, trial.frozen.values, trial.frozen.constraints),
+        )
         for trial in core.trials()
     ]
     entries, ledger = read(folder.journal_file)[0], Ledger()

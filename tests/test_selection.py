@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 from scipy.stats import binom
 
-from halora.analysis.trials import TrialPoint
+from halora.analysis.trials import RecordedTrial
 from halora.errors import UserError
 from halora.hardware.chip import load_chip
 from halora.records.names import registered_name
@@ -123,14 +123,14 @@ def test_a_gate_tells_value_threshold_and_unit_and_no_number_fails():
 
 def test_what_the_search_recorded_is_enough_for_its_gates():
     gates = Gates(min_accuracy=0.4, max_drop=0.2, max_energy_uj_per_token=3)
-    point = TrialPoint(number=0, metrics={"accuracy": 0.5, "energy_uj_per_token": 3.5, "margin": nan})
+    point = RecordedTrial(number=0, metrics={"accuracy": 0.5, "energy_uj_per_token": 3.5, "margin": nan})
     verdicts = {gate.name: gate.passed for gate in search_gates(point, gates)}
     assert verdicts == {"no_nan": False, "min_accuracy": True, "max_drop": False, "max_energy_uj_per_token": False}
 
 
 def _point(number, accuracy, energy, **more):
     metrics = {"accuracy": accuracy, "energy_uj_per_token": energy, "clean_accuracy": accuracy}
-    return TrialPoint(number=number, metrics=metrics | more.pop("metrics", {}), **more)
+    return RecordedTrial(number=number, metrics=metrics | more.pop("metrics", {}), **more)
 
 
 POINTS = [
@@ -141,7 +141,7 @@ POINTS = [
     _point(4, 0.10, 0.5),  # too inaccurate
     _point(5, 0.60, 9.0),  # too much energy
     _point(6, 0.40, 1.2, metrics={"constraint_violation.area": 0.5}),
-    TrialPoint(number=7, state="failed", cause="NaN loss"),
+    RecordedTrial(number=7, state="failed", cause="NaN loss"),
     _point(8, 0.49, 1.6, metrics={"margin": nan}),
 ]
 

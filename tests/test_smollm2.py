@@ -8,12 +8,12 @@ from halora.evaluation.chips import ChipScores
 from halora.evaluation.scoring import margin, option_scores
 from halora.hardware.chip import load_chip
 from halora.hardware.converters import tilewise_product
-from halora.trainable import Workbench, task_rows
+from halora.settings.trial import TrialConfig
 from halora.training.batches import lay_out, pack, pack_answer
+from halora.training.calibration import calibrate
 from halora.training.models import load_base
-from halora.training.reads import calibrate
 from halora.training.rram import RramLinear, install
-from halora.trial import TrialConfig
+from halora.trial_runner import TrialRunner, task_rows
 
 MODEL = "smollm2-135m-instruct"
 
@@ -37,12 +37,12 @@ def test_the_weights_compute_the_same_as_a_qwen2_model():
 
 
 @pytest.fixture(scope="module")
-def workbench() -> Workbench:
+def runner() -> TrialRunner:
     """The embedded model, loaded once."""
-    return Workbench()
+    return TrialRunner()
 
 
-def _evaluate(workbench: Workbench, chip: object, rows: int, chips: int, converters: str = "exact") -> ChipScores:
+def _evaluate(runner: TrialRunner, chip: object, rows: int, chips: int, converters: str = "exact") -> ChipScores:
     evaluation = {"rows": rows, "chip_instances": chips, "batch_size": 8, "converters": converters}
     content = {
         "model": MODEL,
@@ -51,12 +51,12 @@ def _evaluate(workbench: Workbench, chip: object, rows: int, chips: int, convert
         "training": {"steps": 0},
         "evaluation": evaluation,
     }
-    return workbench.evaluate(TrialConfig.model_validate(content), None)
+    return runner.evaluate(TrialConfig.model_validate(content), None)
 
 
 @pytest.mark.slow
-def test_noise_of_the_paper_costs_the_untuned_model(workbench):
-    summary = _evaluate(workbench, "halora-2026", rows=60, chips=2).summary()
+def test_noise_of_the_paper_costs_the_untuned_model(runner):
+    summary = _evaluate(runner, "halora-2026", rows=60, chips=2).summary()
     accuracy_lost = summary["clean_accuracy"] - summary["accuracy"]
     margin_lost = summary["clean_margin"] - summary["margin"]
     assert summary["clean_accuracy"] > 0.37  # chance and two standard errors
@@ -64,9 +64,9 @@ def test_noise_of_the_paper_costs_the_untuned_model(workbench):
 
 
 @pytest.mark.slow
-def test_a_huge_sigma_leaves_chance(workbench):
+def test_a_huge_sigma_leaves_chance(runner):
     chip = {"preset": "halora-2026", "noise": {"sigma": 10.0}}
-    scores = _evaluate(workbench, chip, rows=100, chips=1)
+    scores = _evaluate(runner, chip, rows=100, chips=1)
     rows = {row.row_id: row for row in task_rows("arc-easy", "validation", None)}
     chances = np.array([1 / len(rows[row_id].options) for row_id in scores.row_ids])
     standard_error = np.sqrt((chances * (1 - chances)).sum()) / len(chances)
@@ -75,10 +75,10 @@ def test_a_huge_sigma_leaves_chance(workbench):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", [4, 6, 8])
-def test_the_converter_model_costs_as_much_accuracy_as_the_exact_converters(workbench, bits):
+def test_the_converter_model_costs_as_much_accuracy_as_the_exact_converters(runner, bits):
     chip = {"preset": "halora-2026", "adc": {"bits": bits}}
     exact, modelled = (
-        _evaluate(workbench, chip, rows=40, chips=3, converters=converters) for converters in ("exact", "statistical")
+        _evaluate(runner, chip, rows=40, chips=3, converters=converters) for converters in ("exact", "statistical")
     )
     accuracies = [(np.array(scores.noisy) > 0).mean() for scores in (exact, modelled)]
     standard_error = np.sqrt(accuracies[0] * (1 - accuracies[0]) / 40)  # of the rows; chips share them

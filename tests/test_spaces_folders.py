@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from halora.settings.names import as_sum
 from halora.spaces.sweep import load_sweep, load_trial
 from halora.training.models import model_shape
-from halora.training.tasks import as_sum, load_rows
+from halora.training.tasks import load_rows
 
 
 @pytest.fixture
@@ -27,7 +28,7 @@ def test_folders_of_a_sweep_are_absolute_wherever_it_names_them(
 ):
     monkeypatch.chdir(Path(tiny_task).parent)
     model, other = (os.path.relpath(tiny_models[name]) for name in ("llama", "qwen2"))
-    task = Path(tiny_task).name + "/"  # a trailing slash is no part of a name
+    task = Path(tiny_task).name + "/"  # a trailing slash is not a part of a name
     mixture = f"2*{task}+arc-easy"
     content = {
         "name": "near",

@@ -20,14 +20,15 @@ import pytest
 from optuna.trial import create_trial
 from services import free_port
 
-from halora.analysis.trials import TrialPoint
+from halora.analysis.trials import RecordedTrial
 from halora.errors import StorageError, UnreachableError, UserError
 from halora.records.store import Store, SweepFolder
+from halora.settings.trial import Goal
 from halora.storage import TrialStorage, WorkFolder, check_storage, read_adapter
-from halora.sweep.core import Job
-from halora.sweep.study import State, Trial
-from halora.sweep.trial_files import TrialFiles
-from halora.trial import OPTIMIZER_FILE, Goal, adapter_folder, latest_checkpoint
+from halora.sweep.run.trial_files import TrialFiles
+from halora.sweep.search.core import Job
+from halora.sweep.search.study import State, Trial
+from halora.trial_folder import OPTIMIZER_FILE, adapter_folder, latest_checkpoint
 from halora.url_folder import UrlFolder, checked_url
 
 SCRATCH = "halora-trial-*"
@@ -229,7 +230,7 @@ def test_a_scratch_folder_goes_with_its_job_and_with_its_process(tmp_path, monke
     TrialStorage(url).put_checkpoint(_checkpoint(tmp_path / "own", 2))
     code = (
         "import sys, time\nfrom pathlib import Path\n"
-        "from halora.storage import WorkFolder\nfrom halora.trial import Goal\n"
+        "from halora.storage import WorkFolder\nfrom halora.settings.trial import Goal\n"
         "own = WorkFolder(Path('none'), sys.argv[1])\nprint(own.fetch(Goal(4, 1)), flush=True)\ntime.sleep(600)"
     )
     environment = os.environ | {"TMPDIR": str(tmp_path / "tmp")}
@@ -308,7 +309,7 @@ def test_a_trial_that_ended_keeps_what_a_race_needs_and_no_more(base, tmp_path):
         if state is State.FINISHED:
             files.fetch(job)
             metrics = {"accuracy": 0.9 - job.number / 10, "energy_uj_per_token": job.energy_uj_per_token}
-            points.append(TrialPoint(number=job.number, metrics=metrics))
+            points.append(RecordedTrial(number=job.number, metrics=metrics))
 
     def kept(number):
         return {name.rpartition("/")[2] for name in _objects(folder.trial_url(number))}

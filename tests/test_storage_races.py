@@ -9,24 +9,25 @@ import itertools
 import json
 import threading
 from contextlib import contextmanager
+from typing import ClassVar
 
 import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from halora.storage import TrialStorage
-from halora.trial import OPTIMIZER_FILE
+from halora.trial_folder import OPTIMIZER_FILE
 
 URL = "stepped://storage/00000"
 _TURN = threading.local()
 
 
-class SteppedFileSystem(MemoryFileSystem):
+class _SteppedFileSystem(MemoryFileSystem):
     """Stops the threads that have a turn to wait for before each request; folders are removed object by object."""
 
     protocol = ("stepped",)
-    store = {}
-    pseudo_dirs = [""]
+    store: ClassVar = {}
+    pseudo_dirs: ClassVar = [""]
     cachable = False
 
     @classmethod
@@ -59,7 +60,7 @@ class SteppedFileSystem(MemoryFileSystem):
             self.rm_file(name)
 
 
-fsspec.register_implementation("stepped", SteppedFileSystem, clobber=True)
+fsspec.register_implementation("stepped", _SteppedFileSystem, clobber=True)
 
 
 def _wait():
@@ -122,15 +123,15 @@ def uploads(tmp_path):
 
 @contextmanager
 def _empty_store():
-    SteppedFileSystem.store.clear()
-    SteppedFileSystem.pseudo_dirs[:] = [""]
+    _SteppedFileSystem.store.clear()
+    _SteppedFileSystem.pseudo_dirs[:] = [""]
     yield
-    SteppedFileSystem.store.clear()
+    _SteppedFileSystem.store.clear()
 
 
 def _whole():
     """Steps of the whole checkpoints in the store, by their folder's name, seen from outside in one moment."""
-    held = {name.removeprefix("/storage/00000/"): file.getvalue() for name, file in SteppedFileSystem.store.items()}
+    held = {name.removeprefix("/storage/00000/"): file.getvalue() for name, file in _SteppedFileSystem.store.items()}
     found = {}
     for name, content in held.items():
         folder, _, last = name.rpartition("/")

@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 
 from halora.evaluation.damage import Damage, described
 from halora.records.store import Store
+from halora.settings.trial import TrialConfig
 from halora.spaces.sweep import SweepConfig
-from halora.sweep.probing import Probing, bases
-from halora.trainable import Workbench, task_rows
-from halora.trial import TrialConfig
+from halora.sweep.run.probing import Probing, bases
+from halora.trial_runner import TrialRunner, task_rows
 
 OUTLIER = "model.layers.1.mlp.down_proj"
 
@@ -60,8 +60,8 @@ def _sweep(model, task, **more):
 
 def test_damage_is_what_the_scores_and_the_weights_say(outlier, tiny_task):
     config = TrialConfig.model_validate(_trial(outlier, tiny_task))
-    workbench, rows = Workbench(), task_rows(tiny_task, "validation", 8)
-    scores = workbench.evaluate(config, None)
+    runner, rows = TrialRunner(), task_rows(tiny_task, "validation", 8)
+    scores = runner.evaluate(config, None)
     damage = Damage.of("it", scores, rows, "cloze")
     assert damage.chance == pytest.approx(fmean(1 / len(row.options) for row in rows))
     assert damage.clean_accuracy == pytest.approx(fmean(m > 0 for m in scores.clean))
@@ -124,7 +124,7 @@ def test_a_base_that_cannot_be_scored_is_told_and_the_others_go_on(outlier, tiny
     assert probing.begin("c") is None
     probing.failed("a", "its worker ended")
     assert (probing.over, outcomes) == (False, [])
-    probing.scored("b", Workbench().evaluate(second.config, None))
+    probing.scored("b", TrialRunner().evaluate(second.config, None))
     assert probing.over
     assert said[0] == "model on ideal: what its chips do to it is not known: its worker ended"
     assert said[2].startswith("warning: model on ideal (tile.rows 32): noise exceeds the signal in 1 of 14 layers")

@@ -5,14 +5,14 @@ import json
 import numpy as np
 import pytest
 
-from halora.analysis.trials import TrialPoint
+from halora.analysis.trials import RecordedTrial
 from halora.evaluation.chips import ChipScores, summary_over_seeds
 from halora.records.store import SweepFolder
+from halora.settings.trial import Goal
 from halora.spaces.sweep import Comparison
-from halora.sweep.comparison import _cells
-from halora.sweep.core import Decision, Job
-from halora.sweep.seeds import _claim, _SeedWork
-from halora.trial import Goal
+from halora.sweep.run.comparison import _cells
+from halora.sweep.run.seeds import _claim, _SeedWork
+from halora.sweep.search.core import Decision, Job
 
 
 def _jobs(count, values=None):
@@ -84,7 +84,7 @@ def _contestants(rng, methods, seeds, gain=0.0, spread=0.2):
         by_place[name, "chip"] = [
             _scores(shared + gain * i + effect + rng.normal(0, 0.3, (4, 40))) for effect in effects
         ]
-    points = {name: TrialPoint(number=n) for n, name in enumerate(methods)}
+    points = {name: RecordedTrial(number=n) for n, name in enumerate(methods)}
     return by_place, points
 
 

@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM
 from halora.errors import UserError
 from halora.hardware.addressing import NoiseKey, Role
 from halora.hardware.noise import programmed_weight
-from halora.trainable import Workbench
+from halora.settings.training import LINEAR_NAMES
 from halora.training.adapter import attach, attach_saved, detach, regulariser
-from halora.training.config import LINEAR_NAMES
 from halora.training.rram import ChipInstance
-from halora.trial import ADAPTER_WEIGHTS, adapter_folder
+from halora.trial_folder import ADAPTER_WEIGHTS, adapter_folder
+from halora.trial_runner import TrialRunner
 
 GENERATOR = torch.Generator().manual_seed(4)
 
@@ -97,16 +97,16 @@ def test_modules_of_all_shapes_count_alike():
 
 
 @pytest.fixture(scope="module")
-def workbench() -> Workbench:
-    """One process's workbench."""
-    return Workbench()
+def runner() -> TrialRunner:
+    """One process's runner."""
+    return TrialRunner()
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
-def test_a_branch_computed_with_its_layer_is_peft_s(workbench, tiny_trial, architecture):
+def test_a_branch_computed_with_its_layer_is_peft_s(runner, tiny_trial, architecture):
     """Outputs and all gradients of every adapted layer, on noisy weights made again in the backward."""
     config = tiny_trial(architecture, lora={"variant": "rslora"})
-    base, array = workbench.base(config)
+    base, array = runner.base(config)
     array.program(ChipInstance(config.chip, NoiseKey(role=Role.TRAIN, chip_seed=5), 0.05), regenerate=True)
     peft_model = attach(base, config.lora, config.seed)
     layers = [module for module in peft_model.modules() if isinstance(module, Linear)]
@@ -126,22 +126,22 @@ def test_a_branch_computed_with_its_layer_is_peft_s(workbench, tiny_trial, archi
     detach(peft_model)
 
 
-def test_rslora_scales_by_the_root_of_the_rank(workbench, tiny_trial, tmp_path):
+def test_rslora_scales_by_the_root_of_the_rank(runner, tiny_trial, tmp_path):
     rslora = tiny_trial(lora={"rank": 4, "alpha_over_rank": 1.0, "variant": "rslora"})
     plain = tiny_trial(lora={"rank": 4, "alpha_over_rank": 2.0})
-    losses = run_losses(workbench, rslora, tmp_path / "rslora")
-    assert losses == run_losses(workbench, plain, tmp_path / "plain")
+    losses = run_losses(runner, rslora, tmp_path / "rslora")
+    assert losses == run_losses(runner, plain, tmp_path / "plain")
     config = json.loads((adapter_folder(tmp_path / "rslora") / "adapter_config.json").read_text())
     assert (config["use_rslora"], config["use_dora"]) == (True, False)
 
 
 @pytest.mark.parametrize("zero_stage", [0, 2])
-def test_dora_trains_its_magnitude_and_goes_on_from_a_checkpoint(workbench, tiny_trial, tmp_path, zero_stage):
+def test_dora_trains_its_magnitude_and_goes_on_from_a_checkpoint(runner, tiny_trial, tmp_path, zero_stage):
     config = tiny_trial(lora={"variant": "dora"}, zero_stage=zero_stage, schedule={"redraw_steps": 2})
-    whole = run_losses(workbench, config, tmp_path / "whole")
-    parts = [loss for stop in (3, None) for loss in run_losses(workbench, config, tmp_path / "parts", stop)]
+    whole = run_losses(runner, config, tmp_path / "whole")
+    parts = [loss for stop in (3, None) for loss in run_losses(runner, config, tmp_path / "parts", stop)]
     assert parts == pytest.approx(whole, abs=1e-5)
-    run_losses(workbench, config, tmp_path / "begun", stop_at=1)
+    run_losses(runner, config, tmp_path / "begun", stop_at=1)
     begun, done = (load_file(adapter_folder(tmp_path / n) / "adapter_model.safetensors") for n in ("begun", "whole"))
     magnitudes = [name for name in begun if name.endswith("lora_magnitude_vector")]
     assert len(magnitudes) == 5 * 2
@@ -149,11 +149,11 @@ def test_dora_trains_its_magnitude_and_goes_on_from_a_checkpoint(workbench, tiny
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
-def test_dora_scales_the_noisy_product_by_a_norm_of_clean_weights(workbench, tiny_trial, tmp_path, architecture):
+def test_dora_scales_the_noisy_product_by_a_norm_of_clean_weights(runner, tiny_trial, tmp_path, architecture):
     """Within 1e-4 of a plain model that holds m / ||W0 + s B A|| x (W* + s B A), its bias unscaled."""
     config = tiny_trial(architecture, lora={"variant": "dora"}, steps=1)
     with torch.enable_grad():
-        run_losses(workbench, config, tmp_path)
+        run_losses(runner, config, tmp_path)
     folder = adapter_folder(tmp_path)
     drawn = {  # far from where training starts
         name: weight + 0.3 * torch.randn(weight.shape, generator=GENERATOR)
@@ -174,7 +174,7 @@ def test_dora_scales_the_noisy_product_by_a_norm_of_clean_weights(workbench, tin
                 noisy = scale[:, None] * (noisy + branch)
             module.weight.data = noisy
     tokens = torch.arange(100, 120)[None]
-    base, array = workbench.base(config)
+    base, array = runner.base(config)
     ours = attach_saved(base, folder)
     array.program(ChipInstance(config.chip, key, 0.05))
     with torch.no_grad():
@@ -189,11 +189,11 @@ def test_dora_at_zero_3_is_refused(tiny_trial):
         tiny_trial(lora={"variant": "dora"}, zero_stage=3)
 
 
-def test_targets_that_the_model_has_not_are_told_before_anything_changes(workbench, tiny_trial):
+def test_targets_that_the_model_has_not_are_told_before_anything_changes(runner, tiny_trial):
     config = tiny_trial()
-    base, _ = workbench.base(config)
+    base, _ = runner.base(config)
     lora = config.lora.model_copy(update={"targets": ("q_proj", "w_pack", "qkv_proj")})
-    with pytest.raises(UserError, match=r"has no layers named w_pack, qkv_proj \(mend lora.targets\)"):
+    with pytest.raises(UserError, match=r"has no layers named w_pack, qkv_proj \(fix lora.targets\)"):
         attach(base, lora, seed=0)
     assert not any("lora" in name for name, _ in base.causal_lm.named_modules())
 
@@ -230,21 +230,21 @@ def _of_another_depth(tensors):
     ids=["another prefix", "empty", "half of them", "another depth", "another width"],
 )
 def test_an_adapter_that_does_not_fit_is_refused_and_the_base_left_as_it_was(
-    workbench, tiny_trial, saved, tmp_path, change, told
+    runner, tiny_trial, saved, tmp_path, change, told
 ):
     folder = Path(shutil.copytree(saved, tmp_path / "changed"))
     save_file(change(load_file(folder / ADAPTER_WEIGHTS)), folder / ADAPTER_WEIGHTS)
-    base, _ = workbench.base(tiny_trial())
+    base, _ = runner.base(tiny_trial())
     with pytest.raises(UserError, match=told):
         attach_saved(base, folder)
     assert not any("lora" in name for name, _ in base.causal_lm.named_modules())
     detach(attach_saved(base, saved))
 
 
-def test_an_adapter_that_is_not_lora_is_refused(workbench, tiny_trial, saved, tmp_path):
+def test_an_adapter_that_is_not_lora_is_refused(runner, tiny_trial, saved, tmp_path):
     folder = Path(shutil.copytree(saved, tmp_path / "changed"))
     described = {"peft_type": "IA3", "task_type": "CAUSAL_LM", "target_modules": ["q_proj"], "feedforward_modules": []}
     (folder / "adapter_config.json").write_text(json.dumps(described))
-    base, _ = workbench.base(tiny_trial())
+    base, _ = runner.base(tiny_trial())
     with pytest.raises(UserError, match="is of PEFT's type IA3, not LORA"):
         attach_saved(base, folder)

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from halora.evaluation.scoring import option_scores
-from halora.trainable import task_rows
 from halora.training.batches import pack
 from halora.training.heavy_tails import Spread, Tails, add_outliers
 from halora.training.models import load_base, plain_base
 from halora.training.rram import install
+from halora.trial_runner import task_rows
 
 MODEL = "smollm2-135m-instruct"
 # Largest |w| and rms of block maxima in standard deviations of the tensor, and mean |w| over the largest; medians.

@@ -16,15 +16,15 @@ from halora.hardware.instance import ChipInstance
 from halora.hardware.mapping import LM_HEAD
 from halora.hardware.noise import noise_to_signal_db, programmed_weight
 from halora.hardware.rounding import rounded
-from halora.trainable import Workbench
 from halora.training.adapter import attach, detach
 from halora.training.attention import RowLayout, attend_on_cpu, attend_rounded
 from halora.training.batches import lay_out, pack
-from halora.training.frozen import Branch
+from halora.training.calibration import calibrate
+from halora.training.fused import Branch
 from halora.training.models import load_base
-from halora.training.reads import calibrate
 from halora.training.rram import install
 from halora.training.tasks import load_rows
+from halora.trial_runner import TrialRunner
 
 KEY = NoiseKey(role=Role.SEARCH, chip_seed=3)
 
@@ -100,9 +100,9 @@ def test_a_branch_rounds_its_inputs_and_what_lies_between(layer, place):
 
 @torch.no_grad()
 def test_dora_rounds_the_inputs_of_its_branch_and_nothing_else(tiny_trial):
-    workbench = Workbench()
+    runner = TrialRunner()
     config = tiny_trial(lora={"variant": "dora"}, chip={"preset": "ideal", "lora": {"input_bits": 4}})
-    base, array = workbench.base(config)
+    base, array = runner.base(config)
     peft_model = attach(base, config.lora, 0)
     layer = peft_model.base_model.model.model.layers[0].self_attn.q_proj
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
@@ -147,8 +147,8 @@ def test_attention_rounds_what_it_multiplies_row_by_row(bits):
 
 def test_scoring_computes_at_the_precision_that_is_priced(tiny_trial, tmp_path):
     """Every field that prices a product outside RRAM moves the scores on a chip without any other imperfection."""
-    workbench = Workbench()
-    training = workbench.train(tiny_trial(steps=2, report_every=2), tmp_path)
+    runner = TrialRunner()
+    training = runner.train(tiny_trial(steps=2, report_every=2), tmp_path)
     training.advance()
     training.close()
     adapter = next(tmp_path.glob("step-*/adapter"))
@@ -163,7 +163,7 @@ def test_scoring_computes_at_the_precision_that_is_priced(tiny_trial, tmp_path):
         {"digital": {"input_bits": 3}, "mapping": {"digital": ["lm_head"], "lm_head": True}},
         {"digital": {"weight_bits": 3}, "mapping": {"digital": ["lm_head"], "lm_head": True}},
     ):
-        scores = workbench.evaluate(tiny_trial(chip={"preset": "ideal", **change}, evaluation=exact), adapter)
+        scores = runner.evaluate(tiny_trial(chip={"preset": "ideal", **change}, evaluation=exact), adapter)
         moved[str(change)] = np.abs(np.array(scores.noisy[0]) - np.array(scores.clean)).mean()
     assert moved.pop("{}") == 0
     assert all(change > 1e-4 for change in moved.values()), moved

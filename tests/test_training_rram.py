@@ -17,7 +17,7 @@ from halora.hardware.converter_model import fit_converters
 from halora.hardware.converters import ExactReads, tilewise_product
 from halora.hardware.instance import ChipInstance
 from halora.hardware.noise import Programming, noise_to_signal_db, programmed_weight
-from halora.training.config import LINEAR_NAMES
+from halora.settings.training import LINEAR_NAMES
 from halora.training.models import load_base
 from halora.training.rram import RramLinear, install
 
@@ -227,7 +227,7 @@ def test_converters_of_a_bf16_model_are_as_fine_as_those_of_a_float32_one(monkey
 
     Converted in the dtype of the products these were -37.3, -41.8 and -42.3 dB in bf16.
     """
-    monkeypatch.setattr("halora.training.frozen._cpu_has_bf16", lambda: processor_has_bf16)
+    monkeypatch.setattr("halora.training.fused._cpu_has_bf16", lambda: processor_has_bf16)
     generator = torch.Generator().manual_seed(11)
     weight = (torch.randn(256, 2048, generator=generator) * 0.02).bfloat16()
     calibration, x = (torch.randn(1, 64, 2048, generator=generator).bfloat16() for _ in range(2))

@@ -13,29 +13,30 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from halora.hardware.addressing import NoiseKey, Role, derive_seed
 from halora.hardware.noise import programmed_weight
-from halora.trainable import Workbench
+from halora.settings.training import LINEAR_NAMES
+from halora.settings.trial import TrialConfig
 from halora.training.batches import rows_at_step
-from halora.training.config import LINEAR_NAMES
 from halora.training.tasks import load_rows
-from halora.trial import TrialConfig, adapter_folder, latest_checkpoint
+from halora.trial_folder import adapter_folder, latest_checkpoint
+from halora.trial_runner import TrialRunner
 
 VOCABULARY = 49152
 GENERATOR = torch.Generator().manual_seed(7)
 
 
 @pytest.fixture(scope="module")
-def workbench() -> Workbench:
-    """One process's workbench, used by trial after trial as in an actor."""
-    return Workbench()
+def runner() -> TrialRunner:
+    """One process's runner, used by trial after trial as in an actor."""
+    return TrialRunner()
 
 
 def _weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(adapter_folder(folder) / "adapter_model.safetensors")
 
 
-def _checkpoint_in_mid_training(workbench: Workbench, config: TrialConfig, folder: Path, step: int) -> None:
+def _checkpoint_in_mid_training(runner: TrialRunner, config: TrialConfig, folder: Path, step: int) -> None:
     """A checkpoint whose weights and moments are drawn at random, so that every term of a step matters."""
-    run_losses(workbench, config, folder, stop_at=1)
+    run_losses(runner, config, folder, stop_at=1)
     checkpoint = latest_checkpoint(folder)
     for file, scale in (("adapter/adapter_model.safetensors", 0.3), ("optimizer.safetensors", 0.02)):
         drawn = {
@@ -68,7 +69,7 @@ def _step_by_hand(
             continue
         chip_seed = derive_seed(config.seed, draw)
         key = NoiseKey(role=Role.TRAIN, chip_seed=chip_seed, module=name, purpose="programming")
-        weight = programmed_weight(module.weight.data, config.chip, key, training.schedule.sigma_start)
+        weight = programmed_weight(module.weight.data, config.chip, key, training.schedule.strength_start)
         if name.rpartition(".")[2] in lora.targets:
             a, b = (adapter[f"base_model.model.{name}.lora_{ab}.weight"] for ab in "AB")
             weight = weight + lora.alpha_over_rank * b @ a
@@ -129,11 +130,11 @@ def test_a_step_is_the_one_written_out_in_plain_torch(tiny_trial, tmp_path, engi
     """Within 2e-6 of weights of 0.3 that move by 5e-3; gradient norms within 1e-3 of themselves."""
     settings = {"method": "halora", "mu": 0.3, "reg_reduction": reduction, "weight_decay": 0.1}
     settings |= {"steps": 8, "warmup_steps": 6}
-    settings |= {"gradient_clip": 0.5, "schedule": {"sigma_start": 0.05, "redraw_steps": 2}, "batch_size": 5}
-    _checkpoint_in_mid_training(Workbench(), tiny_trial(**settings), tmp_path, step=3)
+    settings |= {"gradient_clip": 0.5, "schedule": {"strength_start": 0.05, "redraw_steps": 2}, "batch_size": 5}
+    _checkpoint_in_mid_training(TrialRunner(), tiny_trial(**settings), tmp_path, step=3)
     config = tiny_trial(**settings, **engine)
     expected_loss, expected, gradients = _step_by_hand(config, tmp_path, step=3)
-    (report,) = run_reports(Workbench(), config, tmp_path, stop_at=4)
+    (report,) = run_reports(TrialRunner(), config, tmp_path, stop_at=4)
     assert report["train_loss"] == pytest.approx(expected_loss, abs=1e-4)
     assert {name: report[name] for name in gradients} == pytest.approx(gradients, rel=1e-3)
     for name, weight in _weights(tmp_path).items():
@@ -143,25 +144,25 @@ def test_a_step_is_the_one_written_out_in_plain_torch(tiny_trial, tmp_path, engi
 @pytest.mark.parametrize("zero_stage", [0, 1, 3])
 def test_gradients_in_bf16_are_those_written_out(tiny_trial, tmp_path, zero_stage):
     """Within 8 %: the model, the gradients and their sums are rounded to 8 bits, and shares divide two of them."""
-    settings = {"mu": 3.0, "reg_reduction": "sum", "steps": 8, "schedule": {"sigma_start": 0.01, "redraw_steps": 2}}
+    settings = {"mu": 3.0, "reg_reduction": "sum", "steps": 8, "schedule": {"strength_start": 0.01, "redraw_steps": 2}}
     settings |= {"gradient_clip": 0.5}
-    _checkpoint_in_mid_training(Workbench(), tiny_trial(**settings), tmp_path, step=3)
+    _checkpoint_in_mid_training(TrialRunner(), tiny_trial(**settings), tmp_path, step=3)
     _, _, gradients = _step_by_hand(tiny_trial(**settings), tmp_path, step=3)
     config = tiny_trial(**settings, dtype="bf16", zero_stage=zero_stage, gradient_accumulation=2)
-    (report,) = run_reports(Workbench(), config, tmp_path, stop_at=4)
+    (report,) = run_reports(TrialRunner(), config, tmp_path, stop_at=4)
     assert {name: report[name] for name in gradients} == pytest.approx(gradients, rel=0.08)
 
 
-def test_gradients_are_told_of_the_last_step_of_a_report_alone(workbench, tiny_trial, tmp_path):
+def test_gradients_are_told_of_the_last_step_of_a_report_alone(runner, tiny_trial, tmp_path):
     """Each figure only where it says something: at B = 0 the task has no gradient by A, and plain LoRA has no L_reg."""
     told = {"train_task_grad_norm", "train_reg_grad_norm", "train_reg_share", "train_reg_share_a", "train_reg_share_b"}
-    single = run_reports(workbench, tiny_trial(mu=0.3), tmp_path / "single")
+    single = run_reports(runner, tiny_trial(mu=0.3), tmp_path / "single")
     assert [told - report.keys() for report in single] == [{"train_reg_share_a"}] + [set()] * 5
     assert single[0]["train_reg_share_b"] == 0
-    means = run_reports(workbench, tiny_trial(mu=0.3, report_every=3), tmp_path / "means")
+    means = run_reports(runner, tiny_trial(mu=0.3, report_every=3), tmp_path / "means")
     for report, last in zip(means, (single[2], single[5]), strict=True):
         assert {name: report[name] for name in told} == pytest.approx({name: last[name] for name in told}, rel=1e-4)
-    plain = run_reports(workbench, tiny_trial(method="lora"), tmp_path / "plain")
+    plain = run_reports(runner, tiny_trial(method="lora"), tmp_path / "plain")
     assert all(told & report.keys() == {"train_task_grad_norm"} for report in plain)
 
 
@@ -171,17 +172,17 @@ GOLDEN = [
 ]  # fmt: skip
 
 
-def test_twenty_losses_are_those_of_the_day_this_was_written(workbench, tiny_trial, tmp_path):
+def test_twenty_losses_are_those_of_the_day_this_was_written(runner, tiny_trial, tmp_path):
     """Within 2e-3: another processor adds up in another order; another formula or draw differs by more."""
-    config = tiny_trial(steps=20, mu=0.3, schedule={"sigma_start": 0.05, "redraw_steps": 5}, seed=2)
-    losses = run_losses(workbench, config, tmp_path)
+    config = tiny_trial(steps=20, mu=0.3, schedule={"strength_start": 0.05, "redraw_steps": 5}, seed=2)
+    losses = run_losses(runner, config, tmp_path)
     assert losses == pytest.approx(GOLDEN, abs=2e-3)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_accumulation_and_recomputation_change_nothing(workbench, tiny_trial, tmp_path, dtype):
+def test_accumulation_and_recomputation_change_nothing(runner, tiny_trial, tmp_path, dtype):
     """The loss of every step within 1e-4 (bf16: 3e-2); a batch of 7 rows is shared unevenly."""
-    settings = {"dtype": dtype, "steps": 6, "batch_size": 7, "schedule": {"sigma_start": 0.05, "redraw_steps": 2}}
+    settings = {"dtype": dtype, "steps": 6, "batch_size": 7, "schedule": {"strength_start": 0.05, "redraw_steps": 2}}
     losses = {}
     for name, own in {
         "whole": {},
@@ -190,35 +191,35 @@ def test_accumulation_and_recomputation_change_nothing(workbench, tiny_trial, tm
         "recomputed": {"activation_checkpointing": True},
         "both": {"activation_checkpointing": True, "gradient_accumulation": 2, "noisy_weights": "regenerate"},
     }.items():
-        losses[name] = run_losses(workbench, tiny_trial(**settings, **own), tmp_path / name)
+        losses[name] = run_losses(runner, tiny_trial(**settings, **own), tmp_path / name)
     for name, found in losses.items():
         assert found == pytest.approx(losses["whole"], abs=1e-4 if dtype == "fp32" else 3e-2), name
 
 
-def test_recomputation_keeps_less_and_gives_the_base_back(workbench, tiny_trial, tmp_path):
+def test_recomputation_keeps_less_and_gives_the_base_back(runner, tiny_trial, tmp_path):
     """Oracle: the tensors torch saves for the backward, but for those over the whole vocabulary, which stay."""
     kept = {}
     for recompute in (False, True):
         config = tiny_trial(activation_checkpointing=recompute, steps=1)
         saved: list[torch.Tensor] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
-            run_losses(workbench, config, tmp_path / str(recompute))
+            run_losses(runner, config, tmp_path / str(recompute))
         kept[recompute] = sum(t.nbytes for t in saved if VOCABULARY not in t.shape)
-        assert not workbench.base(config)[0].causal_lm.training
+        assert not runner.base(config)[0].causal_lm.training
     assert kept[True] < 0.2 * kept[False]
 
 
-def test_an_accumulated_run_goes_on_like_an_uninterrupted_one(workbench, tiny_trial, tmp_path):
+def test_an_accumulated_run_goes_on_like_an_uninterrupted_one(runner, tiny_trial, tmp_path):
     config = tiny_trial(gradient_accumulation=2, steps=6, schedule={"redraw_steps": 2})
-    whole = run_losses(workbench, config, tmp_path / "whole")
-    parts = [loss for stop in (3, None) for loss in run_losses(workbench, config, tmp_path / "parts", stop_at=stop)]
+    whole = run_losses(runner, config, tmp_path / "whole")
+    parts = [loss for stop in (3, None) for loss in run_losses(runner, config, tmp_path / "parts", stop_at=stop)]
     assert parts == pytest.approx(whole, abs=1e-5)
 
 
 @pytest.mark.parametrize(("before", "after"), list(pairwise([0, 2, 3, 1, 0])))
 def test_a_checkpoint_is_read_at_another_zero_stage(tiny_trial, tmp_path, before, after):
     settings = {"steps": 5, "schedule": {"redraw_steps": 2}}
-    whole = run_losses(Workbench(), tiny_trial(zero_stage=before, **settings), tmp_path / "whole")
-    parts = run_losses(Workbench(), tiny_trial(zero_stage=before, **settings), tmp_path / "parts", stop_at=2)
-    parts += run_losses(Workbench(), tiny_trial(zero_stage=after, **settings), tmp_path / "parts")
+    whole = run_losses(TrialRunner(), tiny_trial(zero_stage=before, **settings), tmp_path / "whole")
+    parts = run_losses(TrialRunner(), tiny_trial(zero_stage=before, **settings), tmp_path / "parts", stop_at=2)
+    parts += run_losses(TrialRunner(), tiny_trial(zero_stage=after, **settings), tmp_path / "parts")
     assert parts == pytest.approx(whole, abs=1e-4)

@@ -5,8 +5,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from halora.evaluation.chips import evaluate
-from halora.evaluation.config import EvaluationSettings
 from halora.hardware.chip import load_chip
+from halora.settings.evaluation import EvaluationSettings
 from halora.training.batches import encode
 from halora.training.models import load_base
 from halora.training.prompts import prepared_rows

@@ -20,18 +20,20 @@ from safetensors.torch import load_file
 from halora.errors import UserError
 from halora.evaluation.chips import ChipScores
 from halora.heartbeat import Heartbeats
-from halora.peers import WorkerLostError
+from halora.rank_workers import WorkerLostError
+from halora.settings.trial import TrialConfig
 from halora.storage import TrialStorage
-from halora.sweep.executor import _loss
-from halora.trainable import HaloraTrainable, Training, Workbench
-from halora.trial import REPORTS_FILE, TrialConfig, adapter_folder
+from halora.sweep.run.executor import _loss
+from halora.trainable import HaloraTrainable
+from halora.trial_folder import REPORTS_FILE, adapter_folder
+from halora.trial_runner import Training, TrialRunner
 
-SETTINGS = {"steps": 6, "schedule": {"sigma_start": 0.05, "redraw_steps": 2}, "mu": 0.3, "worker_timeout_s": 60}
+SETTINGS = {"steps": 6, "schedule": {"strength_start": 0.05, "redraw_steps": 2}, "mu": 0.3, "worker_timeout_s": 60}
 
 
 @pytest.fixture(scope="module")
-def workbench():
-    """Rank 0's workbench on a Ray with room for two peers, which outlive a trial."""
+def runner():
+    """Rank 0's runner on a Ray with room for two peers, which outlive a trial."""
     os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_worker_niceness": "0"}
     ray.init(
         num_cpus=2,
@@ -41,23 +43,23 @@ def workbench():
         _node_ip_address="127.0.0.1",
         runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}},
     )
-    workbench = Workbench()
-    yield workbench
-    workbench.end_peers()
+    runner = TrialRunner()
+    yield runner
+    runner.end_peers()
     ray.shutdown()
 
 
 @pytest.fixture(scope="module")
-def heartbeats(workbench):
+def heartbeats(runner):
     """Name of the actor that workers beat to, and the longest silence in seconds."""
     actor = ray.remote(num_cpus=0)(Heartbeats).options(name="heartbeats").remote()
     yield "heartbeats", 600.0
     ray.kill(actor)
 
 
-def _run(workbench: Workbench, config: TrialConfig, folder: Path, stop_at: int | None = None) -> list[float]:
+def _run(runner: TrialRunner, config: TrialConfig, folder: Path, stop_at: int | None = None) -> list[float]:
     """Losses from the latest checkpoint to the end, or until `stop_at`."""
-    training = workbench.train(config, folder)
+    training = runner.train(config, folder)
     try:
         return _go_on(training, stop_at)
     finally:
@@ -93,15 +95,15 @@ def alone() -> dict[str, list[float]]:
         pytest.param("bf16", 3, {"activation_checkpointing": True}, marks=pytest.mark.slow),
     ],
 )
-def test_two_workers_train_like_one(workbench, alone, tiny_trial, tmp_path, dtype, zero_stage, engine):
+def test_two_workers_train_like_one(runner, alone, tiny_trial, tmp_path, dtype, zero_stage, engine):
     """The loss of every step within 1e-4 (bf16: 3e-2) and weights within 1e-3; 7 rows are shared unevenly."""
     settings = SETTINGS | {"dtype": dtype, "batch_size": 7}
     if dtype not in alone:
-        alone[dtype] = _run(Workbench(), tiny_trial(**settings), tmp_path / "alone")
+        alone[dtype] = _run(TrialRunner(), tiny_trial(**settings), tmp_path / "alone")
     config = tiny_trial(**settings, zero_stage=zero_stage, workers=2, **engine)
-    losses = _run(workbench, config, tmp_path / "two")
+    losses = _run(runner, config, tmp_path / "two")
     assert losses == pytest.approx(alone[dtype], abs=1e-4 if dtype == "fp32" else 3e-2)
-    parts = [loss for stop in (2, None) for loss in _run(workbench, config, tmp_path / "parts", stop_at=stop)]
+    parts = [loss for stop in (2, None) for loss in _run(runner, config, tmp_path / "parts", stop_at=stop)]
     assert parts == pytest.approx(losses, abs=1e-4 if dtype == "fp32" else 3e-2)
 
 
@@ -109,11 +111,11 @@ def test_two_workers_train_like_one(workbench, alone, tiny_trial, tmp_path, dtyp
     ("zero_stage", "engine"),
     [(0, {}), (2, {"gradient_accumulation": 2}), pytest.param(3, {}, marks=pytest.mark.slow)],
 )
-def test_gradients_of_two_workers_are_those_of_one(workbench, tiny_trial, tmp_path, zero_stage, engine):
+def test_gradients_of_two_workers_are_those_of_one(runner, tiny_trial, tmp_path, zero_stage, engine):
     """Norms of both terms' gradients within 1e-2 of themselves after two steps; 7 rows are shared unevenly."""
     settings = SETTINGS | {"steps": 3, "batch_size": 7, "reg_reduction": "sum"}
-    _run(Workbench(), tiny_trial(**settings), tmp_path / "one")
-    _run(workbench, tiny_trial(**settings, zero_stage=zero_stage, workers=2, **engine), tmp_path / "two")
+    _run(TrialRunner(), tiny_trial(**settings), tmp_path / "one")
+    _run(runner, tiny_trial(**settings, zero_stage=zero_stage, workers=2, **engine), tmp_path / "two")
     one, two = (json.loads((tmp_path / name / REPORTS_FILE).read_text()) for name in ("one", "two"))
     for alone, shared in zip(one, two, strict=True):
         told = {name for name in alone if "grad_norm" in name or "share" in name}
@@ -124,38 +126,36 @@ def test_gradients_of_two_workers_are_those_of_one(workbench, tiny_trial, tmp_pa
 @pytest.mark.slow
 @pytest.mark.parametrize("zero_stage", [0, 2, 3])
 @pytest.mark.parametrize("before", [1, 2])
-def test_a_checkpoint_is_read_with_another_number_of_workers(
-    workbench, alone, tiny_trial, tmp_path, zero_stage, before
-):
+def test_a_checkpoint_is_read_with_another_number_of_workers(runner, alone, tiny_trial, tmp_path, zero_stage, before):
     settings = SETTINGS | {"zero_stage": zero_stage}
     if "four rows" not in alone:
-        alone["four rows"] = _run(Workbench(), tiny_trial(**SETTINGS), tmp_path / "whole")
-    benches = {1: Workbench(), 2: workbench}
+        alone["four rows"] = _run(TrialRunner(), tiny_trial(**SETTINGS), tmp_path / "whole")
+    benches = {1: TrialRunner(), 2: runner}
     parts = _run(benches[before], tiny_trial(**settings, workers=before), tmp_path / "parts", stop_at=3)
     parts += _run(benches[3 - before], tiny_trial(**settings, workers=3 - before), tmp_path / "parts")
     assert parts == pytest.approx(alone["four rows"], abs=1e-4)
 
 
-def test_a_loss_that_is_not_finite_fails_on_all_workers_and_keeps_them(workbench, tiny_trial, tmp_path):
+def test_a_loss_that_is_not_finite_fails_on_all_workers_and_keeps_them(runner, tiny_trial, tmp_path):
     config = tiny_trial(**(SETTINGS | {"mu": 1e39}), workers=2)
-    training = workbench.train(config, tmp_path / "lost")
+    training = runner.train(config, tmp_path / "lost")
     before = training._peers._actors
     with pytest.raises(FloatingPointError, match=r"loss inf at step 0"):
         _go_on(training)
     training.close()
-    assert _run(workbench, tiny_trial(**SETTINGS, workers=2), tmp_path / "next")
-    assert workbench._peers._actors == before
+    assert _run(runner, tiny_trial(**SETTINGS, workers=2), tmp_path / "next")
+    assert runner._peers._actors == before
 
 
-def test_a_damaged_checkpoint_is_told_and_the_workers_stay_usable(workbench, tiny_trial, tmp_path):
+def test_a_damaged_checkpoint_is_told_and_the_workers_stay_usable(runner, tiny_trial, tmp_path):
     config = tiny_trial(**SETTINGS, workers=2)
-    whole = _run(workbench, config, tmp_path / "whole")
-    _run(workbench, config, tmp_path / "cut", stop_at=3)
+    whole = _run(runner, config, tmp_path / "whole")
+    _run(runner, config, tmp_path / "cut", stop_at=3)
     weights = adapter_folder(tmp_path / "cut") / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(UserError, match="is damaged"):
-        workbench.train(config, tmp_path / "cut")
-    assert _run(workbench, config, tmp_path / "again") == pytest.approx(whole, abs=1e-5)
+        runner.train(config, tmp_path / "cut")
+    assert _run(runner, config, tmp_path / "again") == pytest.approx(whole, abs=1e-5)
 
 
 def _peer_pid(training: Training) -> int:
@@ -170,9 +170,9 @@ def _peer_pid(training: Training) -> int:
         pytest.param(signal.SIGSTOP, 20, "worker 1 of 2 did not answer for 10 s", 60, marks=pytest.mark.slow),
     ],
 )
-def test_a_lost_worker_ends_the_step_soon_and_by_name(workbench, tiny_trial, tmp_path, how, timeout_s, cause, within_s):
+def test_a_lost_worker_ends_the_step_soon_and_by_name(runner, tiny_trial, tmp_path, how, timeout_s, cause, within_s):
     config = tiny_trial(**(SETTINGS | {"worker_timeout_s": timeout_s, "steps": 1000}), workers=2)
-    training = workbench.train(config, tmp_path)
+    training = runner.train(config, tmp_path)
     training.advance()
     pid = _peer_pid(training)
     os.kill(pid, how)
@@ -183,7 +183,7 @@ def test_a_lost_worker_ends_the_step_soon_and_by_name(workbench, tiny_trial, tmp
     assert time.monotonic() - start < within_s
     assert adapter_folder(tmp_path) is not None
     config = config.model_copy(update={"training": config.training.model_copy(update={"steps": 3})})
-    assert len(_run(workbench, config, tmp_path / "next")) == 3  # with a new peer
+    assert len(_run(runner, config, tmp_path / "next")) == 3  # with a new peer
 
 
 def test_a_lost_worker_ends_the_job_and_not_the_trainable(heartbeats, tiny_trial, tmp_path):
@@ -210,11 +210,11 @@ def test_a_bare_base_is_scored_by_the_worker_that_trains_on_it_next(heartbeats, 
     worker.setup(job | {"number": -1, "goal": None})
     report = worker.step()
     assert (report["stage"], report["done"]) == ("evaluated", True)
-    assert ChipScores.from_json(json.loads(report["scores"])) == Workbench().evaluate(config, None)
-    loaded = worker._workbench.base(config)[0]
+    assert ChipScores.from_json(json.loads(report["scores"])) == TrialRunner().evaluate(config, None)
+    loaded = worker._runner.base(config)[0]
     worker.reset_config(job | {"number": 0})
     assert worker.step()["stage"] == "training"
-    assert worker._workbench.base(config)[0] is loaded
+    assert worker._runner.base(config)[0] is loaded
     worker.cleanup()
 
 
@@ -222,12 +222,13 @@ SCARCE = """
 import json, resource, sys
 from types import SimpleNamespace
 import psutil
-from halora.trainable import HaloraTrainable, Workbench
-from halora.trial import TrialConfig
+from halora.trainable import HaloraTrainable
+from halora.trial_runner import TrialRunner
+from halora.settings.trial import TrialConfig
 
 config, job = TrialConfig.model_validate(json.loads(sys.argv[1])), json.loads(sys.argv[2])
 trainable = HaloraTrainable.__new__(HaloraTrainable)
-trainable._heart, trainable._workbench = SimpleNamespace(job=""), Workbench()  # no Ray, whose threads would die first
+trainable._heart, trainable._runner = SimpleNamespace(job=""), TrialRunner()  # no Ray, whose threads would die first
 trainable._begin(job | {"trial": config.model_dump(mode="json")})
 reports = [trainable.step()]
 limit = psutil.Process().memory_info().vms + 2**20
@@ -245,8 +246,8 @@ print(json.dumps(reports))
 @pytest.mark.slow
 def test_a_trial_that_runs_out_of_memory_goes_on_in_smaller_parts(tiny_trial, tmp_path):
     """Oracles: a limit that the kernel sets to a process's memory; the losses of a training that has enough."""
-    config = tiny_trial(steps=3, batch_size=64, schedule={"sigma_start": 0.05})
-    plenty = _run(Workbench(), config, tmp_path / "plenty")
+    config = tiny_trial(steps=3, batch_size=64, schedule={"strength_start": 0.05})
+    plenty = _run(TrialRunner(), config, tmp_path / "plenty")
     job = {"job": "a", "number": 0, "folder": str(tmp_path / "scarce"), "goal": {"steps": 3, "chip_instances": 1}}
     command = [sys.executable, "-c", SCARCE, config.model_dump_json(), json.dumps(job)]
     run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
@@ -307,7 +308,7 @@ def test_a_trial_goes_from_node_to_node(heartbeats, tiny_trial, tmp_path, monkey
     assert (refused["stage"], f"storage '{url}' cannot be" in refused["cause"]) == ("lost", True)
 
 
-def test_an_error_raised_in_a_worker_is_told_from_the_end_of_the_worker(workbench, tmp_path):
+def test_an_error_raised_in_a_worker_is_told_from_the_end_of_the_worker(runner, tmp_path):
     """Oracle: an actor that raises, and one that exits, with the errors that Ray hands its Tune."""
 
     @ray.remote(num_cpus=0)

@@ -2,16 +2,16 @@
 
 from pathlib import Path
 
-from halora.trainable import Workbench
-from halora.trial import TrialConfig
+from halora.settings.trial import TrialConfig
+from halora.trial_runner import TrialRunner
 
 
 def run_reports(
-    workbench: Workbench, config: TrialConfig, folder: Path, stop_at: int | None = None
+    runner: TrialRunner, config: TrialConfig, folder: Path, stop_at: int | None = None
 ) -> list[dict[str, float]]:
     """Reports from the latest checkpoint to the end, or until `stop_at`, as if killed there."""
     folder.mkdir(exist_ok=True)
-    training = workbench.train(config, folder)
+    training = runner.train(config, folder)
     reports = []
     try:
         while not training.done and (stop_at is None or training._finetuner.step < stop_at):
@@ -21,6 +21,6 @@ def run_reports(
     return reports
 
 
-def run_losses(workbench: Workbench, config: TrialConfig, folder: Path, stop_at: int | None = None) -> list[float]:
+def run_losses(runner: TrialRunner, config: TrialConfig, folder: Path, stop_at: int | None = None) -> list[float]:
     """The loss of each of these reports."""
-    return [report["train_loss"] for report in run_reports(workbench, config, folder, stop_at)]
+    return [report["train_loss"] for report in run_reports(runner, config, folder, stop_at)]

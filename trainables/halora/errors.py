@@ -1,11 +1,11 @@
-"""What a user is told when something they can mend is wrong; imports nothing of the project."""
+"""What a user is told when something they can fix is wrong; imports nothing of the project."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from difflib import get_close_matches
 
 
 class UserError(ValueError):
-    """One or more mistakes a user can mend, all told at once, with the next step.
+    """One or more mistakes a user can fix, all told at once, with the next step.
 
     Args:
         problems: One sentence each: where, what was given, what is allowed.

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, whatever happens to their writer; and their digests."""
+"""Files that are written atomically, whatever happens to their writer; and their digests."""
 
 import errno
 import hashlib

@@ -17,11 +17,11 @@ from halora.hardware.baselines import baselines
 from halora.hardware.chip import Chip, expand_chip, preset_names
 from halora.hardware.energy import EnergyBreakdown, energy_per_token
 from halora.hardware.expected_noise import ExpectedNoise, expected_noise
-from halora.hardware.mapping import Place
+from halora.hardware.mapping import Placement
 from halora.hardware.shapes import named_shapes
+from halora.settings.training import LoraSettings
 from halora.spaces.language import with_values
 from halora.spaces.mistakes import describe
-from halora.training.config import LoraSettings
 
 _MOST_INPUTS = 2048
 
@@ -169,8 +169,8 @@ def explore(setting: Setting) -> Explored:
     targets = LoraSettings().targets
     energy = energy_per_token(shape, described, rank=rank, targets=targets, context_tokens=setting.context_tokens)
     sizes, places = shape.sizes, described.mapping.places(shape.sizes)
-    on_chip = sum(size for name, size in sizes.items() if places[name] is not Place.HOST)
-    in_rram = sum(size for name, size in sizes.items() if places[name] is Place.RRAM)
+    on_chip = sum(size for name, size in sizes.items() if places[name] is not Placement.HOST)
+    in_rram = sum(size for name, size in sizes.items() if places[name] is Placement.RRAM)
     named = {
         f"{name} ({it.phase})": found
         for name, it in baselines().items()

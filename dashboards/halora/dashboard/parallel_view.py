@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from halora.analysis.charts import label_styles
 from halora.analysis.parallel import Axis, line_places, parallel_axes
 from halora.analysis.summary import FrontView
-from halora.analysis.trials import TrialPoint
+from halora.analysis.trials import RecordedTrial
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 75, 915, 46, 236
 _MOST_LINES = 1000
@@ -62,7 +62,7 @@ class ParallelView:
 
 
 def parallel_view(
-    points: Sequence[TrialPoint], view: FrontView, conditions: Sequence[tuple[str, str, str]], label: str
+    points: Sequence[RecordedTrial], view: FrontView, conditions: Sequence[tuple[str, str, str]], label: str
 ) -> ParallelView | None:
     """The drawing of scored trials; none where nothing was searched, or nothing is scored.
 
@@ -98,7 +98,7 @@ def parallel_view(
     return ParallelView(drawn, lines, left_out)
 
 
-def _path(point: TrialPoint, axes: Sequence[Axis], xs: Sequence[float]) -> str:
+def _path(point: RecordedTrial, axes: Sequence[Axis], xs: Sequence[float]) -> str:
     places = zip(xs, line_places(point, axes), strict=True)
     return "M" + "L".join(f"{x:.0f},{_y(place):.1f}" for x, place in places)
 

@@ -11,7 +11,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from halora.analysis.trials import TrialPoint
+from halora.analysis.trials import RecordedTrial
 from halora.dashboard.reading import Snapshot
 from halora.dashboard.security import is_token
 from halora.dashboard.site import Site
@@ -50,7 +50,7 @@ class Readiness:
         return self.certification.gates if self.certification else self.standing.gates
 
 
-def readiness(snapshot: Snapshot, point: TrialPoint) -> Readiness:
+def readiness(snapshot: Snapshot, point: RecordedTrial) -> Readiness:
     """How a trial's adapter stands."""
     (standing,) = standings([point], snapshot.sweep.gates)
     try:
@@ -65,8 +65,8 @@ def readiness(snapshot: Snapshot, point: TrialPoint) -> Readiness:
     return Readiness(standing, certified[-1] if certified else None, under_way, scored, len(attempts))
 
 
-def failed_gates(snapshot: Snapshot, point: TrialPoint) -> tuple[str, ...]:
-    """Why a trial is no candidate, by the sweep's gates; none for a candidate."""
+def failed_gates(snapshot: Snapshot, point: RecordedTrial) -> tuple[str, ...]:
+    """Why a trial is not a candidate, by the sweep's gates; none for a candidate."""
     return standings([point], snapshot.sweep.gates)[0].reasons
 
 
@@ -129,7 +129,7 @@ def _scored(snapshot: Snapshot, attempt: Attempt) -> int:
     scored = 0
     for file in attempt.folder(snapshot.folder).glob("chips-*.json"):
         try:
-            content: dict[str, Any] = json.loads(file.read_text())
+            content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
             scored += len(content["chip_seeds"])
         except (OSError, ValueError, KeyError):  # being written
             continue

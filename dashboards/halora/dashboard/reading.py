@@ -8,14 +8,14 @@ from functools import cached_property
 import yaml
 
 from halora.analysis.summary import FrontView, view_front, volumes
-from halora.analysis.trials import ACCURACY, ENERGY, Objective, TrialPoint
+from halora.analysis.trials import ACCURACY, ENERGY, Objective, RecordedTrial
 from halora.errors import UserError
 from halora.records import journal
 from halora.records.index import read_ledger
 from halora.records.ledger import Ledger
 from halora.records.store import Store, SweepFolder
 from halora.spaces.sweep import SweepConfig
-from halora.sweep.state import is_running, load_sweep_of
+from halora.sweep.run.state import is_running, load_sweep_of
 
 _MOST_KEPT = 32
 """Sweeps in memory."""
@@ -86,7 +86,7 @@ class Snapshot:
             "front": len(self.view.members),
         }
 
-    def point(self, number: int) -> TrialPoint:
+    def point(self, number: int) -> RecordedTrial:
         """A trial.
 
         Raises:

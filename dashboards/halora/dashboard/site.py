@@ -58,7 +58,7 @@ def is_fragment(request: Request) -> bool:
 
 
 def script_json(content: Any) -> Markup:
-    """JSON that cannot end the script element it stands in; what is not a number becomes null."""
+    """JSON that cannot end the script element it is in; what is not a number becomes null."""
     text = json.dumps(_finite(content), allow_nan=False, ensure_ascii=True, separators=(",", ":"))
     return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
 

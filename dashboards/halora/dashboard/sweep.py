@@ -10,7 +10,7 @@ from starlette.responses import HTMLResponse, Response
 from halora.analysis.charts import Chart, front_chart, hypervolume_chart
 from halora.analysis.front import hypervolume
 from halora.analysis.summary import FrontView, narrowed
-from halora.analysis.trials import TrialPoint, condition_parts, filtered
+from halora.analysis.trials import RecordedTrial, condition_parts, filtered
 from halora.dashboard.parallel_view import ParallelView, parallel_view
 from halora.dashboard.query import SweepQuery, page_of, sort_direction
 from halora.dashboard.readiness import failed_gates
@@ -91,10 +91,10 @@ class Choice:
     chart: Chart | None
     volume: tuple[float, float]
     parallel: ParallelView | None
-    rows: list[TrialPoint]
+    rows: list[RecordedTrial]
     page: int
     pages: int
-    picked: list[TrialPoint]
+    picked: list[RecordedTrial]
     hidden: list[int]
 
 
@@ -144,7 +144,7 @@ def form_fields(snapshot: Snapshot) -> dict[str, list[str]]:
     return {**labels, "fields": [*paths, *metrics], "rank": [path for path in paths if path.endswith("rank")]}
 
 
-def failures(snapshot: Snapshot, most: int = _MOST_FAILURES) -> list[tuple[TrialPoint, str]]:
+def failures(snapshot: Snapshot, most: int = _MOST_FAILURES) -> list[tuple[RecordedTrial, str]]:
     """The last failed trials, each with the end of what its worker printed."""
     failed = sorted(snapshot.view.groups.failed, key=lambda point: -point.ended_ms)[:most]
     return [(point, log_tail(snapshot, point.number, _TAIL_LINES)) for point in failed]
@@ -166,17 +166,17 @@ def _volume(view: FrontView, snapshot: Snapshot) -> float:
     return hypervolume(view.members, snapshot.reference, view.objectives)
 
 
-def _value(point: TrialPoint, column: str) -> float:
+def _value(point: RecordedTrial, column: str) -> float:
     return float(point.metrics.get(column, float("nan")))
 
 
-def _sorted(points: list[TrialPoint], query: SweepQuery, whole: FrontView) -> list[TrialPoint]:
+def _sorted(points: list[RecordedTrial], query: SweepQuery, whole: FrontView) -> list[RecordedTrial]:
     """Trials in the order asked for; those without a value come last."""
     column, falling = query.sort.removeprefix("-"), query.sort.startswith("-")
     if column not in COLUMNS:
         column = SweepQuery.sort
 
-    def key(point: TrialPoint) -> tuple[bool, float, int]:
+    def key(point: RecordedTrial) -> tuple[bool, float, int]:
         own = {"number": point.number, "drop": point.drop, "p_front": whole.probability.get(point.number)}
         value = own[column] if column in own else point.metrics.get(column)
         if value is None or not isfinite(value):

@@ -11,7 +11,7 @@ from starlette.responses import RedirectResponse, Response
 
 from halora.analysis.charts import Chart, noise_chart
 from halora.analysis.trial_charts import beside_chart, gradients_chart, layers_chart, loss_chart, time_chart
-from halora.analysis.trials import Answers, TrialPoint
+from halora.analysis.trials import Answers, RecordedTrial
 from halora.dashboard.readiness import Readiness, readiness
 from halora.dashboard.reading import Snapshot
 from halora.dashboard.site import Site
@@ -22,7 +22,7 @@ from halora.records.journal import Entry, entries_of
 from halora.records.names import ENERGY, is_score
 from halora.records.publishing import baseline_energies
 from halora.selection.robustness import TIMES_S
-from halora.trial import TrialConfig
+from halora.settings.trial import TrialConfig
 
 _TAIL_LINES = 60
 
@@ -87,7 +87,7 @@ class Card:
     adapter: str
 
 
-def card(snapshot: Snapshot, point: TrialPoint, ready: Readiness) -> Card:
+def card(snapshot: Snapshot, point: RecordedTrial, ready: Readiness) -> Card:
     """The card of a trial."""
     entries = entries_of(snapshot.folder.journal_file, point.number)
     begin: Entry = next((entry for entry in entries if entry["kind"] == "begin"), {})
@@ -121,7 +121,7 @@ def accuracy_by_chip(correct: Answers) -> list[float]:
     return [float(share) for share in bits.reshape(chips, rows).mean(axis=1)]
 
 
-def differences(one: TrialPoint, other: TrialPoint) -> list[tuple[str, Any, Any]]:
+def differences(one: RecordedTrial, other: RecordedTrial) -> list[tuple[str, Any, Any]]:
     """What two trials differ in: labels, searched values, and scores."""
     rows = []
     for own, others in ((one.labels, other.labels), (one.params, other.params), (one.metrics, other.metrics)):
@@ -150,7 +150,7 @@ def mlflow_address(site: Site, sweep: str, number: int | None) -> str:
     return f"{store.tracking_uri.rstrip('/')}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
 
 
-def _against(text: str, snapshot: Snapshot, point: TrialPoint) -> tuple[TrialPoint | None, str]:
+def _against(text: str, snapshot: Snapshot, point: RecordedTrial) -> tuple[RecordedTrial | None, str]:
     """The second trial that a card asks for, or what is wrong with it."""
     if not text.strip():
         return None, ""
@@ -181,7 +181,7 @@ def _why_no_time(trial: TrialConfig, ready: Readiness) -> str:
     return f"not measured: {'; '.join(dict.fromkeys(reasons)) or 'the certification had no robustness chips'}."
 
 
-def _sweep_charts(snapshot: Snapshot, point: TrialPoint, trial: TrialConfig) -> Mapping[str, Chart]:
+def _sweep_charts(snapshot: Snapshot, point: RecordedTrial, trial: TrialConfig) -> Mapping[str, Chart]:
     """The trial beside named baselines and beside the other trials of its sweep."""
     prefix = f"{ENERGY}."
     own = {name.removeprefix(prefix): value for name, value in point.metrics.items() if name.startswith(prefix)}
@@ -191,7 +191,7 @@ def _sweep_charts(snapshot: Snapshot, point: TrialPoint, trial: TrialConfig) -> 
     scored = [*groups.feasible, *groups.violating]
     levels = {level for each in scored for level in each.accuracy_by_level}
     field, title = (
-        ("noise_level", "noise level of the chip (unit of its model)")
+        ("noise_strength", "noise strength of the chip (unit of its model)")
         if len(levels) > 1
         else ("noise_db", "noise to signal of the weights (dB)")
     )
@@ -208,7 +208,7 @@ def _shape_here(model: str) -> ModelShape | None:
     folder = Path(model) / "config.json"
     try:
         return known_shape(model) or (known_shape(str(folder)) if model and folder.is_file() else None)
-    except (UserError, OSError, ValueError):  # no such family; a name that is no path
+    except (UserError, OSError, ValueError):  # no such family; a name that is not a path
         return None
 
 

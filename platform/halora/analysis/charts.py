@@ -10,7 +10,7 @@ from typing import Any
 
 from halora.analysis.figures import METHOD_COLOURS, OTHER_COLOUR
 from halora.analysis.summary import FrontView, SweepSummary
-from halora.analysis.trials import TrialPoint
+from halora.analysis.trials import RecordedTrial
 
 Chart = dict[str, Any]
 """A Plotly figure: `data` and `layout`."""
@@ -39,8 +39,8 @@ PLAIN_STYLES = (
 def front_chart(
     view: FrontView,
     *,
-    others: Sequence[TrialPoint] = (),
-    marked: Sequence[TrialPoint] = (),
+    others: Sequence[RecordedTrial] = (),
+    marked: Sequence[RecordedTrial] = (),
     by: str = "method",
     most: int = _MOST_SHOWN,
 ) -> Chart:
@@ -92,7 +92,7 @@ def front_chart(
     return _with_room({"data": data, "layout": chart_layout("energy per token (µJ)", what, log_x=True)})
 
 
-def staircase(members: Sequence[TrialPoint], upwards: str, colour: str) -> Chart:
+def staircase(members: Sequence[RecordedTrial], upwards: str, colour: str) -> Chart:
     """The border of what a front's members, by rising energy, dominate."""
     return {
         "type": "scatter",
@@ -128,8 +128,10 @@ def fronts_chart(fronts: Mapping[str, FrontView], reference: tuple[float, float]
     return {"data": data, "layout": chart_layout("energy per token (µJ)", "accuracy under noise", log_x=True)}
 
 
-def noise_chart(points: Sequence[TrialPoint], field: str, title: str, *, marked: Sequence[TrialPoint] = ()) -> Chart:
-    """Accuracy over `noise_level`, at all levels a trial was scored at, or over the metric `noise_db`.
+def noise_chart(
+    points: Sequence[RecordedTrial], field: str, title: str, *, marked: Sequence[RecordedTrial] = ()
+) -> Chart:
+    """Accuracy over `noise_strength`, at all levels a trial was scored at, or over the metric `noise_db`.
 
     The `marked` trials get a ring.
     """
@@ -161,8 +163,8 @@ def noise_chart(points: Sequence[TrialPoint], field: str, title: str, *, marked:
     return _with_room({"data": data, "layout": chart_layout(title, "accuracy under noise")})
 
 
-def _accuracies_over(point: TrialPoint, field: str) -> list[tuple[float, float]]:
-    if field == "noise_level":
+def _accuracies_over(point: RecordedTrial, field: str) -> list[tuple[float, float]]:
+    if field == "noise_strength":
         return list(point.accuracy_by_level.items())
     return [(point.metrics[field], point.accuracy)] if field in point.metrics else []
 
@@ -229,20 +231,20 @@ def hypervolume_chart(volumes: Sequence[float]) -> Chart:
     return {"data": data, "layout": layout}
 
 
-def by_method(points: Sequence[TrialPoint]) -> list[tuple[str, list[TrialPoint]]]:
+def by_method(points: Sequence[RecordedTrial]) -> list[tuple[str, list[RecordedTrial]]]:
     """Trials by training method, the known methods first."""
     return by_label(points, "method")
 
 
-def by_label(points: Sequence[TrialPoint], label: str) -> list[tuple[str, list[TrialPoint]]]:
+def by_label(points: Sequence[RecordedTrial], label: str) -> list[tuple[str, list[RecordedTrial]]]:
     """Trials by one of their labels, the known training methods first."""
-    groups: dict[str, list[TrialPoint]] = {method: [] for method in METHOD_COLOURS}
+    groups: dict[str, list[RecordedTrial]] = {method: [] for method in METHOD_COLOURS}
     for point in points:
         groups.setdefault(str(point.labels.get(label, "other")), []).append(point)
     return [(name, own) for name, own in groups.items() if own]
 
 
-def label_styles(points: Sequence[TrialPoint], label: str) -> dict[str, tuple[str, str]]:
+def label_styles(points: Sequence[RecordedTrial], label: str) -> dict[str, tuple[str, str]]:
     """Colour and shape of each value of a label; those of the methods are the same everywhere."""
     if label == "method":
         return {method: (METHOD_COLOURS[method], _SYMBOLS[method]) for method in METHOD_COLOURS}
@@ -250,7 +252,7 @@ def label_styles(points: Sequence[TrialPoint], label: str) -> dict[str, tuple[st
     return {name: PLAIN_STYLES[place % len(PLAIN_STYLES)] for place, name in enumerate(names)}
 
 
-def described(point: TrialPoint) -> str:
+def described(point: RecordedTrial) -> str:
     """Searched values on one line: the last part of each path, numbers to three digits."""
     return " ".join(f"{path.rpartition('.')[2]}={_short(value)}" for path, value in sorted(point.params.items()))
 
@@ -267,7 +269,7 @@ class _Style:
     bars: bool = True
 
 
-def _ring(points: Sequence[TrialPoint], name: str, upwards: str, colour: str, size: int) -> Chart:
+def _ring(points: Sequence[RecordedTrial], name: str, upwards: str, colour: str, size: int) -> Chart:
     return {
         "type": "scatter",
         "mode": "markers",
@@ -280,7 +282,7 @@ def _ring(points: Sequence[TrialPoint], name: str, upwards: str, colour: str, si
 
 
 def _trials(
-    points: Sequence[TrialPoint],
+    points: Sequence[RecordedTrial],
     name: str,
     label: str,
     view: FrontView,

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from halora.analysis.layers import by_kind
 from halora.analysis.summary import FrontView
-from halora.analysis.trials import TrialPoint
+from halora.analysis.trials import RecordedTrial
 from halora.hardware.error_curves import ErrorCurve
 
 METHOD_COLOURS = {"lora": "#0072B2", "noise_lora": "#E69F00", "halora": "#009E73"}  # Okabe and Ito
@@ -48,7 +48,7 @@ def front_figure(view: FrontView, title: str) -> Figure:
     return figure
 
 
-def _draw_trials(axes: Axes, shown: Sequence[TrialPoint], method: str, filled: bool) -> None:
+def _draw_trials(axes: Axes, shown: Sequence[RecordedTrial], method: str, filled: bool) -> None:
     colour = METHOD_COLOURS.get(method, OTHER_COLOUR)
     axes.errorbar(
         [p.energy_uj_per_token for p in shown],
@@ -66,7 +66,7 @@ def _draw_trials(axes: Axes, shown: Sequence[TrialPoint], method: str, filled: b
     )
 
 
-def _method(point: TrialPoint) -> str:
+def _method(point: RecordedTrial) -> str:
     return str(point.labels.get("method", "other"))
 
 

@@ -5,10 +5,10 @@ from collections.abc import Iterator, Sequence
 import moocore
 import numpy as np
 
-from halora.analysis.trials import DEFAULT_OBJECTIVES, Objective, TrialPoint
+from halora.analysis.trials import DEFAULT_OBJECTIVES, Objective, RecordedTrial
 
 
-def values(points: Sequence[TrialPoint], objectives: Sequence[Objective]) -> np.ndarray:
+def values(points: Sequence[RecordedTrial], objectives: Sequence[Objective]) -> np.ndarray:
     """Objectives of the points, in the shape (points, objectives)."""
     rows = [[point.metrics[each.metric] for each in objectives] for point in points]
     return np.array(rows, dtype=float).reshape(-1, len(objectives))
@@ -32,7 +32,7 @@ def ranks(table: np.ndarray, objectives: Sequence[Objective] = DEFAULT_OBJECTIVE
     return np.asarray(moocore.pareto_rank(table, maximise=[each.maximise for each in objectives]), dtype=int)
 
 
-def front(points: Sequence[TrialPoint], objectives: Sequence[Objective] = DEFAULT_OBJECTIVES) -> list[TrialPoint]:
+def front(points: Sequence[RecordedTrial], objectives: Sequence[Objective] = DEFAULT_OBJECTIVES) -> list[RecordedTrial]:
     """The non-dominated points, from the best to the worst in the last objective."""
     chosen = non_dominated(values(points, objectives), objectives)
     members = [point for point, kept in zip(points, chosen, strict=True) if kept]
@@ -41,7 +41,7 @@ def front(points: Sequence[TrialPoint], objectives: Sequence[Objective] = DEFAUL
 
 
 def hypervolume(
-    points: Sequence[TrialPoint], reference: Sequence[float], objectives: Sequence[Objective] = DEFAULT_OBJECTIVES
+    points: Sequence[RecordedTrial], reference: Sequence[float], objectives: Sequence[Objective] = DEFAULT_OBJECTIVES
 ) -> float:
     """Area or volume between the points' front and a reference point, see `volume`."""
     return volume(values(points, objectives), reference, objectives)
@@ -60,7 +60,7 @@ def volume(
 
 
 def hypervolume_history(
-    points: Sequence[TrialPoint], reference: Sequence[float], objectives: Sequence[Objective] = DEFAULT_OBJECTIVES
+    points: Sequence[RecordedTrial], reference: Sequence[float], objectives: Sequence[Objective] = DEFAULT_OBJECTIVES
 ) -> Iterator[float]:
     """The hypervolume after each of the points, in their order; a point that is dominated costs no new one."""
     archive = np.zeros((0, len(objectives)))
@@ -74,7 +74,9 @@ def hypervolume_history(
         yield found
 
 
-def knee(members: Sequence[TrialPoint], objectives: Sequence[Objective] = DEFAULT_OBJECTIVES) -> TrialPoint | None:
+def knee(
+    members: Sequence[RecordedTrial], objectives: Sequence[Objective] = DEFAULT_OBJECTIVES
+) -> RecordedTrial | None:
     """The member of a front furthest beyond the plane through its extremes (Das, Structural Optimization 1999).
 
     With objectives scaled to the front's own range that is the one with the largest sum of gains. None where fewer
@@ -85,7 +87,7 @@ def knee(members: Sequence[TrialPoint], objectives: Sequence[Objective] = DEFAUL
     return members[int(knee_gains(members, objectives).argmax())]
 
 
-def knee_gains(members: Sequence[TrialPoint], objectives: Sequence[Objective] = DEFAULT_OBJECTIVES) -> np.ndarray:
+def knee_gains(members: Sequence[RecordedTrial], objectives: Sequence[Objective] = DEFAULT_OBJECTIVES) -> np.ndarray:
     """What each member of a front gains over its worst in every objective, scaled to the front's range and summed."""
     losses = values(members, objectives) * [-1 if each.maximise else 1 for each in objectives]
     span = np.ptp(losses, axis=0)
@@ -93,11 +95,11 @@ def knee_gains(members: Sequence[TrialPoint], objectives: Sequence[Objective] = 
     return gains
 
 
-def best(points: Sequence[TrialPoint]) -> TrialPoint | None:
+def best(points: Sequence[RecordedTrial]) -> RecordedTrial | None:
     """The most accurate point; the larger mean margin decides a tie."""
     return max(points, key=lambda p: (p.accuracy, p.margin), default=None)
 
 
-def _loss(point: TrialPoint, each: Objective) -> float:
+def _loss(point: RecordedTrial, each: Objective) -> float:
     value = point.metrics[each.metric]
     return -value if each.maximise else value

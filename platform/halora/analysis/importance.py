@@ -7,7 +7,7 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from halora.analysis.summary import FrontView
-from halora.analysis.trials import Objective, TrialPoint
+from halora.analysis.trials import Objective, RecordedTrial
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -17,7 +17,7 @@ _BETTER = 0.25
 """Share of the trials whose settings are told apart from those of all."""
 
 
-def importances(points: Sequence[TrialPoint], objective: Objective) -> dict[str, float]:
+def importances(points: Sequence[RecordedTrial], objective: Objective) -> dict[str, float]:
     """Share of each searched field in whether a trial is among the better quarter; they sum to 1, largest first.
 
     A field that is searched in some trials only counts by these. Empty with fewer than eight trials, or where the

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from math import isfinite, log10
 from typing import Any
 
-from halora.analysis.trials import Objective, TrialPoint
+from halora.analysis.trials import Objective, RecordedTrial
 
 _DECADES = 100
 """Ratio of the largest to the smallest value from which an axis is logarithmic."""
@@ -57,7 +57,7 @@ class Axis:
         return [(self.place(value), f"{value:.3g}") for value in dict.fromkeys((self.low, self.high))]
 
 
-def parallel_axes(points: Sequence[TrialPoint], objectives: Sequence[Objective], most: int = 12) -> list[Axis]:
+def parallel_axes(points: Sequence[RecordedTrial], objectives: Sequence[Objective], most: int = 12) -> list[Axis]:
     """The searched fields that vary, and the objectives after them; of more than `most` fields the first."""
     columns: dict[str, list[Any]] = {}
     for point in points:
@@ -71,7 +71,7 @@ def parallel_axes(points: Sequence[TrialPoint], objectives: Sequence[Objective],
     return axes
 
 
-def line_places(point: TrialPoint, axes: Sequence[Axis]) -> list[float]:
+def line_places(point: RecordedTrial, axes: Sequence[Axis]) -> list[float]:
     """Where a trial's line crosses each axis."""
     fields: Mapping[str, Any] = {**point.metrics, **point.params}
     return [axis.place(fields.get(axis.field)) for axis in axes]

@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from halora.analysis import charts
 from halora.analysis.summary import SweepSummary
-from halora.analysis.trials import TrialPoint
+from halora.analysis.trials import RecordedTrial
 
 _TEMPLATE = "report.html.jinja"
 _MOST_ROWS = 200
@@ -23,10 +23,10 @@ def render_report(summary: SweepSummary) -> str:
     view = summary.front
     scored = [*view.groups.feasible, *view.groups.violating]
     levels = sorted({level for point in scored for level in point.accuracy_by_level})
-    several = charts.noise_chart(scored, "noise_level", "noise level of the chip (unit of its model)")
+    several = charts.noise_chart(scored, "noise_strength", "noise strength of the chip (unit of its model)")
     drawn = {
         "front": charts.front_chart(view) if scored else None,
-        "noise_level": several if len(levels) > 1 else None,
+        "noise_strength": several if len(levels) > 1 else None,
         "noise_db": charts.noise_chart(scored, "noise_db", "realised noise to signal of the weights (dB)"),
         "energy": charts.energy_chart(view),
         "importance": charts.importance_chart(summary),
@@ -34,7 +34,7 @@ def render_report(summary: SweepSummary) -> str:
     }
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"number": _number, "described": charts.described}
-    template = environment.from_string((files("halora.analysis") / _TEMPLATE).read_text())
+    template = environment.from_string((files("halora.analysis") / _TEMPLATE).read_text(encoding="utf-8"))
     shown = {name: chart for name, chart in drawn.items() if chart and chart["data"]}
     return template.render(
         summary=summary,
@@ -49,7 +49,7 @@ def render_report(summary: SweepSummary) -> str:
     )
 
 
-def _ended(summary: SweepSummary) -> list[TrialPoint]:
+def _ended(summary: SweepSummary) -> list[RecordedTrial]:
     groups = summary.front.groups
     return [*groups.feasible, *groups.violating, *groups.unscored, *groups.stopped, *groups.failed]
 
@@ -69,7 +69,7 @@ def _ratios(summary: SweepSummary) -> list[dict[str, Any]]:
 
 
 def _script_json(content: Any) -> Markup:
-    """JSON that cannot end the script element it stands in."""
+    """JSON that cannot end the script element it is in."""
     text = json.dumps(content, allow_nan=False, ensure_ascii=True)
     return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
 

@@ -6,7 +6,7 @@ from math import isfinite
 from typing import Any
 
 from halora.analysis.front import front, hypervolume_history, knee
-from halora.analysis.trials import DEFAULT_OBJECTIVES, OTHER_ACCURACY, Groups, Objective, TrialPoint, grouped
+from halora.analysis.trials import DEFAULT_OBJECTIVES, OTHER_ACCURACY, Groups, Objective, RecordedTrial, grouped
 from halora.analysis.uncertainty import front_probability
 
 
@@ -24,9 +24,9 @@ class FrontView:
 
     objectives: tuple[Objective, ...]
     groups: Groups
-    members: list[TrialPoint]
+    members: list[RecordedTrial]
     probability: dict[int, float]
-    knee: TrialPoint | None
+    knee: RecordedTrial | None
 
     def rows(self) -> list[dict[str, Any]]:
         """Every trial that has all objectives, by number, in plain values; what is not a number becomes none."""
@@ -79,7 +79,7 @@ class SweepSummary:
     time: str
 
 
-def view_front(points: Sequence[TrialPoint], objectives: Sequence[Objective] = DEFAULT_OBJECTIVES) -> FrontView:
+def view_front(points: Sequence[RecordedTrial], objectives: Sequence[Objective] = DEFAULT_OBJECTIVES) -> FrontView:
     """The front over any two or three recorded metrics, and how sure each trial's place on it is."""
     groups = grouped(points, objectives)
     members = front(groups.feasible, objectives)
@@ -88,7 +88,7 @@ def view_front(points: Sequence[TrialPoint], objectives: Sequence[Objective] = D
     return FrontView(tuple(objectives), groups, members, probability, knee(members, objectives))
 
 
-def narrowed(view: FrontView, points: Sequence[TrialPoint]) -> FrontView:
+def narrowed(view: FrontView, points: Sequence[RecordedTrial]) -> FrontView:
     """The front of some of a view's trials; their probabilities stay those among all."""
     groups = grouped(points, view.objectives)
     members = front(groups.feasible, view.objectives)
@@ -101,7 +101,7 @@ def volumes(view: FrontView, reference: Sequence[float]) -> list[float]:
     return list(hypervolume_history(ended, reference, view.objectives))
 
 
-def _columns(objectives: Sequence[Objective], points: Sequence[TrialPoint]) -> list[str]:
+def _columns(objectives: Sequence[Objective], points: Sequence[RecordedTrial]) -> list[str]:
     usual = ["energy_uj_per_token", "accuracy", "accuracy_low", "accuracy_high", "margin", "clean_accuracy", "noise_db"]
     usual += [name for name in OTHER_ACCURACY if any(name in point.metrics for point in points)]
     return list(dict.fromkeys([*(each.metric for each in objectives), *usual]))

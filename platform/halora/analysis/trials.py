@@ -21,7 +21,7 @@ _MORE_IS_BETTER = re.compile(r"accuracy|margin")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrialPoint:
+class RecordedTrial:
     """A trial with what is recorded of it.
 
     Attributes:
@@ -29,7 +29,7 @@ class TrialPoint:
         state: running, finished, stopped (early), failed or interrupted.
         cause: Why it failed, else empty.
         params: Searched values by dotted path.
-        labels: What it is, by `method`, `model`, `chip`, `task`, `noise` and `noise_level`.
+        labels: What it is, by `method`, `model`, `chip`, `task`, `noise` and `noise_strength`.
         metrics: Latest value by metric name.
         began_ms: When it first began, in milliseconds since 1970; 0 where not recorded.
         ended_ms: When it last ended.
@@ -66,7 +66,7 @@ class TrialPoint:
         """Accuracy by strength of the chip's programming noise: its own, and others it was scored at."""
         at = len(LEVEL_METRIC)
         found = {float(name[at:]): value for name, value in self.metrics.items() if name.startswith(LEVEL_METRIC)}
-        own = self.labels.get("noise_level")
+        own = self.labels.get("noise_strength")
         if isinstance(own, int | float) and "accuracy" in self.metrics:
             found[float(own)] = self.accuracy
         return found
@@ -128,7 +128,7 @@ def objective(text: str) -> Objective:
     raise UserError(f"objective '{text}': say whether more is better, '{text}:max' or '{text}:min'")
 
 
-def check_objectives(points: Sequence[TrialPoint], objectives: Sequence[Objective]) -> None:
+def check_objectives(points: Sequence[RecordedTrial], objectives: Sequence[Objective]) -> None:
     """Refuse what no front can be drawn over.
 
     Raises:
@@ -158,15 +158,15 @@ class Groups:
         open: Not ended yet, or interrupted.
     """
 
-    feasible: list[TrialPoint]
-    violating: list[TrialPoint]
-    unscored: list[TrialPoint]
-    failed: list[TrialPoint]
-    stopped: list[TrialPoint]
-    open: list[TrialPoint]
+    feasible: list[RecordedTrial]
+    violating: list[RecordedTrial]
+    unscored: list[RecordedTrial]
+    failed: list[RecordedTrial]
+    stopped: list[RecordedTrial]
+    open: list[RecordedTrial]
 
 
-def grouped(points: Sequence[TrialPoint], objectives: Sequence[Objective] = DEFAULT_OBJECTIVES) -> Groups:
+def grouped(points: Sequence[RecordedTrial], objectives: Sequence[Objective] = DEFAULT_OBJECTIVES) -> Groups:
     """Trials apart by how they stand."""
     groups = Groups([], [], [], [], [], [])
     for point in points:
@@ -195,8 +195,8 @@ _COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
 }
 
 
-def filtered(points: Sequence[TrialPoint], conditions: Sequence[str]) -> list[TrialPoint]:
-    """Trials that meet every condition `FIELD OP VALUE`, such as `method=halora`, `rank>=4` or `noise_level<0.02`.
+def filtered(points: Sequence[RecordedTrial], conditions: Sequence[str]) -> list[RecordedTrial]:
+    """Trials that meet every condition `FIELD OP VALUE`, such as `method=halora`, `rank>=4` or `noise_strength<0.02`.
 
     A field is a label, a searched value by its dotted path or, where no other field shares it, the last part of that, a
     metric, or `drop` (clean less noisy accuracy). `=` and `!=` take several values, as `rank=4|8`. Numbers compare as
@@ -236,7 +236,7 @@ def condition_parts(condition: str) -> tuple[str, str, str] | None:
     return (match[1], match[2], match[3]) if match else None
 
 
-def _fields(point: TrialPoint) -> dict[str, Any]:
+def _fields(point: RecordedTrial) -> dict[str, Any]:
     short = {path.rpartition(".")[2]: value for path, value in point.params.items()}
     drop = {} if point.drop is None else {"drop": point.drop}
     return {

@@ -11,13 +11,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from halora.analysis.front import non_dominated, values
-from halora.analysis.trials import DEFAULT_OBJECTIVES, Objective, TrialPoint
+from halora.analysis.trials import DEFAULT_OBJECTIVES, Objective, RecordedTrial
 
 _Z95 = 1.959963984540054
 
 
 def front_probability(
-    points: Sequence[TrialPoint],
+    points: Sequence[RecordedTrial],
     objectives: Sequence[Objective] = DEFAULT_OBJECTIVES,
     *,
     draws: int = 400,
@@ -57,7 +57,7 @@ def _within_reach(tables: np.ndarray, objectives: Sequence[Objective]) -> np.nda
     return np.flatnonzero(~beaten)
 
 
-def _draw(points: Sequence[TrialPoint], metric: str, means: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _draw(points: Sequence[RecordedTrial], metric: str, means: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     draws = len(means)
     drawn = means.copy()
     by_group: dict[str, list[int]] = {}
@@ -75,14 +75,14 @@ def _draw(points: Sequence[TrialPoint], metric: str, means: np.ndarray, rng: np.
     return drawn
 
 
-def _measured(point: TrialPoint) -> float:
+def _measured(point: RecordedTrial) -> float:
     """Accuracy on the trial's own chips; a race's estimate may be another."""
     assert point.correct is not None
     chips, rows = point.correct.shape
     return int.from_bytes(point.correct.packed).bit_count() / (chips * rows)
 
 
-def _resampled(points: Sequence[TrialPoint], draws: int, rng: np.random.Generator) -> np.ndarray:
+def _resampled(points: Sequence[RecordedTrial], draws: int, rng: np.random.Generator) -> np.ndarray:
     """Accuracies of trials that share rows over resampled rows and chips, in the shape (draws, points)."""
     answers = [point.correct for point in points if point.correct is not None]
     rows = answers[0].shape[1]

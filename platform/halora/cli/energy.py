@@ -42,7 +42,7 @@ def energy(
     """Energy by component, area, and the ratio to a named baseline."""
     from halora.hardware.baselines import default_baseline, named_baseline
     from halora.hardware.energy import energy_per_token
-    from halora.training.config import LoraSettings
+    from halora.settings.training import LoraSettings
 
     problems = [
         f"--{option}: must be {least} or more, got {given}"

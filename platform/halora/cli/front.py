@@ -24,8 +24,8 @@ def show(
         typer.Option(
             "--filter",
             metavar="FIELD=VALUE",
-            help="Only trials for which this holds; = != < <= > >= over method, model, chip, task, noise, noise_level, "
-            "searched values and metrics. Can be given several times.",
+            help="Only trials for which this holds; = != < <= > >= over method, model, chip, task, noise, "
+            "noise_strength, searched values and metrics. Can be given several times.",
         ),
     ] = None,
     objective: Annotated[

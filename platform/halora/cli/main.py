@@ -6,21 +6,20 @@ Data goes to stdout, talk to stderr. Exit codes: 0 ok, 1 a trial or a check fail
 
 import sys
 import warnings
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
 from halora.cli import adapter, cluster, dashboard, doctor, energy, front, noise, space, sweep, train, trial
-from halora.cli.elsewhere import check_client
 from halora.cli.output import talk
+from halora.cli.remote_commands import check_client
 from halora.errors import UnreachableError, UserError
 from halora.files import unwritable
-from halora.sweep.interrupts import sigterm_as_interrupt
+from halora.sweep.cluster.interrupts import sigterm_as_interrupt
 
 app = typer.Typer(
-    help="Search HaLoRA finetuning under simulated RRAM noise for the front of accuracy against energy.",
+    help="Search HaLoRA finetuning under simulated RRAM noise for the Pareto front of accuracy against energy.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.add_typer(sweep.app, name="sweep")
@@ -35,6 +34,23 @@ app.command("evaluate")(train.evaluate)
 app.command("energy")(energy.energy)
 app.command("doctor")(doctor.doctor)
 app.command("dashboard")(dashboard.dashboard)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from halora.records.provenance import program
+
+        print("halora-sweep", *filter(None, program().values()))
+        raise typer.Exit
+
+
+@app.callback()
+def _every_command(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
 def main() -> None:

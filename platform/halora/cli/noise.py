@@ -128,8 +128,8 @@ def sensitivity(
         raise UserError(problems)
     assert described is not None
 
-    from halora.evaluation.config import EvaluationSettings
     from halora.evaluation.sensitivity import layer_sensitivity
+    from halora.settings.evaluation import EvaluationSettings
     from halora.training.tasks import load_rows
 
     settings = EvaluationSettings()

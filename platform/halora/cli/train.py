@@ -2,7 +2,7 @@
 
 import json
 import sys
-from contextlib import nullcontext, redirect_stdout
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,8 +14,8 @@ from halora.errors import UserError
 
 if TYPE_CHECKING:
     from halora.evaluation.chips import ChipScores
-    from halora.trainable import Workbench
-    from halora.trial import TrialConfig
+    from halora.settings.trial import TrialConfig
+    from halora.trial_runner import TrialRunner
 
 SetOption = Annotated[
     list[str] | None,
@@ -35,7 +35,7 @@ def train(
     scores: Annotated[bool, typer.Option(help="Score the adapter on chip instances once it is trained.")] = True,
     form: FormatOption = Format.TABLE,
 ) -> None:
-    """Train one configuration, going on from its last checkpoint in the output folder, and score its adapter."""
+    """Train one configuration, resuming from its last checkpoint in the output folder, and score its adapter."""
     from halora.spaces.sweep import load_trial
 
     config = load_trial(file, overrides_from(set_, example="training.steps=40"))
@@ -45,20 +45,21 @@ def train(
 
     from halora.evaluation.chips import summary_over_seeds
     from halora.files import write_json
-    from halora.trainable import Workbench
-    from halora.trial import RESULT_FILE, adapter_folder, trial_energy
+    from halora.pricing import trial_energy
+    from halora.trial_folder import RESULT_FILE, adapter_folder
+    from halora.trial_runner import TrialRunner
 
-    workbench = Workbench()
+    runner = TrialRunner()
     found: list[ChipScores] = []
     for folder, each in runs.items():
         if seeds > 1:
             say(f"seed {each.seed}, {len(found) + 1} of {seeds}")
-        _train(workbench, each, folder)
+        _train(runner, each, folder)
         adapter = adapter_folder(folder)
         say(f"adapter: {adapter}")
         if scores:
             say(f"scoring on {each.evaluation.chip_instances} chip instances")
-            found.append(workbench.evaluate(each, adapter))
+            found.append(runner.evaluate(each, adapter))
             write_json(folder / RESULT_FILE, found[-1].to_json())
     if not found:
         return
@@ -73,7 +74,7 @@ def _by_seed(output: Path, config: "TrialConfig", seeds: int) -> "dict[Path, Tri
     Raises:
         UserError: The folder holds a trial of its own.
     """
-    from halora.trial import TRIAL_FILE
+    from halora.trial_folder import TRIAL_FILE
 
     if (output / TRIAL_FILE).exists():
         raise UserError(f"'{output}' holds a trial of one seed", "name another folder")
@@ -95,18 +96,15 @@ def _tell_scope(seeds: int, chips: int) -> None:
     say(said)
 
 
-def _train(workbench: "Workbench", config: "TrialConfig", output: Path) -> None:
-    """Train, or go on from the last checkpoint in the folder."""
-    from halora.sweep.session import ray_session
-
-    num_peers = config.training.workers - 1
+def _train(runner: "TrialRunner", config: "TrialConfig", output: Path) -> None:
+    """Train, or resume from the last checkpoint in the folder."""
     try:
-        with redirect_stdout(sys.stderr), ray_session(num_peers) if num_peers else nullcontext():  # DeepSpeed talks
-            training = workbench.train(config, output)
+        with redirect_stdout(sys.stderr), _session(config.training.workers - 1):  # DeepSpeed talks
+            training = runner.train(config, output)
             try:
                 while not training.done:
                     report = training.advance()
-                    losses = f"loss {report['train_loss']:.4f}, sigma {report['train_sigma']:.3g}"
+                    losses = f"loss {report['train_loss']:.4f}, strength {report['train_strength']:.3g}"
                     say(f"step {report['step']}/{config.training.steps}, {losses}")
             finally:
                 training.close()
@@ -114,8 +112,17 @@ def _train(workbench: "Workbench", config: "TrialConfig", output: Path) -> None:
         say(f"failed: {error}; lower training.learning_rate or the noise and train again in another folder")
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        say("interrupted; the same command goes on from the last report")
+        say("interrupted; the same command resumes from the last report")
         raise
+
+
+def _session(num_peers: int) -> AbstractContextManager[None]:
+    """Ray for so many further workers; a single worker needs none."""
+    if not num_peers:
+        return nullcontext()
+    from halora.sweep.cluster.session import ray_session
+
+    return ray_session(num_peers)
 
 
 def evaluate(
@@ -147,12 +154,12 @@ def evaluate(
     overrides |= overrides_from(set_, example="chip.adc.bits=6")
     folder, config = _base_alone(adapter, overrides) if base else _adapter_and_trial(adapter, overrides)
 
-    from halora.trainable import Workbench
-    from halora.trial import trial_energy
+    from halora.pricing import trial_energy
+    from halora.trial_runner import TrialRunner
 
     energy = trial_energy(config).total_uj_per_token  # refused before anything is loaded
-    workbench = Workbench()
-    found = workbench.evaluate(config, folder, first_row=first_row, first_chip=first_chip)
+    runner = TrialRunner()
+    found = runner.evaluate(config, folder, first_row=first_row, first_chip=first_chip)
     answer = {
         "adapter": str(folder) if folder else None,
         "chip": config.chip.name,
@@ -165,7 +172,7 @@ def evaluate(
     if base:
         from halora.evaluation.damage import Damage
 
-        rows_scored = workbench.scored_rows(config, first_row)
+        rows_scored = runner.scored_rows(config, first_row)
         damage = Damage.of(f"{config.model} on {config.chip.name}", found, rows_scored, config.evaluation.scoring)
         answer |= {
             "chance": damage.chance,
@@ -188,13 +195,13 @@ def _by_name(values: dict[str, Any], form: Format) -> list[dict[str, Any]]:
 
 
 def _check_output(output: Path, config: "TrialConfig") -> None:
-    from halora.trial import TRIAL_FILE
+    from halora.trial_folder import TRIAL_FILE
 
     described = output / TRIAL_FILE
     if output.exists() and not output.is_dir():
         raise UserError(f"--output '{output}' is a file", "name a folder")
     if described.is_file():
-        if json.loads(described.read_text()) != config.model_dump(mode="json"):
+        if json.loads(described.read_text(encoding="utf-8")) != config.model_dump(mode="json"):
             raise UserError(f"'{output}' holds another trial", "name another folder, or repeat that trial's settings")
     elif output.is_dir() and any(output.iterdir()):
         raise UserError(f"--output '{output}' is not empty and holds no trial", "name an empty or new folder")
@@ -207,12 +214,12 @@ def _base_alone(where: Path, overrides: dict[str, Any]) -> tuple[None, "TrialCon
         UserError: It tells of none, or of a wrong one.
     """
     from halora.spaces.sweep import load_trial, trial_from
-    from halora.trial import TRIAL_FILE
+    from halora.trial_folder import TRIAL_FILE
 
     if not where.is_dir():
         return None, load_trial(str(where), overrides)
     if (where / TRIAL_FILE).is_file():
-        return None, trial_from(json.loads((where / TRIAL_FILE).read_text()), str(where), overrides)
+        return None, trial_from(json.loads((where / TRIAL_FILE).read_text(encoding="utf-8")), str(where), overrides)
     return None, _adapter_and_trial(where, overrides)[1]
 
 
@@ -223,7 +230,7 @@ def _adapter_and_trial(adapter: Path, overrides: dict[str, Any]) -> tuple[Path, 
         UserError: There is no adapter, or too little is known of its trial.
     """
     from halora.spaces.sweep import trial_from
-    from halora.trial import ADAPTER_WEIGHTS, TRIAL_FILE, adapter_folder
+    from halora.trial_folder import ADAPTER_WEIGHTS, TRIAL_FILE, adapter_folder
 
     folder = adapter_folder(adapter) or adapter
     weights, settings = folder / ADAPTER_WEIGHTS, folder / "adapter_config.json"
@@ -233,8 +240,8 @@ def _adapter_and_trial(adapter: Path, overrides: dict[str, Any]) -> tuple[Path, 
         )
     trials = [parent / TRIAL_FILE for parent in (folder, *folder.parents[:2]) if (parent / TRIAL_FILE).is_file()]
     if trials:
-        return folder, trial_from(json.loads(trials[0].read_text()), str(adapter), overrides)
-    peft = json.loads(settings.read_text())
+        return folder, trial_from(json.loads(trials[0].read_text(encoding="utf-8")), str(adapter), overrides)
+    peft = json.loads(settings.read_text(encoding="utf-8"))
     lora = {"rank": peft["r"], "targets": peft["target_modules"], "alpha_over_rank": peft["lora_alpha"] / peft["r"]}
     described = {"model": peft["base_model_name_or_path"], "lora": lora, "training": {"steps": 0}}
     return folder, trial_from(described, str(adapter), overrides)

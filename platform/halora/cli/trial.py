@@ -1,4 +1,4 @@
-"""`halora trial`: one trial, what it said, and whether its figures can be had again."""
+"""`halora trial`: one trial, what it said, and whether its figures are reproduced."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,7 +11,7 @@ from halora.errors import UserError
 from halora.records.store import Store
 
 if TYPE_CHECKING:
-    from halora.analysis.trials import TrialPoint
+    from halora.analysis.trials import RecordedTrial
 
 app = typer.Typer(help="Single trials.", no_args_is_help=True)
 
@@ -58,12 +58,12 @@ def logs(
         print(f"failed: {point.cause}")
     for path in files:
         print(f"==> {path} <==")
-        print("\n".join(path.read_text(errors="replace").splitlines()[-lines:]))
+        print("\n".join(path.read_text(errors="replace", encoding="utf-8").splitlines()[-lines:]))
     if not files:
         talk.print(f"trial {trial} left no log in '{folder.root}'", markup=False)
 
 
-def _find(trial: str, folder: Path | None) -> "tuple[Store, str, TrialPoint]":
+def _find(trial: str, folder: Path | None) -> "tuple[Store, str, RecordedTrial]":
     """The store, the sweep and the trial of an id.
 
     Raises:
@@ -79,12 +79,12 @@ def _find(trial: str, folder: Path | None) -> "tuple[Store, str, TrialPoint]":
     return place, sweep, recorded_trial(place, sweep, int(number))
 
 
-def _agrees(store: Store, sweep: str, point: "TrialPoint") -> bool:
+def _agrees(store: Store, sweep: str, point: "RecordedTrial") -> bool:
     from halora.evaluation.agreement import agreement, as_scored
+    from halora.pricing import trial_energy
     from halora.records import names, queries
     from halora.records.tracking import open_client
-    from halora.trainable import Workbench
-    from halora.trial import trial_energy
+    from halora.trial_runner import TrialRunner
 
     client = open_client(store)
     run = queries.trial_run(client, sweep, point.number)
@@ -93,7 +93,7 @@ def _agrees(store: Store, sweep: str, point: "TrialPoint") -> bool:
     energy = trial_energy(config).total_uj_per_token
     with TemporaryDirectory() as folder:
         adapter = queries.download_adapter(client, run, Path(folder))
-        again = agreement(config, logged, Workbench().evaluate(as_scored(config, logged), adapter))
+        again = agreement(config, logged, TrialRunner().evaluate(as_scored(config, logged), adapter))
     recorded = run.data.metrics[names.ENERGY]
     energy_agrees = abs(energy - recorded) <= 1e-9 * energy
     for what, ok, text in (

@@ -8,7 +8,7 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 
-from halora.analysis.trials import TrialPoint
+from halora.analysis.trials import RecordedTrial
 from halora.errors import UserError
 from halora.records import journal
 from halora.records.ledger import Ledger
@@ -32,14 +32,14 @@ def read_ledger(store: Store, sweep: str) -> Ledger:
     try:
         with _database(store) as database:
             return _followed(database, folder, identity)
-    except sqlite3.Error:  # a store that cannot be written, or a file that is no index
+    except sqlite3.Error:  # a store that cannot be written, or a file that is not an index
         ledger = Ledger()
         if identity:
             ledger.take(journal.read(folder.journal_file)[0])
         return ledger
 
 
-def recorded_trial(store: Store, sweep: str, number: int) -> TrialPoint:
+def recorded_trial(store: Store, sweep: str, number: int) -> RecordedTrial:
     """A trial as its sweep's journal has it.
 
     Raises:

@@ -4,7 +4,7 @@ import base64
 from collections.abc import Iterable, Set
 from typing import Any
 
-from halora.analysis.trials import Answers, TrialPoint
+from halora.analysis.trials import Answers, RecordedTrial
 from halora.records.journal import Entry
 
 Content = dict[str, Any]
@@ -25,7 +25,7 @@ class Ledger:
     def __init__(self, contents: dict[int, Content] | None = None) -> None:
         self.contents = contents or {}
         self._steps: dict[int, set[int]] = {}  # each grows in its place, as there may be very many
-        self._points: dict[int, tuple[Content, TrialPoint]] = {}
+        self._points: dict[int, tuple[Content, RecordedTrial]] = {}
         self.milestones = 0
         """Number of entries taken that change more than a curve."""
 
@@ -41,7 +41,7 @@ class Ledger:
             self.milestones += entry["kind"] != "report"
         return touched
 
-    def points(self) -> list[TrialPoint]:
+    def points(self) -> list[RecordedTrial]:
         """All trials, by number."""
         return [self.point(number) for number in sorted(self.contents.copy()) if number != _SWEEP]
 
@@ -70,7 +70,7 @@ class Ledger:
         """What the chips do to the untrained bases, once it is recorded; see `halora.evaluation.damage.described`."""
         return self.contents.get(_SWEEP, {}).get("damage")
 
-    def point(self, number: int) -> TrialPoint:
+    def point(self, number: int) -> RecordedTrial:
         """One trial."""
         content = self.contents[number]  # replaced whenever it changes, see `_after`
         if number not in self._points or self._points[number][0] is not content:
@@ -136,9 +136,9 @@ def _after(content: Content | None, entry: Entry) -> Content:
     return now
 
 
-def _point(number: int, content: Content) -> TrialPoint:
+def _point(number: int, content: Content) -> RecordedTrial:
     correct = content.get("correct")
-    return TrialPoint(
+    return RecordedTrial(
         number=number,
         state=content["state"],
         cause=content["cause"],

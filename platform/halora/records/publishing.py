@@ -20,9 +20,9 @@ from halora.hardware.shapes import ModelShape
 from halora.records import names
 from halora.records.ledger import Ledger
 from halora.records.store import SweepFolder
+from halora.settings.trial import TrialConfig
 from halora.spaces.sweep import SweepConfig
 from halora.training.models import model_shape
-from halora.trial import TrialConfig
 
 _RENEWAL_S = 30.0
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from halora.analysis.front import front, hypervolume
 from halora.analysis.layers import by_kind
-from halora.analysis.trials import TrialPoint, grouped
+from halora.analysis.trials import RecordedTrial, grouped
 from halora.analysis.uncertainty import front_probability
 from halora.errors import UserError
 from halora.hardware.energy import EnergyBreakdown
@@ -22,9 +22,9 @@ from halora.records.journal import Journal, read
 from halora.records.ledger import Ledger
 from halora.records.provenance import program
 from halora.records.store import SweepFolder
+from halora.settings.trial import TrialConfig
 from halora.spaces.sweep import SweepConfig
 from halora.training.tasks import Split, load_rows
-from halora.trial import TrialConfig
 
 _MOVES = ("accuracy", "accuracy_low", "accuracy_high")
 _MOVES_AGAINST = ("drop_low", "drop_high")
@@ -46,7 +46,7 @@ class SweepRecorder:
         self._state(None, "running")
 
     @property
-    def points(self) -> list[TrialPoint]:
+    def points(self) -> list[RecordedTrial]:
         """Evaluated trials, by number."""
         return [point for point in self.ledger.points() if point.state == "finished"]
 
@@ -90,12 +90,12 @@ class SweepRecorder:
 
     def finish_trial(
         self, number: int, step: int, scores: Mapping[str, float], scores_file: Path, adapter: Path | None
-    ) -> TrialPoint:
+    ) -> RecordedTrial:
         """Record an evaluated trial, with its adapter, and where the sweep's front stands with it.
 
         A trial can be scored again on more chips or rows; the same scores again are left as they are.
         """
-        result = json.loads(scores_file.read_text())
+        result = json.loads(scores_file.read_text(encoding="utf-8"))
         answers = _answers(result)
         chosen = filter(names.is_score, scores)
         metrics = {names.metric(name): float(scores[name]) for name in chosen}
@@ -136,7 +136,7 @@ class SweepRecorder:
         self._state(number, "finished")
 
     def continue_trial(self, number: int, cause: str) -> None:
-        """Record why a trial that runs goes on in another way."""
+        """Record why a running trial continues in another way."""
         self._state(number, "running", cause)
 
     def fail_trial(self, number: int, cause: str) -> None:
@@ -148,7 +148,7 @@ class SweepRecorder:
         self._state(number, "stopped")
 
     def interrupt_trial(self, number: int) -> None:
-        """Mark a trial that a later resume goes on with."""
+        """Mark a trial that a later resume continues."""
         self._state(number, "interrupted")
 
     def record_comparison(self, comparison: Mapping[str, Any]) -> None:
@@ -224,7 +224,7 @@ def labels(config: TrialConfig) -> dict[str, Any]:
         "chip": chip.name,
         "task": config.task,
         "noise": chip.noise.kind,
-        "noise_level": chip.noise.level,
+        "noise_strength": chip.noise.level,
     }
 
 

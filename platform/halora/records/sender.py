@@ -85,7 +85,7 @@ class Sender(threading.Thread):
                 if not moved:
                     self._upload()
                     if ending:
-                        self._mlflow.remove_doubles()
+                        self._mlflow.remove_duplicates()
                         return
                 self._answered()
                 delay = _PAUSE_S

@@ -1,7 +1,7 @@
 """The bundle: everything about a certified adapter in one folder, the adapter as PEFT stores it.
 
 `PeftModel.from_pretrained(base, FOLDER)` loads it as it is. The base is named by its id and the digest of its weights;
-no path of the machine that made it is inside. On a URL its checksums are written last: what has none is no bundle.
+no path of the machine that made it is inside. On a URL its checksums are written last: what has none is not a bundle.
 """
 
 import json
@@ -19,9 +19,9 @@ from halora.records.names import CERTIFICATION_FILE, CERTIFICATION_FOLDER, SCORE
 from halora.selection.card import model_card
 from halora.selection.certification import Certification, logged_certification
 from halora.selection.lightning import lightning_settings
-from halora.training.models import model_id
-from halora.training.tasks import task_id
-from halora.trial import ADAPTER_WEIGHTS, TRIAL_FILE, TrialConfig
+from halora.settings.names import model_id, task_id
+from halora.settings.trial import TrialConfig
+from halora.trial_folder import ADAPTER_WEIGHTS, TRIAL_FILE
 from halora.url_folder import UrlFolder, checked_url, is_below, is_url, shown
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class Bundle:
 
 
 def export_to(client: "MlflowClient", adapter: "RegisteredAdapter", place: str) -> None:
-    """Write the bundle of a registered adapter to a new folder on this machine or on a URL, whole or not at all.
+    """Write the bundle of a registered adapter to a new folder on this machine or on a URL, atomically.
 
     Raises:
         UserError: See `export`; or the URL is none that fsspec knows.
@@ -118,7 +118,7 @@ def bundle_at(place: str) -> Iterator[Path]:
 
 
 def export(client: "MlflowClient", adapter: "RegisteredAdapter", folder: Path) -> Bundle:
-    """Write the bundle of a registered adapter into a new folder, which appears whole or not at all.
+    """Write the bundle of a registered adapter into a new folder, which appears atomically.
 
     Raises:
         UserError: The folder exists, or MLflow no longer has what was certified.
@@ -148,7 +148,7 @@ def export(client: "MlflowClient", adapter: "RegisteredAdapter", folder: Path) -
                 f"the adapter of '{adapter.name}/{adapter.version}' in MLflow is not the one that was certified",
                 "select again: `halora adapter select`",
             )
-        described = json.loads((source / ADAPTER_CONFIG).read_text())
+        described = json.loads((source / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         write_json(made / ADAPTER_CONFIG, described | {"base_model_name_or_path": bundle.certification.base})
         _describe(made, bundle)
         write_checksums(made)

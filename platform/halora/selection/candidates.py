@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from halora.analysis.front import front, knee_gains
-from halora.analysis.trials import TrialPoint, grouped
+from halora.analysis.trials import RecordedTrial, grouped
 from halora.selection.gates import Gate, search_gates
 from halora.spaces.gates import Gates
 
@@ -19,10 +19,10 @@ class Standing:
     Attributes:
         point: The trial.
         gates: What the search can say; none for a trial that has no score.
-        reasons: Why it is no candidate; none for a candidate.
+        reasons: Why it is not a candidate; none for a candidate.
     """
 
-    point: TrialPoint
+    point: RecordedTrial
     gates: tuple[Gate, ...]
     reasons: tuple[str, ...]
 
@@ -32,7 +32,7 @@ class Standing:
         return not self.reasons
 
 
-def standings(points: Sequence[TrialPoint], gates: Gates, prefer: Preference = "knee") -> list[Standing]:
+def standings(points: Sequence[RecordedTrial], gates: Gates, prefer: Preference = "knee") -> list[Standing]:
     """All trials: candidates first, the preferred ones first among them, then the others by number.
 
     A trial that another candidate beats in accuracy and energy is a candidate like any other, but comes after those
@@ -48,9 +48,9 @@ def standings(points: Sequence[TrialPoint], gates: Gates, prefer: Preference = "
     return [found[point.number] for point in ordered] + [found[number] for number in others]
 
 
-def _ordered(chosen: Sequence[TrialPoint], prefer: Preference) -> list[TrialPoint]:
+def _ordered(chosen: Sequence[RecordedTrial], prefer: Preference) -> list[RecordedTrial]:
     """Candidates from the most preferred to the least, front after front."""
-    ordered: list[TrialPoint] = []
+    ordered: list[RecordedTrial] = []
     rest = list(chosen)
     while rest:
         members = front(rest)
@@ -68,7 +68,7 @@ def _ordered(chosen: Sequence[TrialPoint], prefer: Preference) -> list[TrialPoin
     return ordered
 
 
-def _standing(point: TrialPoint, gates: Gates, feasible: bool) -> Standing:
+def _standing(point: RecordedTrial, gates: Gates, feasible: bool) -> Standing:
     if point.state != "finished":
         return Standing(point, (), (f"it is {point.state}" + (f": {point.cause}" if point.cause else ""),))
     found = tuple(search_gates(point, gates))

@@ -13,10 +13,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from halora.analysis.trials import TrialPoint
+from halora.analysis.trials import RecordedTrial
 from halora.errors import UserError
 from halora.files import sha256_of, write_json
 from halora.hardware.addressing import Role
+from halora.pricing import trial_energy
 from halora.records import names
 from halora.records.publishing import baseline_energies
 from halora.records.store import Store, SweepFolder
@@ -24,17 +25,19 @@ from halora.selection.attempts import Attempt, attempts_of, open_attempt
 from halora.selection.certificate import Certificate, yield_lower_bound
 from halora.selection.gates import Gate, certified_gates
 from halora.selection.robustness import Scenario, level_name, scenarios
+from halora.settings.names import model_id, task_id, task_weights
+from halora.settings.trial import TrialConfig
 from halora.spaces.gates import Gates
 from halora.spaces.sweep import SweepConfig
-from halora.training.models import model_id, plain_base, weights_digest
-from halora.training.tasks import load_rows, task_id, task_weights
-from halora.trial import ADAPTER_WEIGHTS, TrialConfig, trial_energy
+from halora.training.models import plain_base, weights_digest
+from halora.training.tasks import load_rows
+from halora.trial_folder import ADAPTER_WEIGHTS
 
 if TYPE_CHECKING:
     from halora.evaluation.chips import ChipScores
     from halora.records.registry import RegisteredAdapter
     from halora.records.tracking import MlflowClient
-    from halora.trainable import ScoringJob
+    from halora.trial_runner import ScoringJob
 
 _CHIPS_PER_JOB = 4
 
@@ -125,7 +128,9 @@ def certifications_of(folder: SweepFolder) -> dict[int, Certification]:
     """Certifications of a sweep that are finished, by attempt."""
     files = {a.number: a.folder(folder) / names.CERTIFICATION_FILE for a in attempts_of(folder)}
     return {
-        number: Certification.from_json(json.loads(file.read_text())) for number, file in files.items() if file.exists()
+        number: Certification.from_json(json.loads(file.read_text(encoding="utf-8")))
+        for number, file in files.items()
+        if file.exists()
     }
 
 
@@ -141,11 +146,11 @@ def certify(
     client: "MlflowClient",
     sweep: SweepConfig,
     store: Store,
-    point: TrialPoint,
+    point: RecordedTrial,
     gates: Gates,
     say: Callable[[str], None] = lambda text: None,
 ) -> Certification:
-    """Certify a trial's adapter as MLflow has it, or go on with it, or look up how it went.
+    """Certify a trial's adapter as MLflow has it, or continue that, or look up how it ended.
 
     Args:
         client: Where the adapter is recorded.
@@ -153,7 +158,7 @@ def certify(
         store: Its store; `only_selection` is held.
         point: The trial.
         gates: What is asked.
-        say: Told how it goes on.
+        say: Told of the progress.
 
     Raises:
         UserError: Nothing is left of the error level, the task has no test split or too few rows in it, the adapter
@@ -178,7 +183,7 @@ def certify(
         work.carry_out(logged_scores(client, run.info.run_id), gates)
     found = work.result(gates, rows, adapter_bytes)
     file = attempt.folder(folder) / names.CERTIFICATION_FILE
-    if not file.exists() or json.loads(file.read_text()) != json.loads(json.dumps(found.to_json())):
+    if not file.exists() or json.loads(file.read_text(encoding="utf-8")) != json.loads(json.dumps(found.to_json())):
         with TemporaryDirectory() as scratch:
             write_json(Path(scratch) / names.CERTIFICATION_FILE, found.to_json())
             write_json(Path(scratch) / names.SCORES_FILE, work.certified.to_json())
@@ -208,7 +213,7 @@ def splits_of(task: str) -> tuple[str, ...]:
     """What tells the test splits of a task's parts: the name of each, and a digest of its texts in any order.
 
     Certifications that share one of these look at the same rows, or at rows of the same name: a copy of a data set
-    under another name counts, and so does one of the same name with a row mended.
+    under another name counts, and so does one of the same name with a row fixed.
 
     Raises:
         UserError: A part has no test split.
@@ -248,8 +253,8 @@ class _Work:
             write_json(self._file("recorded"), recorded.to_json())
         if not jobs:
             return
-        from halora.sweep.executor import score_on_workers
-        from halora.sweep.session import ray_session
+        from halora.sweep.cluster.session import ray_session
+        from halora.sweep.run.executor import score_on_workers
 
         evaluations = sum(job.config.evaluation.chip_instances for job in jobs.values())
         chips = f"{self._attempt.chips} chips of series {self._attempt.series}, {self._rows} test rows"
@@ -318,7 +323,7 @@ class _Work:
             scores=scores,
             energy=energy,
             base=model_id(self._config.model),
-            base_sha256=json.loads(self._file("base").read_text())["sha256"],
+            base_sha256=json.loads(self._file("base").read_text(encoding="utf-8"))["sha256"],
             dtype=self._config.training.dtype,
             adapter_sha256=attempt.adapter_sha256,
         )
@@ -331,7 +336,7 @@ class _Work:
 
     def _jobs(self, recorded: "ChipScores", gates: Gates) -> Iterator[tuple[str, "ScoringJob"]]:
         from halora.evaluation.agreement import as_scored
-        from halora.trainable import ScoringJob
+        from halora.trial_runner import ScoringJob
 
         for name, first_chip, chips in self._chip_parts():
             yield name, self._held_out(self._config, first_chip, chips)
@@ -343,9 +348,9 @@ class _Work:
                 yield self._part_of(scenario, chips), self._held_out(config, 0, chips)
 
     def _held_out(self, config: TrialConfig, first_chip: int, chips: int) -> "ScoringJob":
-        from halora.trainable import ScoringJob
+        from halora.trial_runner import ScoringJob
 
-        asked = config.evaluation.at_own_level().model_copy(update={"rows": self._rows, "chip_instances": chips})
+        asked = config.evaluation.at_own_strength().model_copy(update={"rows": self._rows, "chip_instances": chips})
         config = config.model_copy(update={"evaluation": asked})
         return ScoringJob(
             config,
@@ -392,7 +397,7 @@ class _Work:
     def _read(self, name: str) -> "ChipScores":
         from halora.evaluation.chips import ChipScores
 
-        return ChipScores.from_json(json.loads(self._file(name).read_text()))
+        return ChipScores.from_json(json.loads(self._file(name).read_text(encoding="utf-8")))
 
 
 def _priced(config: TrialConfig) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from math import isfinite, nan
 from typing import Any, Literal
 
-from halora.analysis.trials import TrialPoint
+from halora.analysis.trials import RecordedTrial
 from halora.spaces.gates import Gates
 
 
@@ -62,7 +62,7 @@ class Gate:
         return cls(**fields | {"value": nan if fields["value"] is None else fields["value"]})
 
 
-def search_gates(point: TrialPoint, gates: Gates) -> list[Gate]:
+def search_gates(point: RecordedTrial, gates: Gates) -> list[Gate]:
     """What can be said of a finished trial by what the search recorded of it.
 
     It says which trials are worth certifying, so it goes by their means: on the few rows and chips of a search the

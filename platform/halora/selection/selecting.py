@@ -6,7 +6,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from halora.analysis.trials import TrialPoint
+from halora.analysis.trials import RecordedTrial
 from halora.errors import UserError
 from halora.records import names
 from halora.records.store import Store
@@ -41,7 +41,7 @@ class Selection:
 def select(
     store: Store,
     sweep: SweepConfig,
-    points: list[TrialPoint],
+    points: list[RecordedTrial],
     gates: Gates,
     prefer: Preference = "knee",
     say: Callable[[str], None] = lambda text: None,
@@ -97,6 +97,6 @@ def register_certified(
         names.ADAPTER_SHA256: certification.adapter_sha256,
         names.YIELD_BOUND: f"{certificate.bound:.6f}",
     }
-    with closing((store.root / "registry.lock").open("a")) as lock:
+    with closing((store.root / "registry.lock").open("a", encoding="utf-8")) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         return registry.register(client, name, run, tags, certificate.statement())

@@ -1,4 +1,4 @@
-"""Verifies a bundle: its files, its base, that plain PEFT loads it, and that its certified scores can be had again.
+"""Verifies a bundle: its files, its base, that plain PEFT loads it, and that its certified scores are reproduced.
 
 Nothing of the bundle is run or unpickled: JSON, Markdown and safetensors are all it may hold.
 """
@@ -17,8 +17,9 @@ from halora.hardware.addressing import Role
 from halora.records.names import CERTIFICATION_FILE, SCORES_FILE
 from halora.selection.bundle import CHECKSUMS_FILE, CHIP_FILE, FILES, Bundle
 from halora.selection.certification import Certification
+from halora.settings.trial import TrialConfig
 from halora.training.models import BaseModel, plain_base, weights_digest
-from halora.trial import ADAPTER_WEIGHTS, TRIAL_FILE, TrialConfig
+from halora.trial_folder import ADAPTER_WEIGHTS, TRIAL_FILE
 
 if TYPE_CHECKING:
     from halora.evaluation.chips import ChipScores
@@ -86,10 +87,10 @@ def verify(
         base: Where its base model is, a name, hub id or folder; found by the bundle's own id when left out.
         task: Where its task is, likewise.
         chips: Score only the first chip instances again; all of the certificate's when left out.
-        say: Told how it goes on.
+        say: Told of the progress.
 
     Raises:
-        UserError: The bundle is refused, see `read_bundle`; its base or its task cannot be had, or is another; its
+        UserError: The bundle is refused, see `read_bundle`; its base or its task is not available, or is another; its
             adapter has tensors that do not belong to the base.
     """
     bundle = read_bundle(folder)
@@ -118,7 +119,7 @@ def _file_problems(folder: Path) -> list[str]:
     sums = folder / CHECKSUMS_FILE
     if not sums.is_file():
         return [f"no bundle: it has no {CHECKSUMS_FILE}"]
-    lines = [re.fullmatch(r"([0-9a-f]{64})  ([\w.-]+)", line) for line in sums.read_text().splitlines()]
+    lines = [re.fullmatch(r"([0-9a-f]{64})  ([\w.-]+)", line) for line in sums.read_text(encoding="utf-8").splitlines()]
     digests = {match[2]: match[1] for match in lines if match}
     problems = []
     there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
@@ -185,12 +186,12 @@ def _plain_check(folder: Path, base: BaseModel, config: TrialConfig, scores: "Ch
 def _scored_again(folder: Path, config: TrialConfig, bundle: Bundle, chips: int | None) -> list[Check]:
     """The certified chips, or the first of them, scored again, and what the certificate says by that."""
     from halora.evaluation.agreement import agreement, as_scored
-    from halora.trainable import Workbench
+    from halora.trial_runner import TrialRunner
 
     certificate, recorded = bundle.certification.certificate, bundle.scores
     if chips is not None:
         recorded = recorded.first_chips(chips)
-    again = Workbench().evaluate(
+    again = TrialRunner().evaluate(
         as_scored(config, recorded), folder, split="test", role=Role.CERTIFY, series=certificate.series
     )
     found = agreement(config, recorded, again)
@@ -207,6 +208,6 @@ def _scored_again(folder: Path, config: TrialConfig, bundle: Bundle, chips: int 
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from None

@@ -8,10 +8,11 @@ from pydantic import TypeAdapter, ValidationError
 
 from halora.errors import UserError, nearest
 from halora.hardware.chip import Chip, load_chip
+from halora.pricing import trial_energy
+from halora.settings.trial import TrialConfig
 from halora.spaces.language import Categorical, Distribution, Range
 from halora.spaces.mistakes import describe, field_paths
 from halora.spaces.resolving import fixed_value, formula, resolve_trial
-from halora.trial import TrialConfig, trial_energy
 
 if TYPE_CHECKING:
     from halora.spaces.sweep import SweepConfig
@@ -126,7 +127,7 @@ def _probe_problems(
                 text for text in describe(error, TrialConfig) if f"trial.{text}".partition(": ")[0] not in wrong_anyway
             ]
             problems += [f"space.{path}: {value}: {text}" for text in found]
-        except UserError:  # the point sets a field of something that is no mapping, which is told already
+        except UserError:  # the point sets a field of something that is not a mapping, which is told already
             pass
     return problems
 
@@ -242,7 +243,7 @@ def _comparison_problems(sweep: "SweepConfig") -> list[str]:
         )
     elif comparison.against is not None and comparison.against not in values:
         known = f"choices: {', '.join(values)}" if values else "there is no comparison.by"
-        problems.append(f"comparison.against: '{comparison.against}' is no value of comparison.by ({known})")
+        problems.append(f"comparison.against: '{comparison.against}' is not a value of comparison.by ({known})")
     for i, name in enumerate(comparison.chips):
         try:
             sweep.chip(name)

@@ -2,10 +2,10 @@
 
 from pydantic import Field, model_validator
 
-from halora.hardware.description import Frozen
+from halora.strict_model import StrictModel
 
 
-class Gates(Frozen):
+class Gates(StrictModel):
     """Bounds on a candidate, and how many chips they are shown on."""
 
     min_accuracy: float = Field(default=0.0, ge=0, le=1)

@@ -6,11 +6,10 @@ from typing import Any
 
 from halora.errors import UserError
 from halora.hardware.chip import expand_chip, merge
+from halora.settings.names import as_sum, located
+from halora.settings.trial import TrialConfig
 from halora.spaces.expressions import Expression
 from halora.spaces.language import with_values
-from halora.training.models import located
-from halora.training.tasks import as_sum
-from halora.trial import TrialConfig
 
 _LOCATED: dict[str, Callable[[Any], Any]] = {"model": located, "task": as_sum}
 """Fields that may name folders, and what gives them by absolute path."""

@@ -3,10 +3,10 @@
 from typing import Any
 
 from halora.hardware.noise_settings import noise_fields
+from halora.settings.trial import TrialConfig
 from halora.spaces.mistakes import field_paths
 from halora.spaces.search import METRICS, Constraint
 from halora.spaces.sweep import SweepConfig
-from halora.trial import TrialConfig
 
 
 def sweep_schema() -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_serializer, model_validator
 
 from halora.errors import nearest
-from halora.hardware.description import Frozen
+from halora.strict_model import StrictModel
 
 ENERGY = "energy_uj_per_token"
 """The objective that is exact, and known before training."""
@@ -39,7 +39,7 @@ Sampler = Literal["tpe", "gp", "nsga2", "nsga3", "random", "qmc"]
 _CONSTRAINT = re.compile(r"\s*(\w+)\s*(<=|>=)\s*([-+\d.eE]+)\s*")
 
 
-class Constraint(Frozen):
+class Constraint(StrictModel):
     """A bound on a metric of finished trials, written `energy_uj_per_token <= 5` or `clean_accuracy >= 0.6`."""
 
     metric: str
@@ -77,7 +77,7 @@ def total_violation(violations: Iterable[float]) -> float:
     return sum(max(violation, 0.0) for violation in violations)
 
 
-class SearchSettings(Frozen):
+class SearchSettings(StrictModel):
     """Who suggests configurations, and what they see."""
 
     sampler: Sampler = "tpe"
@@ -91,7 +91,7 @@ class SearchSettings(Frozen):
     """What answers for a configuration that the table of a simulated sweep lacks: its nearest trial, or a forest."""
 
 
-class Rung(Frozen):
+class Rung(StrictModel):
     """A budget level at which trials are compared."""
 
     steps: int = Field(ge=1)
@@ -102,12 +102,12 @@ class Rung(Frozen):
     """Chip instances scored there; those of the trial when left out."""
 
 
-class EarlyStopping(Frozen):
-    """Trials pause at every rung; the best by non-dominated rank of accuracy and energy go on."""
+class EarlyStopping(StrictModel):
+    """Trials pause at every rung; the best by non-dominated rank of accuracy and energy are promoted."""
 
     rungs: tuple[Rung, ...] = Field(min_length=1)
-    keep: float = Field(default=1 / 3, gt=0, lt=1)
-    """Share of a rung's trials that go on."""
+    reduction_factor: float = Field(default=3, gt=1)
+    """A rung promotes one in so many of its trials."""
     accuracy_floor: float | None = Field(default=None, ge=0, le=1)
     """Trials below it at a rung rank last; the reference point's accuracy when left out."""
 
@@ -120,7 +120,7 @@ class EarlyStopping(Frozen):
         return rungs
 
 
-class Racing(Frozen):
+class Racing(StrictModel):
     """Chip instances beyond the trial's own, for the trials whose place on the front is undecided."""
 
     extra: int = Field(ge=1)
@@ -131,7 +131,7 @@ class Racing(Frozen):
     """Chip instances added to a trial before the front is looked at again."""
 
 
-class Budget(Frozen):
+class Budget(StrictModel):
     """What the search may spend beside its number of trials; trials that run when it is spent are finished."""
 
     steps: int | None = Field(default=None, ge=1)

@@ -10,14 +10,15 @@ from pydantic import AfterValidator, Field, StringConstraints, ValidationError, 
 
 from halora.errors import UserError, attempt, nearest
 from halora.hardware.chip import Chip, load_chip
-from halora.hardware.description import Frozen
+from halora.pricing import trial_energy
+from halora.settings.trial import TrialConfig
 from halora.spaces.checks import file_problems, model_and_task_problems, sweep_problems
 from halora.spaces.gates import Gates
 from halora.spaces.language import Categorical, Distribution, with_values
 from halora.spaces.mistakes import describe
 from halora.spaces.resolving import formula, named_chip, resolve_trial, with_absolute_folders
 from halora.spaces.search import Budget, Constraint, EarlyStopping, Racing, SearchSettings
-from halora.trial import TrialConfig, trial_energy
+from halora.strict_model import StrictModel
 from halora.yaml_files import parse_yaml, read_yaml
 
 SHIPPED = files("halora.spaces") / "sweeps"
@@ -27,7 +28,7 @@ Formula = Annotated[str, AfterValidator(lambda text: formula(text).text)]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,79}$")]
 
 
-class EquivalenceMargin(Frozen):
+class EquivalenceMargin(StrictModel):
     """Up to where two contestants count as equal, either way."""
 
     accuracy: float | None = Field(default=None, gt=0, lt=1)
@@ -35,7 +36,7 @@ class EquivalenceMargin(Frozen):
     """Mean margin in nats."""
 
 
-class Comparison(Frozen):
+class Comparison(StrictModel):
     """The closing comparison of trained adapters and the untrained base, on rows and chips the search did not use."""
 
     rows: int = Field(ge=2)
@@ -56,7 +57,7 @@ class Comparison(Frozen):
     """Asks for an equivalence test beside that of a difference."""
 
 
-class Probe(Frozen):
+class Probe(StrictModel):
     """What the sweep's chips do to its untrained bases, scored on a few rows before anything is trained."""
 
     rows: int = Field(default=16, ge=2)
@@ -67,14 +68,14 @@ class Probe(Frozen):
     """Most pairs of a base and a chip: the fixed ones, then those of `first`, then choices and named chips."""
 
 
-class ReferencePoint(Frozen):
+class ReferencePoint(StrictModel):
     """Corner that hypervolumes are measured from: worse than any trial worth having."""
 
     accuracy: float = Field(ge=0, le=1)
     energy_uj_per_token: float = Field(gt=0)
 
 
-class Resources(Frozen):
+class Resources(StrictModel):
     """What Ray sets aside for every worker of a trial, and how long one may be silent."""
 
     cpus: int | None = Field(default=None, ge=1)
@@ -82,7 +83,7 @@ class Resources(Frozen):
     gpus: float | None = Field(default=None, ge=0)
     """GPUs; a fraction lets several workers share one. Left out, the workers share those that are there."""
     heartbeat_s: float = Field(default=60.0, gt=0)
-    """Seconds after which a worker that says nothing counts as frozen and is ended; its trial goes on elsewhere."""
+    """Seconds after which a worker that says nothing counts as hung and is ended; its trial resumes elsewhere."""
 
     @field_validator("gpus")
     @classmethod
@@ -92,7 +93,7 @@ class Resources(Frozen):
         return gpus
 
 
-class SweepConfig(Frozen):
+class SweepConfig(StrictModel):
     """One study: what is fixed, what is searched, and how long."""
 
     name: Name
@@ -184,7 +185,7 @@ def load_sweep(name_or_path: str, overrides: Mapping[str, Any] | None = None) ->
     if problems:
         raise UserError(
             [f"{name_or_path}: {problem}" for problem in dict.fromkeys(problems)],
-            "mend the file and run again",
+            "fix the file and run again",
         )
     assert sweep is not None
     return sweep
@@ -227,7 +228,7 @@ def trial_from(
     if not problems:
         attempt(problems, lambda: trial_energy(config, estimated=True))
     if problems:
-        raise UserError([f"{where}: {problem}" for problem in problems], "mend it and run again")
+        raise UserError([f"{where}: {problem}" for problem in problems], "fix it and run again")
     return config
 
 

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from halora.evaluation.config import BESIDE, EvaluationSettings
 from halora.evaluation.generation import generate, parsed_answer, reference_answers, reference_scores, same_answer
 from halora.evaluation.intervals import crossed, seeded, share, share_gain, wilson
 from halora.evaluation.scoring import margin, option_scores, per_byte
@@ -15,9 +14,10 @@ from halora.hardware.addressing import NoiseKey, Role
 from halora.hardware.chip import Chip
 from halora.hardware.instance import ChipInstance
 from halora.hardware.noise import mean_db
+from halora.settings.evaluation import BESIDE, EvaluationSettings
 from halora.training.batches import pack
+from halora.training.calibration import calibrate
 from halora.training.models import BaseModel
-from halora.training.reads import calibrate
 from halora.training.rram import RramArray
 from halora.training.tasks import Row
 
@@ -46,7 +46,7 @@ class ChipScores:
         level_correct: Whether each row is answered rightly there, `[level][chip][row]`; chips that a race adds are not.
         layers: Canonical names of the layers in RRAM.
         layer_noise_db: Realised noise-to-signal ratio of each one's weights in dB, `[chip][layer]`.
-        beside: The other way, see `halora.evaluation.config.BESIDE`; empty for generation.
+        beside: The other way, see `halora.settings.evaluation.BESIDE`; empty for generation.
         clean_beside: Margin per row by that way, on clean weights.
         noisy_beside: The same per chip and row.
     """
@@ -223,7 +223,7 @@ def evaluate(
     noisy: list[_Scored] = []
     noise_db: list[float] = []
     layer_noise_db: list[dict[str, float]] = []
-    level_correct: list[list[tuple[bool, ...]]] = [[] for _ in settings.noise_levels]
+    level_correct: list[list[tuple[bool, ...]]] = [[] for _ in settings.noise_strengths]
 
     def score_on(seed: int, level: float) -> _Scored:
         key = NoiseKey(role=role, series=series, chip_seed=seed)
@@ -236,7 +236,7 @@ def evaluate(
         by_layer = array.noise_db()
         noise_db.append(_finite_db(mean_db(by_layer.values())))
         layer_noise_db.append({layer: _finite_db(ratio_db) for layer, ratio_db in by_layer.items()})
-        for level, right in zip(settings.noise_levels, level_correct, strict=True):
+        for level, right in zip(settings.noise_strengths, level_correct, strict=True):
             right.append(score_on(seed, level).correct)
     array.clear()
     return ChipScores(
@@ -248,7 +248,7 @@ def evaluate(
         noisy=tuple(scored.margins for scored in noisy),
         noisy_correct=tuple(scored.correct for scored in noisy),
         noise_db=tuple(noise_db),
-        levels=settings.noise_levels,
+        levels=settings.noise_strengths,
         level_correct=tuple(map(tuple, level_correct)),
         layers=tuple(layer_noise_db[0]),
         layer_noise_db=tuple(tuple(by_layer.values()) for by_layer in layer_noise_db),

@@ -4,15 +4,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
-from halora.evaluation.config import EvaluationSettings
 from halora.evaluation.scoring import option_scores
 from halora.hardware.addressing import NoiseKey, Role
 from halora.hardware.chip import Chip
 from halora.hardware.instance import ChipInstance
-from halora.hardware.mapping import Place, outlier_count
+from halora.hardware.mapping import Placement, outlier_count
+from halora.settings.evaluation import EvaluationSettings
 from halora.training.batches import pack
+from halora.training.calibration import calibrate
 from halora.training.models import BaseModel
-from halora.training.reads import calibrate
 from halora.training.rram import RramArray
 from halora.training.tasks import Row
 
@@ -108,7 +108,7 @@ def layer_sensitivity(
         )
     clean = scores()
     places = array.places(chip)
-    candidates = [layer for layer in array.layers if places[layer.name] is Place.RRAM]
+    candidates = [layer for layer in array.layers if places[layer.name] is Placement.RRAM]
     key = NoiseKey(role=Role.SEARCH, chip_seed=chip_seed)
     found: list[LayerSensitivity] = []
     try:

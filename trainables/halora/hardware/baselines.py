@@ -11,12 +11,12 @@ from pydantic import Field, TypeAdapter
 
 from halora.errors import UserError, nearest
 from halora.hardware.chip import Chip
-from halora.hardware.description import Frozen
 from halora.hardware.energy import Phase
 from halora.hardware.shapes import ModelShape, named_shapes
+from halora.strict_model import StrictModel
 
 
-class Baseline(Frozen, ABC):
+class Baseline(StrictModel, ABC):
     """An energy per token to compare with; it counts the same boundary as the chip, the adapter merged."""
 
     phase: Phase
@@ -97,7 +97,7 @@ def _weights(shape: ModelShape, chip: Chip) -> int:
 @cache
 def baselines() -> Mapping[str, Baseline]:
     """Every baseline by name."""
-    raw = yaml.safe_load((files("halora.hardware") / "baselines.yaml").read_text())
+    raw = yaml.safe_load((files("halora.hardware") / "baselines.yaml").read_text(encoding="utf-8"))
     return TypeAdapter(dict[str, _AnyBaseline]).validate_python(raw)
 
 

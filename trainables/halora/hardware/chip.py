@@ -17,15 +17,15 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from halora.errors import UserError, nearest
 from halora.hardware.cell_models import CMO_US
 from halora.hardware.costs import AdcCosts, constant_names
-from halora.hardware.description import Frozen
 from halora.hardware.mapping import Mapping
 from halora.hardware.noise_settings import AgeingSetting, NoiseSetting
+from halora.strict_model import StrictModel
 from halora.yaml_files import read_yaml
 
 PRESETS = files("halora.hardware") / "presets"
 
 
-class Cells(Frozen):
+class Cells(StrictModel):
     """The RRAM cells and their read pulse. A weight is the difference of two cells (differential pair)."""
 
     g_min_us: float = Field(ge=0, le=1000)
@@ -57,7 +57,7 @@ class Cells(Frozen):
         return self.read_voltage_v**2 * self.mean_us(fill) * self.read_time_ns
 
 
-class Coding(Frozen):
+class Coding(StrictModel):
     """How a weight matrix is laid out in cells."""
 
     scale: Literal["tensor_max", "channel_max", "tile_max"] = "tensor_max"
@@ -78,7 +78,7 @@ class Coding(Frozen):
         return self.slices * self.replicas
 
 
-class WriteVerify(Frozen):
+class WriteVerify(StrictModel):
     """Programming effort. Each pulse is taken as an independent try that is kept once it falls inside the window."""
 
     pulses: float = Field(default=1.0, ge=1, le=10_000)
@@ -89,7 +89,7 @@ class WriteVerify(Frozen):
     """Energy of one pulse with its verify read, in picojoule."""
 
 
-class Retention(Frozen):
+class Retention(StrictModel):
     """What happens to programmed cells until they are programmed again."""
 
     ageing: AgeingSetting | None = None
@@ -100,7 +100,7 @@ class Retention(Frozen):
     """Digital gain that undoes the mean ageing, from one probe read per refresh: per layer or per output."""
 
 
-class Faults(Frozen):
+class Faults(StrictModel):
     """Cells stuck at a conductance, drawn once per chip instance."""
 
     stuck_low_rate: float = Field(default=0.0, ge=0, le=0.5)
@@ -115,7 +115,7 @@ class Faults(Frozen):
         return self.stuck_low_rate + self.stuck_high_rate > 0
 
 
-class Read(Frozen):
+class Read(StrictModel):
     """Noise of single reads, fresh for every token."""
 
     averaged: int = Field(default=1, ge=1, le=64)
@@ -141,7 +141,7 @@ class Read(Frozen):
         return bool(self.flicker or self.slow != "none")
 
 
-class Dac(Frozen):
+class Dac(StrictModel):
     """The converters that drive the rows."""
 
     input_bits: int = Field(default=8, ge=1, le=16)
@@ -159,7 +159,7 @@ class Dac(Frozen):
         return max(ceil((self.input_bits - 1) / self.bits), 1)
 
 
-class Adc(Frozen):
+class Adc(StrictModel):
     """The converter at the foot of every tile column."""
 
     bits: int = Field(ge=2, le=14)
@@ -172,7 +172,7 @@ class Adc(Frozen):
     """Where the energy per conversion comes from."""
 
 
-class Tile(Frozen):
+class Tile(StrictModel):
     """Size of one crossbar tile, in cells."""
 
     rows: int = Field(ge=8, le=1024)
@@ -181,14 +181,14 @@ class Tile(Frozen):
     """Outputs that share one input driver."""
 
 
-class Wires(Frozen):
+class Wires(StrictModel):
     """Column wire, which sets the IR drop together with the mean conductance."""
 
     resistance_ohm: float = Field(ge=0, le=100)
     """Wire resistance per cell segment, in ohm; 0 switches IR drop off."""
 
 
-class Boundary(Frozen):
+class Boundary(StrictModel):
     """What the energy totals include besides the mapped linear layers and LoRA."""
 
     attention: bool = True
@@ -204,7 +204,7 @@ class Boundary(Frozen):
     """Tokens between two adapter loads from DRAM; never when left out."""
 
 
-class Products(Frozen):
+class Products(StrictModel):
     """Precision of exact, digital products: their energy is that of so many bits, and scoring computes with them."""
 
     weight_bits: int = Field(default=8, ge=2, le=16)
@@ -218,14 +218,14 @@ class Products(Frozen):
         return self.weight_bits * self.input_bits / 64
 
 
-class Attention(Frozen):
+class Attention(StrictModel):
     """The digital macros that multiply what changes with every token."""
 
     bits: int = Field(default=8, ge=2, le=16)
     """Of queries, keys, values and softmax weights; 16 leaves them as they are."""
 
 
-class Chip(Frozen):
+class Chip(StrictModel):
     """A hybrid compute-in-memory chip: frozen weights in RRAM tiles, LoRA in SRAM."""
 
     name: str
@@ -324,7 +324,7 @@ def _read(name: str) -> dict[str, Any]:
 
 def _preset(name: str) -> dict[str, Any]:
     """The mapping of a preset, which may itself lay overrides over another."""
-    content = dict(yaml.safe_load((PRESETS / f"{name}.yaml").read_text()))
+    content = dict(yaml.safe_load((PRESETS / f"{name}.yaml").read_text(encoding="utf-8")))
     base = content.pop("preset", None)
     return content if base is None else merge(_preset(base), content)
 

@@ -12,7 +12,7 @@ cycles of b_d bits and K reads averaged:
 and r (d_in + d_out) SRAM multiply-accumulates per adapted layer, and those of what `mapping.outliers` keeps in SRAM.
 Digital products cost by their bits of weights and inputs, with which scoring computes them. The output projection
 counts where the mapping puts it on the chip. Counts are exact; a token passes every linear layer once, in prefill and
-in decode. The constants and their sources stand in `constants.yaml`. Not modelled: leakage, clocks and control, partial
+in decode. The constants and their sources are in `constants.yaml`. Not modelled: leakage, clocks and control, partial
 sums between tiles, norms and embeddings, host traffic, the probe reads of drift compensation.
 """
 
@@ -25,7 +25,7 @@ from typing import Any
 from halora.errors import UserError, attempt, nearest
 from halora.hardware.chip import Chip
 from halora.hardware.costs import adc_cost, energy_constants
-from halora.hardware.mapping import Place, outlier_count
+from halora.hardware.mapping import Placement, outlier_count
 from halora.hardware.shapes import LinearShape, ModelShape
 
 _CELLS_PER_WEIGHT = 2  # a differential pair
@@ -120,12 +120,12 @@ def energy_per_token(
     assert adc is not None
     assert places is not None
 
-    layers = {name: layer for name, layer in layers.items() if places[name] is not Place.HOST}
-    rram = {name: layer for name, layer in layers.items() if places[name] is Place.RRAM}
+    layers = {name: layer for name, layer in layers.items() if places[name] is not Placement.HOST}
+    rram = {name: layer for name, layer in layers.items() if places[name] is Placement.RRAM}
     counts, outliers = _count(list(rram.values()), chip), _outliers(rram, chip, constants)
     sram_weights, digital_weights = (
         sum(layer.weights for name, layer in layers.items() if places[name] is place)
-        for place in (Place.SRAM, Place.DIGITAL)
+        for place in (Placement.SRAM, Placement.DIGITAL)
     )
     lora_weights = rank * sum(
         layer.in_features + layer.out_features for layer in layers.values() if layer.name in targets

@@ -10,14 +10,14 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from halora.errors import UserError, nearest
-from halora.hardware.description import Frozen
+from halora.strict_model import StrictModel
 
 OutlierKind = Literal["weight", "tile", "column", "singular"]
 """What goes to SRAM: the largest weights of the matrix, or of each tile; the inputs with the largest weights, whole;
 or the leading singular part."""
 
 
-class Place(StrEnum):
+class Placement(StrEnum):
     """Where a layer's frozen weights are kept and multiplied."""
 
     RRAM = "rram"
@@ -31,7 +31,7 @@ LM_HEAD = "lm_head"
 """Canonical name of the output projection."""
 
 
-class Outliers(Frozen):
+class Outliers(StrictModel):
     """A small part of every matrix in RRAM that is kept in SRAM instead, so that the rest has a smaller full scale."""
 
     share: float = Field(default=0.0, ge=0, le=1)
@@ -82,7 +82,7 @@ def _tile_sizes(d_in: int, d_out: int, rows: int, columns: int) -> list[tuple[in
     return [(r, c, n * m) for r, n in heights for c, m in widths if r * c * n * m]
 
 
-class Mapping(Frozen):
+class Mapping(StrictModel):
     """Placement by pattern, by explicit name, or by fraction; everything else goes to RRAM.
 
     A pattern is a layer's canonical name with shell wildcards, for example `model.layers.0.*` or `*.v_proj`.
@@ -102,7 +102,7 @@ class Mapping(Frozen):
     outliers: Outliers = Outliers()
     """What of the matrices in RRAM is kept in SRAM."""
 
-    def places(self, sizes: MappingOf[str, int]) -> dict[str, Place]:
+    def places(self, sizes: MappingOf[str, int]) -> dict[str, Placement]:
         """The place of every layer.
 
         Args:
@@ -112,7 +112,7 @@ class Mapping(Frozen):
         Raises:
             UserError: Patterns that match no layer, or ranked names that are no layers; all at once.
         """
-        host = {} if self.lm_head else {name: Place.HOST for name in sizes if name == LM_HEAD}
+        host = {} if self.lm_head else {name: Placement.HOST for name in sizes if name == LM_HEAD}
         sizes = {name: size for name, size in sizes.items() if name not in host}
         patterns = {"sram": self.sram, "digital": self.digital}
         if self.ranking != "depth":
@@ -126,16 +126,16 @@ class Mapping(Frozen):
         ]
         if problems:
             raise UserError(problems)
-        places = dict.fromkeys(sizes, Place.RRAM)
+        places = dict.fromkeys(sizes, Placement.RRAM)
         room = self.sram_fraction * sum(sizes.values())
         for name in self.ranked(sizes):
             if room <= 0:
                 break
             if sizes[name] <= room:
-                places[name] = Place.SRAM
+                places[name] = Placement.SRAM
                 room -= sizes[name]
-        places |= {name: Place.SRAM for name in sizes if self.outliers.of(name).share == 1}
-        for place, group in ((Place.SRAM, self.sram), (Place.DIGITAL, self.digital)):
+        places |= {name: Placement.SRAM for name in sizes if self.outliers.of(name).share == 1}
+        for place, group in ((Placement.SRAM, self.sram), (Placement.DIGITAL, self.digital)):
             places |= {name: place for name in sizes if any(fnmatchcase(name, pattern) for pattern in group)}
         return places | host
 
@@ -147,7 +147,7 @@ class Mapping(Frozen):
         return [name for pattern in self.ranking for name in layers if fnmatchcase(name, pattern)]
 
 
-def _hint(pattern: str, sizes: MappingOf[str, int], host: MappingOf[str, Place]) -> str:
+def _hint(pattern: str, sizes: MappingOf[str, int], host: MappingOf[str, Placement]) -> str:
     if any(fnmatchcase(name, pattern) for name in host):
         return " of the chip: chip.mapping.lm_head puts the output projection there"
     return nearest(pattern, list(sizes))

@@ -3,7 +3,7 @@
 A model turns values and standard normal draws into moved values; it never draws. So every draw is addressed in one
 place (`halora.hardware.noise`), and the same cell keeps its draw while time goes on: it ages, it is not drawn again.
 
-The models of real cells stand in `halora.hardware.cell_models`; `halora.hardware.noise_settings` says how a chip names
+The models of real cells are in `halora.hardware.cell_models`; `halora.hardware.noise_settings` says how a chip names
 one and how a plug-in adds another.
 """
 
@@ -16,7 +16,7 @@ from numpy.polynomial.hermite_e import hermegauss
 from pydantic import Field
 
 from halora.errors import UserError
-from halora.hardware.description import Frozen
+from halora.strict_model import StrictModel
 
 if TYPE_CHECKING:  # a chip is described, checked and priced without loading torch
     from torch import Tensor
@@ -28,7 +28,7 @@ Domain = Literal["weight", "conductance"]
 """What a model moves: weights in their own units, or conductances of single cells in microsiemens."""
 
 
-class NoiseModel(Frozen, ABC):
+class NoiseModel(StrictModel, ABC):
     """One cause of error, of conductances unless it is a `WeightNoise`."""
 
     domain: ClassVar[Domain] = "conductance"

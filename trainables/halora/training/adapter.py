@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from halora.errors import UserError
 from halora.hardware.addressing import derive_seed
 from halora.hardware.rounding import AS_IT_IS, rounded
-from halora.training.config import LoraSettings
-from halora.training.frozen import Branch, FrozenLinear
+from halora.settings.training import LoraSettings
+from halora.training.fused import Branch, FrozenLinear
 from halora.training.models import BaseModel
-from halora.trial import ADAPTER_WEIGHTS
+from halora.trial_folder import ADAPTER_WEIGHTS
 
 
 def attach(base: BaseModel, lora: LoraSettings, seed: int) -> Any:
@@ -25,13 +25,13 @@ def attach(base: BaseModel, lora: LoraSettings, seed: int) -> Any:
     the clean W0: the scale is computed once, off the chip, where the noise is not known.
 
     Raises:
-        UserError: A target is no layer of the model.
+        UserError: A target is not a layer of the model.
     """
     from peft import LoraConfig, get_peft_model
 
     names = {name.rpartition(".")[2] for name, _ in base.causal_lm.named_modules()}
     if strange := [target for target in lora.targets if target not in names]:
-        raise UserError(f"model '{base.name}' has no layers named {', '.join(strange)}", "mend lora.targets")
+        raise UserError(f"model '{base.name}' has no layers named {', '.join(strange)}", "fix lora.targets")
     torch.manual_seed(derive_seed("adapter", seed))
     config = LoraConfig(
         r=lora.rank,

@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
+from halora.settings.training import TrainingSettings
 from halora.training.adapter import regulariser
-from halora.training.config import TrainingSettings
 from halora.training.workers import mean_over_workers
 
 Pairs = Sequence[tuple[Tensor, Tensor]]

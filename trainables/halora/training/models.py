@@ -14,22 +14,16 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
-
-from pydantic import BeforeValidator
+from typing import Any
 
 from halora.errors import UserError, nearest
 from halora.hardware.chip import Chip
 from halora.hardware.fill import layer_fill
 from halora.hardware.mapping import LM_HEAD
 from halora.hardware.shapes import ModelShape, known_shape
-from halora.training.config import LINEAR_NAMES, Dtype
+from halora.settings.names import EMBEDDED
+from halora.settings.training import LINEAR_NAMES, Dtype
 
-EMBEDDED = {
-    "smollm2-135m-instruct": "SmolLM2-135M-Instruct (LLaMA architecture), de-quantised from 4 bits",
-    "smollm2-135m-instruct-qwen2": "the same weights in the Qwen2 architecture, with zero q/k/v biases",
-    "smollm2-135m-instruct-outliers": "the same model, rescaled exactly to the weight outliers of a Qwen2.5",
-}
 _GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -61,16 +55,6 @@ def extensions_dir() -> Path:
     Torch's own default is shared by all environments of a user, which then rebuild it in turn.
     """
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path(sys.prefix) / "torch_extensions")
-
-
-def located(model: Any) -> Any:
-    """A model's folder by absolute path, as whoever uses it may stand elsewhere; names and hub ids as they are."""
-    folder = isinstance(model, str) and model not in EMBEDDED and Path(model).is_dir()
-    return str(Path(model).resolve()) if folder else model
-
-
-ModelSetting = Annotated[str, BeforeValidator(located)]
-"""A model: by name, hub id or folder."""
 
 
 def find_model(model: str, dtype: Dtype = "fp32") -> str:
@@ -114,11 +98,11 @@ def estimated_shape(model: str) -> ModelShape:
     Loads no torch.
 
     Raises:
-        UserError: The model cannot be had, or is not of the LLaMA or Qwen family.
+        UserError: The model is not available, or is not of the LLaMA or Qwen family.
     """
     source = find_model(model)
     if Path(source).is_dir():
-        config = _load(model, lambda: json.loads((Path(source) / "config.json").read_text()))
+        config = _load(model, lambda: json.loads((Path(source) / "config.json").read_text(encoding="utf-8")))
     elif shape := known_shape(source):
         return shape
     else:
@@ -188,11 +172,6 @@ def _hub_config(model: str, source: str) -> dict[str, Any]:
     return dict(_load(model, lambda: AutoConfig.from_pretrained(source).to_dict()))
 
 
-def model_id(model: str) -> str:
-    """What a model is called anywhere: its known name or hub id, or the name of its folder without the path."""
-    return Path(model).resolve().name if Path(model).is_dir() else model
-
-
 def weights_digest(causal_lm: Any) -> str:
     """SHA-256 of a plain model's weights: name, dtype, shape and bytes of each, in the order of their names."""
     import hashlib
@@ -242,7 +221,7 @@ def load_base(model: str, dtype: Dtype) -> BaseModel:
     import torch
 
     from halora.training.attention import use_row_attention
-    from halora.training.frozen import FrozenLinear, install_norms
+    from halora.training.fused import FrozenLinear, install_norms
 
     base = plain_base(model, dtype)
     use_row_attention(base.causal_lm)
@@ -338,7 +317,7 @@ def _save_as_qwen2(llama_folder: Path, folder: Path) -> None:
     from safetensors.torch import load_file
     from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-    llama = json.loads((llama_folder / "config.json").read_text())
+    llama = json.loads((llama_folder / "config.json").read_text(encoding="utf-8"))
     left_out = {"architectures", "model_type", "attention_bias", "mlp_bias", "pretraining_tp", "transformers_version"}
     settings = {name: value for name, value in llama.items() if name not in left_out}
     qwen = Qwen2ForCausalLM(Qwen2Config(**settings))

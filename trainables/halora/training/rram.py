@@ -24,13 +24,13 @@ from halora.hardware.converter_model import ConverterModel
 from halora.hardware.converters import ExactReads
 from halora.hardware.draws import coarse_normal
 from halora.hardware.instance import ChipInstance
-from halora.hardware.mapping import LM_HEAD, Outliers, Place
+from halora.hardware.mapping import LM_HEAD, Outliers, Placement
 from halora.hardware.noise import Programming, noise_to_signal_db
 from halora.hardware.outliers import SideMatrix, side_matrix
 from halora.hardware.rounding import AS_IT_IS, rounded
+from halora.settings.training import LINEAR_NAMES
 from halora.training.attention import is_attention, set_attention_bits
-from halora.training.config import LINEAR_NAMES
-from halora.training.frozen import Branch, FrozenLinear
+from halora.training.fused import Branch, FrozenLinear
 
 Reads = ExactReads | ConverterModel
 """How a layer is read: every conversion carried out, or their statistical model."""
@@ -42,7 +42,7 @@ class _Wiring:
 
     instance: ChipInstance | None = None
     regenerate: bool = False
-    places: Mapping[str, Place] = field(default_factory=dict)
+    places: Mapping[str, Placement] = field(default_factory=dict)
     reads: Mapping[str, Reads] = field(default_factory=dict)
     rows: Sequence[tuple[str, int]] = ()  # being read: id, number of tokens
     predicting: Sequence[tuple[str, int]] = ()  # the same for the output projection, which reads some tokens only
@@ -87,7 +87,7 @@ class RramLinear(FrozenLinear):
     @property
     def noisy(self) -> bool:
         """Whether a chip instance lies under the model and keeps this layer in RRAM."""
-        return self._wiring.instance is not None and self._wiring.places[self.name] is Place.RRAM
+        return self._wiring.instance is not None and self._wiring.places[self.name] is Placement.RRAM
 
     @property
     def _products(self) -> Products | None:
@@ -95,7 +95,7 @@ class RramLinear(FrozenLinear):
         instance = self._wiring.instance
         if instance is None or not self._wiring.digital:
             return None
-        return {Place.SRAM: instance.chip.sram, Place.DIGITAL: instance.chip.digital}.get(
+        return {Placement.SRAM: instance.chip.sram, Placement.DIGITAL: instance.chip.digital}.get(
             self._wiring.places[self.name]
         )
 
@@ -259,7 +259,8 @@ class RramArray:
         """
         self._wiring.instance = None
         self._wiring.places = {
-            name: place if alone in (None, name) else Place.HOST for name, place in self.places(instance.chip).items()
+            name: place if alone in (None, name) else Placement.HOST
+            for name, place in self.places(instance.chip).items()
         }
         self._wiring.digital = digital
         for layer in self.layers:
@@ -272,14 +273,14 @@ class RramArray:
         self._wiring.regenerate = regenerate
         set_attention_bits(self._attentions, instance.chip.attention.bits if digital else AS_IT_IS)
 
-    def places(self, chip: Chip) -> dict[str, Place]:
+    def places(self, chip: Chip) -> dict[str, Placement]:
         """Where the chip's mapping puts every layer."""
         return chip.mapping.places({layer.name: layer.in_features * layer.out_features for layer in self.layers})
 
     def mapped(self, chip: Chip) -> list[RramLinear]:
         """The layers that are on the chip, in the order of the forward pass."""
         places = self.places(chip)
-        return [layer for layer in self.layers if places[layer.name] is not Place.HOST]
+        return [layer for layer in self.layers if places[layer.name] is not Placement.HOST]
 
     def clear(self) -> None:
         """Take the chip away: the model computes with its clean weights, and no copy of them is kept."""

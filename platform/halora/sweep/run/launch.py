@@ -1,0 +1,347 @@
+"""Launches and resumes a sweep: study, adapter and records brought together, and everything closed at the end.
+
+MLflow, Ray and torch are imported once nothing is left to refuse.
+"""
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+import yaml
+
+from halora.analysis.trials import RecordedTrial, grouped
+from halora.errors import UserError
+from halora.evaluation.damage import described
+from halora.files import write_whole
+from halora.pricing import trial_energy
+from halora.records.names import ENERGY, VIOLATION
+from halora.records.store import Store, SweepFolder
+from halora.spaces.search import total_violation
+from halora.spaces.sweep import SweepConfig, load_sweep
+from halora.storage import check_storage
+from halora.sweep.cluster.cluster import LOCAL, RUNS, Cluster
+from halora.sweep.run.comparison import ClosingComparison, check_rows_left, compare, contestants
+from halora.sweep.run.driver_log import DriverLog, Watcher
+from halora.sweep.run.probing import Probing, bases
+from halora.sweep.run.reconcile import record_as_studied
+from halora.sweep.run.state import check_not_launched, only_driver, open_core
+from halora.sweep.run.trial_files import TrialFiles
+from halora.sweep.search.core import DecisionCore, Job
+from halora.sweep.simulation.simulator import SimulatedClock, simulate
+from halora.sweep.simulation.table import read_table
+from halora.training.models import check_available
+from halora.trial_folder import RESULT_FILE, adapter_folder
+
+if TYPE_CHECKING:
+    from halora.evaluation.chips import ChipScores
+    from halora.records.recorder import SweepRecorder
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run of a sweep ended.
+
+    Attributes:
+        complete: All trials ended, and the comparison; False after Ctrl-C or a stop request.
+        failed: Number of failed trials.
+        comparison: The closing comparison, where the sweep asks for one and it was reached.
+    """
+
+    complete: bool
+    failed: int
+    comparison: ClosingComparison | None
+
+
+def launch(
+    sweep: SweepConfig,
+    store: Store,
+    watcher: Watcher,
+    curves: Path | None = None,
+    *,
+    cluster: Cluster = LOCAL,
+    metrics_port: int | None = None,
+) -> Outcome:
+    """Run a new sweep to its end.
+
+    Args:
+        sweep: The sweep.
+        store: Where it is recorded.
+        watcher: Shown the progress.
+        curves: A table of recorded curves to take results from, instead of training.
+        cluster: Where its workers run.
+        metrics_port: Port of the loopback address to serve its metrics at; nowhere for none.
+
+    Raises:
+        UserError: The name is taken, the store cannot be written, the table does not fit, a model cannot be loaded, or
+            the comparison would have no rows.
+        UnreachableError: MLflow, the storage or the cluster does not answer, or one of its nodes could not run a trial.
+    """
+    folder = store.sweep(sweep.name)
+    store.check_writable()
+    check_not_launched(folder)
+    if curves:
+        read_table(curves, sweep)
+    else:
+        _check_workers(sweep, store, cluster, store.storage)
+        check_rows_left(sweep)
+    for name in sweep.search.warm_start:
+        store.existing(name)
+
+    from halora.records.tracking import open_client
+
+    open_client(store)
+    folder.root.mkdir(parents=True)
+    if store.server:
+        write_whole(folder.server_file, store.server)
+    if curves:
+        folder.curves_file.write_bytes(curves.read_bytes())
+    sweep = sweep.model_copy(update={"launch": uuid4().hex})
+    write_whole(folder.sweep_file, yaml.safe_dump(sweep.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    return _run(sweep, store, watcher, cluster, metrics_port)
+
+
+def resume(
+    name: str, store: Store, watcher: Watcher, *, cluster: Cluster = LOCAL, metrics_port: int | None = None
+) -> Outcome:
+    """Resume a sweep: unfinished trials from their checkpoints, then those not begun yet.
+
+    Args:
+        name: The sweep.
+        store: Where it is recorded.
+        watcher: Shown the progress.
+        cluster: Where its workers run from now on.
+        metrics_port: Port of the loopback address to serve its metrics at; nowhere for none.
+
+    Raises:
+        UserError: There is no such sweep, or another process is running it.
+        UnreachableError: The storage or the cluster does not answer, or one of its nodes could not run a trial.
+    """
+    folder = store.existing(name)
+    if store.server:
+        write_whole(folder.server_file, store.server)
+    sweep = load_sweep(str(folder.sweep_file))
+    if not folder.curves_file.exists():
+        _check_workers(sweep, store, cluster, store.storage or folder.storage_url)
+    return _run(sweep, store.serving(name), watcher, cluster, metrics_port)
+
+
+def probe(sweep: SweepConfig, store: Store, watcher: Watcher, *, cluster: Cluster = LOCAL) -> None:
+    """Say what a sweep's chips do to its untrained bases, and launch nothing.
+
+    Args:
+        sweep: The sweep.
+        store: Where it would be recorded.
+        watcher: Told of each base.
+        cluster: Where the bases are scored.
+
+    Raises:
+        UserError: A model cannot be loaded, or rows cannot be scored.
+        UnreachableError: The storage or the cluster does not answer, or one of its nodes could not run a trial.
+    """
+    _check_workers(sweep, store, cluster, store.storage)
+    from halora.sweep.cluster.session import ray_session
+    from halora.sweep.run.executor import score_on_workers  # imports Ray and torch
+    from halora.trial_runner import ScoringJob
+
+    waiting = bases(sweep, watcher.say)
+    jobs = [ScoringJob(base.config, None) for base in waiting]
+
+    def scored(place: int, scores: "ChipScores") -> None:
+        for line in described(waiting[place].damage(scores).to_json()):
+            watcher.say(line)
+
+    with ray_session(sweep.concurrent, cpus=sweep.resources.cpus, cluster=cluster):
+        score_on_workers(sweep, jobs, scored)
+
+
+def _check_workers(sweep: SweepConfig, store: Store, cluster: Cluster, storage: str) -> None:
+    """Refuse a sweep that the machines it is to run on could not run, or whose trials could not be kept."""
+    if storage:
+        check_storage(storage)
+    models = [str(model) for model in sweep.values_of("model")]
+    if not cluster.address:
+        for model in models:
+            check_available(model)
+        return
+    from halora.sweep.cluster.preflight import check_cluster  # imports Ray
+
+    check_cluster(cluster, store, storage, models)
+
+
+def _run(sweep: SweepConfig, store: Store, watcher: Watcher, cluster: Cluster, metrics_port: int | None) -> Outcome:
+    from halora.records.position import undelivered
+    from halora.records.sender import recording
+    from halora.sweep.run.metrics import SweepCollector, serving_metrics
+
+    folder = store.sweep(sweep.name)
+    with only_driver(folder):
+        watcher = DriverLog(folder.log_file, sweep.name, watcher)
+        simulated, clock = folder.curves_file.exists(), SimulatedClock()
+        core = open_core(sweep, store, clock) if simulated else open_core(sweep, store, say=watcher.say)
+        core.request_stop(False)
+        files = TrialFiles(folder)
+        if store.storage and not simulated:
+            files.keep_at(store.storage, core.unfinished)
+        with (
+            recording(store, sweep, watcher.say) as recorder,
+            serving_metrics(
+                metrics_port, SweepCollector(sweep.name, recorder.ledger, lambda: undelivered(store, sweep.name))
+            ),
+        ):
+            ended = False
+            events = _Recording(sweep, core, recorder, watcher, files, folder)
+            comparison = None
+            try:
+                if simulated:
+                    table = read_table(folder.curves_file, sweep)
+                    every = sweep.resolve({}).training.report_every
+                    at_once = sweep.concurrent
+                    simulate(core, table, clock, concurrent=at_once, report_every=every, events=events, folder=folder)
+                    ended = core.over
+                else:
+                    ended, comparison = _train(sweep, folder, core, events, recorder, watcher, cluster)
+            except KeyboardInterrupt:
+                pass
+            finally:
+                try:
+                    _tell_end(sweep, core, watcher)
+                    record_as_studied(core.trials(), recorder)
+                    recorder.record_estimates(core.estimates())
+                finally:  # the study may be away
+                    recorder.finish(interrupted=not ended)
+                events.prune()
+        return Outcome(ended, core.counts()["failed"], comparison)
+
+
+def _tell_end(sweep: SweepConfig, core: DecisionCore, watcher: Watcher) -> None:
+    if core.ended:
+        watcher.say(f"no further trials: {core.ended}")
+    if sweep.early_stopping:
+        taken, whole = core.steps_taken(), core.steps_unstopped()
+        saved = 1 - taken / max(whole, 1)
+        watcher.say(f"{taken} of {whole} optimiser steps taken; early stopping saved {saved:.0%}")
+
+
+def _train(
+    sweep: SweepConfig,
+    folder: SweepFolder,
+    core: DecisionCore,
+    events: "_Recording",
+    recorder: "SweepRecorder",
+    watcher: Watcher,
+    cluster: Cluster,
+) -> tuple[bool, ClosingComparison | None]:
+    """Run the core's jobs on Ray, and the closing comparison after them; whether both came to their end."""
+    import torch
+
+    from halora.sweep.cluster.session import ray_session
+    from halora.sweep.run.executor import run_trials  # imports Ray
+
+    torch.set_num_threads(1)  # the cores are the workers'
+    processes = sweep.concurrent * sweep.workers
+    with ray_session(processes, cpus=sweep.resources.cpus, cluster=cluster):
+        watcher.say(f"{RUNS} on up to {processes} workers; each loads the model once")
+        unknown = bases(sweep, watcher.say) if recorder.ledger.damage is None else []
+        run_trials(sweep, folder, core, events, Probing(unknown, watcher.say, recorder.record_damage))
+        recorder.record_estimates(core.estimates())
+        chosen = contestants(sweep.comparison, events.points()) if sweep.comparison else {}
+        if not chosen or not core.over:
+            return core.over, None
+        comparison = compare(sweep, folder, core, chosen, watcher.say)
+        if comparison is not None:
+            recorder.record_comparison(comparison.to_json())
+        return comparison is not None, comparison
+
+
+class _Recording:
+    """Passes what happens to trials on to the records and to whoever watches."""
+
+    def __init__(
+        self,
+        sweep: SweepConfig,
+        core: DecisionCore,
+        recorder: "SweepRecorder",
+        watcher: Watcher,
+        files: TrialFiles,
+        folder: SweepFolder,
+    ) -> None:
+        self._sweep, self._core, self._recorder, self._watcher = sweep, core, recorder, watcher
+        self._files, self._folder = files, folder
+        self._begun: set[int] = set()
+        self._to_prune, self._cannot_prune = True, ""
+
+    def points(self) -> list[RecordedTrial]:
+        """Finished trials of this sweep that break no constraint, earlier runs included."""
+        return grouped(self._recorder.points).feasible
+
+    def prune(self) -> None:
+        """Remove what nobody needs again of trials that ended; what cannot be removed now is left for the next time."""
+        settled = not self._sweep.racing or self._core.over
+        try:
+            self._files.prune(self._core.trials(), self.points(), settled=settled)
+            self._to_prune = False
+        except UserError as error:
+            if str(error) != self._cannot_prune:
+                self._watcher.say(f"checkpoints are not pruned: {error}")
+            self._cannot_prune = str(error)
+
+    def began(self, job: Job) -> None:
+        if self._to_prune:  # the study has by now what the events were told
+            self.prune()
+        if job.goal.first_chip:
+            self._recorder.record_estimates(self._core.estimates())  # of the race so far
+            with suppress(UserError):  # its worker will say so
+                self._files.provide(job)
+        if job.number not in self._begun and not job.goal.first_chip:
+            config = self._sweep.resolve(job.values)
+            self._recorder.begin_trial(job.number, config, job.values, trial_energy(config))
+            # A worker may have gone on for a moment after an earlier driver ended.
+            with suppress(UserError):  # its worker will say so
+                self._recorder.report_missed(job.number, self._files.reports(job.number))
+                self._begun.add(job.number)
+        goal = f"up to step {job.goal.steps}" if not job.goal.first_chip else f"on {job.goal.chip_instances} chips"
+        self._watcher.trial(job.number, "running", f"{goal}, {job.energy_uj_per_token:.2f} µJ/token")
+
+    def reported(self, job: Job, report: Mapping[str, Any]) -> None:
+        self._recorder.report_step(job.number, int(report["step"]), report)
+        loss = f", loss {report['train_loss']:.2f}" if "train_loss" in report else ""
+        node = str(report.get("node_ip", ""))
+        self._watcher.trial(job.number, "training", f"step {report['step']}/{job.goal.steps}{loss}", node)
+
+    def evaluated(self, job: Job, report: Mapping[str, Any]) -> None:
+        if not job.final:
+            self._recorder.report_rung(job.number, job.goal.steps, report)
+            self._watcher.trial(job.number, "paused", f"accuracy {report['accuracy']:.3f} at step {job.goal.steps}")
+            return
+        self._files.fetch(job)
+        self._to_prune = True
+        metrics = {**report, ENERGY: job.energy_uj_per_token}
+        violation = total_violation(constraint.violation(metrics) for constraint in self._sweep.constraints)
+        scores = {**report, **({VIOLATION: violation} if self._sweep.constraints else {})}
+        folder = self._folder.trial(job.number)
+        adapter = None if job.goal.first_chip else adapter_folder(folder)
+        point = self._recorder.finish_trial(
+            job.number, job.goal.steps, scores, folder / RESULT_FILE, adapter if adapter and adapter.exists() else None
+        )
+        self._watcher.trial(
+            job.number, "finished", f"accuracy {point.accuracy:.3f}, {point.energy_uj_per_token:.2f} µJ/token"
+        )
+
+    def lost(self, job: Job, cause: str) -> None:
+        self._begun.discard(job.number)  # its last report may not have been heard
+        self._watcher.say(f"trial {job.number} resumes from its checkpoint: {cause}")
+
+    def out_of_memory(self, job: Job, cause: str) -> None:
+        self._recorder.continue_trial(job.number, f"{cause}; continued with half")
+        self._watcher.say(f"trial {job.number} resumes from its checkpoint with half the micro-batch: {cause}")
+
+    def failed(self, job: Job, cause: str) -> None:
+        if job.goal.first_chip:
+            self._watcher.say(f"trial {job.number} stays on {job.goal.first_chip} chips: {cause}")
+            return
+        self._recorder.fail_trial(job.number, cause)
+        self._to_prune = True
+        self._watcher.trial(job.number, "failed", cause)

@@ -1,0 +1,126 @@
+"""Whether journal and MLflow say of every trial what the study says, and fixing them where they do not.
+
+The study is the truth. A process that was killed may have written one and not yet the others.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from halora.records.store import Store
+from halora.sweep.run.state import is_running, load_core, only_driver
+from halora.sweep.search.study import State, Trial
+
+if TYPE_CHECKING:
+    from halora.records.recorder import SweepRecorder
+
+_RECORDED_AS = {
+    State.RUNNING: "interrupted",
+    State.PAUSED: "interrupted",
+    State.FINISHED: "finished",
+    State.STOPPED: "stopped",
+    State.FAILED: "failed",
+    State.SKIPPED: "",
+}
+"""What the records say of a trial while no process runs its sweep; nothing of one that was never trained."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A trial that journal or MLflow had otherwise than the study.
+
+    Attributes:
+        number: The trial.
+        study: Where the study says it stands; empty if it does not know it.
+        journal: Where the journal said it stands; empty if it had none.
+        mlflow: Where MLflow said it stands, all of its runs; empty if it had none.
+        fixed: What was done.
+    """
+
+    number: int
+    study: str
+    journal: str
+    mlflow: str
+    fixed: str
+
+
+def reconcile_store(store: Store, say: Callable[[str], None]) -> list[tuple[str, Difference]]:
+    """Bring the records of every sweep that no process runs to what its study says; what was different, by sweep.
+
+    Args:
+        store: The store.
+        say: Tells a person one line.
+
+    Raises:
+        UnreachableError: MLflow does not answer.
+    """
+    found = []
+    for name in store.sweeps():
+        if not is_running(store.sweep(name)):
+            found += [(name, difference) for difference in _reconcile(name, store.serving(name), say)]
+    return found
+
+
+def close_records(name: str, store: Store, say: Callable[[str], None]) -> None:
+    """Bring the journal of a sweep that nobody runs any more to what its study says, and deliver it.
+
+    Raises:
+        UserError: There is no such sweep, or a process is running it.
+    """
+    from halora.records.sender import recording
+
+    sweep, core = load_core(name, store)
+    with only_driver(store.sweep(name)), recording(store.serving(name), sweep, say) as recorder:
+        core.complete()
+        record_as_studied(core.trials(), recorder)
+        recorder.record_estimates(core.estimates())
+        counts = core.counts()
+        recorder.finish(interrupted=bool(counts["unfinished"] or counts["waiting"]))
+
+
+def record_as_studied(trials: Sequence[Trial], recorder: "SweepRecorder") -> None:
+    """Record of every trial what the study says of it, where the journal says otherwise; for when no trial runs."""
+    for trial in trials:
+        state = recorder.ledger.state(trial.number)
+        if not _agrees(trial, state):
+            _record(trial, recorder)
+
+
+def _reconcile(name: str, store: Store, say: Callable[[str], None]) -> list[Difference]:
+    from halora.records import journal
+    from halora.records.index import read_ledger
+    from halora.records.tracking import MlflowSweep, open_client
+
+    open_client(store)
+    sweep, core = load_core(name, store)
+    mlflow = MlflowSweep(store, sweep)
+    recorded, runs = read_ledger(store, name), mlflow.trial_states()
+    close_records(name, store, say)
+    states = {point.number: point.state for point in read_ledger(store, name).points()}
+    fixed = mlflow.repair(journal.read(store.sweep(name).journal_file)[0], states)
+    trials = {trial.number: trial for trial in core.trials()}
+    found = []
+    for number in sorted({*trials, *states, *runs}):
+        trial, state, in_mlflow = trials.get(number), recorded.state(number), runs.get(number, [])
+        if not (trial and _agrees(trial, state) and in_mlflow == ([state] if state else [])):
+            done = [f"recorded as {now}"] if (now := states.get(number, "")) != state else []
+            done += [fixed[number]] if number in fixed else []
+            what = trial.state if trial else ""
+            found.append(Difference(number, what, state, ", ".join(in_mlflow), "; ".join(done) or "delivered"))
+    return found
+
+
+def _agrees(trial: Trial, state: str) -> bool:
+    return state == _RECORDED_AS[trial.state] or (trial.state is State.RUNNING and not state)  # a resume begins it
+
+
+def _record(trial: Trial, recorder: "SweepRecorder") -> None:
+    match trial.state:
+        case State.FAILED:
+            recorder.fail_trial(trial.number, "its worker or its driver ended")
+        case State.STOPPED:
+            recorder.stop_trial(trial.number)
+        case State.RUNNING | State.PAUSED:
+            recorder.interrupt_trial(trial.number)
+        case State.FINISHED:
+            recorder.mark_finished(trial.number)

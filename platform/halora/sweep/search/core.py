@@ -1,0 +1,433 @@
+"""The decision core: what to do next, and what to make of a report. It knows no Ray; its only state is the study.
+
+It hands out jobs. A job brings one trial to one level: to a rung, to the end of its training, or, in a race, to more
+chips. A trial that reaches a rung pauses there with its checkpoint, and is promoted once it is among the best of the
+rung (asynchronous successive halving, Li et al., MLSys 2020, with non-dominated ranks as in Schmucker et al., 2021), by
+a new job that any worker may carry out. Every decision is written to the study before it is acted on, so that a new
+core goes on where another ended.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from itertools import islice
+from math import ceil, floor, isfinite
+from typing import Any
+
+import numpy as np
+
+from halora.analysis.promotion import promotion_order
+from halora.analysis.racing import chip_estimates, front_probabilities, value_of_a_chip
+from halora.settings.trial import Goal
+from halora.spaces.language import grid, size
+from halora.spaces.search import ENERGY
+from halora.sweep.search.problem import Problem
+from halora.sweep.search.samplers import BLIND, History, Proposal, make_sampler, propose
+from halora.sweep.search.study import Scores, State, SweepStudy, Trial, point_key
+
+_RE_ASKS = 20  # points that are skipped, or known already, before one is drawn at random
+_RANDOM_DRAWS = 200
+_ENOUGH_TRIALS = 10  # finished ones, before a configuration is called unreachable
+MOST_LOST = 3  # workers a trial may lose without a report between; the last of them fails it
+_DECIDED = 0.01  # a place on the front is decided when its probability is this close to 0 or 1
+
+
+class Decision(StrEnum):
+    """What to do with a trial after a report."""
+
+    CONTINUE = "continue"
+    PAUSE = "pause"
+    """Stop it at its checkpoint; a resume starts from there."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A trial to bring to a level.
+
+    Attributes:
+        number: The trial.
+        values: Its searched values by dotted path.
+        energy_uj_per_token: Its energy, known before it is trained.
+        goal: What to bring it to.
+        final: Whether its training ends there.
+        name: Tells it from the trial's other jobs.
+        halvings: How often the trial's micro-batch is halved, as it ran out of memory.
+    """
+
+    number: int
+    values: Mapping[str, Any]
+    energy_uj_per_token: float
+    goal: Goal
+    final: bool
+    name: str
+    halvings: int = 0
+
+
+class DecisionCore:
+    """Hands out jobs and judges what comes of them.
+
+    Args:
+        problem: What is searched.
+        study: Its study; everything decided is in there.
+        earlier: Trials of earlier studies that the sampler sees from the start, see `fitting_trials`.
+        clock_s: Seconds since some moment; budgets of hours go by it.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        study: SweepStudy,
+        earlier: Sequence[Trial] = (),
+        clock_s: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._problem, self._study = problem, study
+        self._history = History(problem.settings.history, problem.reference[0], earlier)
+        self._in_flight: dict[int, Job] = {}
+        self._levels: dict[int, Sequence[Goal]] = {}
+        self._clock_s, self._looked_s = clock_s, clock_s()
+        self._over = False
+        self._out_of_race: set[int] = set()
+
+    def suggest(self) -> Job | None:
+        """The next job: trials an earlier run left unfinished, then promotions, new trials, and at the end the race.
+
+        None when there is none now; `waiting` tells whether there may be one once a running job ends.
+        """
+        if self._study.stopping:
+            return None
+        self.complete()
+        trials = self._study.trials()
+        job = self._unfinished(trials)
+        if job is None and self._within_budget(trials):
+            job = self._promotion(trials) or self._new(trials)
+        if job is None and not self._in_flight:
+            job = self._promotion(trials, search_ends=True) if self._within_budget(trials) else None
+        if job is None and not self._in_flight:
+            for trial in trials:
+                if trial.state is State.PAUSED:
+                    self._study.stopped(trial)
+            job = self._race(self._study.trials())
+        if job is not None:
+            self._in_flight[job.number] = job
+        self._over = job is None and not self._in_flight
+        return job
+
+    def complete(self) -> None:
+        """Tell Optuna's own record the end of finished trials that a process which ended meanwhile had not told yet."""
+        for trial in self._study.trials():
+            if trial.state is State.FINISHED and not trial.told:
+                self._tell(trial)
+
+    @property
+    def waiting(self) -> bool:
+        """Whether jobs are running whose end may bring new ones."""
+        return bool(self._in_flight) and not self._study.stopping
+
+    @property
+    def over(self) -> bool:
+        """Whether the search came to its end: nothing is left to do."""
+        return self._over
+
+    def on_report(self, number: int, report: Mapping[str, Any]) -> Decision:
+        """Judge a trial's report on its way to a level."""
+        if (trial := self.trial(number)).lost_workers:
+            self._study.count_lost_workers(trial, 0)
+        return Decision.PAUSE if self._study.stopping else Decision.CONTINUE
+
+    def on_scores(self, number: int, scores: Scores) -> None:
+        """Take the scores at the level a trial was sent to.
+
+        Args:
+            number: The trial.
+            scores: Its metrics, on all chips scored so far; `accuracy_by_chip` in the order of the chips. A trial
+                whose accuracy is not a number has failed.
+        """
+        if not isfinite(scores["accuracy"]):
+            self.on_failure(number)
+            return
+        self._spend_time()
+        job = self._in_flight.pop(number)
+        trial = self.trial(number)
+        if trial.state is State.FINISHED:
+            self._study.raced(trial, scores)
+        elif job.final:
+            self._study.finished(trial, scores)
+            self._tell(self.trial(number))
+        else:
+            self._study.scored(trial, scores)
+
+    def on_loss(self, number: int) -> bool:
+        """Take the end of the worker that had a trial. Whether the trial resumes from its checkpoint; else it fails."""
+        trial = self.trial(number)
+        if trial.state is State.FINISHED or trial.lost_workers + 1 >= MOST_LOST:
+            return False
+        self._study.count_lost_workers(trial, trial.lost_workers + 1)
+        self._in_flight.pop(number)
+        return True
+
+    def on_out_of_memory(self, number: int) -> None:
+        """Hand a trial out again that ran out of memory, from its checkpoint and with half the micro-batch."""
+        self._study.halved(self.trial(number))
+        self._in_flight.pop(number)
+
+    def on_failure(self, number: int) -> None:
+        """Take a trial's failure. A finished trial whose race failed stays as it was."""
+        self._in_flight.pop(number, None)
+        if self.trial(number).state is State.FINISHED:
+            self._out_of_race.add(number)
+        else:
+            self._study.failed(number)
+
+    def trial(self, number: int) -> Trial:
+        """A trial that was begun before."""
+        return self._study.trial(number)
+
+    def trials(self) -> list[Trial]:
+        """All trials, by number."""
+        return self._study.trials()
+
+    @property
+    def unfinished(self) -> list[int]:
+        """Numbers of the trials that were begun and have not ended."""
+        return [trial.number for trial in self.trials() if trial.state in (State.RUNNING, State.PAUSED)]
+
+    @property
+    def stopping(self) -> bool:
+        """Whether someone asked the sweep to stop."""
+        return self._study.stopping
+
+    def request_stop(self, stop: bool = True) -> None:
+        """Ask the process that runs the sweep to pause its trials and end; from any process."""
+        self._study.request_stop(stop)
+
+    def counts(self) -> dict[str, int]:
+        """Number of trials by state; `waiting` are those not begun yet."""
+        states = [trial.state for trial in self.trials()]
+        begun = len(states) - states.count(State.SKIPPED)
+        return {
+            "finished": states.count(State.FINISHED),
+            "failed": states.count(State.FAILED),
+            "stopped": states.count(State.STOPPED),
+            "skipped": states.count(State.SKIPPED),
+            "unfinished": states.count(State.RUNNING) + states.count(State.PAUSED),
+            "waiting": 0 if self._study.ended else max(self._problem.trials - begun, 0),
+        }
+
+    @property
+    def ended(self) -> str:
+        """Why fewer trials were begun than the sweep asks for; else empty."""
+        return self._study.ended
+
+    def steps_taken(self) -> int:
+        """Optimiser steps over all trials, those of running jobs counted whole."""
+        return self._steps(self.trials())
+
+    def steps_unstopped(self) -> int:
+        """Optimiser steps that the trials begun so far take where none is stopped at a rung."""
+        return sum(self._levels_of(trial)[-1].steps for trial in self.trials() if trial.state is not State.SKIPPED)
+
+    def _unfinished(self, trials: Sequence[Trial]) -> Job | None:
+        for trial in trials:
+            if trial.state is State.RUNNING and trial.number not in self._in_flight:
+                return self._job(trial)
+        return None
+
+    def _promotion(self, trials: Sequence[Trial], *, search_ends: bool = False) -> Job | None:
+        """The best paused trial of the highest rung that has one among those to go on."""
+        for rung in sorted({trial.level for trial in trials if trial.state is State.PAUSED}, reverse=True):
+            reached = [t for t in trials if len(t.scores) > rung and t.state is not State.FAILED]
+            quota = (ceil if search_ends else floor)(len(reached) / self._problem.reduction_factor)
+            if sum(trial.level > rung for trial in reached) >= quota:
+                continue  # else every newcomer that reorders the best would promote one more
+            accuracy = np.array([trial.scores[rung]["accuracy"] for trial in reached], dtype=float)
+            energy = np.array([trial.energy_uj_per_token for trial in reached])
+            reference = (self._problem.accuracy_floor, self._problem.reference[1])
+            for i in promotion_order(accuracy, energy, reference, quota):
+                trial = reached[i]
+                if trial.state is State.PAUSED and trial.level == rung:
+                    self._study.head_for(trial, rung + 1)
+                    return self._job(replace(trial, level=rung + 1))
+        return None
+
+    def _new(self, trials: Sequence[Trial]) -> Job | None:
+        begun = sum(trial.state is not State.SKIPPED for trial in trials)
+        if begun >= self._problem.trials or self._study.ended:
+            return None
+        known = {trial.key for trial in trials}
+        asked = _skipped_last(trials)  # of these, by an earlier process: what is suggested follows from the study alone
+        repeated = 0
+        while asked + repeated < _RE_ASKS:
+            proposal = self._proposal(trials, repeated)
+            if point_key(proposal.values) in known and len(trials) >= len(self._problem.first):
+                repeated += 1
+                continue
+            energy, refused = self._priced(proposal)
+            reason = refused or self._reason_to_skip(energy, trials)
+            number = self._begin(proposal, energy, reason)
+            trials = self._study.trials()
+            if not reason:
+                return self._job(trials[number])
+            known.add(point_key(proposal.values))
+            asked, repeated = asked + 1, 0
+        return self._untried(trials, known)
+
+    def _untried(self, trials: Sequence[Trial], known: set[str]) -> Job | None:
+        """A point drawn at random, or the first of a small space, that is new and keeps the constraint on energy."""
+        space = self._problem.space
+        for draw in range(_RANDOM_DRAWS):
+            proposal = propose(space, make_sampler("random", space, self._problem.seed, len(trials), _RE_ASKS + draw))
+            if job := self._if_allowed(proposal, known):
+                return job
+        if (count := size(space)) is not None:
+            for values in islice(grid(space), min(count, 100_000)):
+                if point_key(values) not in known:
+                    fixed = propose(space, make_sampler("random", space, 0, 0), fixed=values)
+                    if job := self._if_allowed(fixed, known):
+                        return job
+        self._study.end("no configuration is left that is new, possible, and keeps the constraint on energy")
+        return None
+
+    def _if_allowed(self, proposal: Proposal, known: set[str]) -> Job | None:
+        energy, refused = self._priced(proposal)
+        if point_key(proposal.values) in known or refused or self._over_constraint(energy):
+            return None
+        number = self._begin(proposal, energy, "")
+        return self._job(self._study.trial(number))
+
+    def _priced(self, proposal: Proposal) -> tuple[float, str]:
+        """Energy of a configuration, and why no trial can have it; such a one stands at the reference's energy."""
+        try:
+            return self._problem.energy(proposal.values), ""
+        except ValueError as error:  # of a derived value, or a user's mistake
+            return self._problem.reference[1], str(error)
+
+    def _proposal(self, trials: Sequence[Trial], attempt: int) -> Proposal:
+        problem, number = self._problem, len(trials)
+        sampler = make_sampler(problem.settings.sampler, problem.space, problem.seed, number, attempt)
+        first = problem.first[number] if number < len(problem.first) else None
+        seen = () if problem.settings.sampler in BLIND else self._history.seen(trials)
+        return propose(problem.space, sampler, seen, fixed=first)
+
+    def _begin(self, proposal: Proposal, energy: float, skipped: str) -> int:
+        constraints = {str(c): c.violation({ENERGY: energy}) for c in self._problem.constraints if c.metric == ENERGY}
+        return self._study.begin(
+            proposal.values,
+            proposal.distributions,
+            energy,
+            system_attrs=proposal.system_attrs,
+            constraints=constraints,
+            skipped=skipped,
+        )
+
+    def _reason_to_skip(self, energy: float, trials: Sequence[Trial]) -> str:
+        """Why a configuration of that energy need not be trained; empty if it should be."""
+        if over := self._over_constraint(energy):
+            return over
+        finished = [trial for trial in trials if trial.state is State.FINISHED and trial.violation <= 0]
+        if not self._problem.settings.skip_unreachable or len(finished) < _ENOUGH_TRIALS:
+            return ""
+        reachable = max(float(trial.scores[-1]["clean_accuracy_high"]) for trial in finished)
+        for trial in finished:
+            assert trial.accuracy is not None
+            if trial.energy_uj_per_token < energy and trial.accuracy >= reachable:
+                return f"trial {trial.number} has at less energy what clean weights may reach at most, {reachable:.3g}"
+        return ""
+
+    def _over_constraint(self, energy: float) -> str:
+        broken = [str(c) for c in self._problem.constraints if c.metric == ENERGY and c.violation({ENERGY: energy}) > 0]
+        return f"{energy:.4g} µJ per token break {' and '.join(broken)}" if broken else ""
+
+    def _tell(self, trial: Trial) -> None:
+        metrics = {**trial.scores[-1], ENERGY: trial.energy_uj_per_token}
+        self._study.tell(trial, {str(each): each.violation(metrics) for each in self._problem.constraints})
+
+    def _race(self, trials: Sequence[Trial]) -> Job | None:
+        """More chips for the finished trial that may decide most about the front."""
+        racing = self._problem.racing
+        if racing is None:
+            return None
+        finished = self._racers(trials)
+        if not finished:
+            return None
+        spent = sum(_chips(trial) - self._levels_of(trial)[-1].chip_instances for trial in finished)
+        means, errors = chip_estimates([trial.scores[-1]["accuracy_by_chip"] for trial in finished])
+        energies = np.array([trial.energy_uj_per_token for trial in finished])
+        chances = front_probabilities(means, errors, energies)
+        if spent >= racing.extra or (np.minimum(chances, 1 - chances) < _DECIDED).all():
+            return None
+        values = value_of_a_chip(means, errors, energies, np.array([_chips(trial) for trial in finished]))
+        racers = {
+            i: values[i]
+            for i, trial in enumerate(finished)
+            if values[i] > 0 and _chips(trial) < racing.most and trial.number not in self._out_of_race
+        }
+        if not racers:
+            return None
+        trial = finished[max(racers, key=racers.__getitem__)]
+        whole = self._levels_of(trial)[-1]
+        chips = min(_chips(trial) + racing.at_once, racing.most, _chips(trial) + racing.extra - spent)
+        goal = replace(whole, chip_instances=chips, first_chip=_chips(trial))
+        name = f"{trial.number:05d}-chips-{chips}"
+        return Job(trial.number, trial.values, trial.energy_uj_per_token, goal, True, name, trial.halvings)
+
+    def estimates(self) -> dict[int, float]:
+        """Accuracies of finished trials as the race compares them, by number; none where nothing raced.
+
+        What chips that only some of the trials met do to all alike is taken out, see `chip_estimates`.
+        """
+        finished = self._racers(self._study.trials())
+        by_chip = [trial.scores[-1]["accuracy_by_chip"] for trial in finished]
+        if len(set(map(len, by_chip))) < 2:
+            return {}
+        means, _ = chip_estimates(by_chip)
+        return {trial.number: float(mean) for trial, mean in zip(finished, means, strict=True)}
+
+    def _racers(self, trials: Sequence[Trial]) -> list[Trial]:
+        return [trial for trial in trials if trial.state is State.FINISHED and trial.violation <= 0]
+
+    def _job(self, trial: Trial) -> Job:
+        levels = self._levels_of(trial)
+        final = trial.level == len(levels) - 1
+        name = f"{trial.number:05d}" if final else f"{trial.number:05d}-rung-{trial.level}"
+        goal, energy = levels[trial.level], trial.energy_uj_per_token
+        return Job(trial.number, trial.values, energy, goal, final, name, trial.halvings)
+
+    def _levels_of(self, trial: Trial) -> Sequence[Goal]:
+        if trial.number not in self._levels:
+            self._levels[trial.number] = self._problem.levels(trial.values)
+        return self._levels[trial.number]
+
+    def _within_budget(self, trials: Sequence[Trial]) -> bool:
+        budget = self._problem.budget
+        self._spend_time()
+        spent = ""
+        if budget.steps and self._steps(trials) >= budget.steps:
+            spent = f"the budget of {budget.steps} steps is spent"
+        if budget.hours and self._study.hours >= budget.hours:
+            spent = f"the budget of {budget.hours:g} hours is spent"
+        if spent:
+            self._study.end(spent)
+        return not spent
+
+    def _steps(self, trials: Sequence[Trial]) -> int:
+        return sum(
+            self._in_flight[t.number].goal.steps if t.number in self._in_flight else int(t.scores[-1]["step"])
+            for t in trials
+            if t.scores or t.number in self._in_flight
+        )
+
+    def _spend_time(self) -> None:
+        if self._problem.budget.hours:
+            now_s = self._clock_s()
+            self._study.spend(self._study.hours + (now_s - self._looked_s) / 3600)
+            self._looked_s = now_s
+
+
+def _skipped_last(trials: Sequence[Trial]) -> int:
+    """Number of trials that were skipped since one was trained."""
+    return next((i for i, trial in enumerate(reversed(trials)) if trial.state is not State.SKIPPED), len(trials))
+
+
+def _chips(trial: Trial) -> int:
+    return len(trial.scores[-1]["accuracy_by_chip"])

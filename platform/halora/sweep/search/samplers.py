@@ -1,0 +1,257 @@
+"""What the sampler sees, and what it makes of it.
+
+A suggestion is a function of (sweep seed, trial number, the trials before it): the sampler is made anew for each, over
+a view of the study held in memory. The view is bounded, so that a suggestion takes as long after 5,000 trials as after
+200; it gives a trial paused or stopped at a rung an accuracy, which the study itself must not, and a configuration that
+was never trained for its energy the worst one. At a rung that is the accuracy reached plus the median gain of those
+that went on: without it whole trainings look better than they are, and the search stays around them.
+"""
+
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.samplers import BaseSampler, GPSampler, NSGAIIISampler, NSGAIISampler, RandomSampler, TPESampler
+from optuna.storages import InMemoryStorage
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+
+from halora.analysis.front import ranks
+from halora.hardware.addressing import derive_seed
+from halora.spaces.language import Categorical, Distribution, chosen_values
+from halora.spaces.search import ENERGY, Sampler, total_violation
+from halora.sweep.search.problem import Problem
+from halora.sweep.search.study import State, Trial
+
+BLIND: frozenset[Sampler] = frozenset({"random", "qmc"})
+"""Samplers that look at no trial."""
+
+_NEVER_SEEN = {State.FAILED}
+_FIXED = "fixed_params"  # Optuna's own note of a point it was told to take
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A point of the space as Optuna stores it.
+
+    Attributes:
+        values: Searched values by dotted path.
+        distributions: What each was chosen from.
+        system_attrs: What the sampler wants kept with the trial.
+    """
+
+    values: dict[str, Any]
+    distributions: dict[str, BaseDistribution]
+    system_attrs: dict[str, Any]
+
+
+def propose(
+    space: Mapping[str, Distribution],
+    sampler: BaseSampler,
+    seen: Sequence[FrozenTrial] = (),
+    fixed: Mapping[str, Any] | None = None,
+) -> Proposal:
+    """The sampler's next point, given what it sees; fields in `fixed` are taken from there."""
+    view = _View(sampler, seen)
+    if fixed:
+        view.enqueue_trial(dict(fixed))
+    trial = view.ask()
+    values = choose(trial, space)
+    (kept,) = view.own_trials()
+    attrs = {name: value for name, value in kept.system_attrs.items() if name != _FIXED}
+    return Proposal(values, dict(trial.distributions), attrs)
+
+
+def choose(trial: optuna.Trial, space: Mapping[str, Distribution]) -> dict[str, Any]:
+    """Values for every searched field whose condition holds, in the order of the sweep file."""
+
+    def suggest(path: str, distribution: Distribution) -> Any:
+        if isinstance(distribution, Categorical):
+            return trial.suggest_categorical(path, distribution.choices)
+        if distribution.kind == "int":
+            return trial.suggest_int(path, int(distribution.low), int(distribution.high), log=distribution.log)
+        return trial.suggest_float(path, distribution.low, distribution.high, log=distribution.log)
+
+    return chosen_values(space, suggest)
+
+
+def make_sampler(
+    name: Sampler, space: Mapping[str, Distribution], sweep_seed: int, number: int, attempt: int = 0
+) -> BaseSampler:
+    """The sampler for one trial; a further attempt, after a point that is known already, draws anew."""
+    seed = derive_seed("sampler", sweep_seed, number, attempt) % 2**32
+    makers: dict[Sampler, Callable[[], BaseSampler]] = {
+        "tpe": lambda: TPESampler(seed=seed),
+        "gp": lambda: GPSampler(seed=seed, warn_independent_sampling=False),
+        "nsga2": lambda: NSGAIISampler(seed=seed),
+        "nsga3": lambda: NSGAIIISampler(seed=seed),
+        "random": lambda: RandomSampler(seed=seed),
+        "qmc": lambda: _SobolSampler(list(space), sweep_seed, number),
+    }
+    return makers[name]()
+
+
+class History:
+    """The trials of a study as a sampler sees them.
+
+    Args:
+        limit: How many ended trials it sees at most: half of them the best, by rank, the others the latest.
+        worst_accuracy: Accuracy of a configuration that was never trained.
+        earlier: Trials of earlier sweeps, seen as if they were the first of this one.
+    """
+
+    def __init__(self, limit: int, worst_accuracy: float, earlier: Sequence[Trial] = ()) -> None:
+        self._limit, self._worst = limit, worst_accuracy
+        self._earlier = earlier
+        self._entries: dict[tuple[int, int, float | None], FrozenTrial] = {}
+
+    def seen(self, trials: Sequence[Trial]) -> list[FrozenTrial]:
+        """What the sampler sees of these trials."""
+        # The trial to suggest is number 0 of the view.
+        shown = [(1 + place, trial) for place, trial in enumerate(self._earlier)]
+        first = 1 + len(shown)
+        shown += [(first + trial.number, trial) for trial in trials if trial.state not in _NEVER_SEEN]
+        to_come = _gains_to_come(trials)
+        accuracies = [self._accuracy(trial, to_come) for _, trial in shown]
+        latest = range(max(len(shown) - self._limit // 2, 0), len(shown))
+        bounded = sorted({*self._best([trial for _, trial in shown], accuracies), *latest})
+        view = [(*shown[i], accuracies[i]) for i in bounded]
+        self._entries = {(n, len(trial.scores), value): self._entry(n, trial, value) for n, trial, value in view}
+        return list(self._entries.values())
+
+    def _accuracy(self, trial: Trial, to_come: Sequence[float]) -> float | None:
+        """The accuracy a trial is taken to end with: at a rung what it reached, and what others gained from there."""
+        if trial.state is State.SKIPPED:
+            return self._worst
+        if trial.accuracy is None or trial.state is State.FINISHED:
+            return trial.accuracy
+        return trial.accuracy + to_come[len(trial.scores) - 1]
+
+    def _best(self, shown: Sequence[Trial], accuracies: Sequence[float | None]) -> list[int]:
+        if len(shown) <= self._limit:
+            return list(range(len(shown)))
+        valued = [i for i, trial in enumerate(shown) if trial.scores and trial.violation <= 0]
+        table = np.array([(accuracies[i], shown[i].energy_uj_per_token) for i in valued], dtype=float)
+        by_rank = np.argsort(ranks(table), kind="stable")
+        return [valued[i] for i in by_rank[: self._limit // 2]]
+
+    def _entry(self, number: int, trial: Trial, accuracy: float | None) -> FrozenTrial:
+        if known := self._entries.get((number, len(trial.scores), accuracy)):
+            return known
+        entry = optuna.create_trial(
+            state=TrialState.RUNNING if accuracy is None else TrialState.COMPLETE,
+            values=None if accuracy is None else [accuracy, trial.energy_uj_per_token],
+            params=dict(trial.values),
+            distributions=trial.frozen.distributions,
+            system_attrs={k: v for k, v in trial.frozen.system_attrs.items() if not k.startswith("constraints")},
+            constraints=dict(trial.frozen.constraints) or None,
+        )
+        entry.number = entry._trial_id = number
+        return entry
+
+
+def _gains_to_come(trials: Sequence[Trial]) -> list[float]:
+    """Median gain in accuracy from each level to the last, of the trials that went on from it."""
+    levels = max((len(trial.scores) for trial in trials), default=0)
+    gains = [
+        [t.scores[level + 1]["accuracy"] - t.scores[level]["accuracy"] for t in trials if len(t.scores) > level + 1]
+        for level in range(levels)
+    ]
+    medians = [median(gain) if gain else 0.0 for gain in gains]
+    return [sum(medians[level:]) for level in range(levels)]
+
+
+class _View(optuna.Study):
+    """A study in memory that shows given trials beside the one that is asked for."""
+
+    def __init__(self, sampler: BaseSampler, seen: Sequence[FrozenTrial]) -> None:
+        storage = InMemoryStorage()
+        directions = [StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE]
+        name = storage.get_study_name_from_id(storage.create_new_study(directions, "view"))
+        super().__init__(name, storage, sampler=sampler)
+        self._seen = seen
+
+    def own_trials(self) -> list[FrozenTrial]:
+        """Those asked for here."""
+        return super()._get_trials(deepcopy=False)
+
+    def _get_trials(
+        self, deepcopy: bool = True, states: Container[TrialState] | None = None, use_cache: bool = False
+    ) -> list[FrozenTrial]:
+        own = super()._get_trials(deepcopy=deepcopy, states=states, use_cache=use_cache)
+        return [*(trial for trial in self._seen if states is None or trial.state in states), *own]
+
+
+class _SobolSampler(BaseSampler):
+    """Point `number` of a scrambled Sobol sequence, a coordinate per searched field."""
+
+    def __init__(self, paths: Sequence[str], seed: int, number: int) -> None:
+        from scipy.stats import qmc
+
+        sequence = qmc.Sobol(len(paths), rng=seed)
+        point = (sequence.fast_forward(number) if number else sequence).random(1)[0]
+        self._coordinates = dict(zip(paths, map(float, point), strict=True))
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """None: fields are set one by one."""
+        return {}
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        """The field's coordinate, spread over its values."""
+        u = self._coordinates[param_name]
+        match param_distribution:
+            case CategoricalDistribution(choices=choices):
+                return choices[int(u * len(choices))]
+            case IntDistribution(low=low, high=high, log=log):
+                return min(int(_between(low, high + 1, u, log)), high)
+            case FloatDistribution(low=low, high=high, log=log):
+                return _between(low, high, u, log)
+        raise AssertionError(param_distribution)
+
+
+def _between(low: float, high: float, u: float, log: bool) -> float:
+    return float(low * (high / low) ** u) if log else low + u * (high - low)
+
+
+def fitting_trials(problem: Problem, trials: Sequence[Trial]) -> list[Trial]:
+    """Finished trials of an earlier sweep that are points of this space, at this problem's energies and constraints."""
+    found = []
+    for trial in trials:
+        if trial.state is not State.FINISHED:
+            continue
+        values = {path: trial.values[path] for path in problem.space if path in trial.values}
+        try:
+            proposal = propose(problem.space, make_sampler("random", problem.space, 0, 0), fixed=values)
+        except ValueError:
+            continue
+        if proposal.values == values:
+            found.append(_moved_here(problem, trial, proposal))
+    return found
+
+
+def _moved_here(problem: Problem, trial: Trial, proposal: Proposal) -> Trial:
+    energy = problem.energy(proposal.values)
+    metrics = {**trial.scores[-1], ENERGY: energy}
+    constraints = {str(c): c.violation(metrics) for c in problem.constraints}
+    frozen = optuna.create_trial(
+        values=[float(trial.scores[-1]["accuracy"]), energy],
+        params=proposal.values,
+        distributions=proposal.distributions,
+        constraints=constraints or None,
+    )
+    violation = total_violation(constraints.values())
+    return replace(
+        trial, values=proposal.values, energy_uj_per_token=energy, violation=violation, frozen=frozen, level=0
+    )

@@ -1,0 +1,174 @@
+"""The second adapter of the decision core: jobs whose results are known beforehand, run on a clock of its own."""
+
+import heapq
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from statistics import fmean, stdev
+from typing import Any, Protocol
+
+import numpy as np
+
+from halora.evaluation.intervals import crossed
+from halora.files import write_json
+from halora.records.store import SweepFolder
+from halora.sweep.search.core import Decision, DecisionCore, Job
+from halora.sweep.search.running import RunningJobs, TrialEvents
+from halora.trial_folder import REPORTS_FILE, RESULT_FILE, latest_checkpoint
+
+
+class Curves(Protocol):
+    """What training would have given."""
+
+    def step_s(self, values: Mapping[str, Any]) -> float:
+        """Seconds per optimiser step."""
+
+    def chip_s(self, values: Mapping[str, Any]) -> float:
+        """Seconds to score one chip instance."""
+
+    def report(self, values: Mapping[str, Any], step: int) -> dict[str, float]:
+        """Training metrics at a step."""
+
+    def accuracy(self, values: Mapping[str, Any], step: int, chip: int) -> float:
+        """Accuracy on a chip instance after so many steps."""
+
+    def clean(self, values: Mapping[str, Any], step: int) -> dict[str, float]:
+        """Metrics that do not depend on the chip instance: `clean_accuracy`, and others a table has."""
+
+
+@dataclass
+class SimulatedClock:
+    """Seconds since the simulation began."""
+
+    now_s: float = 0.0
+
+    def __call__(self) -> float:
+        """The time."""
+        return self.now_s
+
+
+@dataclass(order=True)
+class _Event:
+    at_s: float
+    order: int
+    job: Job = field(compare=False)
+    step: int = field(compare=False)  # reached then
+    scored: bool = field(compare=False)
+
+
+def simulate(
+    core: DecisionCore,
+    curves: Curves,
+    clock: SimulatedClock,
+    *,
+    concurrent: int = 1,
+    report_every: int | None = None,
+    events: TrialEvents | None = None,
+    folder: SweepFolder | None = None,
+) -> None:
+    """Run the core's jobs until it has none left, or until it is asked to stop.
+
+    Args:
+        core: Hands out the jobs.
+        curves: What comes of them.
+        clock: Set to the time of each event; the core's own.
+        concurrent: Jobs that run side by side.
+        report_every: Optimiser steps between two reports; a job reports at its goal only when left out.
+        events: Who wants to know.
+        folder: Where trials keep their reports and how far they came, as real ones do; nowhere when left out.
+    """
+    running = RunningJobs(core, events)
+    agenda: list[_Event] = []
+    handed_out = 0
+
+    def schedule(job: Job, step: int) -> None:
+        nonlocal handed_out
+        handed_out += 1
+        left = job.goal.steps - step
+        if left > 0:
+            taken = min(report_every or left, left)
+            event = _Event(clock() + taken * curves.step_s(job.values), handed_out, job, step + taken, False)
+        else:
+            chips = job.goal.chip_instances - job.goal.first_chip
+            event = _Event(clock() + chips * curves.chip_s(job.values), handed_out, job, step, True)
+        heapq.heappush(agenda, event)
+
+    def fill() -> None:
+        while len(agenda) < concurrent:
+            job = running.begin(f"{handed_out + 1}")
+            if job is None:
+                return
+            keys[job.number] = f"{handed_out + 1}"
+            begun = core.trial(job.number)
+            reached = int(begun.scores[-1]["step"]) if begun.scores else 0
+            schedule(job, max(reached, _steps_kept(folder, job)))
+
+    keys: dict[int, str] = {}
+    fill()
+    while agenda:
+        event = heapq.heappop(agenda)
+        clock.now_s = event.at_s
+        job = event.job
+        if event.scored:
+            scores = _scores(curves, job, event.step)
+            if folder:
+                _write(folder, job, RESULT_FILE, scores)
+            running.scored(keys[job.number], scores)
+        else:
+            report = {"stage": "training", "step": event.step, **curves.report(job.values, event.step)}
+            if folder:
+                _keep_report(folder, job, report)
+            if running.report(keys[job.number], report) is Decision.PAUSE:
+                running.left(keys[job.number])
+            else:
+                schedule(job, event.step)
+        fill()
+
+
+def _scores(curves: Curves, job: Job, step: int) -> dict[str, Any]:
+    by_chip = [curves.accuracy(job.values, step, chip) for chip in range(job.goal.chip_instances)]
+    mean, spread = fmean(by_chip), stdev(by_chip) if len(by_chip) > 1 else 0.0
+    found = crossed(np.array(by_chip)[:, None]).interval()  # over chips: curves rest on no rows
+    low, high = found.low, found.high
+    known = {"margin": mean, "margin_low": low, "margin_high": high, "noise_db": 0.0}
+    clean = curves.clean(job.values, step)
+    return {
+        **known,
+        "clean_accuracy_low": clean["clean_accuracy"],
+        "clean_accuracy_high": clean["clean_accuracy"],
+        "clean_margin": clean["clean_accuracy"],
+        **clean,
+        "accuracy": mean,
+        "accuracy_low": low,
+        "accuracy_high": high,
+        "accuracy_std_chips": spread,
+        "accuracy_worst": min(by_chip),
+        "drop_low": clean["clean_accuracy"] - high,
+        "drop_high": clean["clean_accuracy"] - low,
+        "accuracy_by_chip": by_chip,
+        "stage": "evaluated",
+        "step": step,
+        "rows": job.goal.rows,
+    }
+
+
+# A simulated trial's folder holds what a real one's does, but for the adapter: reports, and how far it came.
+
+
+def _steps_kept(folder: SweepFolder | None, job: Job) -> int:
+    checkpoint = latest_checkpoint(folder.trial(job.number)) if folder else None
+    return int(json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))["step"]) if checkpoint else 0
+
+
+def _keep_report(folder: SweepFolder, job: Job, report: Mapping[str, Any]) -> None:
+    path = folder.trial(job.number) / REPORTS_FILE
+    reports = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    told = {name: value for name, value in report.items() if name != "stage"}
+    _write(folder, job, REPORTS_FILE, [*(r for r in reports if r["step"] < report["step"]), told])
+    _write(folder, job, f"step-{report['step']:06d}/progress.json", {"step": report["step"]})
+
+
+def _write(folder: SweepFolder, job: Job, name: str, content: Any) -> None:
+    path = folder.trial(job.number) / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, content)

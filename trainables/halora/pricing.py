@@ -1,0 +1,25 @@
+"""What a trial's configuration costs per token."""
+
+from halora.hardware.energy import EnergyBreakdown, energy_per_token
+from halora.settings.trial import TrialConfig
+from halora.training.models import estimated_shape, model_shape
+
+
+def trial_energy(config: TrialConfig, *, estimated: bool = False) -> EnergyBreakdown:
+    """Energy per token of a trial's configuration; exact, and free before training.
+
+    Args:
+        config: The trial.
+        estimated: Do without the model's weights, see `estimated_shape`: enough to tell what can be priced.
+
+    Raises:
+        UserError: The model's dimensions are not available.
+    """
+    shape_of = estimated_shape if estimated else model_shape
+    return energy_per_token(
+        shape_of(config.model),
+        config.chip,
+        rank=config.lora.rank,
+        targets=config.lora.targets,
+        context_tokens=config.evaluation.context_tokens,
+    )

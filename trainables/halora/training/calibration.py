@@ -1,0 +1,62 @@
+"""Calibration: how every layer's converters are set, on the inputs that the clean model gives them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from halora.hardware.chip import Chip
+from halora.hardware.converter_model import fit_converters
+from halora.hardware.converters import ExactReads, reads_are_exact
+from halora.hardware.mapping import Placement
+from halora.hardware.read_noise import read_noise
+from halora.training.batches import PackedRow, lay_out, pack_answer
+from halora.training.models import BaseModel
+from halora.training.rram import Reads, RramArray, RramLinear
+from halora.training.tasks import Row
+
+ConverterMode = Literal["exact", "statistical"]
+"""Carry out every conversion, or draw their errors from the model."""
+
+
+@torch.no_grad()
+def calibrate(
+    base: BaseModel, array: RramArray, chip: Chip, rows: Sequence[Row], num_tokens: int, converters: ConverterMode
+) -> dict[str, Reads]:
+    """How every layer in RRAM is read, its converters set on the first tokens of `rows`; empty for perfect reads."""
+    if reads_are_exact(chip):
+        return {}
+    places = array.places(chip)
+    reads: dict[str, Reads] = {}
+    taken: list[PackedRow] = []
+    for row in rows:
+        taken.append(pack_answer(row, base.tokenizer))
+        if sum(len(row.tokens) for row in taken) >= num_tokens:
+            break
+    batch = lay_out(taken)
+
+    def fit(layer: RramLinear, x: Tensor) -> None:
+        if places[layer.name] is not Placement.RRAM:
+            return
+        fitted = ExactReads.calibrated if converters == "exact" else fit_converters
+        reads[layer.name] = fitted(x[0, :num_tokens].float(), layer.split(chip)[0].float(), chip)
+
+    with array.watching_inputs(fit):
+        hidden = batch.hidden(base.causal_lm)
+        if chip.mapping.lm_head:
+            base.causal_lm.get_output_embeddings()(hidden)
+    return reads
+
+
+@torch.no_grad()
+def at_age(reads: Mapping[str, Reads], array: RramArray, chip: Chip) -> dict[str, Reads]:
+    """The reads of the same chip at the age of `chip`: converters stay as they are set, read noise may grow."""
+    if chip.read.slow == "none":
+        return dict(reads)
+    return {
+        layer.name: replace(reads[layer.name], noise=read_noise(layer.weight.float(), chip))
+        for layer in array.layers
+        if layer.name in reads
+    }
