@@ -104,7 +104,7 @@ def sweep(tiny_models, tiny_task):
         "space": {"lora.rank": {"choices": [2, 4, 8]}, "chip.adc.bits": {"low": 4, "high": 9, "kind": "int"}},
         "first": [],
         "reference_point": {"accuracy": 0.0, "energy_uj_per_token": 1.0},
-        "early_stopping": {"rungs": [{"steps": 2, "chip_instances": 1, "rows": 4}], "keep": 0.5},
+        "early_stopping": {"rungs": [{"steps": 2, "chip_instances": 1, "rows": 4}], "reduction_factor": 2},
         "racing": {"extra": 4, "most": 4},
         "search": {"sampler": "random"},
     }
