@@ -9,13 +9,18 @@ import itertools
 import json
 import threading
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import ClassVar
 
 import fsspec
 import pytest
+import torch
 from fsspec.implementations.memory import MemoryFileSystem
+from peft import LoraConfig
 
 from halora.storage import TrialStorage
+from halora.training.checkpoint import Checkpoint
+from halora.training.engine import save_latest
 from halora.trial_folder import OPTIMIZER_FILE
 
 URL = "stepped://storage/00000"
@@ -208,3 +213,41 @@ def test_a_worker_frozen_in_an_upload_wakes_after_its_trial_ended(uploads, tmp_p
                 there = tmp_path / f"there-{frozen_at}-{woken_at}"
                 assert TrialStorage(URL, retries_s=()).fetch_checkpoint(there, moments=False)
                 assert (there / "step-000004" / "progress.json").exists()
+
+
+# In a folder of this machine, where a checkpoint appears by one rename.
+
+
+def _saved(folder, step, by, meanwhile=lambda: None):
+    """Save a worker's checkpoint of a step, as rank 0 of a training does; something else happens while it writes."""
+
+    class Config(LoraConfig):
+        def save_pretrained(self, place):
+            LoraConfig().save_pretrained(place)
+            meanwhile()
+
+    weight = torch.tensor([float(ord(by))])
+    checkpoint = Checkpoint(step, {"weight": weight}, {"weight.exp_avg": weight})
+    save_latest(SimpleNamespace(step=step, writes=True, save=lambda to: checkpoint.write(to, Config())), folder)
+
+
+def _kept(folder):
+    """Who wrote the checkpoints of a folder, by step; and what is left beside them."""
+    found = {path.name: Checkpoint.read(path).weights["weight"].item() for path in folder.glob("step-*")}
+    return {int(name.removeprefix("step-")): chr(int(by)) for name, by in found.items()}, [*folder.glob(".*")]
+
+
+def test_a_worker_that_comes_late_to_a_folder_leaves_the_furthest_checkpoint(tmp_path):
+    _saved(tmp_path, 4, "a")
+    _saved(tmp_path, 2, "b")
+    _saved(tmp_path, 4, "b")  # also one that resumed from it and has nothing to train: it never is away
+    assert _kept(tmp_path) == ({2: "b", 4: "a"}, [])
+    _saved(tmp_path, 6, "a", meanwhile=lambda: _saved(tmp_path, 6, "b"))
+    assert _kept(tmp_path) == ({6: "b"}, [])
+    _saved(tmp_path, 8, "a", meanwhile=lambda: _saved(tmp_path, 10, "b"))
+    assert _kept(tmp_path) == ({8: "a", 10: "b"}, [])
+    (tmp_path / ".step-000010.0123abcd.partial").mkdir()  # of a worker that was killed
+    _saved(tmp_path, 10, "a")
+    assert len(_kept(tmp_path)[1]) == 1
+    _saved(tmp_path, 12, "a")
+    assert _kept(tmp_path) == ({12: "a"}, [])

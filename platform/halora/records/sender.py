@@ -13,12 +13,12 @@ from contextlib import contextmanager
 from typing import Any
 
 from halora.files import write_whole
-from halora.records import journal
+from halora.records import journal, tracking
 from halora.records.position import Position
 from halora.records.publishing import Publisher
 from halora.records.recorder import SweepRecorder
 from halora.records.store import Store, SweepFolder
-from halora.records.tracking import ANSWERING_S, MlflowSweep, first_line, is_refusal, is_silence, may_pass
+from halora.records.tracking import MlflowSweep, first_line, is_refusal, is_silence, may_pass
 from halora.spaces.sweep import SweepConfig
 
 _LINES = 500
@@ -172,7 +172,8 @@ class Sender(threading.Thread):
     @contextmanager
     def _answer_awaited(self) -> Iterator[None]:
         """Tell a person when the server has not answered for long, while it is waited for."""
-        waiting = threading.Timer(ANSWERING_S, lambda: self._told_silent(f"no answer within {ANSWERING_S:.0f} s"))
+        longest_s = tracking.ANSWERING_S
+        waiting = threading.Timer(longest_s, lambda: self._told_silent(f"no answer within {longest_s:.0f} s"))
         waiting.daemon = True
         if self._remote:
             waiting.start()

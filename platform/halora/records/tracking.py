@@ -25,7 +25,7 @@ from requests import RequestException
 from sqlalchemy import NullPool, create_engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from halora.errors import UnreachableError
+from halora.errors import UnreachableError, UserError
 from halora.evaluation.damage import Damage
 from halora.records import names
 from halora.records.journal import Entry
@@ -71,6 +71,8 @@ def open_client(store: Store) -> MlflowClient:
 
 def first_line(error: Exception) -> str:
     """What an error of a library says, on one line."""
+    if isinstance(error, UserError):
+        return error.problems[0]
     text = (str(error).strip().splitlines() or [""])[0][:300]
     return text if isinstance(error, MlflowException) else f"{type(error).__name__}: {text}"
 
@@ -81,8 +83,6 @@ def _ask_first(store: Store) -> None:
     Raises:
         Exception: What was said instead, or that nothing was.
     """
-    if not store.remote:
-        return
     failed: list[Exception] = []
 
     def ask() -> None:
