@@ -240,8 +240,9 @@ def _kept(folder):
 def test_a_worker_that_comes_late_to_a_folder_leaves_the_furthest_checkpoint(tmp_path):
     _saved(tmp_path, 4, "a")
     _saved(tmp_path, 2, "b")
-    _saved(tmp_path, 4, "b")  # also one that resumed from it and has nothing to train: it never is away
     assert _kept(tmp_path) == ({2: "b", 4: "a"}, [])
+    _saved(tmp_path, 4, "b")  # as one does that resumed from it and has nothing to train: it never is away
+    assert _kept(tmp_path) == ({4: "a"}, [])
     _saved(tmp_path, 6, "a", meanwhile=lambda: _saved(tmp_path, 6, "b"))
     assert _kept(tmp_path) == ({6: "b"}, [])
     _saved(tmp_path, 8, "a", meanwhile=lambda: _saved(tmp_path, 10, "b"))
