@@ -54,6 +54,7 @@ def fill(store: Store, model: str, task: str, stories: Sequence[str] = STORIES) 
             continue
         recorder = SweepRecorder(folder, sweep)
         _record(name, recorder, sweep, folder.root)
+        recorder.record_damage([{"base": f"base of {HOSTILE}", "cause": "it was not at hand"}])
         recorder.finish(interrupted=False)
         recorder.close()
 

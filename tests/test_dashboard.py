@@ -124,6 +124,11 @@ def test_every_sweep_has_its_page_and_its_cards(client, name):
         assert HOSTILE in page.text
 
 
+def test_a_sweep_s_page_shows_what_the_chips_do_to_the_bases(client):
+    page = _page(client, "/sweeps/dozen")
+    assert f"base of {HOSTILE}: what its chips do to it is not known: it was not at hand" in page.text
+
+
 def test_the_list_shows_every_sweep_and_what_cannot_be_read(client, store):
     damaged = store.sweep("damaged")
     damaged.root.mkdir()

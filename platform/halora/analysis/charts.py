@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from halora.analysis.figures import METHOD_COLOURS, OTHER_COLOUR
+from halora.analysis.formats import searched_values
 from halora.analysis.summary import FrontView, SweepSummary
 from halora.analysis.trials import RecordedTrial
 
@@ -253,12 +254,8 @@ def label_styles(points: Sequence[RecordedTrial], label: str) -> dict[str, tuple
 
 
 def described(point: RecordedTrial) -> str:
-    """Searched values on one line: the last part of each path, numbers to three digits."""
-    return " ".join(f"{path.rpartition('.')[2]}={_short(value)}" for path, value in sorted(point.params.items()))
-
-
-def _short(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    """A trial's searched values on one line."""
+    return searched_values(point.params)
 
 
 @dataclass(frozen=True)

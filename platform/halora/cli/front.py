@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from halora.analysis.formats import searched_values
 from halora.cli.output import Format, FormatOption, StoreOption, open_store, show_rows, talk
 from halora.records.store import Store
 
@@ -122,8 +123,4 @@ def _params(params: Any, form: Format) -> Any:
         case Format.CSV:
             return json.dumps(params)
         case Format.TABLE:
-            return " ".join(f"{path.rpartition('.')[2]}={_short(value)}" for path, value in sorted(params.items()))
-
-
-def _short(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+            return searched_values(params)

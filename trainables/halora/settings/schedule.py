@@ -43,8 +43,9 @@ class NoiseSchedule(StrictModel):
     """The training noise over the steps."""
 
     shape: Shape = "constant"
-    """How the strength goes from `strength_start` to `strength_end`: at once, straight, along half a cosine, in `stages`
-    equal steps, to and fro `cycles` times (turning at whole steps), or anywhere between them at random for every draw."""
+    """How the strength goes from `strength_start` to `strength_end`: at once, straight, along half a cosine, in
+    `stages` equal steps, to and fro `cycles` times (turning at whole steps), or anywhere between them at random for
+    every draw."""
     strength_start: float = Field(default=0.01, ge=0, le=100)
     """Of the chip's noise model, in its own measure: sigma of Gaussian noise, a factor for a model of cells."""
     strength_end: float | None = Field(default=None, ge=0, le=100)

@@ -150,7 +150,7 @@ def probe(sweep: SweepConfig, store: Store, watcher: Watcher, *, cluster: Cluste
     jobs = [ScoringJob(base.config, None) for base in waiting]
 
     def scored(place: int, scores: "ChipScores") -> None:
-        for line in described(waiting[place].damage(scores).to_json()):
+        for line in described([waiting[place].damage(scores).to_json()]):
             watcher.say(line)
 
     with ray_session(sweep.concurrent, cpus=sweep.resources.cpus, cluster=cluster):

@@ -118,7 +118,7 @@ class Probing:
     def _take(self, key: str, outcome: dict[str, Any]) -> None:
         del self._in_hand[key]
         self._outcomes.append(outcome)
-        for line in described(outcome):
+        for line in described([outcome]):
             self._say(line)
         if self.over:
             self._done(self._outcomes)
