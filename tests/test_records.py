@@ -696,7 +696,7 @@ def test_a_server_that_never_answers_is_told(silent, store, sweep, folder, said,
         open_client(Store(store.root, "postgresql://halora@127.0.0.1:9/mlflow"))
 
 
-def test_a_folder_that_means_something_in_a_url_holds_its_own_database(store, tmp_path):
+def test_a_folder_that_means_something_in_a_url_holds_its_own_database(client, store, tmp_path):
     place = Store(tmp_path / "a?b=c%20d#e &f" / "store")
     place.root.mkdir(parents=True)
     shutil.copy(store.root / "mlflow.db", place.root)

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -23,6 +24,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, 
 from mlflow.exceptions import MlflowException
 from requests import RequestException
 from sqlalchemy import NullPool, create_engine
+from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from halora.errors import UnreachableError, UserError
@@ -47,6 +49,7 @@ _STATUS = {
 _REFUSALS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE", "BAD_REQUEST"}
 _MOST_RUNS = 50_000  # MLflow's own limit of one search
 _LARGEST_BATCH = 900  # metrics; MLflow takes 1000 metrics, params and tags together
+_DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 ANSWERING_S = 12.0
 """How long a server may take for an answer before a person is told."""
 
@@ -83,14 +86,20 @@ def _ask_first(store: Store) -> None:
     Raises:
         Exception: What was said instead, or that nothing was.
     """
+    uri = store.tracking_uri
     failed: list[Exception] = []
+    served = urlsplit(uri).scheme.startswith("http")
+    if not (served or urlsplit(uri).scheme.startswith(_DATABASES)):
+        return
+    if uri.startswith("sqlite") and not Path(make_url(uri).database or "").parent.exists():
+        return  # MLflow makes it
 
     def ask() -> None:
         try:
-            if store.tracking_uri.startswith("http"):
-                MlflowClient(store.tracking_uri).search_experiments(max_results=1)
+            if served:
+                MlflowClient(uri).search_experiments(max_results=1)
             else:
-                create_engine(store.tracking_uri, poolclass=NullPool).connect().close()
+                create_engine(uri, poolclass=NullPool).connect().close()
         except Exception as error:
             failed.append(error)
 

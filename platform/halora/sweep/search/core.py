@@ -86,7 +86,7 @@ class DecisionCore:
         self._in_flight: dict[int, Job] = {}
         self._levels: dict[int, Sequence[Goal]] = {}
         self._clock_s, self._looked_s = clock_s, clock_s()
-        self._over = False
+        self._over, self._completed = False, False
         self._out_of_race: set[int] = set()
 
     def suggest(self) -> Job | None:
@@ -96,7 +96,8 @@ class DecisionCore:
         """
         if self._study.stopping:
             return None
-        self.complete()
+        if not self._completed:
+            self.complete()
         trials = self._study.trials()
         job = self._unfinished(trials)
         if job is None and self._within_budget(trials):
@@ -118,6 +119,7 @@ class DecisionCore:
         for trial in self._study.trials():
             if trial.state is State.FINISHED and not trial.told:
                 self._tell(trial)
+        self._completed = True
 
     @property
     def waiting(self) -> bool:
