@@ -181,7 +181,9 @@ def _killed_and_resumed(axe, sweep, store, at):
     return _outcome(sweep, store)
 
 
-def test_a_kill_at_any_write_loses_and_repeats_nothing(sweep, tmp_path, monkeypatch):
+@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_kill_at_any_write_loses_and_repeats_nothing(sweep, tmp_path, monkeypatch, every):
+    """In CI at every fourth of them, and between all that follow each other in the study."""
     axe, store = _Axe(monkeypatch), _place(tmp_path, "whole")
     _drive(sweep, store)
     writes, whole = list(axe.writes), _outcome(sweep, store)
@@ -190,7 +192,8 @@ def test_a_kill_at_any_write_loses_and_repeats_nothing(sweep, tmp_path, monkeypa
     assert any(len(trial[3][-1]["accuracy_by_chip"]) > 2 for trial in whole["trials"] if trial[3])  # and the race
     assert set(writes) == {"append_logs", "append", "write_whole"}
     assert len(writes) >= 40
-    for at in range(len(writes)):
+    in_study = [at for at in range(1, len(writes)) if {*writes[at - 1 : at + 1]} == {"append_logs"}]
+    for at in sorted({*range(0, len(writes), every), *in_study}):
         found = _killed_and_resumed(axe, sweep, _place(tmp_path, f"{at}"), at)
         for what, expected in whole.items():
             assert found[what] == expected, f"{what}, killed at write {at}, after {writes[max(at - 3, 0) : at]}"
