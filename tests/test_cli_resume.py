@@ -173,6 +173,22 @@ def test_the_picture_of_a_resumed_sweep_shows_all_its_trials(resumed, undisturbe
 
 
 @pytest.mark.slow
+def test_sigterm_ends_a_sweep_as_ctrl_c_does(store, repeat_file):
+    """It reaches the driver alone, for which Ray has a handler of its own."""
+    with background(store, "sweep", "launch", repeat_file("terminated")) as driver:
+        driver.wait_for("training")
+        family = driver.family()
+        driver.process.terminate()
+        driver.end()
+    assert driver.process.returncode == 1, driver.said
+    assert "halora sweep resume terminated" in driver.said
+    assert not re.search("Traceback|SIGTERM|Fatal|Abort", driver.said)
+    everything = [*runs(store, "terminated"), *runs(store, "terminated", kind="sweep")]
+    assert {run.info.status for run in everything} == {"KILLED"}
+    assert not psutil.wait_procs(family, timeout=120)[1]
+
+
+@pytest.mark.slow
 def test_a_trial_whose_worker_is_killed_goes_on_from_its_checkpoint(undisturbed, store, repeat_file):
     with background(store, "sweep", "launch", repeat_file("bereaved")) as driver:
         driver.wait_for("training")

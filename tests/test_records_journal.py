@@ -210,6 +210,18 @@ def test_a_ledger_tells_where_every_trial_stands():
     assert (ledger.front_step, ledger.comparison, ledger.sweep_state) == (1, {"rows": 3}, "finished")
 
 
+def test_a_trial_of_very_many_reports_takes_no_more_to_keep_than_one_of_few():
+    """Each report costs as much as the first: nothing is copied that grows with them."""
+    sizes, ledgers = [], [Ledger(), Ledger()]
+    for ledger, reports in zip(ledgers, (10, 100_000), strict=True):
+        ledger.take(_entry("report", 0, step=step, metrics={"train_loss": 1.0}) for step in range(reports))
+        sizes.append(len(json.dumps(ledger.contents)))
+    assert sizes[1] - sizes[0] < 10
+    many = ledgers[1]
+    assert (len(many.steps(0)), many.last_step(0)) == (100_000, 99_999)
+    assert many.steps(0) is many.steps(0)
+
+
 @pytest.mark.parametrize("cut", range(len(_STORY) + 1))
 def test_an_index_that_follows_a_journal_says_what_the_whole_journal_says(tmp_path, cut):
     store = _store_with(tmp_path, _STORY[:cut])

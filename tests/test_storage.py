@@ -3,6 +3,7 @@
 S3 is a moto server of its own, a process; whatever is killed here is another process, with SIGKILL.
 """
 
+import fcntl
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ import pytest
 from optuna.trial import create_trial
 from services import free_port
 
+import halora.storage
 from halora.analysis.trials import RecordedTrial
 from halora.errors import StorageError, UnreachableError, UserError
 from halora.records.store import Store, SweepFolder
@@ -153,6 +155,8 @@ def test_an_upload_that_was_killed_is_not_taken_for_a_checkpoint(base, tmp_path)
     assert _content(tmp_path / "there") == _content(whole)
     assert len(storage.reports()) == 2
     storage.put_checkpoint(_checkpoint(tmp_path / "again", 4))
+    assert len(_objects(url)) == 20 + 7  # whoever wrote the 20 may only be frozen
+    storage.put_checkpoint(_checkpoint(tmp_path / "further", 6))
     assert len(_objects(url)) == 7  # files of one checkpoint and its manifest
 
 
@@ -250,6 +254,27 @@ def test_a_scratch_folder_goes_with_its_job_and_with_its_process(tmp_path, monke
     third.close()
     assert not list((tmp_path / "tmp").glob(SCRATCH))
     assert not (tmp_path / "none").exists()
+
+
+def test_a_scratch_folder_that_was_taken_for_an_orphan_is_made_anew(tmp_path, monkeypatch):
+    """Another process looks for orphans after the folder's lock is made and before it is locked."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    flock, taken = fcntl.flock, []
+
+    def late(file, operation):
+        if not taken:
+            taken.extend(tmp_path.glob(SCRATCH))
+            halora.storage._remove_orphans()
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    work = WorkFolder(tmp_path / "none", str(tmp_path / "storage" / "00000"))
+    folder = work.fetch(Goal(steps=4, chip_instances=1))
+    assert [place.exists() for place in taken] == [False]
+    halora.storage._remove_orphans()
+    assert folder.is_dir()
+    work.close()
+    assert not list(tmp_path.glob(SCRATCH))
 
 
 # Drivers.

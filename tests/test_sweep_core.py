@@ -1,6 +1,7 @@
 """Oracles: the study itself (what a fresh reader of it says), determinism, the points written in the sweep file."""
 
 import shutil
+import threading
 from dataclasses import replace
 
 import optuna
@@ -13,7 +14,7 @@ from halora.pricing import trial_energy
 from halora.records.store import Store
 from halora.spaces.recipes import first_points
 from halora.spaces.sweep import SweepConfig, load_sweep
-from halora.sweep.run.state import check_not_launched, open_core, warm_start, write_sweep
+from halora.sweep.run.state import check_not_launched, is_running, only_driver, open_core, warm_start, write_sweep
 from halora.sweep.search.core import Decision
 from halora.sweep.search.problem import free_knobs
 from halora.sweep.search.study import SweepStudy
@@ -241,6 +242,37 @@ def test_looking_at_a_sweep_changes_nothing(sweep, store):
     write_sweep(store.sweep("core"), sweep)
     with pytest.raises(UserError, match=r"sweep 'core' was launched before .*halora sweep resume core"):
         check_not_launched(store.sweep("core"))
+
+
+def test_asking_whether_a_sweep_runs_keeps_nobody_from_running_it(store):
+    """Two ask all the time; whoever starts is never refused."""
+    folder, over, asked = store.sweep("core"), threading.Event(), 0
+
+    def ask():
+        nonlocal asked
+        while not over.is_set():
+            is_running(folder)
+            asked += 1
+
+    askers = [threading.Thread(target=ask) for _ in range(2)]
+    for asker in askers:
+        asker.start()
+    try:
+        started = 0
+        while started < 2000 or asked < 2000:
+            with only_driver(folder):
+                assert is_running(folder)
+            started += 1
+    finally:
+        over.set()
+        for asker in askers:
+            asker.join()
+    assert not is_running(folder)
+    with only_driver(folder), pytest.raises(UserError, match="running in another process"), only_driver(folder):
+        pass
+    assert not is_running(folder)
+    folder.lock_file.chmod(0o444)
+    assert not is_running(folder)
 
 
 def test_a_sweep_starts_warm_from_earlier_ones(sweep, store):

@@ -1,6 +1,6 @@
 """What a user is told when something they can fix is wrong."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from difflib import get_close_matches
 
 from halora.secret_urls import hidden
@@ -52,6 +52,14 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(each if each.isprintable() or each in "\n\t" else ascii(each)[1:-1] for each in text)
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """An error and those that led to it, from the last to the first."""
+    found: BaseException | None = error
+    while found is not None:
+        yield found
+        found = found.__cause__ or found.__context__
 
 
 def attempt[T](problems: list[str], call: Callable[[], T]) -> T | None:

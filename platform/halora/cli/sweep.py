@@ -1,6 +1,7 @@
 """`halora sweep`: launch, resume, stop, and see how sweeps stand."""
 
 import json
+import shlex
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
@@ -363,7 +364,7 @@ def _close(name: str, store: Store, outcome: "Outcome") -> None:
     talk.print(
         f"\nlook at a trial:  halora trial show {name}/NUMBER"
         f"\nopen the report:  {store.sweep(name).published / REPORT_FILE}"
-        f"\nbrowse in MLflow: {uri if uri.startswith('http') else f'mlflow ui --backend-store-uri {uri}'}",
+        f"\nbrowse in MLflow: {uri if uri.startswith('http') else f'mlflow ui --backend-store-uri {shlex.quote(uri)}'}",
         markup=False,
         highlight=False,
         soft_wrap=True,

@@ -35,8 +35,8 @@ class Journal:
 
     def __init__(self, path: Path, launch: str) -> None:
         self.path = path
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        self._cut_torn_line()
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        _cut_torn_line(self._file)
         if os.fstat(self._file).st_size == 0:
             self.append({"journal": uuid.uuid4().hex, "version": _VERSION, "launch": launch})
             self.sync()
@@ -51,14 +51,7 @@ class Journal:
             OSError: The disk is full or gone.
         """
         line = json.dumps(entry, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass") + b"\n"
-        before = os.fstat(self._file).st_size
-        try:
-            while line:
-                line = line[os.write(self._file, line) :]
-        except OSError:
-            with suppress(OSError):
-                os.truncate(self._file, before)
-            raise
+        append_line(self._file, line)
 
     def sync(self) -> None:
         """Return once all lines are on the disk itself."""
@@ -69,18 +62,42 @@ class Journal:
         self.sync()
         os.close(self._file)
 
-    def _cut_torn_line(self) -> None:
-        size = os.fstat(self._file).st_size
-        end = size
-        while end:
-            start = max(end - 65536, 0)
-            newline = os.pread(self._file, end - start, start).rfind(b"\n")
-            if newline >= 0:
-                end = start + newline + 1
-                break
-            end = start
-        if end < size:
-            os.truncate(self._file, end)
+
+def append_line(file: int, line: bytes) -> None:
+    """Add whole lines to a file of lines, or nothing; a line that a crash cut off goes.
+
+    Args:
+        file: Descriptor of the file, for reading and writing; no other process writes it now.
+        line: The lines, with their ends.
+
+    Raises:
+        OSError: The disk is full or gone.
+    """
+    before = end = _cut_torn_line(file)
+    try:
+        while line:
+            written = os.pwrite(file, line, end)
+            line, end = line[written:], end + written
+    except OSError:
+        with suppress(OSError):
+            os.truncate(file, before)
+        raise
+
+
+def _cut_torn_line(file: int) -> int:
+    """Take a line without its end from a file; the file's size then."""
+    size = os.fstat(file).st_size
+    end = size
+    while end and os.pread(file, 1, end - 1) != b"\n":
+        start = max(end - 65536, 0)
+        newline = os.pread(file, end - start, start).rfind(b"\n")
+        if newline >= 0:
+            end = start + newline + 1
+            break
+        end = start
+    if end < size:
+        os.truncate(file, end)
+    return end
 
 
 def read(path: Path, offset: int = 0, limit: int | None = None) -> tuple[list[Entry], int]:

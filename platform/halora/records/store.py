@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from halora.errors import UserError, nearest
 from halora.secret_urls import secrets_in
@@ -43,12 +44,20 @@ class Store:
     @property
     def tracking_uri(self) -> str:
         """MLflow's tracking URI."""
-        return self.server or f"sqlite:///{self.database_file}"
+        from sqlalchemy.engine import URL
+
+        own = URL.create("sqlite", database=str(self.database_file))  # which quotes what means something in a URL
+        return self.server or own.render_as_string()
 
     @property
     def database_file(self) -> Path:
         """MLflow's database where no other is named."""
         return self.root / "mlflow.db"
+
+    @property
+    def remote(self) -> bool:
+        """Whether the tracking URI is that of a server, and not of a file of this machine."""
+        return bool(urlsplit(self.tracking_uri).hostname)
 
     def serving(self, sweep: str) -> "Store":
         """This store with the server that a sweep is recorded in, where none was asked for."""

@@ -7,11 +7,13 @@ MLflow tells rows apart; everything else is looked for before it is made.
 import json
 import logging
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -22,8 +24,12 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
 from mlflow import MlflowClient as MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
+from requests import RequestException
+from sqlalchemy import NullPool, create_engine
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import SQLAlchemyError
 
-from halora.errors import UnreachableError
+from halora.errors import UnreachableError, UserError
 from halora.evaluation.damage import Damage
 from halora.files import locked
 from halora.records import names
@@ -48,6 +54,9 @@ _REFUSALS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "INVALID_STAT
 _MOST_RUNS = 50_000  # MLflow's own limit of one search
 _MOST_PARAMS = 100  # of one request, MLflow's own limit
 _LARGEST_BATCH = 900  # metrics; MLflow takes 1000 metrics, params and tags together
+_DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
+ANSWERING_S = 12.0
+"""How long a server may take for an answer before a person is told."""
 
 
 def open_client(store: Store) -> MlflowClient:
@@ -59,6 +68,7 @@ def open_client(store: Store) -> MlflowClient:
     own = not store.server and os.access(store.root, os.W_OK)
     making = locked(store.root / "mlflow.lock") if own else nullcontext()
     try:
+        _ask_first(store)
         with making:  # two at once would both make the tables of a new database
             client = _client(store)
             client.search_experiments(max_results=1)
@@ -77,15 +87,63 @@ def _client(store: Store) -> MlflowClient:
 
 def first_line(error: Exception) -> str:
     """What an error of a library says, on one line."""
+    if isinstance(error, UserError):
+        return error.problems[0]
     text = (str(error).strip().splitlines() or [""])[0][:300]
     return text if isinstance(error, MlflowException) else f"{type(error).__name__}: {text}"
 
 
+def _ask_first(store: Store) -> None:
+    """Have a server or its database answer something small in time; MLflow itself tries a dead one for two minutes.
+
+    Raises:
+        Exception: What was said instead, or that nothing was.
+    """
+    uri = store.tracking_uri
+    failed: list[Exception] = []
+    served = urlsplit(uri).scheme.startswith("http")
+    if not (served or urlsplit(uri).scheme.startswith(_DATABASES)):
+        return
+    if uri.startswith("sqlite") and not Path(make_url(uri).database or "").parent.exists():
+        return  # MLflow makes it
+
+    def ask() -> None:
+        try:
+            if served:
+                MlflowClient(uri).search_experiments(max_results=1)
+            else:
+                create_engine(uri, poolclass=NullPool).connect().close()
+        except Exception as error:
+            failed.append(error)
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(ANSWERING_S)
+    if asking.is_alive():
+        raise TimeoutError(f"no answer within {ANSWERING_S:.0f} s")
+    if failed:
+        raise failed[0]
+
+
 def is_refusal(error: Exception) -> bool:
-    """Whether MLflow would say the same however often it is asked."""
+    """Whether MLflow said no, as it would however often it is asked."""
+    return isinstance(error, MlflowException) and error.error_code in _REFUSALS
+
+
+def is_silence(error: Exception) -> bool:
+    """Whether an error is for want of an answer of MLflow's, which may come later."""
     if isinstance(error, MlflowException):
-        return error.error_code in _REFUSALS
-    return isinstance(error, FileNotFoundError)
+        return not is_refusal(error)
+    return isinstance(error, RequestException | SQLAlchemyError | UnreachableError | ConnectionError | TimeoutError)
+
+
+def may_pass(error: Exception) -> bool:
+    """Whether the same delivery may succeed later: MLflow is silent, or this machine's disk is full.
+
+    Whatever else is raised, MLflow's refusals and faults of this program, is raised again however often it is tried.
+    """
+    lasting = isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError)
+    return is_silence(error) or (isinstance(error, OSError) and not lasting)
 
 
 class MlflowSweep:
@@ -105,13 +163,13 @@ class MlflowSweep:
 
     @cached_property
     def _client(self) -> MlflowClient:
-        return _client(self._store)
+        return open_client(self._store)
 
     def deliver(self, number: int | None, entries: Sequence[Entry]) -> None:
         """Write entries of one trial, or of the sweep itself, in their order.
 
         Raises:
-            Exception: MLflow does not answer, or refuses, see `is_refusal`.
+            Exception: MLflow does not answer, or refuses, see `may_pass`.
         """
         run_id = self._run(number, entries[0]["time_ms"])
         metrics: list[Metric] = []
@@ -198,6 +256,8 @@ class MlflowSweep:
             self._unsure.add(number)
             found = [self._client.create_run(self._experiment, start_time=began_ms, tags=tags)]
             self._unsure.discard(number)
+        elif len(found) > 1:  # made by an earlier process, which ended before it could delete one
+            self._unsure.add(number)
         run_id = str(found[0].info.run_id)
         if number is None:
             self._client.log_artifact(run_id, str(self._folder.sweep_file))

@@ -119,13 +119,13 @@ def certify(
     found = work.result(gates, rows, adapter_bytes)
     file = attempt.folder(folder) / names.CERTIFICATION_FILE
     if not file.exists() or json.loads(file.read_text(encoding="utf-8")) != json.loads(json.dumps(found.to_json())):
-        write_json(file, found.to_json())
         with TemporaryDirectory() as scratch:
             write_json(Path(scratch) / names.CERTIFICATION_FILE, found.to_json())
             write_json(Path(scratch) / names.SCORES_FILE, work.certified.to_json())
             by_line = {name: scores.to_json() for name, scores in work.robustness(gates).items()}
             write_json(Path(scratch) / names.ROBUSTNESS_FILE, by_line)
             log_certification(client, run.info.run_id, attempt.number, Path(scratch))
+        write_json(file, found.to_json())  # last: what is in the file is in MLflow
     return found
 
 

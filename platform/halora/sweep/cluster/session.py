@@ -18,6 +18,7 @@ import ray
 from halora.errors import UnreachableError, UserError
 from halora.spaces.sweep import SweepConfig
 from halora.sweep.cluster.cluster import LOCAL, Cluster
+from halora.sweep.cluster.interrupts import sigterm_as_interrupt
 from halora.sweep.cluster.loopback import only_this_machine
 
 NAMESPACE = "halora"
@@ -75,6 +76,7 @@ def ray_session(processes: int, *, cpus: int | None = None, cluster: Cluster = L
                 said = " ".join(str(error).split())[-300:] or type(error).__name__
                 raise UnreachableError(f"Ray does not start on this machine: {said}", "see `halora doctor`") from None
             try:
+                sigterm_as_interrupt()
                 yield
             finally:
                 ray.shutdown()
@@ -134,6 +136,7 @@ def joined(cluster: Cluster, environment: dict[str, str]) -> Iterator[None]:
         except Exception as error:  # ConnectionError, AuthenticationError, RuntimeError of unequal versions ...
             raise unreachable(cluster.address, error) from None
         try:
+            sigterm_as_interrupt()
             yield
         finally:
             ray.shutdown()

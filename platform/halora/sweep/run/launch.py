@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from halora.analysis.trials import RecordedTrial, grouped
 from halora.errors import UserError, check_all
 from halora.evaluation.damage import described
-from halora.files import write_json
+from halora.files import write_json, write_whole
 from halora.pricing import trial_energy
 from halora.records.names import ENERGY, VIOLATION
 from halora.records.store import Store, SweepFolder
@@ -113,7 +113,7 @@ def launch(
 
         def write(new: SweepFolder) -> None:
             if store.server:
-                new.server_file.write_text(store.server, encoding="utf-8")
+                write_whole(new.server_file, store.server)
             if curves:
                 new.curves_file.write_bytes(curves.read_bytes())
             if earlier:
@@ -142,7 +142,7 @@ def resume(
     """
     folder = store.existing(name)
     if store.server:
-        folder.server_file.write_text(store.server, encoding="utf-8")
+        write_whole(folder.server_file, store.server)
     sweep = load_sweep_of(folder)
     if folder.curves_file.exists():
         return _run(sweep, store.serving(name), watcher, nullcontext(), metrics_port)
@@ -242,10 +242,12 @@ def _run(
             except KeyboardInterrupt:
                 pass
             finally:
-                _tell_end(sweep, core, watcher)
-                record_as_studied(core.trials(), recorder)
-                recorder.record_estimates(core.estimates())
-                recorder.finish(interrupted=not ended)
+                try:
+                    _tell_end(sweep, core, watcher)
+                    record_as_studied(core.trials(), recorder)
+                    recorder.record_estimates(core.estimates())
+                finally:  # the study may be away
+                    recorder.finish(interrupted=not ended)
                 events.prune()
         return Outcome(ended, core.counts()["failed"], comparison)
 

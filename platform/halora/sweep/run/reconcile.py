@@ -81,6 +81,7 @@ def close_records(name: str, store: Store, say: Callable[[str], None]) -> None:
 
     sweep, core = load_core(name, store)
     with only_driver(store.sweep(name)), recording(store.serving(name), sweep, say) as recorder:
+        core.complete()
         record_as_studied(core.trials(), recorder)
         recorder.record_estimates(core.estimates())
         counts = core.counts()

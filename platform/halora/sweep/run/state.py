@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import shutil
+import struct
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ from halora.sweep.search.samplers import fitting_trials, kept_of
 from halora.sweep.search.study import SweepStudy
 from halora.sweep.search.study_storage import storage_of
 from halora.yaml_files import read_yaml, to_yaml
+
+_FLOCK = "hhqqi4x"  # C's struct flock on Linux: type, whence, start, length, process
 
 
 def load_core(name: str, store: Store) -> tuple[SweepConfig, DecisionCore]:
@@ -137,15 +140,13 @@ def claim(folder: SweepFolder, write: Callable[[SweepFolder], None]) -> None:
 
 
 def is_running(folder: SweepFolder) -> bool:
-    """Whether a process of this machine is running the sweep."""
+    """Whether a process of this machine is running the sweep. Asking takes no lock, so that it never keeps one off."""
     try:
-        with folder.lock_file.open(encoding="utf-8") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return False
+        with folder.lock_file.open("rb") as lock:
+            held = fcntl.fcntl(lock, fcntl.F_OFD_GETLK, _whole_file(fcntl.F_WRLCK))
     except FileNotFoundError:
         return False
-    except BlockingIOError:
-        return True
+    return bool(struct.unpack(_FLOCK, held)[0] != fcntl.F_UNLCK)
 
 
 @contextmanager
@@ -157,7 +158,7 @@ def only_driver(folder: SweepFolder) -> Iterator[None]:
     """
     with folder.lock_file.open("a", encoding="utf-8") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.fcntl(lock, fcntl.F_OFD_SETLK, _whole_file(fcntl.F_WRLCK))
         except BlockingIOError:
             raise UserError(
                 f"sweep '{folder.name}' is running in another process",
@@ -167,3 +168,8 @@ def only_driver(folder: SweepFolder) -> Iterator[None]:
         lock.write(str(os.getpid()))
         lock.flush()
         yield
+
+
+def _whole_file(kind: int) -> bytes:
+    """A lock on all of a file, for `fcntl`: it belongs to the open file, as one of `flock` does."""
+    return struct.pack(_FLOCK, kind, os.SEEK_SET, 0, 0, 0)

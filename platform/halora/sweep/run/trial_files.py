@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from halora.analysis.front import front
 from halora.analysis.trials import RecordedTrial
 from halora.errors import StorageError, UserError
+from halora.files import write_whole
 from halora.records.store import SweepFolder
 from halora.storage import TrialStorage, prune_folder
 from halora.sweep.search.core import Job
@@ -47,7 +48,7 @@ class TrialFiles:
                 self._place(number).fetch_checkpoint(own)
             if latest_checkpoint(own):
                 TrialStorage(f"{url}/{number:05d}").put_checkpoint(own)
-        self._folder.storage_file.write_text(url, encoding="utf-8")
+        write_whole(self._folder.storage_file, url)
 
     def reports(self, number: int) -> list[dict[str, float]]:
         """Reports of a trial up to its latest checkpoint.
