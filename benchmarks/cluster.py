@@ -75,7 +75,7 @@ class Sweep:
         """Run it."""
         with TemporaryDirectory() as folder:
             path = Path(folder) / "sweep.yaml"
-            path.write_text(yaml.safe_dump(sweep_of(self._trials)))
+            path.write_text(yaml.safe_dump(sweep_of(self._trials)), encoding="utf-8")
             own = [str(Path(sys.executable).with_name("halora")), "sweep", "launch", str(path), "--follow"]
             own += ["--address", self._address, "--store", f"{folder}/store"]
             other = [sys.executable, "-m", "benchmarks.cluster", "--trials", str(self._trials)]

@@ -90,7 +90,7 @@ def interleave(
 def rows_done(trials: Sequence[Path], batch_size: int) -> int:
     """Rows that trials of ours trained on and scored, by what is in their folders."""
     steps = sum(int(past_reports(trial)[-1]["step"]) for trial in trials)
-    scored = sum(len(json.loads((trial / RESULT_FILE).read_text())["row_ids"]) for trial in trials)
+    scored = sum(len(json.loads((trial / RESULT_FILE).read_text(encoding="utf-8"))["row_ids"]) for trial in trials)
     return steps * batch_size + scored
 
 
@@ -152,14 +152,14 @@ def save(records: Sequence[Record], folder: Path = FOLDER) -> None:
     """Put a benchmark's records in the place of its former ones, in `results.json` and in a README's table."""
     (benchmark,) = {_benchmark(each.name) for each in records}
     path = folder / RESULTS_FILE
-    known = [Record(**content) for content in json.loads(path.read_text())] if path.exists() else []
+    known = [Record(**content) for content in json.loads(path.read_text(encoding="utf-8"))] if path.exists() else []
     kept = [each for each in known if _benchmark(each.name) != benchmark]
     merged = sorted([*kept, *records], key=lambda each: _benchmark(each.name))
-    path.write_text(json.dumps([asdict(each) for each in merged], indent=1) + "\n")
+    path.write_text(json.dumps([asdict(each) for each in merged], indent=1) + "\n", encoding="utf-8")
     if (readme := folder / README_FILE).exists():
-        before, _, rest = readme.read_text().partition(_TABLE_BEGINS)
+        before, _, rest = readme.read_text(encoding="utf-8").partition(_TABLE_BEGINS)
         _, _, after = rest.partition(_TABLE_ENDS)
-        readme.write_text(f"{before}{_TABLE_BEGINS}\n{table(merged)}{_TABLE_ENDS}{after}")
+        readme.write_text(f"{before}{_TABLE_BEGINS}\n{table(merged)}{_TABLE_ENDS}{after}", encoding="utf-8")
     for each in records:
         medians = f"ours {each.ours:.4g}, other {each.other:.4g} {each.unit}"
         _say(f"{each.name}: ratio {each.ratio:.3g}, rounds {_span(each)}, {medians}")
@@ -226,7 +226,11 @@ def _rounded(value: float) -> float:
 
 def _machine() -> str:
     path = Path("/proc/cpuinfo")
-    facts = dict(line.split("\t", 1) for line in path.read_text().splitlines() if "\t" in line) if path.exists() else {}
+    facts = (
+        dict(line.split("\t", 1) for line in path.read_text(encoding="utf-8").splitlines() if "\t" in line)
+        if path.exists()
+        else {}
+    )
     name = facts.get("model name", "unknown processor").removeprefix(": ")
     bf16 = "with" if "bf16" in facts.get("flags", "") else "without"
     memory_gib = psutil.virtual_memory().total / 2**30

@@ -97,7 +97,7 @@ def _environment() -> Path:
         asked = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
         packages = Path(subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip())
         ours = sysconfig.get_path("purelib")
-        (packages / "this-project.pth").write_text(f"import site; site.addsitedir({ours!r})\n")
+        (packages / "this-project.pth").write_text(f"import site; site.addsitedir({ours!r})\n", encoding="utf-8")
         install = [sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", PACKAGE]
         subprocess.run([*install, "--quiet", "--disable-pip-version-check"], check=True)
         ready.touch()

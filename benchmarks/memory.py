@@ -65,7 +65,7 @@ def peak_gib(way: str, trials: int, model: Path, threads: int) -> tuple[float, W
         command = [sys.executable, "-m", "benchmarks.memory", "--train", way, "--model", str(model)]
         command += ["--threads", str(threads)]
         log = Path(folder) / "log.txt"
-        with log.open("w") as out:
+        with log.open("w", encoding="utf-8") as out:
             processes = [
                 subprocess.Popen([*command, "--report", str(report)], stdout=out, stderr=out) for report in reports
             ]
@@ -74,7 +74,9 @@ def peak_gib(way: str, trials: int, model: Path, threads: int) -> tuple[float, W
             while (steps := min(map(_steps, reports))) <= _STEPS:
                 ended = any(process.poll() is not None for process in processes)
                 if ended or time.monotonic() > deadline:
-                    raise RuntimeError(f"a process of '{way}' ended or took too long:\n{log.read_text()[-4000:]}")
+                    raise RuntimeError(
+                        f"a process of '{way}' ended or took too long:\n{log.read_text(encoding='utf-8')[-4000:]}"
+                    )
                 if steps:  # all have taken the first, which makes the optimiser's state
                     peak = max(peak, sum(psutil.Process(process.pid).memory_full_info().pss for process in processes))
                 time.sleep(0.1)
@@ -82,7 +84,7 @@ def peak_gib(way: str, trials: int, model: Path, threads: int) -> tuple[float, W
             for process in processes:
                 process.kill()
                 process.wait()
-        works = [Work(**json.loads(report.read_text().partition("\n")[0])) for report in reports]
+        works = [Work(**json.loads(report.read_text(encoding="utf-8").partition("\n")[0])) for report in reports]
         check_same_work(dict(zip(map(str, reports), works, strict=True)))
         return peak / 2**30, works[0]
 
@@ -96,7 +98,7 @@ def train(way: str, model: Path, report: Path) -> None:
     steps = OurSteps(config) if way == "ours" else PlainSteps(config, sigma=SIGMA, mu=config.training.mu)
     while True:
         work = steps()
-        with report.open("a") as lines:
+        with report.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(asdict(work)) + "\n")
 
 
@@ -133,7 +135,7 @@ def random_llama() -> Path:
 
 
 def _steps(report: Path) -> int:
-    return report.read_text().count("\n") if report.exists() else 0
+    return report.read_text(encoding="utf-8").count("\n") if report.exists() else 0
 
 
 if __name__ == "__main__":

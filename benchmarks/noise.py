@@ -12,8 +12,8 @@ from typing import Any
 from benchmarks.harness import interleave, parser, record, save, use_threads
 from benchmarks.ways import CLEAN, SIGMA, OurSteps, trial
 
-_EVERY_STEP = {"sigma_start": SIGMA, "redraw_steps": 1}
-_ONCE = {"sigma_start": SIGMA, "redraw_steps": 400}
+_EVERY_STEP = {"strength_start": SIGMA, "redraw_steps": 1}
+_ONCE = {"strength_start": SIGMA, "redraw_steps": 400}
 _CASES: dict[str, dict[str, Any]] = {
     "clean": CLEAN,
     "regenerate": {"training.schedule": _EVERY_STEP, "training.noisy_weights": "regenerate"},

@@ -36,7 +36,7 @@ _FIRST_ROW = 200
 def _config(
     model: str, chip: dict[str, Any], share_in_sram: float, strengths: tuple[float, ...], size: Any
 ) -> TrialConfig:
-    evaluation = {"rows": size.rows, "chip_instances": size.chips, "noise_levels": list(strengths)}
+    evaluation = {"rows": size.rows, "chip_instances": size.chips, "noise_strengths": list(strengths)}
     settings = {
         "model": model,
         "chip": {**chip, **_LOSSLESS, "mapping": {"outliers": {"share": share_in_sram}}},
@@ -70,7 +70,7 @@ def _trained(runner: TrialRunner, method: str, dtype: str, folder: Path) -> Path
         "training.batch_size": 16,
         "training.learning_rate": 1e-3,
         "training.report_every": 40,
-        "training.schedule": {"sigma_start": 0.01, "redraw_steps": 4},
+        "training.schedule": {"strength_start": 0.01, "redraw_steps": 4},
         "lora.rank": 4,
     }
     training = runner.train(load_trial("quickstart", settings), folder)

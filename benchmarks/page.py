@@ -49,7 +49,7 @@ def main() -> None:
 def _measured(store: Store, trials: int, rounds: int) -> list[Record]:
     folder = store.sweep(_SWEEP)
     folder.root.mkdir(parents=True)
-    folder.sweep_file.write_text((SHIPPED / f"{_SWEEP}.yaml").read_text())
+    folder.sweep_file.write_text((SHIPPED / f"{_SWEEP}.yaml").read_text(encoding="utf-8"), encoding="utf-8")
     generated_journal(folder.journal_file, trials)
     points = read_ledger(store, _SWEEP).points()  # makes the index, as a sweep leaves it
     seconds = interleave({"MLflow": searched(store, points), **_pages(store, trials)}, rounds)

@@ -21,7 +21,7 @@ def main() -> None:
     command = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     command.add_argument("folder", type=Path)
     folder = command.parse_args().folder
-    job = json.loads((folder / "job.json").read_text())
+    job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     ray.init(num_cpus=job["concurrent"], include_dashboard=False, log_to_driver=False)
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(run_trial, job=job), {"cpu": 1}),
@@ -33,7 +33,9 @@ def main() -> None:
     )
     results = tuner.fit()
     assert not results.errors, results.errors
-    (folder / RESULTS_FILE).write_text(json.dumps([result.metrics for result in results], default=str))
+    (folder / RESULTS_FILE).write_text(
+        json.dumps([result.metrics for result in results], default=str), encoding="utf-8"
+    )
 
 
 def run_trial(config: dict[str, float], job: dict[str, Any]) -> None:

@@ -34,7 +34,7 @@ from halora.cli.main import main
 main()
 """
 
-_METRICS = {"train_loss": 2.0, "train_task_loss": 1.5, "train_reg_loss": 0.5, "train_sigma": 0.01}
+_METRICS = {"train_loss": 2.0, "train_task_loss": 1.5, "train_reg_loss": 0.5, "train_strength": 0.01}
 
 
 def main() -> None:
@@ -70,7 +70,7 @@ def _timed(record: Callable[[int], None], steps: int) -> list[float]:
 def _ours(folder: Path, steps: int) -> list[float]:
     store, sweep = Store(folder), load_sweep("quickstart")
     store.sweep(sweep.name).root.mkdir(parents=True)
-    store.sweep(sweep.name).sweep_file.write_text("name: quickstart\n")
+    store.sweep(sweep.name).sweep_file.write_text("name: quickstart\n", encoding="utf-8")
     with recording(store, sweep, print) as recorder:
         begin(recorder, sweep, 0)
         time.sleep(10)  # the sender makes MLflow's database, as at the start of any first sweep
@@ -104,7 +104,7 @@ def _reading(folder: Path, trials: int) -> None:
     store, sweep = Store(folder / "large"), load_sweep("quickstart")
     place = store.sweep(sweep.name)
     place.root.mkdir(parents=True)
-    place.sweep_file.write_text("name: quickstart\n")
+    place.sweep_file.write_text("name: quickstart\n", encoding="utf-8")
     generated_journal(place.journal_file, trials)
     arguments = ["front", "show", sweep.name, "--store", str(store.root)]
     print(f"\n{'front show':<22}{'seconds':>12}{'MiB':>12}   ({trials} trials)")

@@ -3,7 +3,7 @@
 Protocol, fixed before the first run:
 
 - Problems: ZDT1 and DTLZ2 with 5 variables and two objectives, and BNH with its two constraints, as in
-  `halora.sweep.analytic`, with the reference points given there: (1.1, 4.0), (1.5, 1.5), (140, 1.0) in the objectives
+  `benchmarks.analytic`, with the reference points given there: (1.1, 4.0), (1.5, 1.5), (140, 1.0) in the objectives
   that are made small. Hypervolumes are those of noise-free objectives after a whole training, of trials that were
   trained whole and keep all constraints, whatever the search saw.
 - 20 seeds, numbers 0 to 19, unless a part says otherwise. Shown: median and quartiles.
@@ -42,17 +42,17 @@ from optuna.storages import InMemoryStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from ray.tune.search.optuna import OptunaSearch
 
+from benchmarks.analytic import FUNCTIONS, AnalyticCurves
 from halora.analysis.front import ranks
 from halora.analysis.front import volume as front_volume
 from halora.analysis.racing import chip_estimates
 from halora.settings.trial import Goal
 from halora.spaces.search import Racing, Sampler, SearchSettings
-from halora.sweep.analytic import FUNCTIONS, AnalyticCurves
-from halora.sweep.core import DecisionCore
-from halora.sweep.problem import Problem
-from halora.sweep.samplers import make_sampler
-from halora.sweep.simulator import SimulatedClock, simulate
-from halora.sweep.study import State, SweepStudy
+from halora.sweep.search.core import DecisionCore
+from halora.sweep.search.problem import Problem
+from halora.sweep.search.samplers import make_sampler
+from halora.sweep.search.study import State, SweepStudy
+from halora.sweep.simulation.simulator import SimulatedClock, simulate
 
 SEEDS = range(20)
 MORE_SEEDS = range(60)
@@ -187,7 +187,7 @@ def _history(curves: AnalyticCurves, seed: int, name: str, budget: int) -> list[
         seed=seed,
         chip_instances=RUNGS[-1].chip_instances,
         levels=lambda values: RUNGS if rungs else RUNGS[-1:],
-        keep=1 / 3,
+        reduction_factor=3,
         settings=SearchSettings(sampler="random" if name == "random" else "tpe", skip_unreachable=False),
     )
     watch = _Watch(curves, problem, budget)

@@ -63,10 +63,10 @@ def _gaps(
         "training.reg_reduction": "mean",
         "training.steps": arguments.steps,
         "training.batch_size": arguments.batch_size,
-        "training.schedule": {"sigma_start": arguments.sigma, "redraw_steps": 4},
+        "training.schedule": {"strength_start": arguments.sigma, "redraw_steps": 4},
     }
     noisy = load_trial("quickstart", settings)
-    ideal = load_trial("quickstart", settings | {"chip": "ideal", "training.schedule": {"sigma_start": 0.0}})
+    ideal = load_trial("quickstart", settings | {"chip": "ideal", "training.schedule": {"strength_start": 0.0}})
     losses, ideal_path = _trajectory(runner, ideal)
     _, noisy_path = _trajectory(runner, noisy)
     length, gaps, scale = 0.0, [], ideal.lora.alpha_over_rank

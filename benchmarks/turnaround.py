@@ -56,7 +56,7 @@ def short_sweep(trials: int, dtype: Dtype, model: str = "smollm2-135m-instruct",
                 "dtype": dtype,
                 "steps": 10,
                 "batch_size": 8,
-                "schedule": {"sigma_start": SIGMA, "redraw_steps": 1},
+                "schedule": {"strength_start": SIGMA, "redraw_steps": 1},
                 "report_every": 10,
                 "train_rows": 256,
             },
@@ -70,7 +70,7 @@ def short_sweep(trials: int, dtype: Dtype, model: str = "smollm2-135m-instruct",
     }
     with TemporaryDirectory() as folder:
         path = Path(folder) / "sweep.yaml"
-        path.write_text(yaml.safe_dump(content))
+        path.write_text(yaml.safe_dump(content), encoding="utf-8")
         return load_sweep(str(path))
 
 
@@ -89,7 +89,7 @@ class OurSweep:
         """Run it."""
         with TemporaryDirectory() as folder:
             path = Path(folder) / "sweep.yaml"
-            path.write_text(yaml.safe_dump(self._sweep.model_dump(mode="json"), sort_keys=False))
+            path.write_text(yaml.safe_dump(self._sweep.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
             store = Store(Path(folder) / "store")
             halora = Path(sys.executable).with_name("halora")
             run([str(halora), "sweep", "launch", str(path), "--store", str(store.root)])
@@ -124,9 +124,9 @@ class PlainSweep:
     def __call__(self) -> Work:
         """Run it."""
         with TemporaryDirectory() as folder:
-            (Path(folder) / "job.json").write_text(json.dumps(self._job))
+            (Path(folder) / "job.json").write_text(json.dumps(self._job), encoding="utf-8")
             run([sys.executable, "-m", "benchmarks.plain_sweep", folder])
-            trials = json.loads((Path(folder) / RESULTS_FILE).read_text())
+            trials = json.loads((Path(folder) / RESULTS_FILE).read_text(encoding="utf-8"))
         (threads,) = {trial["threads"] for trial in trials}
         (dtype,) = {trial["dtype"] for trial in trials}
         rows = sum(trial["trained_rows"] + trial["scored_rows"] for trial in trials)

@@ -22,7 +22,7 @@ SIGMA = 0.01
 """Of the training noise, over the largest weight of each matrix: the paper's."""
 CHIP = {"preset": "ideal", "noise": {"kind": "gaussian", "sigma": SIGMA, "reference": "tensor_max"}}
 """A chip with that noise and no other flaw, as the other ways know no other."""
-CLEAN = {"training.schedule": {"sigma_start": 0.0, "clean_probability": 1.0}}
+CLEAN = {"training.schedule": {"strength_start": 0.0, "clean_probability": 1.0}}
 """Settings of a trial that trains with L_reg on clean weights."""
 
 
@@ -32,7 +32,7 @@ def trial(settings: Mapping[str, Any]) -> TrialConfig:
         "chip": CHIP,
         "training.method": "halora",
         "training.reg_reduction": "mean",  # as the other ways have it
-        "training.schedule": {"shape": "constant", "sigma_start": SIGMA, "redraw_steps": 1},
+        "training.schedule": {"shape": "constant", "strength_start": SIGMA, "redraw_steps": 1},
     }
     return load_trial("quickstart", fixed | dict(settings))
 

@@ -158,6 +158,6 @@ def with_rungs(name, models, task):
             "chip.adc.bits": {"low": 5, "high": 9, "kind": "int"},
         },
         "search": {"sampler": "random"},
-        "early_stopping": {"rungs": [{"steps": 2, "rows": 4, "chip_instances": 1}], "keep": 0.5},
+        "early_stopping": {"rungs": [{"steps": 2, "rows": 4, "chip_instances": 1}], "reduction_factor": 2},
         "racing": {"extra": 4, "most": 4},
     }

@@ -54,6 +54,7 @@ def fill(store: Store, model: str, task: str, stories: Sequence[str] = STORIES) 
             continue
         recorder = SweepRecorder(folder, sweep)
         _record(name, recorder, sweep, folder.root)
+        recorder.record_damage([{"base": f"base of {HOSTILE}", "cause": "it was not at hand"}])
         recorder.finish(interrupted=False)
         recorder.close()
 
@@ -163,7 +164,7 @@ def varied_trial(recorder: SweepRecorder, sweep: SweepConfig, folder: Path, numb
         values["training__mu"] = float(10 ** rng.uniform(-3, 0))
     begin(recorder, sweep, number, **values)
     for step in range(2, 17, 2):
-        losses = {"train_loss": 3 / step, "train_task_loss": 2.5 / step, "train_sigma": 0.01}
+        losses = {"train_loss": 3 / step, "train_task_loss": 2.5 / step, "train_strength": 0.01}
         gradients = {"train_task_grad_norm": 4.0, "train_reg_grad_norm": step / 8, "train_reg_share": step / 32}
         recorder.report_step(number, step, losses | (gradients if method == "halora" else {}))
     if number == 3:

@@ -245,7 +245,7 @@ def raylets(
         cpus: CPUs that each worker node offers to Ray.
         head_cpus: CPUs that the head offers.
         settings: Further environment of all nodes, and of processes that use the cluster.
-        namespaces: Whether every worker has an address of its own; by default where that can be had.
+        namespaces: Whether every worker has an address of its own; by default where possible.
     """
     for name in left_over():
         _remove(name)

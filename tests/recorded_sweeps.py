@@ -70,12 +70,12 @@ def generated_journal(path: Path, trials: int, reports: int = 4, seed: int = 0) 
     lines: list[dict[str, Any]] = [{"journal": "0" * 32, "version": 1}, begun]
     for number in range(trials):
         method = ("lora", "noise_lora", "halora")[number % 3]
-        labels = {"method": method, "model": "m", "chip": "c", "task": "t", "noise": "gaussian", "noise_level": 0.01}
+        labels = {"method": method, "model": "m", "chip": "c", "task": "t", "noise": "gaussian", "noise_strength": 0.01}
         params = {"lora.rank": int(2 ** rng.integers(1, 5)), "training.learning_rate": float(10 ** rng.uniform(-4, -2))}
         energy = {"energy_uj_per_token": float(energies[number]), "energy_uj_per_token.adc": 0.5}
         lines.append({"kind": "begin", "trial": number, "params": params, "labels": labels, "metrics": energy})
         lines[-1]["config"] = {"padding": "x" * 2500}  # about the size of a real one
-        losses = [{"train_loss": 3 / step, "train_sigma": 0.01} for step in range(1, reports + 1)]
+        losses = [{"train_loss": 3 / step, "train_strength": 0.01} for step in range(1, reports + 1)]
         lines += [{"kind": "report", "trial": number, "step": i, "metrics": loss} for i, loss in enumerate(losses)]
         accuracy = float(accuracies[number])
         scores = SCORES | {"accuracy": accuracy, "accuracy_low": accuracy - 0.1, "accuracy_high": accuracy + 0.1}

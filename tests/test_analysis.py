@@ -261,8 +261,8 @@ def test_trials_are_kept_apart_by_how_they_stand():
         (["method=halora"], {0, 2}),
         (["rank>=4"], {1, 2}),
         (["lora.rank>=4", " method != halora "], {1, 3} & {1, 2}),
-        (["noise_level<0.02"], {0, 1}),
-        (["noise_level=0.010"], {0, 1}),
+        (["noise_strength<0.02"], {0, 1}),
+        (["noise_strength=0.010"], {0, 1}),
         (["accuracy>0.25"], {1, 2}),
         (["mu!=0.1"], {1, 2, 3}),
         (["mu=0.1"], {0}),
@@ -272,10 +272,10 @@ def test_trials_are_kept_apart_by_how_they_stand():
 )
 def test_filters_choose_by_labels_values_and_metrics(conditions, expected):
     points = [
-        _point(0, 0.1, 1.0, labels={"method": "halora", "noise_level": 0.01}, params={"lora.rank": 2, "t.mu": 0.1}),
-        _point(1, 0.5, 1.0, labels={"method": "lora", "noise_level": 0.01}, params={"lora.rank": 4}),
-        _point(2, 0.5, 1.0, labels={"method": "halora", "noise_level": 0.02}, params={"lora.rank": 8}),
-        _point(3, 0.2, 1.0, labels={"method": "a=b", "noise_level": 0.02}, params={}),
+        _point(0, 0.1, 1.0, labels={"method": "halora", "noise_strength": 0.01}, params={"lora.rank": 2, "t.mu": 0.1}),
+        _point(1, 0.5, 1.0, labels={"method": "lora", "noise_strength": 0.01}, params={"lora.rank": 4}),
+        _point(2, 0.5, 1.0, labels={"method": "halora", "noise_strength": 0.02}, params={"lora.rank": 8}),
+        _point(3, 0.2, 1.0, labels={"method": "a=b", "noise_strength": 0.02}, params={}),
     ]
     assert {p.number for p in filtered(points, conditions)} == expected
 
@@ -414,9 +414,9 @@ def _summary(points, **more):
 
 def test_a_trial_stands_at_every_strength_of_noise_it_was_scored_at():
     others = {"accuracy_at.0.02": 0.4, "accuracy_at.0.005": 0.6}
-    point = _point(0, 0.5, 1.0, labels={"noise_level": 0.01}, metrics=others)
+    point = _point(0, 0.5, 1.0, labels={"noise_strength": 0.01}, metrics=others)
     assert point.accuracy_by_level == {0.005: 0.6, 0.01: 0.5, 0.02: 0.4}
-    (markers,) = charts.noise_chart([point], "noise_level", "level")["data"]
+    (markers,) = charts.noise_chart([point], "noise_strength", "level")["data"]
     assert (markers["x"], markers["y"]) == ([0.005, 0.01, 0.02], [0.6, 0.5, 0.4])
 
 
@@ -428,7 +428,7 @@ def test_charts_are_valid_plotly_figures_and_hold_every_trial(count):
             i,
             rng.random(),
             1 + 4 * rng.random(),
-            labels={"method": rng.choice(["lora", "halora", "<b>own</b>"]), "noise_level": rng.choice([0.01, 0.02])},
+            labels={"method": rng.choice(["lora", "halora", "<b>own</b>"]), "noise_strength": rng.choice([0.01, 0.02])},
             params={"lora.rank": 4, "model": "<img src=x onerror=alert(1)>"},
             metrics={"noise_db": rng.uniform(-40, -10), "energy_uj_per_token.adc": 0.5}
             | ({"constraint_violation.energy": 0.5} if i % 5 == 4 else {}),
@@ -438,7 +438,7 @@ def test_charts_are_valid_plotly_figures_and_hold_every_trial(count):
     summary = _summary(points)
     drawn = [
         charts.front_chart(summary.front),
-        charts.noise_chart(points, "noise_level", "level"),
+        charts.noise_chart(points, "noise_strength", "level"),
         charts.noise_chart(points, "noise_db", "dB"),
         charts.energy_chart(summary.front),
         charts.importance_chart(summary),

@@ -96,7 +96,7 @@ def test_our_attention_in_a_padded_batch_has_torch_s_losses(tiny_trial):
 
 
 def test_unequal_losses_are_found(tiny_trial):
-    config = tiny_trial(chip=CHIP, method="halora", mu=0.3, schedule={"sigma_start": 0.05, "redraw_steps": 1})
+    config = tiny_trial(chip=CHIP, method="halora", mu=0.3, schedule={"strength_start": 0.05, "redraw_steps": 1})
     with pytest.raises(AssertionError, match="losses at step 0"):
         check_equal_losses(config, steps=1)
 
@@ -117,7 +117,7 @@ def test_the_user_s_noise_has_the_asked_deviation_and_is_taken_away(tiny_trial):
 
 
 def test_a_noisy_step_of_either_way_does_the_same_work(tiny_trial):
-    config = tiny_trial(chip=CHIP, method="halora", schedule={"sigma_start": 0.01, "redraw_steps": 1})
+    config = tiny_trial(chip=CHIP, method="halora", schedule={"strength_start": 0.01, "redraw_steps": 1})
     ours, other = OurSteps(config), PlainSteps(config, sigma=0.01, mu=0.1)
     for work, its_work in islice(zip(iter(ours, None), iter(other, None), strict=True), 3):
         assert work == its_work

@@ -1,7 +1,7 @@
 """Oracle: physics' sign. Every field of the chip's description says what it does to the energy and to the error of real
 products, or why one of them has no sign; all of them, on every shipped chip, with SmolLM2's weights and tokens.
 
-A new field fails `test_every_field_is_declared` until it stands in `FIELDS`.
+A new field fails `test_every_field_is_declared` until it is in `FIELDS`.
 """
 
 from collections.abc import Iterator

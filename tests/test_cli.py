@@ -275,7 +275,7 @@ def test_help_and_validation_load_nothing_heavy(zoo_file):
     code = (
         "import sys, halora.cli.main\n"
         "from halora.spaces.sweep import load_sweep\n"
-        "import halora.sweep.state\n"
+        "import halora.sweep.run.state\n"
         f"load_sweep({str(zoo_file)!r})\n"
         "heavy = {'torch', 'ray', 'mlflow', 'transformers', 'peft', 'deepspeed', 'datasets', 'matplotlib'}\n"
         "print(sorted(heavy & sys.modules.keys()))"

@@ -47,7 +47,7 @@ def store(tmp_path_factory, tiny_models, tiny_task):
         "steps": 4,
         "batch_size": 4,
         "report_every": 4,
-        "schedule": {"sigma_start": 0.5},
+        "schedule": {"strength_start": 0.5},
     }
     sweep = {
         "name": "tiny",
@@ -137,7 +137,7 @@ def test_two_selections_at_once_register_one_candidate(selections, registered):
     assert said.count("registered: ") == 1
     assert said.count("registered already, nothing changed: ") == 1
     for _, out, _ in selections:
-        assert re.search(r"10 years +not said: .*172800", out)
+        assert re.search(r"10 years +n/a: .*172800", out)
         assert version.description in out
 
 

@@ -179,7 +179,7 @@ def test_a_trial_whose_worker_is_killed_goes_on_from_its_checkpoint(undisturbed,
         (worker,) = driver.workers()
         worker.kill()
         assert driver.end() == undisturbed.returncode
-    assert "trial 0 goes on from its checkpoint: its worker ended; see `halora trial logs bereaved/0`" in driver.said
+    assert "trial 0 resumes from its checkpoint: its worker ended; see `halora trial logs bereaved/0`" in driver.said
     again, whole = runs(store, "bereaved"), runs(store, "undisturbed")
     assert [run.info.status for run in again] == [run.info.status for run in whole]
     for one, other in zip(again, whole, strict=True):
@@ -213,7 +213,7 @@ def _kill_and_resume(store, name, file, kills, chance):
                     time.sleep(0.1)
                 heard = len(driver.lines)
                 chance.choice(driver.workers()).kill()
-                driver.wait_for("goes on from its checkpoint", after=heard)
+                driver.wait_for("resumes from its checkpoint", after=heard)
             said += driver.lines
         arguments = ["resume", name]
     last = halora(store, "sweep", "resume", name)
@@ -223,8 +223,8 @@ def _kill_and_resume(store, name, file, kills, chance):
 
 def _mourning(said):
     """Whether the trial that lost the last worker has not reported since."""
-    lost = re.findall(r"trial (\d+) goes on from its checkpoint", said)
-    since = said.rpartition("goes on from its checkpoint")[2]
+    lost = re.findall(r"trial (\d+) resumes from its checkpoint", said)
+    since = said.rpartition("resumes from its checkpoint")[2]
     return bool(lost) and not re.search(rf"trial +{lost[-1]} (training|finished)", since)
 
 
@@ -246,7 +246,7 @@ def test_twenty_kills_of_drivers_and_workers_lose_and_repeat_nothing(
     kills = ["driver", "worker"] * 10
     chance.shuffle(kills)
     said = _kill_and_resume(store, names[1], tmp_path / f"{names[1]}.yaml", kills, chance)
-    assert sum("goes on from its checkpoint: its worker ended" in line for line in said) == 10
+    assert sum("resumes from its checkpoint: its worker ended" in line for line in said) == 10
 
     whole, killed = (runs(store, name) for name in names)
     assert [run.data.tags["halora.trial"] for run in killed] == [str(number) for number in range(12)]

@@ -72,7 +72,7 @@ def files(tmp_path_factory, tiny_models, tiny_task):
                 "chip.adc.bits": {"low": 5, "high": 9, "kind": "int"},
             },
             "reference_point": {"accuracy": 0.0, "energy_uj_per_token": 1.0},
-            "early_stopping": {"rungs": [{"steps": 4, "chip_instances": 2, "rows": 4}], "keep": 0.4},
+            "early_stopping": {"rungs": [{"steps": 4, "chip_instances": 2, "rows": 4}], "reduction_factor": 2.5},
             "search": {"sampler": "random"},
         }
         path = folder / f"{name}.yaml"
@@ -212,7 +212,7 @@ def test_reconciling_shows_and_mends_what_differs(undisturbed, store, tmp_path):
     code, out, err = _halora(torn, "doctor", "--reconcile", "--format", "json")
     assert code == 0, err
     rows = {row["trial"]: row for row in json.loads(out)}
-    told = {number: (row["study"], row["journal"], row["mlflow"], row["mended"]) for number, row in rows.items()}
+    told = {number: (row["study"], row["journal"], row["mlflow"], row["fixed"]) for number, row in rows.items()}
     assert told == {
         0: (ended[0], ended[0], "running", "delivered again"),
         1: (ended[1], ended[1], f"{ended[1]}, running", "a second run is deleted"),

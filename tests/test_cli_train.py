@@ -175,7 +175,7 @@ def test_every_mistake_of_a_trial_file_is_told_at_once(halora, content, tmp_path
         "chipp: unknown key; did you mean 'chip'",
         "lora.rank",
         "training.steps",
-        "sigma_end is required",
+        "strength_end is required",
         "arc-easy",
     ):
         assert told in err, told

@@ -147,7 +147,7 @@ def test_trials_of_a_node_that_dies_go_on_elsewhere(cluster, store, sweep_file):
     line = wait_for(store, "nodes", trains)
     node_of(cluster, line).kill()
     cluster.start_node(1)
-    said = wait_for(store, "nodes", lambda line: "goes on from its checkpoint" in line["message"])
+    said = wait_for(store, "nodes", lambda line: "resumes from its checkpoint" in line["message"])
     assert "its node is gone" in said["message"] or "its worker ended" in said["message"]
     assert driver.wait(PATIENCE_S) == 0
     assert_whole(store, "nodes")
@@ -162,7 +162,7 @@ def test_a_frozen_worker_is_found_and_its_trial_goes_on(cluster, store, sweep_fi
     assert 'halora_trials{state="running",sweep="frozen"}' in metrics
     worker = worker_of(node_of(cluster, line))
     worker.suspend()
-    said = wait_for(store, "frozen", lambda line: "goes on from its checkpoint" in line["message"])
+    said = wait_for(store, "frozen", lambda line: "resumes from its checkpoint" in line["message"])
     assert "its worker was frozen: it said nothing for 12 s" in said["message"]
     assert driver.wait(PATIENCE_S) == 0
     assert_whole(store, "frozen")
@@ -184,7 +184,7 @@ def test_a_trial_of_two_workers_spans_two_nodes_and_survives_the_loss_of_one(clu
     assert any("Peer" in " ".join(process.cmdline()) for process in other.workers())
     other.kill()
     cluster.start_node(1)
-    said = wait_for(store, "pair", lambda line: "goes on from its checkpoint" in line["message"])
+    said = wait_for(store, "pair", lambda line: "resumes from its checkpoint" in line["message"])
     assert "worker 1 of 2 ended" in said["message"] or "its worker ended" in said["message"]
     assert driver.wait(PATIENCE_S) == 0
     assert_whole(store, "pair", trials=1)

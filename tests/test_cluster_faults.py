@@ -147,7 +147,7 @@ def test_a_full_disk_of_checkpoints_is_waited_for_and_told(site, launch):
     ballast = site.disk / "ballast"
     fill(ballast)
     before = len(driver_log(site.store, "full-disk"))
-    said = wait_for(site.store, "full-disk", lambda line: "goes on from its checkpoint" in line["message"], before)
+    said = wait_for(site.store, "full-disk", lambda line: "resumes from its checkpoint" in line["message"], before)
     assert "No space left on device" in said["message"]
     ballast.unlink()
     assert driver.wait(PATIENCE_S) == 0

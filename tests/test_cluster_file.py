@@ -14,7 +14,7 @@ from raylets import ROOT
 
 import halora
 from halora.errors import UserError
-from halora.sweep.cluster_file import check_cluster_file
+from halora.sweep.cluster.cluster_file import check_cluster_file
 
 SHIPPED = (ROOT / "ray_cluster.yaml").read_text()
 START = "head_start_ray_commands"
@@ -108,7 +108,7 @@ MISTAKES = {
     ),
     "trials on the head": (
         [([NODES, "head", "resources"], {"CPU": 4})],
-        "available_node_types.head.resources: CPU 4, GPU not said; the head runs no trials, so write {CPU: 0}",
+        "available_node_types.head.resources: CPU 4, GPU n/a; the head runs no trials, so write {CPU: 0}",
     ),
     "no CPU for a trial": (
         [([NODES, "gpu_worker", "resources"], {"CPU": 1, "GPU": 2})],

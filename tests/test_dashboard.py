@@ -22,7 +22,7 @@ from halora.records.provenance import program
 from halora.records.recorder import SweepRecorder
 from halora.records.store import Store
 from halora.selection.certificate import chips_needed
-from halora.sweep.state import load_sweep_of
+from halora.sweep.run.state import load_sweep_of
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +123,11 @@ def test_every_sweep_has_its_page_and_its_cards(client, name):
         assert text in page.text
     if name == "hostile":
         assert HOSTILE in page.text
+
+
+def test_a_sweep_s_page_shows_what_the_chips_do_to_the_bases(client):
+    page = _page(client, "/sweeps/dozen")
+    assert f"base of {HOSTILE}: what its chips do to it is not known: it was not at hand" in page.text
 
 
 def test_the_list_shows_every_sweep_and_what_cannot_be_read(client, store):
@@ -451,7 +456,7 @@ def test_a_card_tells_gates_certificate_and_how_far_it_is(certified):
     assert "certified" in passed.text
     chips, of_the_third = chips_needed(0.9, 0.05 / 2), chips_needed(0.9, 0.05 / 12)
     assert f"{chips} of {chips} chip instances that no search saw did" in passed.text
-    assert f"not said: {HOSTILE}" in passed.text
+    assert f"n/a: {HOSTILE}" in passed.text
     assert "halora adapter register dozen/4" in passed.text
     assert "failed its certification" in failed.text
     assert ["min_yield", "FAIL"] in [[row[0], row[3]] for row in failed.rows if len(row) == 4]
@@ -473,7 +478,7 @@ def test_accuracy_over_time_is_drawn_as_certified_or_said_to_be_unknown(certifie
     assert lines == {
         "mean over chips": (times_s, [0.5, 0.42]),
         "worst chip": (times_s, [0.375, 0.28]),
-        "asked": (times_s, [0.3, 0.3]),
+        "threshold": (times_s, [0.3, 0.3]),
     }
     said = {
         "dozen": "Over time: the chip's description has no ageing, so nothing changes.",

@@ -31,7 +31,7 @@ from halora.records.recorder import SweepRecorder
 from halora.records.sender import recording
 from halora.records.store import Store
 from halora.records.tracking import open_client
-from halora.sweep.state import load_sweep_of
+from halora.sweep.run.state import load_sweep_of
 
 WIDE, NARROW = 1100, 390
 WHITE, BLACK = "rgb(255, 255, 255)", "rgb(0, 0, 0)"

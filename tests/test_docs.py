@@ -162,12 +162,12 @@ def test_a_link_leads_to_a_file_and_a_heading():
     assert not broken
 
 
-# The README's tree.
+# The tree of docs/architecture.md.
 
 
 def _tree():
-    """Paths of the README's tree, by folder: those of files listed below it, or none where it is named as a whole."""
-    section = (ROOT / "README.md").read_text().partition("## What is where\n")[2].partition("\n## ")[0]
+    """Paths of the tree, by folder: those of files listed below it, or none where it is named as a whole."""
+    section = (ROOT / "docs" / "architecture.md").read_text().partition("## What is where\n")[2].partition("\n## ")[0]
     tree: dict[str, list[str]] = {}
     folder = ""
     for line in filter(str.strip, section.splitlines()):
@@ -181,13 +181,13 @@ def _tree():
     return tree
 
 
-def test_every_path_of_the_readme_s_tree_exists():
+def test_every_path_of_the_tree_exists():
     patterns = [path for folder, files in _tree().items() for path in files or [folder]]
     assert len(patterns) > 50
     assert not [pattern for pattern in patterns if not list(ROOT.glob(pattern))]
 
 
-def test_no_module_and_no_page_is_missing_in_the_readme_s_tree():
+def test_no_module_and_no_page_is_missing_in_the_tree():
     tree = _tree()
     named = {path for files in tree.values() for pattern in files for path in ROOT.glob(pattern)}
     named |= {path for folder, files in tree.items() if not files for path in (ROOT / folder).glob("**/*.py")}

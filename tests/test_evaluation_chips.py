@@ -93,7 +93,9 @@ def test_other_strengths_of_noise_are_those_of_a_chip_that_has_them(runner, tiny
     def chip(sigma):
         return {"preset": "halora-2026", "noise": {"sigma": sigma}}
 
-    both = runner.evaluate(tiny_trial(chip=chip(0.01), evaluation=EVALUATION | {"noise_levels": [0.2, 0.4]}), adapter)
+    both = runner.evaluate(
+        tiny_trial(chip=chip(0.01), evaluation=EVALUATION | {"noise_strengths": [0.2, 0.4]}), adapter
+    )
     alone = runner.evaluate(tiny_trial(chip=chip(0.01), evaluation=EVALUATION), adapter)
     assert replace(both, levels=(), level_correct=()) == alone
     for sigma, correct in zip((0.2, 0.4), both.level_correct, strict=True):

@@ -110,7 +110,7 @@ def test_drawn_weights_follow_what_is_stated(reference):
     if reference == "tensor_max":
         assert stated.std == pytest.approx([0.02 / 4 / 2] * len(stated.std), rel=1e-6)
     else:
-        assert stated.std[12] < 0.8 * stated.std[0]  # large weights stand in large outputs
+        assert stated.std[12] < 0.8 * stated.std[0]  # large weights are in large outputs
 
 
 def test_the_ramp_brings_every_value_to_every_row_of_a_tile():

@@ -5,11 +5,11 @@ from math import inf, log10
 
 import pytest
 import torch
+from sampled_reads import sampled_read_error
 
 from halora.hardware.addressing import NoiseKey, Role
 from halora.hardware.chip import load_chip, preset_names
 from halora.hardware.expected_noise import expected_noise
-from halora.hardware.read_noise import sampled_read_error
 
 
 def test_an_ideal_chip_has_no_noise():

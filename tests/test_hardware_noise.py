@@ -9,6 +9,7 @@ from itertools import pairwise
 import pytest
 import torch
 from pydantic import ValidationError
+from sampled_reads import sampled_read_error
 from torch import Tensor
 
 from halora.hardware.addressing import NoiseKey, Role
@@ -23,7 +24,7 @@ from halora.hardware.noise import (
     programmed_weight,
     write_verify_factor,
 )
-from halora.hardware.read_noise import read_noise, sampled_read_error, slow_deviation_us
+from halora.hardware.read_noise import read_noise, slow_deviation_us
 
 KEY = NoiseKey(role=Role.SEARCH, chip_seed=0, module="layer", purpose="programming")
 DRIFT = {"kind": "power-law", "nu_mean": 0.05, "nu_std": 0.01}
@@ -320,10 +321,10 @@ def test_compensation_brings_back_the_mean_magnitude(weight, compensation):
     per_output = aged.abs().mean(dim=1) / weight.abs().mean(dim=1)
     spread = (per_output - 1).abs().max().item()
     assert spread < 1e-4 if compensation == "column" else spread > 1e-3
-    lost, mended = (
+    lost, fixed = (
         noise_to_signal_db(weight, _aged(weight, 1e6, compensation=choice)) for choice in ("none", compensation)
     )
-    assert mended < lost - 6
+    assert fixed < lost - 6
 
 
 def test_weight_noise_is_measured_and_compensated_along_with_the_cells(weight):

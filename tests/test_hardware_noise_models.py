@@ -498,7 +498,7 @@ def test_every_mistake_of_a_table_is_told_at_once_with_its_place(tmp_path):
             ["column std_us is missing", "unknown column 'sd_us'; did you mean 'std_us'?"],
         ),
         (CSV.partition("\n")[0], ["no states"]),
-        (CSV + "20, 1, 1, 1\n", ["line 8: 20 uS at 1 s stands in", "line 3 already"]),
+        (CSV + "20, 1, 1, 1\n", ["line 8: 20 uS at 1 s is in", "line 3 already"]),
         (CSV + "20, 1, 1, 7\n", ["at 7 s there is one conductance only"]),
     ],
     ids=["empty", "column", "no states", "twice", "alone"],

@@ -7,6 +7,7 @@ import sys
 import tomllib
 from collections import defaultdict
 from graphlib import TopologicalSorter
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -67,14 +68,20 @@ def test_imports_run_one_way():
     assert not against
 
 
+def _room(parts):
+    """The package of a module as it counts for circles: those of `sweep` each, all others whole."""
+    return ".".join(parts[:2]) if parts[0] == "sweep" else parts[0]
+
+
 def test_no_packages_import_each_other_in_a_circle():
-    """The layers above do not say so of names that share one."""
+    """The layers above cannot see one among names that share a layer."""
     needs = defaultdict(set)
     for parts, tree in _modules():
         for imported in _imports(tree, ["halora", *parts[:-1]]):
-            top, _, rest = imported.partition(".")
-            if top == "halora" and (name := rest.partition(".")[0]) != parts[0]:
-                needs[parts[0]].add(name)
+            top, *rest = imported.split(".")
+            if top == "halora" and (room := _room(rest)) != _room(parts):
+                needs[_room(parts)].add(room)
+    assert {"sweep.search", "sweep.run", "sweep.cluster", "sweep.simulation"} < needs.keys()
     TopologicalSorter(needs).prepare()  # raises CycleError with the circle
 
 
@@ -87,12 +94,12 @@ def test_no_packages_import_each_other_in_a_circle():
                 "heartbeat",
                 "rank_workers",
                 "trainable",
-                "sweep.cluster_file",
-                "sweep.executor",
-                "sweep.loopback",
-                "sweep.preflight",
-                "sweep.remote",
-                "sweep.session",
+                "sweep.cluster.cluster_file",
+                "sweep.cluster.loopback",
+                "sweep.run.executor",
+                "sweep.cluster.preflight",
+                "sweep.cluster.remote",
+                "sweep.cluster.session",
             },
         ),
         ("mlflow", {"records.queries", "records.registry", "records.tracking", "dashboard.mlflow_app"}),
@@ -103,10 +110,13 @@ def test_no_packages_import_each_other_in_a_circle():
                 for page in ["app", "chip", "compare", "mlflow_app", "readiness", "sweep", "sweeps", "trial"]
             },
         ),
-        ("optuna", {"sweep.study", "sweep.study_storage", "sweep.samplers", "analysis.importance"}),
+        (
+            "optuna",
+            {"sweep.search.study", "sweep.search.study_storage", "sweep.search.samplers", "analysis.importance"},
+        ),
         ("moocore", {"analysis.front"}),
-        ("sklearn", {"sweep.table"}),
-        ("scipy", {"evaluation.intervals", "selection.certificate", "sweep.samplers"}),
+        ("sklearn", {"sweep.simulation.table"}),
+        ("scipy", {"evaluation.intervals", "selection.certificate", "sweep.search.samplers"}),
         ("deepspeed", {"training.engine", "training.checkpoint", "training.workers"}),
         ("peft", {"training.adapter"}),
     ],
@@ -119,6 +129,32 @@ def test_a_library_is_imported_where_it_belongs(library, importers):
         if imported.partition(".")[0] == library
     }
     assert found == importers
+
+
+def _opens_text(call):
+    """Whether a call reads or writes a text file, by its name and its mode."""
+    name = getattr(call.func, "attr", getattr(call.func, "id", ""))
+    if name == "open":
+        modes = [arg.value for arg in call.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
+        return len(modes) == len(call.args) and not any("b" in mode for mode in modes)
+    return name == "write_text" or (name == "read_text" and not call.args)
+
+
+def test_every_text_file_is_read_and_written_in_a_stated_encoding():
+    calls = [
+        (".".join(parts), node) for parts, tree in _modules() for node in ast.walk(tree) if isinstance(node, ast.Call)
+    ]
+    opening = [(name, call) for name, call in calls if _opens_text(call)]
+    assert len(opening) > 40
+    assert not [
+        f"{name}:{call.lineno}" for name, call in opening if "encoding" not in {word.arg for word in call.keywords}
+    ]
+
+
+def test_the_version_is_the_package_s(halora):
+    code, out, _ = halora("--version")
+    assert code == 0
+    assert out.startswith(f"halora-sweep {version('halora-sweep')}")
 
 
 @pytest.mark.parametrize("root_on_path", [False, True])

@@ -21,7 +21,7 @@ import pytest
 from raylets import ROOT
 from recipe_stack import RECIPE, recipe_stack
 
-from halora.sweep.cluster import RUNS
+from halora.sweep.cluster.cluster import RUNS
 
 WHAT_A_DRIVER_FINDS = """
 import json, os, shutil

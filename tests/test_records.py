@@ -82,12 +82,12 @@ def test_the_recorded_names_are_frozen():
         "CAUSE": "halora.cause",
         "WARNING": "halora.warning",
         "LABEL": "halora.{label}",
-        "LABELS": ("method", "model", "chip", "task", "noise", "noise_level"),
+        "LABELS": ("method", "model", "chip", "task", "noise", "noise_strength"),
         "TRAINING_METRICS": (
             "train_loss",
             "train_task_loss",
             "train_reg_loss",
-            "train_sigma",
+            "train_strength",
             "train_task_grad_norm",
             "train_reg_grad_norm",
             "train_reg_share",
@@ -163,7 +163,9 @@ def test_a_finished_trial_is_read_back_whole(client, store, sweep, folder, said,
     with recording(store, sweep, said.append) as recorder:
         config, energy = begin(recorder, sweep, 0)
         for step in (2, 4):
-            recorder.report_step(0, step, {"train_loss": 3.0 / step, "train_sigma": 0.01, "step": step, "other": 1.0})
+            recorder.report_step(
+                0, step, {"train_loss": 3.0 / step, "train_strength": 0.01, "step": step, "other": 1.0}
+            )
         finish(recorder, folder.root, 0, accuracy=0.5, **named, **{"not.of.these": 1.0})
         recorder.finish(interrupted=False)
     assert said == []
@@ -200,7 +202,7 @@ def test_a_finished_trial_is_read_back_whole(client, store, sweep, folder, said,
         "chip": "halora-2026",
         "task": config.task,
         "noise": "gaussian",
-        "noise_level": "0.01",
+        "noise_strength": "0.01",
     }
     assert tags["mlflow.parentRunId"] == queries.parent_run(client, sweep.name).info.run_id
 
@@ -393,13 +395,13 @@ def test_runs_that_mlflow_doubled_lost_or_changed_are_mended(client, store, swee
         3: ["finished"],
         77: ["running"],
     }
-    assert mlflow.mend(journal_entries(folder.journal_file), states) == {
+    assert mlflow.repair(journal_entries(folder.journal_file), states) == {
         0: "a second run is deleted",
         1: "delivered again",
         2: "delivered again",
         77: "its run is deleted",
     }
-    assert mlflow.mend(journal_entries(folder.journal_file), states) == {}
+    assert mlflow.repair(journal_entries(folder.journal_file), states) == {}
     assert mlflow.trial_states() == {number: ["finished"] for number in range(4)}
     assert {doubled.info.run_id, changed.info.run_id, whole.info.run_id} < {
         run.info.run_id for run in _runs(client, sweep, "trial")

@@ -40,7 +40,7 @@ def test_what_is_appended_is_read_back_from_any_place(tmp_path):
     path = tmp_path / "records.jsonl"
     written = [
         _begin(0, model="a 'quoted' \"model\"\n<script>", text="\u202eגרסה 🤖 \ud800"),
-        _entry("report", 0, step=2, metrics={"train_loss": float("nan"), "train_sigma": 0.1 + 0.2}),
+        _entry("report", 0, step=2, metrics={"train_loss": float("nan"), "train_strength": 0.1 + 0.2}),
         _state(0, "failed", "loss nan at step 3"),
     ]
     _write(path, written)
@@ -151,7 +151,7 @@ def test_a_damaged_journal_is_named_with_the_place(tmp_path):
     with pytest.raises(UserError, match="is of version 99, this program reads 1"):
         journal.identity(path)
     path.write_text("[]\n")
-    with pytest.raises(UserError, match="is no journal"):
+    with pytest.raises(UserError, match="is not a journal"):
         journal.identity(path)
 
 

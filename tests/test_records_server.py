@@ -50,7 +50,7 @@ def test_a_server_that_is_killed_costs_only_delay(database, server, store, tiny_
         for number in range(30):
             begin(recorder, sweep, number)
             for step in range(1, 11):
-                recorder.report_step(number, step, {"train_loss": 1 / step, "train_sigma": 0.01})
+                recorder.report_step(number, step, {"train_loss": 1 / step, "train_strength": 0.01})
                 time.sleep(0.01)
             finish(recorder, folder.root, number, accuracy=0.3 + number / 100)
             if number == 12:

@@ -91,7 +91,7 @@ def test_certifications_share_a_level_where_they_share_a_part_of_their_rows(tmp_
     mixture = begin(store, trial=2, splits=("arc", "1", "book", "2"))
     assert mixture.error == pytest.approx(level / 6)
     assert begin(store, trial=3, splits=("a copy of arc", "1")).error == pytest.approx(level / 12)
-    assert begin(store, trial=4, splits=("book", "with a row mended")).error == pytest.approx(level / 12)
+    assert begin(store, trial=4, splits=("book", "with a row fixed")).error == pytest.approx(level / 12)
     again = begin(store, trial=5, splits=("arc", "1", "book", "2"))
     assert again.spent == Spent(3, pytest.approx(level * 3 / 4))  # that of ARC's rows, and of the name of the other
     for split in ("arc", "1", "book", "2"):

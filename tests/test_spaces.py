@@ -10,7 +10,7 @@ import yaml
 from halora.errors import UserError
 from halora.spaces.language import with_values
 from halora.spaces.sweep import load_sweep, shipped_sweeps
-from halora.sweep.samplers import choose
+from halora.sweep.search.samplers import choose
 
 _WRONG = """
 name: wrong
@@ -39,7 +39,7 @@ derived:
   training.batch_size: "8"
 constraints: [energy_mj <= 3, accuracy > 0.5]
 search: {sampler: tpa}
-early_stopping: {rungs: [{steps: 4}, {steps: 4}], keep: 1.0}
+early_stopping: {rungs: [{steps: 4}, {steps: 4}], reduction_factor: 1.0}
 first:
   - {training.batch_size: 9, training.steps: 4}
 reference_point: {accuracy: 0.0, energy_uj_per_token: 6.0}
@@ -71,7 +71,7 @@ _MISTAKES = {
     "constraints.1: write `METRIC <= NUMBER` or `METRIC >= NUMBER`, got 'accuracy > 0.5'",
     "search.sampler: input should be 'tpe', 'gp', 'nsga2', 'nsga3', 'random' or 'qmc', got 'tpa'",
     "early_stopping.rungs: every rung needs more steps than the one before it, got 4, 4",
-    "early_stopping.keep: input should be less than 1, got 1.0",
+    "early_stopping.reduction_factor: input should be greater than 1, got 1.0",
     "first[0].training.batch_size: 9 is outside the space",
     "first[0].training.steps: not searched",
     "comparison: needs trial.evaluation.rows",
@@ -104,7 +104,7 @@ def test_every_mistake_of_a_file_is_told_at_once_and_nothing_else(tmp_path):
         ({"trial.evaluation": 5}, "trial.evaluation: input should be a valid dictionary"),
         ({"trial.evaluation.rows": None}, "comparison: needs trial.evaluation.rows"),
         ({"trial.chip.adc.bit": 8}, "trial.chip.adc.bit: unknown key; did you mean 'bits'?"),
-        ({"trial.training.schedule.sigma_end": 0.1}, "sigma_end is not allowed for shape 'constant'"),
+        ({"trial.training.schedule.strength_end": 0.1}, "strength_end is not allowed for shape 'constant'"),
         ({"space": {"training.weight_decay": {"low": 0, "high": 1, "log": True}}}, "a log range needs low > 0, got 0"),
         ({"space": {"chip.adc.bits": {"low": 4.5, "high": 6, "kind": "int"}}}, "an int range needs whole limits"),
         ({"space.lora.rank.choices": []}, "space.lora.rank.choices: tuple should have at least 1 item"),
@@ -113,7 +113,7 @@ def test_every_mistake_of_a_file_is_told_at_once_and_nothing_else(tmp_path):
         ({"trial.task": {"arc-easy": 1, "piqua": 2}}, "trial.task: no task 'piqua'"),
         ({"trial.task": {"arc-easy": -1}}, "trial.task: task 'arc-easy': the weight of a task is a positive number"),
         ({"trial.task": "arc-easy+2*openbokqa"}, "did you mean 'openbookqa'?"),
-        ({"trial.evaluation.answer_pattern": "("}, "answer_pattern is no regular expression"),
+        ({"trial.evaluation.answer_pattern": "("}, "answer_pattern is not a regular expression"),
         ({"trial.prompt_format": "chatty"}, "trial.prompt_format: input should be 'plain' or 'chat', got 'chatty'"),
         ({"reference_point.energy_uj_per_token": 0}, "energy_uj_per_token: input should be greater than 0, got 0"),
     ],
@@ -175,7 +175,7 @@ def test_a_point_written_in_the_file_is_searched_whole():
 def test_only_fields_whose_condition_holds_are_suggested():
     sweep = load_sweep("quickstart")
     conditional = {path: d.when for path, d in sweep.space.items() if d.when}
-    assert {"training.mu", "training.schedule.sigma_end"} <= conditional.keys()
+    assert {"training.mu", "training.schedule.strength_end"} <= conditional.keys()
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=1))
     seen = set()
     for _ in range(100):
@@ -251,7 +251,7 @@ def test_a_sweep_names_its_own_chips():
             "comparison.by: 'training.methd' is not searched over choices; did you mean",
         ),
         ({"comparison.by": "training.mu"}, "comparison.by: 'training.mu' is not searched over choices"),
-        ({"comparison.against": "lora"}, "comparison.against: 'lora' is no value of comparison.by (there is no"),
+        ({"comparison.against": "lora"}, "comparison.against: 'lora' is not a value of comparison.by (there is no"),
         (
             {
                 "comparison": {
@@ -262,7 +262,7 @@ def test_a_sweep_names_its_own_chips():
                     "chips": ["ideal"],
                 }
             },
-            "comparison.against: 'lor' is no value of comparison.by (choices: lora, noise_lora, halora)",
+            "comparison.against: 'lor' is not a value of comparison.by (choices: lora, noise_lora, halora)",
         ),
         ({"comparison.by": "training.method"}, "comparison.chips: required with comparison.by"),
         ({"comparison.chips": ["quite"], "chips": _CHIPS}, "comparison.chips[0]: no chip 'quite'"),

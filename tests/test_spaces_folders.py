@@ -28,7 +28,7 @@ def test_folders_of_a_sweep_are_absolute_wherever_it_names_them(
 ):
     monkeypatch.chdir(Path(tiny_task).parent)
     model, other = (os.path.relpath(tiny_models[name]) for name in ("llama", "qwen2"))
-    task = Path(tiny_task).name + "/"  # a trailing slash is no part of a name
+    task = Path(tiny_task).name + "/"  # a trailing slash is not a part of a name
     mixture = f"2*{task}+arc-easy"
     content = {
         "name": "near",

@@ -11,11 +11,18 @@ from pydantic import TypeAdapter
 from halora.errors import UserError
 from halora.records import names
 from halora.spaces.expressions import Expression
-from halora.spaces.language import Distribution, grid, in_space, size
+from halora.spaces.language import Distribution, grid, size
 from halora.spaces.recipes import RECIPES, first_points
 from halora.spaces.schema import sweep_schema
 from halora.spaces.search import ENERGY, METRICS, Constraint
 from halora.spaces.sweep import SHIPPED, SweepConfig, load_sweep, shipped_sweeps
+
+
+def in_space(space, values):
+    """Whether the values are one whole point of the space: all fields whose condition holds, and no others."""
+    return values.keys() == {path for path, each in space.items() if each.applies(values)} and all(
+        space[path].contains(value) for path, value in values.items()
+    )
 
 
 def _space(**fields):
@@ -101,8 +108,8 @@ def test_derived_values_follow_the_searched_ones():
     assert config.training.schedule.warmup_steps == 4
     assert config.lora.alpha_over_rank == 2.0
     assert config.training.weight_decay == 0.05
-    plain = load_sweep("quickstart", {"derived": {"training.weight_decay": "training.schedule.sigma_end"}})
-    assert plain.resolve({"lora.rank": 8}).training.weight_decay == 0.0  # sigma_end is not searched there
+    plain = load_sweep("quickstart", {"derived": {"training.weight_decay": "training.schedule.strength_end"}})
+    assert plain.resolve({"lora.rank": 8}).training.weight_decay == 0.0  # strength_end is not searched there
     with pytest.raises(UserError, match=r"derived, with lora.rank 2: lora.alpha_over_rank: .*less than or equal to 64"):
         load_sweep("quickstart", {"derived": {"lora.alpha_over_rank": "130 / lora.rank"}})
 
@@ -137,7 +144,7 @@ def test_the_paper_s_recipe_and_a_tuned_lora_are_tried_in_every_sweep_that_allow
         "training.method": "halora",
         "training.mu": 0.1,
         "training.schedule.shape": "constant",
-        "training.schedule.sigma_start": 0.01,
+        "training.schedule.strength_start": 0.01,
         "training.learning_rate": 2e-3,
         "lora.rank": 4,
         "chip.adc.bits": 8,  # the chip's own

@@ -10,8 +10,8 @@ from optuna.distributions import FloatDistribution
 from services import postgres_server
 
 from halora.errors import UnreachableError
-from halora.sweep.study import State, SweepStudy
-from halora.sweep.study_storage import PatientStorage
+from halora.sweep.search.study import State, SweepStudy
+from halora.sweep.search.study_storage import PatientStorage
 
 TRIALS = 40
 
@@ -79,7 +79,7 @@ def test_a_server_that_stops_is_waited_for_but_not_for_ever(server, monkeypatch)
     assert study.stopping
     assert time.monotonic() - began > 1
     assert said[-1] == "the study's database is back"
-    monkeypatch.setattr("halora.sweep.study_storage._PATIENCE_S", 0.5)
+    monkeypatch.setattr("halora.sweep.search.study_storage._PATIENCE_S", 0.5)
     server.stop()
     with pytest.raises(UnreachableError, match="has been away"):
         study.request_stop(False)

@@ -6,11 +6,11 @@ import torch
 from halora.cli.remote_commands import _arguments, check_client
 from halora.errors import UnreachableError, UserError
 from halora.settings.training import TrainingSettings
-from halora.sweep.cluster import BEGINS, Cluster
-from halora.sweep.driver_log import DriverLog, read_log
-from halora.sweep.remote import carry_out
-from halora.sweep.session import check_listening, unreachable
-from halora.sweep.versions import CLIENT, own_code, own_versions
+from halora.sweep.cluster.cluster import BEGINS, Cluster
+from halora.sweep.cluster.remote import carry_out
+from halora.sweep.cluster.session import check_listening, unreachable
+from halora.sweep.cluster.versions import CLIENT, own_code, own_versions
+from halora.sweep.run.driver_log import DriverLog, read_log
 from halora.training.memory import ran_out_of_memory
 
 

@@ -11,11 +11,11 @@ from halora.pricing import trial_energy
 from halora.records.store import Store
 from halora.spaces.recipes import first_points
 from halora.spaces.sweep import SweepConfig, load_sweep
-from halora.sweep.core import Decision
-from halora.sweep.problem import free_knobs
-from halora.sweep.state import check_not_launched, open_core
-from halora.sweep.study import SweepStudy
-from halora.sweep.study_storage import storage_of
+from halora.sweep.run.state import check_not_launched, open_core
+from halora.sweep.search.core import Decision
+from halora.sweep.search.problem import free_knobs
+from halora.sweep.search.study import SweepStudy
+from halora.sweep.search.study_storage import storage_of
 
 _FIRST = (
     {"training.method": "lora", "lora.rank": 8, "chip.adc.bits": 6},
@@ -140,7 +140,7 @@ def test_a_new_core_goes_on_with_what_was_left_unfinished(sweep, store, tmp_path
 def test_values_that_contradict_each_other_are_skipped_with_their_cause(tiny_models, tiny_task, store):
     """Each end of each range is allowed beside the defaults; more stages than steps are not."""
     stages = {"low": 2, "high": 12, "kind": "int"}
-    training = {"steps": 12, "schedule": {"shape": "step", "sigma_start": 0.0, "sigma_end": 0.01, "stages": 2}}
+    training = {"steps": 12, "schedule": {"shape": "step", "strength_start": 0.0, "strength_end": 0.01, "stages": 2}}
     sweep = _sweep(
         tiny_models["llama"],
         tiny_task,

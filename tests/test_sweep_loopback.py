@@ -8,7 +8,7 @@ import pytest
 
 _SESSION = """
 import os, pathlib, psutil, ray
-from halora.sweep.session import ray_session
+from halora.sweep.cluster.session import ray_session
 
 before = dict(os.environ)
 with ray_session(1):

@@ -3,7 +3,7 @@
 import pytest
 
 from halora.spaces.sweep import load_sweep
-from halora.sweep import plan as planning
+from halora.sweep.run import plan as planning
 from halora.training.models import model_shape
 
 _QUIET = {"trial.chip.adc.lossless": True, "trial.chip.dac.lossless": True, "trial.chip.preset": "halora-2026"}
@@ -59,7 +59,7 @@ def test_adapters_that_a_comparison_trains_anew_take_as_long_as_trials(plan):
 
 def test_rungs_thin_the_trials_out(plan):
     rungs = [{"steps": 2, "rows": 4, "chip_instances": 1}, {"steps": 6}]
-    changes = {"trials": 30, "early_stopping": {"rungs": rungs, "keep": 0.3}}
+    changes = {"trials": 30, "early_stopping": {"rungs": rungs, "reduction_factor": 10 / 3}}
     planned = plan(**changes)
     assert [each.trials for each in planned.levels] == [30, 9, 2]
     assert [each.level.steps for each in planned.levels] == [2, 6, 16]

@@ -18,7 +18,7 @@ from halora.evaluation.damage import Damage, described
 from halora.records.store import Store
 from halora.settings.trial import TrialConfig
 from halora.spaces.sweep import SweepConfig
-from halora.sweep.probing import Probing, bases
+from halora.sweep.run.probing import Probing, bases
 from halora.trial_runner import TrialRunner, task_rows
 
 OUTLIER = "model.layers.1.mlp.down_proj"
@@ -76,7 +76,7 @@ def test_damage_is_what_the_scores_and_the_weights_say(outlier, tiny_task):
     assert damage.worst[1][1] < -10
     assert f"in 1 of 14 layers, most in {OUTLIER}" in damage.warning
     assert Damage.from_json(json.loads(json.dumps(damage.to_json()))) == damage
-    assert described(damage.to_json()) == [damage.said, damage.warning]
+    assert described([damage.to_json()]) == [damage.said, damage.warning]
 
 
 def test_the_share_lost_is_of_the_score_above_chance():

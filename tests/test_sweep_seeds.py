@@ -10,9 +10,9 @@ from halora.evaluation.chips import ChipScores, summary_over_seeds
 from halora.records.store import SweepFolder
 from halora.settings.trial import Goal
 from halora.spaces.sweep import Comparison
-from halora.sweep.comparison import _cells
-from halora.sweep.core import Decision, Job
-from halora.sweep.seeds import _claim, _SeedWork
+from halora.sweep.run.comparison import _cells
+from halora.sweep.run.seeds import _claim, _SeedWork
+from halora.sweep.search.core import Decision, Job
 
 
 def _jobs(count, values=None):

@@ -9,18 +9,18 @@ import optuna
 import pytest
 from optuna.storages import InMemoryStorage
 
+from benchmarks.analytic import FUNCTIONS, AnalyticCurves
 from halora.analysis.front import ranks
 from halora.analysis.racing import chip_estimates, front_probabilities
 from halora.errors import UserError
 from halora.settings.trial import Goal
 from halora.spaces.search import Budget, Constraint, Racing, SearchSettings
 from halora.spaces.sweep import load_sweep
-from halora.sweep.analytic import FUNCTIONS, AnalyticCurves
-from halora.sweep.core import DecisionCore
-from halora.sweep.samplers import History
-from halora.sweep.simulator import SimulatedClock, simulate
-from halora.sweep.study import State, SweepStudy
-from halora.sweep.table import read_table
+from halora.sweep.search.core import DecisionCore
+from halora.sweep.search.samplers import History
+from halora.sweep.search.study import State, SweepStudy
+from halora.sweep.simulation.simulator import SimulatedClock, simulate
+from halora.sweep.simulation.table import read_table
 
 CURVES = AnalyticCurves(FUNCTIONS["zdt1"], curve="saturating", chip_std=0.02)
 NOISY = AnalyticCurves(FUNCTIONS["zdt1"], chip_std=0.8)
@@ -51,14 +51,14 @@ def test_without_rungs_every_trial_is_trained_whole():
         assert trial.frozen.values == [pytest.approx(np.mean(expected)), trial.energy_uj_per_token]
 
 
-@pytest.mark.parametrize("keep", [1 / 3, 0.5])
-def test_rungs_let_the_share_that_ranks_best_go_on(keep):
-    core, _ = _run(_problem(levels=lambda values: LEVELS, keep=keep))
+@pytest.mark.parametrize("factor", [3, 2])
+def test_rungs_let_the_share_that_ranks_best_go_on(factor):
+    core, _ = _run(_problem(levels=lambda values: LEVELS, reduction_factor=factor))
     trials = core.trials()
     reached = [[trial for trial in trials if len(trial.scores) > rung] for rung in range(3)]
     assert len(reached[0]) == 30
     for rung in (0, 1):
-        assert len(reached[rung + 1]) in (int(keep * len(reached[rung])), ceil(keep * len(reached[rung])))
+        assert len(reached[rung + 1]) in (len(reached[rung]) // factor, ceil(len(reached[rung]) / factor))
     assert {trial.state for trial in trials} == {State.FINISHED, State.STOPPED}
     assert [t.state is State.FINISHED for t in trials] == [len(t.scores) == 3 for t in trials]
     assert core.steps_taken() == sum(LEVELS[len(trial.scores) - 1].steps for trial in trials)
@@ -87,7 +87,7 @@ def _after_a_full_rung(**changes):
 
 
 def test_the_best_ranks_of_a_rung_go_on():
-    trials, promoted = _after_a_full_rung(trials=60, keep=0.3, accuracy_floor=-100.0)
+    trials, promoted = _after_a_full_rung(trials=60, reduction_factor=10 / 3, accuracy_floor=-100.0)
     found = ranks(np.array([(trial.scores[0]["accuracy"], trial.energy_uj_per_token) for trial in trials]))
     assert len(promoted) == 18
     assert max(found[promoted]) <= min(rank for number, rank in enumerate(found) if number not in promoted)
@@ -95,11 +95,11 @@ def test_the_best_ranks_of_a_rung_go_on():
 
 
 def test_trials_below_the_accuracy_floor_go_on_last():
-    trials, promoted = _after_a_full_rung(trials=40, keep=0.2)
+    trials, promoted = _after_a_full_rung(trials=40, reduction_factor=5)
     cheapest = min(trials, key=lambda trial: trial.energy_uj_per_token)
     assert cheapest.number in promoted  # nothing dominates it
     floor = cheapest.scores[0]["accuracy"] + 0.01
-    trials, promoted = _after_a_full_rung(trials=40, keep=0.2, accuracy_floor=floor)
+    trials, promoted = _after_a_full_rung(trials=40, reduction_factor=5, accuracy_floor=floor)
     assert cheapest.number not in promoted
     assert sum(trial.scores[0]["accuracy"] > floor for trial in trials) >= len(promoted) == 8
     assert all(trials[number].scores[0]["accuracy"] > floor for number in promoted)
@@ -147,7 +147,9 @@ def _disturbed(problem, storage, kills, seed):
 @pytest.mark.parametrize("sampler", ["random", "qmc", "tpe"])
 def test_crashes_at_random_moments_lose_and_repeat_nothing(levels, sampler, tmp_path):
     journal = optuna.storages.journal.JournalFileBackend(str(tmp_path / "journal"))
-    problem = _problem(levels=lambda values: levels, keep=1 / 3, sampler=sampler, racing=Racing(extra=10, most=12))
+    problem = _problem(
+        levels=lambda values: levels, reduction_factor=3, sampler=sampler, racing=Racing(extra=10, most=12)
+    )
     core = _disturbed(problem, optuna.storages.JournalStorage(journal), kills=20, seed=3)
     fresh = optuna.load_study(study_name="sim", storage=optuna.storages.JournalStorage(journal))
     assert {trial.state.name for trial in fresh.trials} <= {"COMPLETE", "PRUNED"}
@@ -267,7 +269,7 @@ def test_the_sampler_sees_the_best_and_the_latest_of_many_trials():
 
 
 def test_the_sampler_sees_what_a_paused_trial_reached_and_what_others_gained_from_there():
-    core, _ = _run(_problem(levels=lambda values: LEVELS, keep=1 / 3))
+    core, _ = _run(_problem(levels=lambda values: LEVELS, reduction_factor=3))
     trials = core.trials()
     seen = History(200, worst_accuracy=0.0).seen(trials)
     reached = [[scores["accuracy"] for scores in trial.scores] for trial in trials]
@@ -366,7 +368,7 @@ def test_every_mistake_of_a_table_is_told(sweep, tmp_path):
         "column 'lora.rnk' is neither a score nor a searched field; did you mean 'lora.rank'?",
         "line 3: step is 'x', not a number",
         "line 5: accuracy is '55', not a share between 0 and 1",
-        "line 6: accuracy is 'nan', which is no finite number",
+        "line 6: accuracy is 'nan', which is not a finite number",
         "line 7: trial is '1.5', not a whole number from 0 up",
         "line 3: lora.rank is '3', outside the sweep's space",
         "line 4: accuracy left empty",

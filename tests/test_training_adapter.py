@@ -194,7 +194,7 @@ def test_targets_that_the_model_has_not_are_told_before_anything_changes(runner,
     config = tiny_trial()
     base, _ = runner.base(config)
     lora = config.lora.model_copy(update={"targets": ("q_proj", "w_pack", "qkv_proj")})
-    with pytest.raises(UserError, match=r"has no layers named w_pack, qkv_proj \(mend lora.targets\)"):
+    with pytest.raises(UserError, match=r"has no layers named w_pack, qkv_proj \(fix lora.targets\)"):
         attach(base, lora, seed=0)
     assert not any("lora" in name for name, _ in base.causal_lm.named_modules())
 

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from halora.training import attention, frozen
+from halora.training import attention, fused
 from halora.training.attention import RowLayout, attend_on_cpu
 from halora.training.batches import PackedRow, lay_out
 from halora.training.fused import FrozenLinear, FrozenNorm
@@ -68,7 +68,7 @@ def test_plain_products_are_torchs_attention_and_gradient(dtype):
 
 @pytest.mark.parametrize("has_bf16", [False, True])
 def test_a_frozen_bf16_layer_computes_in_the_dtype_the_cpu_is_fast_at(monkeypatch, has_bf16):
-    monkeypatch.setattr(frozen, "_cpu_has_bf16", lambda: has_bf16)
+    monkeypatch.setattr(fused, "_cpu_has_bf16", lambda: has_bf16)
     linear = nn.Linear(64, 48).to(torch.bfloat16).requires_grad_(False)
     layer = FrozenLinear(linear)
     assert layer.product_dtype == (torch.bfloat16 if has_bf16 else torch.float32)
@@ -98,7 +98,7 @@ def test_a_norm_and_its_gradient_are_those_of_transformers(dtype):
 
 
 def test_a_widened_weight_is_not_kept_for_the_backward(monkeypatch):
-    monkeypatch.setattr(frozen, "_cpu_has_bf16", lambda: False)
+    monkeypatch.setattr(fused, "_cpu_has_bf16", lambda: False)
     layer = FrozenLinear(nn.Linear(256, 512, bias=False).to(torch.bfloat16).requires_grad_(False))
     kept: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(prod(tensor.shape)), lambda none: none):

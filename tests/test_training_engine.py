@@ -73,11 +73,11 @@ def test_losses_are_those_of_plain_transformers_and_peft(runner, tiny_trial, tmp
 
 
 def test_noisy_losses_are_those_of_a_plain_model_with_perturbed_weights(runner, tiny_trial, tmp_path):
-    schedule = {"shape": "linear", "sigma_start": 0.02, "sigma_end": 0.1, "redraw_steps": 2}
+    schedule = {"shape": "linear", "strength_start": 0.02, "strength_end": 0.1, "redraw_steps": 2}
     config = tiny_trial(method="noise_lora", steps=5, schedule=schedule, seed=3)
     reports = run_reports(runner, config, tmp_path, stop_at=3)
     sigmas = [0.02, 0.04, 0.06, 0.08, 0.1]  # of steps 0 and 1 the same draw, of 2 and 3 another
-    assert [report["train_sigma"] for report in reports] == pytest.approx(sigmas[:3])
+    assert [report["train_strength"] for report in reports] == pytest.approx(sigmas[:3])
     model = _plain(config)
     _perturb(model, config, draw=0, sigma=sigmas[0])
     assert reports[0]["train_loss"] == pytest.approx(_plain_task_loss(model, config, 0), abs=1e-4)
@@ -86,7 +86,7 @@ def test_noisy_losses_are_those_of_a_plain_model_with_perturbed_weights(runner, 
     expected = _plain_task_loss(PeftModel.from_pretrained(model, adapter_folder(tmp_path)), config, 3)
     whole = run_reports(runner, config, tmp_path / "whole")
     assert whole[3]["train_loss"] == pytest.approx(expected, abs=1e-4)
-    assert [report["train_sigma"] for report in whole] == pytest.approx(sigmas)
+    assert [report["train_strength"] for report in whole] == pytest.approx(sigmas)
 
 
 @pytest.mark.parametrize(("chip", "unit"), [("neurram-2022", 1.0), ("halora-2026", 0.1)])
@@ -95,15 +95,15 @@ def test_weights_have_the_strength_that_is_reported_wherever_a_run_was_interrupt
     runner, tiny_trial, tmp_path, chip, unit, holding
 ):
     """Loss of a plain model whose weights were programmed at the reported strength; the uninterrupted run."""
-    schedule = {"shape": "linear", "sigma_start": 0.5 * unit, "sigma_end": unit, "redraw_steps": 24}
+    schedule = {"shape": "linear", "strength_start": 0.5 * unit, "strength_end": unit, "redraw_steps": 24}
     settings = {"method": "noise_lora", "steps": 24, "noisy_weights": holding, "learning_rate": 1e-3}
     config = tiny_trial(chip=chip, schedule=schedule, **settings)
     whole = run_reports(runner, config, tmp_path / "whole")
-    sigmas = [report["train_sigma"] for report in whole]
+    sigmas = [report["train_strength"] for report in whole]
     assert len(set(sigmas)) == 12  # every second or third step moves by a twentieth
     assert (sigmas[0], sigmas[-1]) == (0.5 * unit, unit)
     parts = [each for stop in (5, 6, 17, None) for each in run_reports(runner, config, tmp_path / "parts", stop)]
-    assert [report["train_sigma"] for report in parts] == sigmas
+    assert [report["train_strength"] for report in parts] == sigmas
     losses = [[report["train_loss"] for report in reports] for reports in (parts, whole)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     run_reports(runner, config, tmp_path / "begun", stop_at=7)
@@ -209,7 +209,7 @@ def test_zero_3_gives_its_base_up_and_lower_stages_keep_it(runner, tiny_trial, t
 
 
 def test_the_frozen_weights_survive_training_under_noise(runner, tiny_trial, tmp_path):
-    config = tiny_trial(schedule={"sigma_start": 1.0, "redraw_steps": 2})
+    config = tiny_trial(schedule={"strength_start": 1.0, "redraw_steps": 2})
     base = runner.base(config)[0]
     names = set(base.causal_lm.state_dict())
     frozen = {name: tensor.clone() for name, tensor in base.causal_lm.state_dict().items()}
@@ -240,7 +240,7 @@ def test_a_thousand_noisy_steps_leave_every_bit_of_the_base(tiny_trial, tmp_path
         steps=1000,
         report_every=1000,
         batch_size=2,
-        schedule={"sigma_start": 0.5, "redraw_steps": 1},
+        schedule={"strength_start": 0.5, "redraw_steps": 1},
     )
     runner = TrialRunner()
     base = runner.base(config)[0]
@@ -367,7 +367,7 @@ def test_training_under_converters_is_the_plain_training_where_they_are_perfect(
     losses = {}
     for name, chip in chips.items():
         for converters in ("none", "statistical"):
-            config = tiny_trial(chip=chip, converters=converters, schedule={"sigma_start": 0.02, "redraw_steps": 2})
+            config = tiny_trial(chip=chip, converters=converters, schedule={"strength_start": 0.02, "redraw_steps": 2})
             losses[name, converters] = run_losses(runner, config, tmp_path / f"{name} {converters}")
     assert losses["perfect", "statistical"] == losses["perfect", "none"] == losses["coarse", "none"]
     gaps = [a - b for a, b in zip(losses["coarse", "statistical"], losses["coarse", "none"], strict=True)]
@@ -376,7 +376,7 @@ def test_training_under_converters_is_the_plain_training_where_they_are_perfect(
 
 def test_training_under_converters_goes_on_as_if_never_interrupted(runner, tiny_trial, tmp_path):
     chip = {"preset": "halora-2026", "adc": {"bits": 6}, "read": {"white_us": 0.4}}
-    config = tiny_trial(chip=chip, converters="statistical", schedule={"sigma_start": 0.02, "redraw_steps": 2})
+    config = tiny_trial(chip=chip, converters="statistical", schedule={"strength_start": 0.02, "redraw_steps": 2})
     whole = run_losses(runner, config, tmp_path / "whole")
     first = run_losses(runner, config, tmp_path / "cut", stop_at=3)
     assert first + run_losses(TrialRunner(), config, tmp_path / "cut") == pytest.approx(whole, abs=1e-6)

@@ -31,7 +31,7 @@ def _noise(steps=13, seed=0, chip="halora-2026", epoch_steps=100.0, **schedule) 
 
 def _sigmas(steps=13, **schedule) -> list[float]:
     noise = _noise(steps, **schedule)
-    return [noise.at(step).sigma for step in range(steps)]
+    return [noise.at(step).strength for step in range(steps)]
 
 
 SHAPES = {
@@ -46,21 +46,21 @@ SHAPES = {
 @pytest.mark.parametrize(("start", "end"), [(0.0, 0.1), (0.3, 0.05)])
 def test_every_shape_is_its_closed_form(shape, start, end):
     expected = [start + (end - start) * SHAPES[shape](step / 24) for step in range(25)]
-    found = _sigmas(25, shape=shape, sigma_start=start, sigma_end=end)
+    found = _sigmas(25, shape=shape, strength_start=start, strength_end=end)
     assert found == pytest.approx(expected)
     assert (found[0], max(found), min(found)) == (start, max(start, end), min(start, end))  # the ends exactly
 
 
 @pytest.mark.parametrize(("steps", "cycles"), [(7, 3), (8, 3), (13, 4), (100, 7), (121, 60)])
 def test_every_cycle_turns_at_both_ends(steps, cycles):
-    sigmas = _sigmas(steps, shape="cyclic", cycles=cycles, sigma_start=0.25, sigma_end=0.75)
+    sigmas = _sigmas(steps, shape="cyclic", cycles=cycles, strength_start=0.25, strength_end=0.75)
     assert (sigmas.count(0.75), sigmas.count(0.25)) == (cycles, cycles + 1)
     assert max(sigmas) == 0.75
 
 
 @pytest.mark.parametrize(("steps", "stages"), [(4, 4), (5, 4), (50, 49), (100, 7)])
 def test_every_stage_is_met_once_for_as_long_as_any(steps, stages):
-    sigmas = _sigmas(steps, shape="step", stages=stages, sigma_start=0.0, sigma_end=1.0)
+    sigmas = _sigmas(steps, shape="step", stages=stages, strength_start=0.0, strength_end=1.0)
     lengths = [sigmas.count(value) for value in sorted(set(sigmas))]
     assert sigmas == sorted(sigmas)
     assert len(lengths) == stages
@@ -68,34 +68,34 @@ def test_every_stage_is_met_once_for_as_long_as_any(steps, stages):
 
 
 def test_constant_holds_sigma_start():
-    assert set(_sigmas(1000, sigma_start=0.02)) == {0.02}
+    assert set(_sigmas(1000, strength_start=0.02)) == {0.02}
 
 
 def test_random_sigmas_are_uniform_between_start_and_end_and_depend_on_the_seed():
-    sigmas = torch.tensor(_sigmas(4000, shape="random", sigma_start=0.2, sigma_end=0.1), dtype=torch.float64)
+    sigmas = torch.tensor(_sigmas(4000, shape="random", strength_start=0.2, strength_end=0.1), dtype=torch.float64)
     assert 0.1 <= sigmas.min() < 0.1005
     assert 0.1995 < sigmas.max() <= 0.2
     assert sigmas.mean().item() == pytest.approx(0.15, abs=0.0015)
     assert sigmas.std().item() == pytest.approx(0.1 / 12**0.5, rel=0.03)
     assert len(set(sigmas.tolist())) == 4000
-    assert len(set(_sigmas(40, shape="random", sigma_end=0.1, redraw_steps=10))) == 4  # one strength per draw
-    assert _sigmas(3, shape="random", sigma_end=0.1, seed=1) != _sigmas(3, shape="random", sigma_end=0.1, seed=2)
+    assert len(set(_sigmas(40, shape="random", strength_end=0.1, redraw_steps=10))) == 4  # one strength per draw
+    assert _sigmas(3, shape="random", strength_end=0.1, seed=1) != _sigmas(3, shape="random", strength_end=0.1, seed=2)
 
 
 def test_sigma_follows_the_step_whenever_the_noise_is_redrawn():
     """Within a share of the closed form; its ends exactly, in one draw or in many."""
     for redraw_steps in (400, 50, 7):
-        noise = _noise(120, redraw_steps=redraw_steps, shape="linear", sigma_start=0.002, sigma_end=0.015)
+        noise = _noise(120, redraw_steps=redraw_steps, shape="linear", strength_start=0.002, strength_end=0.015)
         draws = [noise.at(step) for step in range(120)]
         wanted = [0.002 + 0.013 * step / 119 for step in range(120)]
-        assert [draw.sigma for draw in draws] == pytest.approx(wanted, rel=MOST_MOVED / (1 - MOST_MOVED))
-        assert (draws[0].sigma, draws[-1].sigma) == (0.002, 0.015)
-        assert [draw.instance.level for draw in draws] == [draw.sigma for draw in draws]
+        assert [draw.strength for draw in draws] == pytest.approx(wanted, rel=MOST_MOVED / (1 - MOST_MOVED))
+        assert (draws[0].strength, draws[-1].strength) == (0.002, 0.015)
+        assert [draw.instance.level for draw in draws] == [draw.strength for draw in draws]
         assert len({(draw.index, draw.instance.key) for draw in draws}) == -(-120 // redraw_steps)
 
 
 def test_a_warm_up_is_over_when_it_says():
-    sigmas = _sigmas(400, sigma_start=0.01, warmup_steps=100, redraw_steps=400)
+    sigmas = _sigmas(400, strength_start=0.01, warmup_steps=100, redraw_steps=400)
     wanted = [0.01 * (step + 1) / 101 for step in range(101)]
     assert sigmas[:101] == pytest.approx(wanted, rel=MOST_MOVED / (1 - MOST_MOVED))
     assert set(sigmas[100:]) == {0.01}
@@ -104,10 +104,10 @@ def test_a_warm_up_is_over_when_it_says():
 def test_the_demo_meets_the_end_of_its_shape():
     config = load_trial("quickstart", {f"training.schedule.{key}": v for key, v in DEMO.items()})
     noise = TrainingNoise(config.training.schedule, config.chip, 0, config.training.steps, 100.0, LAYERS)
-    assert noise.at(config.training.steps - 1).sigma == 0.015
+    assert noise.at(config.training.steps - 1).strength == 0.015
 
 
-DEMO = {"shape": "linear", "sigma_start": 0.002, "sigma_end": 0.015}
+DEMO = {"shape": "linear", "strength_start": 0.002, "strength_end": 0.015}
 WALKS = {
     "linear": {"shape": "linear", "warmup_steps": 20},
     "cosine": {"shape": "cosine"},
@@ -120,26 +120,26 @@ WALKS = {
 @pytest.mark.parametrize("redraw_steps", [400, 50])
 def test_noise_is_made_again_when_its_strength_has_moved_by_a_share(walk, redraw_steps):
     """Oracle: the same schedule redrawn, hence exact, at every step."""
-    settings = {"steps": 300, "sigma_start": 0.1, **({"sigma_end": 1.0} if "shape" in walk else {}), **walk}
+    settings = {"steps": 300, "strength_start": 0.1, **({"strength_end": 1.0} if "shape" in walk else {}), **walk}
     wanted, noise = _sigmas(**settings), _noise(redraw_steps=redraw_steps, **settings)
-    held = [noise.at(step).sigma for step in range(300)]
+    held = [noise.at(step).strength for step in range(300)]
     assert all(abs(a - b) <= MOST_MOVED * a for a, b in zip(held, wanted, strict=True))
     assert len(set(held)) < 0.75 * len(set(wanted))
     assert [held[step] for step in range(0, 300, redraw_steps)] == wanted[::redraw_steps]
     assert (max(held), held[-1]) == (max(wanted), wanted[-1])  # turns, rests and the end as they are written
-    fresh = [_noise(redraw_steps=redraw_steps, **settings).at(step).sigma for step in (299, 0, 57, 180)]
+    fresh = [_noise(redraw_steps=redraw_steps, **settings).at(step).strength for step in (299, 0, 57, 180)]
     assert fresh == [held[step] for step in (299, 0, 57, 180)]  # whichever steps came before
-    assert [noise.at(step).sigma for step in (57, 56, 58)] == [held[step] for step in (57, 56, 58)]
+    assert [noise.at(step).strength for step in (57, 56, 58)] == [held[step] for step in (57, 56, 58)]
 
 
 def test_a_strength_of_nothing_is_left_and_met_exactly():
-    sigmas = _sigmas(101, shape="cyclic", cycles=1, sigma_start=0.0, sigma_end=1.0, redraw_steps=400)
+    sigmas = _sigmas(101, shape="cyclic", cycles=1, strength_start=0.0, strength_end=1.0, redraw_steps=400)
     assert (sigmas[0], sigmas[1], sigmas[50], sigmas[100]) == (0.0, 0.02, 1.0, 0.0)
 
 
 def test_a_constant_schedule_makes_noise_once_per_draw():
-    noise = _noise(chip="neurram-2022", sigma_start=0.3, redraw_steps=10, steps=40)
-    assert len({(draw.index, draw.sigma) for draw in map(noise.at, range(40))}) == 4
+    noise = _noise(chip="neurram-2022", strength_start=0.3, redraw_steps=10, steps=40)
+    assert len({(draw.index, draw.strength) for draw in map(noise.at, range(40))}) == 4
 
 
 @pytest.mark.parametrize("reference", ["absolute", "tensor_max", "channel_max", "tile_max", "std"])
@@ -147,7 +147,7 @@ def test_the_same_draw_at_another_strength_is_scaled(reference):
     """Noise of whole weights within float32's rounding: the error at twice sigma is twice the error."""
     weight = torch.randn(96, 64, generator=torch.Generator().manual_seed(1))
     noise = _noise(40, chip={"preset": "ideal", "noise": {"sigma": 0.01, "reference": reference}}, redraw_steps=40,
-                   shape="linear", sigma_start=0.01, sigma_end=0.02)  # fmt: skip
+                   shape="linear", strength_start=0.01, strength_end=0.02)  # fmt: skip
     first, last = (noise.at(step).instance for step in (0, 39))
     errors = [
         programmed_weight(weight, each.chip, each.key.at(module="m", purpose="programming"), each.level) - weight
@@ -162,17 +162,17 @@ def test_redrawn_every_epoch():
 
 
 def test_a_single_step_takes_the_start():
-    assert _sigmas(1, shape="linear", sigma_start=0.2, sigma_end=0.4) == [0.2]
+    assert _sigmas(1, shape="linear", strength_start=0.2, strength_end=0.4) == [0.2]
 
 
 def test_warm_up_rises_to_the_shape():
-    assert _sigmas(5, sigma_start=0.4, warmup_steps=3) == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4])
-    rising = _sigmas(5, shape="linear", sigma_start=0.4, sigma_end=0.8, warmup_steps=3)
+    assert _sigmas(5, strength_start=0.4, warmup_steps=3) == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4])
+    rising = _sigmas(5, shape="linear", strength_start=0.4, strength_end=0.8, warmup_steps=3)
     assert rising == pytest.approx([0.1, 0.25, 0.45, 0.7, 0.8])
 
 
 def test_a_draw_depends_on_seed_and_step_alone():
-    settings = {"shape": "random", "sigma_end": 0.5, "clean_probability": 0.3, "others": [{"chip": "neurram-2022"}]}
+    settings = {"shape": "random", "strength_end": 0.5, "clean_probability": 0.3, "others": [{"chip": "neurram-2022"}]}
     noise, late_first = _noise(**settings), [12, 3, 7]
     found = {step: noise.at(step) for step in late_first}
     assert all(_noise(**settings).at(step) == found[step] for step in range(13) if step in found)
@@ -193,13 +193,13 @@ def test_clean_draws_take_their_share():
     draws = [noise.at(step) for step in range(4000)]
     clean = [draw for draw in draws if draw.instance is None]
     assert len(clean) / 4000 == pytest.approx(0.3, abs=0.022)  # three standard errors
-    assert {draw.sigma for draw in clean} == {0.0}
+    assert {draw.strength for draw in clean} == {0.0}
 
 
 def test_other_chips_take_their_share_at_their_own_level():
     others = [{"chip": {"preset": "neurram-2022", "noise": {"strength": 0.8}}, "weight": 3}]
     chip = {"preset": "halora-2026", "noise": {"sigma": 0.02}}
-    noise = _noise(chip=chip, sigma_start=0.01, others=others)
+    noise = _noise(chip=chip, strength_start=0.01, others=others)
     instances = [noise.at(step).instance for step in range(4000)]
     own = [i for i in instances if i.chip.name == "halora-2026"]
     assert len(own) / 4000 == pytest.approx(0.25, abs=0.021)
@@ -242,7 +242,7 @@ def test_the_realised_noise_of_a_layer_is_multiplied():
     names = [layer.name for layer in array.layers]
     realised = []
     for law in ({}, {"first": 4.0, "last": 0.5}):
-        schedule = NoiseSchedule.model_validate({"sigma_start": 0.01, "layers": law})
+        schedule = NoiseSchedule.model_validate({"strength_start": 0.01, "layers": law})
         array.program(TrainingNoise(schedule, chip, 0, 1, 1, names).at(0).instance)
         realised.append(array.noise_db())
     gained = [realised[1][name] - realised[0][name] for name in names]
@@ -263,13 +263,13 @@ CHIPS = {
 def test_any_shape_trains_over_any_noise(tiny_trial, tmp_path, runner, chip, shape):
     schedule = {
         "shape": shape,
-        "sigma_start": 0.5,
+        "strength_start": 0.5,
         "redraw_steps": 1,
         "clean_probability": 0.3,
         "stages": 3,
         "cycles": 1,
     }
-    schedule |= {} if shape == "constant" else {"sigma_end": 1.0}
+    schedule |= {} if shape == "constant" else {"strength_end": 1.0}
     config = tiny_trial(chip=chip, steps=3, schedule=schedule)
     training = runner.train(config, tmp_path)
     try:
@@ -292,9 +292,9 @@ def test_the_shipped_noise_kinds_are_all_trained_over():
 @pytest.mark.parametrize(
     ("bad", "told"),
     [
-        ({"shape": "linear"}, "sigma_end is required for shape 'linear'"),
-        ({"shape": "constant", "sigma_end": 0.1}, "sigma_end is not allowed for shape 'constant'"),
-        ({"shape": "cosine"}, "sigma_end is required for shape 'cosine'"),
+        ({"shape": "linear"}, "strength_end is required for shape 'linear'"),
+        ({"shape": "constant", "strength_end": 0.1}, "strength_end is not allowed for shape 'constant'"),
+        ({"shape": "cosine"}, "strength_end is required for shape 'cosine'"),
         ({"time_s": [100.0, 1.0]}, "time_s goes from short to long"),
         ({"redraw_steps": 0}, "greater than or equal to 1"),
         ({"clean_probability": 1.5}, "less than or equal to 1"),
@@ -313,7 +313,7 @@ def test_a_bad_schedule_is_refused(bad, told):
         ("halora-2026", {"time_s": [1.0, 10.0]}, "time_s: nothing on chip 'halora-2026' changes with time"),
         (AGEING, {"time_s": [1e-9, 10.0]}, "time_s: "),
         ("halora-2026", {"layers": {"order": "sensitivity"}}, "layers.order: 'sensitivity' needs chip.mapping.ranking"),
-        ("ideal", {"others": [{"chip": "halora-2026"}]}, "others: the trial's chip has no noise level"),
+        ("ideal", {"others": [{"chip": "halora-2026"}]}, "others: the trial's chip has no noise strength"),
     ],
 )
 def test_a_schedule_that_does_not_suit_the_chip_is_refused(tiny_trial, chip, schedule, told):
@@ -325,15 +325,15 @@ def test_a_schedule_that_does_not_suit_the_chip_is_refused(tiny_trial, chip, sch
 
 NEVER_MET = {
     "a warm-up as long as the training": (
-        {"sigma_start": 0.01, "warmup_steps": 40},
-        "warmup_steps: 40, but the training has 40 steps and would never meet the level; 39 at most",
+        {"strength_start": 0.01, "warmup_steps": 40},
+        "warmup_steps: 40, but the training has 40 steps and would never meet the strength; 39 at most",
     ),
     "more stages than steps": (
-        {"shape": "step", "sigma_end": 0.1, "stages": 41},
+        {"shape": "step", "strength_end": 0.1, "stages": 41},
         "shape: 'step' with 41 stages takes 41 steps to be met, the training has 40",
     ),
     "more cycles than steps can show": (
-        {"shape": "cyclic", "sigma_end": 0.1, "cycles": 20},
+        {"shape": "cyclic", "strength_end": 0.1, "cycles": 20},
         "shape: 'cyclic' with 20 cycles takes 41 steps to be met, the training has 40",
     ),
     "a pool larger than the draws": (
@@ -350,7 +350,7 @@ NEVER_MET = {
         "or less",
     ),
     "one random strength": (
-        {"shape": "random", "sigma_end": 0.1},
+        {"shape": "random", "strength_end": 0.1},
         "shape: takes 2 draws to be met, but 40 steps with a draw every 400 have 1; redraw every 39 steps or less",
     ),
     "a mixture of one draw": (
@@ -371,7 +371,7 @@ def test_what_a_training_never_meets_is_refused(tiny_trial, schedule, told):
 
 
 def test_all_that_is_never_met_is_told_at_once(tiny_trial):
-    schedule = {"shape": "cyclic", "sigma_end": 0.1, "warmup_steps": 9, "chips": 2, "clean_probability": 0.1}
+    schedule = {"shape": "cyclic", "strength_end": 0.1, "warmup_steps": 9, "chips": 2, "clean_probability": 0.1}
     with pytest.raises(ValidationError) as error:
         tiny_trial(steps=8, warmup_steps=8, schedule=schedule)
     told = describe(error.value, TrialConfig)

@@ -69,7 +69,7 @@ def _step_by_hand(
             continue
         chip_seed = derive_seed(config.seed, draw)
         key = NoiseKey(role=Role.TRAIN, chip_seed=chip_seed, module=name, purpose="programming")
-        weight = programmed_weight(module.weight.data, config.chip, key, training.schedule.sigma_start)
+        weight = programmed_weight(module.weight.data, config.chip, key, training.schedule.strength_start)
         if name.rpartition(".")[2] in lora.targets:
             a, b = (adapter[f"base_model.model.{name}.lora_{ab}.weight"] for ab in "AB")
             weight = weight + lora.alpha_over_rank * b @ a
@@ -130,7 +130,7 @@ def test_a_step_is_the_one_written_out_in_plain_torch(tiny_trial, tmp_path, engi
     """Within 2e-6 of weights of 0.3 that move by 5e-3; gradient norms within 1e-3 of themselves."""
     settings = {"method": "halora", "mu": 0.3, "reg_reduction": reduction, "weight_decay": 0.1}
     settings |= {"steps": 8, "warmup_steps": 6}
-    settings |= {"gradient_clip": 0.5, "schedule": {"sigma_start": 0.05, "redraw_steps": 2}, "batch_size": 5}
+    settings |= {"gradient_clip": 0.5, "schedule": {"strength_start": 0.05, "redraw_steps": 2}, "batch_size": 5}
     _checkpoint_in_mid_training(TrialRunner(), tiny_trial(**settings), tmp_path, step=3)
     config = tiny_trial(**settings, **engine)
     expected_loss, expected, gradients = _step_by_hand(config, tmp_path, step=3)
@@ -144,7 +144,7 @@ def test_a_step_is_the_one_written_out_in_plain_torch(tiny_trial, tmp_path, engi
 @pytest.mark.parametrize("zero_stage", [0, 1, 3])
 def test_gradients_in_bf16_are_those_written_out(tiny_trial, tmp_path, zero_stage):
     """Within 8 %: the model, the gradients and their sums are rounded to 8 bits, and shares divide two of them."""
-    settings = {"mu": 3.0, "reg_reduction": "sum", "steps": 8, "schedule": {"sigma_start": 0.01, "redraw_steps": 2}}
+    settings = {"mu": 3.0, "reg_reduction": "sum", "steps": 8, "schedule": {"strength_start": 0.01, "redraw_steps": 2}}
     settings |= {"gradient_clip": 0.5}
     _checkpoint_in_mid_training(TrialRunner(), tiny_trial(**settings), tmp_path, step=3)
     _, _, gradients = _step_by_hand(tiny_trial(**settings), tmp_path, step=3)
@@ -174,7 +174,7 @@ GOLDEN = [
 
 def test_twenty_losses_are_those_of_the_day_this_was_written(runner, tiny_trial, tmp_path):
     """Within 2e-3: another processor adds up in another order; another formula or draw differs by more."""
-    config = tiny_trial(steps=20, mu=0.3, schedule={"sigma_start": 0.05, "redraw_steps": 5}, seed=2)
+    config = tiny_trial(steps=20, mu=0.3, schedule={"strength_start": 0.05, "redraw_steps": 5}, seed=2)
     losses = run_losses(runner, config, tmp_path)
     assert losses == pytest.approx(GOLDEN, abs=2e-3)
 
@@ -182,7 +182,7 @@ def test_twenty_losses_are_those_of_the_day_this_was_written(runner, tiny_trial,
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_accumulation_and_recomputation_change_nothing(runner, tiny_trial, tmp_path, dtype):
     """The loss of every step within 1e-4 (bf16: 3e-2); a batch of 7 rows is shared unevenly."""
-    settings = {"dtype": dtype, "steps": 6, "batch_size": 7, "schedule": {"sigma_start": 0.05, "redraw_steps": 2}}
+    settings = {"dtype": dtype, "steps": 6, "batch_size": 7, "schedule": {"strength_start": 0.05, "redraw_steps": 2}}
     losses = {}
     for name, own in {
         "whole": {},

@@ -97,7 +97,7 @@ def test_the_order_does_not_depend_on_the_order_of_the_file(tmp_path):
 
 
 def test_a_folder_of_jsonl_files(tmp_path):
-    folder = _folder(tmp_path, PLAIN, "")  # a blank line is no row
+    folder = _folder(tmp_path, PLAIN, "")  # a blank line is not a row
     assert load_rows(folder, "validation") == [
         Row("a", "Question: Which is a fruit?\nAnswer:", (" stone", " apple"), 1, folder)
     ]
@@ -119,15 +119,15 @@ def test_rows_without_an_id_get_a_stable_one(tmp_path):
         ({**PLAIN, "answer": "B"}, "line 2: answer 'B' is not the index of a choice"),
         ({**PLAIN, "answer": 1.7}, "line 2: answer 1.7 is not the index of a choice"),
         ({**PLAIN, "answer": True}, "line 2: answer True is not the index of a choice"),
-        ({**PLAIN, "choices": ["stone", None]}, "line 2: choice 1 is no text but null; write it in quotes"),
-        ({**PLAIN, "choices": [{"label": "A"}, "pear"]}, """line 2: choice 0 is no text but {"label": "A"};"""),
-        ({**PLAIN, "question": {"stem": "q"}}, """line 2: question is no text but {"stem": "q"};"""),
-        ({"goal": 7, "sol1": "a", "sol2": "b", "label": 0}, "line 2: goal is no text but 7"),
-        ({"prompt": "2 + 2 =", "completion": 4}, "line 2: completion is no text but 4; write it in quotes"),
+        ({**PLAIN, "choices": ["stone", None]}, "line 2: choice 1 is not text but null; write it in quotes"),
+        ({**PLAIN, "choices": [{"label": "A"}, "pear"]}, """line 2: choice 0 is not text but {"label": "A"};"""),
+        ({**PLAIN, "question": {"stem": "q"}}, """line 2: question is not text but {"stem": "q"};"""),
+        ({"goal": 7, "sol1": "a", "sol2": "b", "label": 0}, "line 2: goal is not text but 7"),
+        ({"prompt": "2 + 2 =", "completion": 4}, "line 2: completion is not text but 4; write it in quotes"),
         ({**PLAIN, "choices": ["only"], "answer": 0}, "line 2: 1 choices; a row has two or more"),
         ({**PLAIN, "choices": ["stone", " "]}, "line 2: option 1 is empty"),
         ({**PLAIN, "choices": {"text": ["x", "y"]}}, "line 2: choices are a list, got dict"),
-        ({"id": "b", "question": "q", "answer": 1}, "line 2: answer 1 is no text"),
+        ({"id": "b", "question": "q", "answer": 1}, "line 2: answer 1 is not text"),
         ({"id": "b", "choices": ["x", "y"], "answer": 1}, "line 2: keys answer, choices, id fit no known form: {"),
         (
             {"question": "q", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": "C"},

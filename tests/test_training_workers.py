@@ -23,12 +23,12 @@ from halora.heartbeat import Heartbeats
 from halora.rank_workers import WorkerLostError
 from halora.settings.trial import TrialConfig
 from halora.storage import TrialStorage
-from halora.sweep.executor import _loss
+from halora.sweep.run.executor import _loss
 from halora.trainable import HaloraTrainable
 from halora.trial_folder import REPORTS_FILE, adapter_folder
 from halora.trial_runner import Training, TrialRunner
 
-SETTINGS = {"steps": 6, "schedule": {"sigma_start": 0.05, "redraw_steps": 2}, "mu": 0.3, "worker_timeout_s": 60}
+SETTINGS = {"steps": 6, "schedule": {"strength_start": 0.05, "redraw_steps": 2}, "mu": 0.3, "worker_timeout_s": 60}
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +246,7 @@ print(json.dumps(reports))
 @pytest.mark.slow
 def test_a_trial_that_runs_out_of_memory_goes_on_in_smaller_parts(tiny_trial, tmp_path):
     """Oracles: a limit that the kernel sets to a process's memory; the losses of a training that has enough."""
-    config = tiny_trial(steps=3, batch_size=64, schedule={"sigma_start": 0.05})
+    config = tiny_trial(steps=3, batch_size=64, schedule={"strength_start": 0.05})
     plenty = _run(TrialRunner(), config, tmp_path / "plenty")
     job = {"job": "a", "number": 0, "folder": str(tmp_path / "scarce"), "goal": {"steps": 3, "chip_instances": 1}}
     command = [sys.executable, "-c", SCARCE, config.model_dump_json(), json.dumps(job)]

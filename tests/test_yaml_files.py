@@ -38,8 +38,8 @@ def test_a_key_may_be_laid_over_one_that_is_merged_in():
     [
         ("seed: 1\ntrials: 2\nseed: 3", "sweep 's' is not YAML: the key 'seed' is given twice at line 3"),
         ("a: {b: {c: 1, c: 2}}", "the key 'c' is given twice"),
-        ("1: a", "the key 1 is no text; write it in quotes"),
-        ("on: a", "the key True is no text; write it in quotes"),
+        ("1: a", "the key 1 is not text; write it in quotes"),
+        ("on: a", "the key True is not text; write it in quotes"),
         ("? [a, b]\n: c", "the key "),
         ("a: [1", "sweep 's' is not YAML: while parsing a flow sequence at line 1"),
         ("a: 2001-13-45", "is not YAML: month must be in 1..12"),

@@ -2,7 +2,7 @@
 # MLflow's server with authentication, its records in PostgreSQL. What runs already is left alone.
 #
 # The user `admin` has the password in secrets/mlflow-admin (mode 600): drawn at the first run, or that of
-# $HALORA_MLFLOW_PASSWORD then. It stands in no command line and is never printed.
+# $HALORA_MLFLOW_PASSWORD then. It is in no command line and is never printed.
 
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=environment.sh

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # PostgreSQL with two databases: `tracking` for MLflow, `studies` for Optuna. What runs already is left alone.
 #
-# It enters by a password that is drawn once and stands in secrets/pgpass (mode 600), never in a command line.
+# It enters by a password that is drawn once and is in secrets/pgpass (mode 600), never in a command line.
 
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=environment.sh

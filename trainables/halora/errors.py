@@ -1,4 +1,4 @@
-"""What a user is told when something they can mend is wrong."""
+"""What a user is told when something they can fix is wrong."""
 
 from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
@@ -12,7 +12,7 @@ _MOST = 200
 
 
 class UserError(ValueError):
-    """One or more mistakes a user can mend, all told at once, with the next step.
+    """One or more mistakes a user can fix, all told at once, with the next step.
 
     Problems quote what was given, whatever that is: they are bounded in length and number, and can be printed;
     URLs with a secret are told by their scheme alone.

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, whatever happens to their writer; their digests; files of other people."""
+"""Files that are written atomically, whatever happens to their writer; their digests; files of other people."""
 
 import errno
 import hashlib
@@ -14,7 +14,7 @@ from halora.errors import UserError
 def write_whole(path: Path, text: str, *, durable: bool = False) -> None:
     """Write a text file; one that is `durable` is on the disk itself when this returns, power loss or not."""
     scratch = path.with_name(f".{path.name}.partial")
-    with scratch.open("w") as file:
+    with scratch.open("w", encoding="utf-8") as file:
         file.write(text)
         if durable:
             file.flush()

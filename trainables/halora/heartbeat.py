@@ -1,4 +1,4 @@
-"""Finds workers that are frozen: Ray notices a process that ended, and not one that stands still.
+"""Finds workers that hang: Ray notices a process that ended, and not one that stands still.
 
 Every worker process says every few seconds, from a thread of its own, that it lives. An actor beside the driver keeps
 when each was last heard; the driver asks it who has been silent too long, and ends those where they are.
@@ -52,7 +52,7 @@ def _kill(process: Process) -> None:
 
 
 class Heartbeats:
-    """When each worker was last heard, by a clock that nobody sets; to be a Ray actor."""
+    """When each worker was last heard, by a monotonic clock; to be a Ray actor."""
 
     def __init__(self) -> None:
         self._heard: dict[Process, tuple[float, str]] = {}
@@ -79,7 +79,7 @@ class HeartbeatSender:
 
     Args:
         name: Of the `Heartbeats` actor.
-        longest_s: Silence after which the worker counts as frozen.
+        longest_s: Silence after which the worker counts as hung.
     """
 
     def __init__(self, name: str, longest_s: float) -> None:

@@ -13,7 +13,7 @@ def trial_energy(config: TrialConfig, *, estimated: bool = False) -> EnergyBreak
         estimated: Do without the model's weights, see `estimated_shape`: enough to tell what can be priced.
 
     Raises:
-        UserError: The model's dimensions cannot be had.
+        UserError: The model's dimensions are not available.
     """
     shape_of = estimated_shape if estimated else model_shape
     return energy_per_token(

@@ -18,7 +18,7 @@ _ERROR_WAIT_S = 10.0
 
 
 class WorkerLostError(UserError):
-    """A worker of a trial ended, hung or failed by itself; the trial can go on from its checkpoint with new ones."""
+    """A worker of a trial ended, hung or failed by itself; the trial can resume from its checkpoint with new ones."""
 
 
 class WorkerOutOfMemoryError(WorkerLostError):

@@ -1,9 +1,9 @@
-"""Storage of trials on a URL: what a worker leaves there, any other finds whole or not at all.
+"""Storage of trials on a URL: what a worker leaves there, any other finds complete or not at all.
 
 A trial's place is `URL/NUMBER`. A checkpoint is a folder `step-NNNNNN-ID` below it, with the trial's reports, and a
 manifest of names, sizes and SHA-256 digests that is written last: a folder without its manifest, or with files that are
-not as it says, is no checkpoint. ID is drawn for every upload, so that two workers that both believe the trial theirs
-never write into one folder. `result-STEPS-CHIPS.json` are the scores at a goal, one object each.
+not as it says, is not a checkpoint. ID is drawn for every upload, so that two workers that both believe the trial is
+theirs never write into one folder. `result-STEPS-CHIPS.json` are the scores at a goal, one object each.
 """
 
 import fcntl
@@ -82,11 +82,11 @@ class TrialStorage:
             self._remove_but(name, self._place.files())
 
     def fetch_checkpoint(self, folder: Path, *, moments: bool = True) -> bool:
-        """Bring the latest whole checkpoint into a trial's folder, which shows it whole or not at all.
+        """Bring the latest whole checkpoint into a trial's folder, which shows it complete or not at all.
 
         Args:
             folder: The folder.
-            moments: Whether the optimiser's moments, which training goes on from, are wanted too.
+            moments: Whether the optimiser's moments, which training resumes from, are wanted too.
 
         Returns:
             Whether there was one.

@@ -109,7 +109,9 @@ class HaloraTrainable(tune.Trainable):
         config = goal.config(self._config)
         scores = self._runner.evaluate(config, adapter_folder(self._folder), first_chip=goal.first_chip)
         if goal.first_chip:
-            scores = ChipScores.from_json(json.loads(result.read_text())).with_chips_after(goal.first_chip, scores)
+            scores = ChipScores.from_json(json.loads(result.read_text(encoding="utf-8"))).with_chips_after(
+                goal.first_chip, scores
+            )
         write_json(result, scores.to_json())
         self._files.put_result(goal)
         taken_at = {"step": goal.steps, "rows": len(scores.row_ids), "accuracy_by_chip": scores.accuracy_by_chip}

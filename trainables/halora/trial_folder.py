@@ -32,5 +32,5 @@ def past_reports(folder: Path) -> list[dict[str, float]]:
     checkpoint, written = latest_checkpoint(folder), folder / REPORTS_FILE
     if checkpoint is None or not written.exists():
         return []
-    reached = json.loads((checkpoint / "progress.json").read_text())["step"]
-    return [report for report in json.loads(written.read_text()) if report["step"] <= reached]
+    reached = json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))["step"]
+    return [report for report in json.loads(written.read_text(encoding="utf-8")) if report["step"] <= reached]

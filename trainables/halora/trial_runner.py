@@ -51,7 +51,7 @@ class TrialRunner:
         return self._loaded[1], self._loaded[2]
 
     def train(self, config: TrialConfig, folder: Path, until: int | None = None) -> "Training":
-        """Begin the trial's training, or go on from its latest checkpoint in `folder`; up to a step, or to its end.
+        """Begin the trial's training, or resume from its latest checkpoint in `folder`; up to a step, or to its end.
 
         Raises:
             UserError: The checkpoint is damaged or another adapter's, or the model lacks the adapter's targets.

@@ -1,6 +1,6 @@
 """A folder on any fsspec URL: a path of this machine, S3 or what speaks its language, and whatever has a package.
 
-Object stores have no folders and no renames, but show an object whole or not at all. A local path gets the same by a
+Object stores have no folders and no renames, but show an object complete or not at all. A local path gets the same by a
 file written beside and renamed. Credentials come from the environment or the protocol's own files, never from a URL.
 """
 
@@ -105,7 +105,7 @@ class UrlFolder:
         self._written(lambda: self._fs.put_file(str(path), self._at(name)))
 
     def write(self, name: str, content: bytes) -> None:
-        """Write a file, which is there whole or not at all, or as it was before.
+        """Write a file, which is there complete or not at all, or as it was before.
 
         Raises:
             StorageError: It cannot be written.

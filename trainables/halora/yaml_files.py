@@ -19,7 +19,7 @@ class _Loader(yaml.SafeLoader):
                 continue
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str):
-                self._refuse(f"the key {key!r} is no text; write it in quotes", key_node)
+                self._refuse(f"the key {key!r} is not text; write it in quotes", key_node)
             if key in seen:
                 self._refuse(f"the key '{key}' is given twice", key_node)
             seen.add(key)
@@ -43,7 +43,7 @@ def parse_yaml(text: str, where: str) -> Any:
         where: What it is, for the message.
 
     Raises:
-        UserError: It is not YAML, has a key twice or one that is no text, or a value that is none.
+        UserError: It is not YAML, has a key twice or one that is not text, or a value that is none.
     """
     try:
         return yaml.load(text, Loader=_Loader)

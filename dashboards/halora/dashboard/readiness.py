@@ -67,7 +67,7 @@ def readiness(snapshot: Snapshot, point: RecordedTrial) -> Readiness:
 
 
 def failed_gates(snapshot: Snapshot, point: RecordedTrial) -> tuple[str, ...]:
-    """Why a trial is no candidate, by the sweep's gates; none for a candidate."""
+    """Why a trial is not a candidate, by the sweep's gates; none for a candidate."""
     return standings([point], snapshot.sweep.gates)[0].reasons
 
 
@@ -130,7 +130,7 @@ def _scored(snapshot: Snapshot, attempt: Attempt) -> int:
     scored = 0
     for file in attempt.folder(snapshot.folder).glob("chips-*.json"):
         try:
-            content: dict[str, Any] = json.loads(file.read_text())
+            content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
             scored += len(content["chip_seeds"])
         except (OSError, ValueError, KeyError):  # being written
             continue

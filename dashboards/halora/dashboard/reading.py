@@ -10,12 +10,13 @@ import yaml
 from halora.analysis.summary import FrontView, view_front, volumes
 from halora.analysis.trials import ACCURACY, ENERGY, Objective, RecordedTrial
 from halora.errors import UserError
+from halora.evaluation.damage import described
 from halora.records import journal
 from halora.records.index import read_ledger
 from halora.records.ledger import Ledger
 from halora.records.store import Store, SweepFolder
 from halora.spaces.sweep import SweepConfig
-from halora.sweep.state import is_running, load_sweep_of
+from halora.sweep.run.state import is_running, load_sweep_of
 
 _MOST_KEPT = 32
 """Sweeps in memory."""
@@ -48,6 +49,11 @@ class Snapshot:
     def state(self) -> str:
         """running, finished or interrupted; launched before there is a record."""
         return "running" if self.running else self.ledger.sweep_state.replace("running", "interrupted") or "launched"
+
+    @cached_property
+    def damage(self) -> list[str]:
+        """What the chips do to the untrained bases, in lines; warnings among them."""
+        return described(self.ledger.damage or ())
 
     @cached_property
     def view(self) -> FrontView:

@@ -1,11 +1,9 @@
 """What all pages share: the store, its sweeps in memory, and how a template becomes an answer."""
 
 import hashlib
-import json
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
-from math import floor, isfinite, log10
 from pathlib import Path
 from time import localtime, strftime
 from typing import Any
@@ -13,11 +11,11 @@ from urllib.parse import quote
 
 import plotly
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 from starlette.requests import Request
 from starlette.responses import HTMLResponse
 
 from halora.analysis.charts import described
+from halora.analysis.formats import number, script_json
 from halora.dashboard.reading import SweepReader
 from halora.dashboard.security import new_token
 from halora.records.store import Store
@@ -55,23 +53,6 @@ class Site:
 def is_fragment(request: Request) -> bool:
     """Whether htmx asks for the part of the page that depends on the form."""
     return request.headers.get("hx-request") == "true" and "hx-history-restore-request" not in request.headers
-
-
-def script_json(content: Any) -> Markup:
-    """JSON that cannot end the script element it stands in; what is not a number becomes null."""
-    text = json.dumps(_finite(content), allow_nan=False, ensure_ascii=True, separators=(",", ":"))
-    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
-
-
-def number(value: Any, digits: int = 4) -> str:
-    """A number as a table shows it; a dash for none, and for what is not a number."""
-    if value is None or (isinstance(value, float) and not isfinite(value)):
-        return "–"
-    if not 1e-4 <= abs(value) < 1e6:
-        return f"{value:.{digits}g}"
-    decimals = max(digits - 1 - floor(log10(abs(value))), 0)
-    text = f"{value:.{decimals}f}"
-    return text.rstrip("0").rstrip(".") if "." in text else text
 
 
 def decibel(value: float | None) -> str:
@@ -124,11 +105,3 @@ def _versions() -> dict[str, str]:
     """A short digest of each static file, for its address."""
     served = {path.name: path for path in STATIC.iterdir()} | {PLOTLY.name: PLOTLY}
     return {name: hashlib.sha256(path.read_bytes()).hexdigest()[:12] for name, path in served.items()}
-
-
-def _finite(content: Any) -> Any:
-    if isinstance(content, dict):
-        return {key: _finite(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [_finite(value) for value in content]
-    return None if isinstance(content, float) and not isfinite(content) else content

@@ -191,7 +191,7 @@ def _sweep_charts(snapshot: Snapshot, point: RecordedTrial, trial: TrialConfig) 
     scored = [*groups.feasible, *groups.violating]
     levels = {level for each in scored for level in each.accuracy_by_level}
     field, title = (
-        ("noise_level", "noise level of the chip (unit of its model)")
+        ("noise_strength", "noise strength of the chip (unit of its model)")
         if len(levels) > 1
         else ("noise_db", "noise to signal of the weights (dB)")
     )
@@ -208,7 +208,7 @@ def _shape_here(model: str) -> ModelShape | None:
     folder = Path(model) / "config.json"
     try:
         return known_shape(model) or (known_shape(str(folder)) if model and folder.is_file() else None)
-    except (UserError, OSError, ValueError):  # no such family; a name that is no path
+    except (UserError, OSError, ValueError):  # no such family; a name that is not a path
         return None
 
 

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from halora.analysis.figures import METHOD_COLOURS, OTHER_COLOUR
+from halora.analysis.formats import searched_values
 from halora.analysis.summary import FrontView, SweepSummary
 from halora.analysis.trials import RecordedTrial
 
@@ -131,7 +132,7 @@ def fronts_chart(fronts: Mapping[str, FrontView], reference: tuple[float, float]
 def noise_chart(
     points: Sequence[RecordedTrial], field: str, title: str, *, marked: Sequence[RecordedTrial] = ()
 ) -> Chart:
-    """Accuracy over `noise_level`, at all levels a trial was scored at, or over the metric `noise_db`.
+    """Accuracy over `noise_strength`, at all levels a trial was scored at, or over the metric `noise_db`.
 
     The `marked` trials get a ring.
     """
@@ -164,7 +165,7 @@ def noise_chart(
 
 
 def _accuracies_over(point: RecordedTrial, field: str) -> list[tuple[float, float]]:
-    if field == "noise_level":
+    if field == "noise_strength":
         return list(point.accuracy_by_level.items())
     return [(point.metrics[field], point.accuracy)] if field in point.metrics else []
 
@@ -253,12 +254,8 @@ def label_styles(points: Sequence[RecordedTrial], label: str) -> dict[str, tuple
 
 
 def described(point: RecordedTrial) -> str:
-    """Searched values on one line: the last part of each path, numbers to three digits."""
-    return " ".join(f"{path.rpartition('.')[2]}={_short(value)}" for path, value in sorted(point.params.items()))
-
-
-def _short(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    """A trial's searched values on one line."""
+    return searched_values(point.params)
 
 
 @dataclass(frozen=True)

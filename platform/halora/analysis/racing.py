@@ -42,7 +42,7 @@ def chip_estimates(accuracy_by_chip: Sequence[Sequence[float]]) -> tuple[np.ndar
 
 
 def front_probabilities(accuracy: np.ndarray, error: np.ndarray, energy: np.ndarray) -> np.ndarray:
-    """Probability that each trial is on the front of accuracy and energy, where accuracies are normal around theirs.
+    """Probability that each trial is on the Pareto front; accuracies are normal around theirs, energies exact.
 
     Args:
         accuracy: Estimated accuracies, (trials,).

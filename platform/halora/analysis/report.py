@@ -1,6 +1,5 @@
 """A sweep's report: one HTML page that needs nothing but itself."""
 
-import json
 from importlib.resources import files
 from typing import Any
 
@@ -8,6 +7,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from halora.analysis import charts
+from halora.analysis.formats import number, script_json
 from halora.analysis.summary import SweepSummary
 from halora.analysis.trials import RecordedTrial
 
@@ -23,24 +23,24 @@ def render_report(summary: SweepSummary) -> str:
     view = summary.front
     scored = [*view.groups.feasible, *view.groups.violating]
     levels = sorted({level for point in scored for level in point.accuracy_by_level})
-    several = charts.noise_chart(scored, "noise_level", "noise level of the chip (unit of its model)")
+    several = charts.noise_chart(scored, "noise_strength", "noise strength of the chip (unit of its model)")
     drawn = {
         "front": charts.front_chart(view) if scored else None,
-        "noise_level": several if len(levels) > 1 else None,
+        "noise_strength": several if len(levels) > 1 else None,
         "noise_db": charts.noise_chart(scored, "noise_db", "realised noise to signal of the weights (dB)"),
         "energy": charts.energy_chart(view),
         "importance": charts.importance_chart(summary),
         "hypervolume": charts.hypervolume_chart(summary.hypervolume) if summary.hypervolume else None,
     }
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": _number, "described": charts.described}
-    template = environment.from_string((files("halora.analysis") / _TEMPLATE).read_text())
+    environment.filters |= {"number": number, "described": charts.described}
+    template = environment.from_string((files("halora.analysis") / _TEMPLATE).read_text(encoding="utf-8"))
     shown = {name: chart for name, chart in drawn.items() if chart and chart["data"]}
     return template.render(
         summary=summary,
         view=view,
         charts=shown,
-        charts_json=_script_json(shown),
+        charts_json=script_json(shown),
         levels=levels,
         plotly=Markup(get_plotlyjs().replace("</script", "<\\/script")),
         most=_MOST_ROWS,
@@ -66,13 +66,3 @@ def _ratios(summary: SweepSummary) -> list[dict[str, Any]]:
             beside = {name: (energy, own / energy) for name, energy in named.items()}
             rows.append({"what": what, "number": point.number, "energy": own, "beside": beside})
     return rows
-
-
-def _script_json(content: Any) -> Markup:
-    """JSON that cannot end the script element it stands in."""
-    text = json.dumps(content, allow_nan=False, ensure_ascii=True)
-    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
-
-
-def _number(value: float | None, digits: int = 4) -> str:
-    return "-" if value is None else f"{value:.{digits}g}"

@@ -70,7 +70,7 @@ def time_chart(measured: Sequence[tuple[float, float, float]], asked: float) -> 
             line = {"x": times, "y": [each[place] for each in measured], "marker": {"color": colour, "symbol": symbol}}
             data.append({"type": "scatter", "mode": "lines+markers", "name": name, **line})
         line = {"x": [times[0], times[-1]], "y": [asked, asked], "line": {"color": NEUTRAL, "dash": "dash", "width": 1}}
-        data.append({"type": "scatter", "mode": "lines", "name": "asked", "hoverinfo": "skip", **line})
+        data.append({"type": "scatter", "mode": "lines", "name": "threshold", "hoverinfo": "skip", **line})
     return {"data": data, "layout": chart_layout("time since programming (s)", "accuracy under noise", log_x=True)}
 
 

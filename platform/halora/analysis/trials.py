@@ -29,7 +29,7 @@ class RecordedTrial:
         state: running, finished, stopped (early), failed or interrupted.
         cause: Why it failed, else empty.
         params: Searched values by dotted path.
-        labels: What it is, by `method`, `model`, `chip`, `task`, `noise` and `noise_level`.
+        labels: What it is, by `method`, `model`, `chip`, `task`, `noise` and `noise_strength`.
         metrics: Latest value by metric name.
         began_ms: When it first began, in milliseconds since 1970; 0 where not recorded.
         ended_ms: When it last ended.
@@ -66,7 +66,7 @@ class RecordedTrial:
         """Accuracy by strength of the chip's programming noise: its own, and others it was scored at."""
         at = len(LEVEL_METRIC)
         found = {float(name[at:]): value for name, value in self.metrics.items() if name.startswith(LEVEL_METRIC)}
-        own = self.labels.get("noise_level")
+        own = self.labels.get("noise_strength")
         if isinstance(own, int | float) and "accuracy" in self.metrics:
             found[float(own)] = self.accuracy
         return found
@@ -196,7 +196,7 @@ _COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
 
 
 def filtered(points: Sequence[RecordedTrial], conditions: Sequence[str]) -> list[RecordedTrial]:
-    """Trials that meet every condition `FIELD OP VALUE`, such as `method=halora`, `rank>=4` or `noise_level<0.02`.
+    """Trials that meet every condition `FIELD OP VALUE`, such as `method=halora`, `rank>=4` or `noise_strength<0.02`.
 
     A field is a label, a searched value by its dotted path or, where no other field shares it, the last part of that, a
     metric, or `drop` (clean less noisy accuracy). `=` and `!=` take several values, as `rank=4|8`. Numbers compare as

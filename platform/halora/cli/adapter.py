@@ -66,7 +66,7 @@ def select(
     from halora.records.index import read_ledger
     from halora.selection.candidates import standings
     from halora.selection.selecting import select as select_adapter
-    from halora.sweep.state import load_sweep_of
+    from halora.sweep.run.state import load_sweep_of
 
     place = open_store(store).serving(sweep)
     config = load_sweep_of(place.existing(sweep))
@@ -257,7 +257,7 @@ def verify(
     with bundle_at(bundle) as folder:
         arguments = {"folder": folder, "base": base, "task": task, "chips": chips, "key": key}
         checks = in_child(verify_bundle, arguments, say, timeout_s=timeout)
-    rows = [{"check": check.name, "verdict": _verdict(check.passed), "figures": check.text} for check in checks]
+    rows = [{"check": check.name, "result": _result(check.passed), "figures": check.text} for check in checks]
     show_rows(rows, form)
     if any(check.passed is False for check in checks):
         raise typer.Exit(1)
@@ -321,8 +321,8 @@ def _show_certification(certification: "Certification") -> None:
         {
             "gate": gate.name,
             "measured": gate.measured,
-            "asked": f"{gate.comparison} {gate.threshold:g} {gate.unit}".strip(),
-            "verdict": _verdict(gate.passed),
+            "threshold": f"{gate.comparison} {gate.threshold:g} {gate.unit}".strip(),
+            "result": _result(gate.passed),
         }
         for gate in certification.gates
     ]
@@ -336,11 +336,11 @@ def _show_certification(certification: "Certification") -> None:
 
 def _line(line: Any) -> dict[str, Any]:
     if line.reason:
-        return {"asked": line.name, "chips": f"not said: {line.reason}"}
+        return {"condition": line.name, "chips": f"n/a: {line.reason}"}
     return {
-        "asked": line.name,
+        "condition": line.name,
         "chips": f"{line.meeting_spec} of {line.chips}",
-        "share_low": round(line.bound, 3),
+        "yield_bound": round(line.bound, 3),
         "accuracy": round(line.accuracy, 4),
         "low": round(line.accuracy_low, 4),
         "worst": round(line.accuracy_worst, 4),
@@ -365,7 +365,7 @@ def _facts(certification: "Certification") -> dict[str, Any]:
     facts: dict[str, Any] = {"certificate": certificate.statement(), "yield_bound": round(certificate.bound, 4)}
     facts |= {name: round(value, 4) for name, value in certification.scores.items()}
     facts["energy_uj_per_token"] = round(certification.energy["energy_uj_per_token"], 4)
-    facts |= {f"gate {gate.name}": _verdict(gate.passed) for gate in certification.gates}
+    facts |= {f"gate {gate.name}": _result(gate.passed) for gate in certification.gates}
     facts["adapter_sha256"] = certification.adapter_sha256[:12]
     return facts
 
@@ -378,5 +378,5 @@ def _flat(content: Any, path: str = "") -> dict[str, Any]:
     return {at: leaf for key, value in pairs for at, leaf in _flat(value, f"{path}.{key}".lstrip(".")).items()}
 
 
-def _verdict(passed: bool | None) -> str:
+def _result(passed: bool | None) -> str:
     return "unverified" if passed is None else "pass" if passed else "FAIL"

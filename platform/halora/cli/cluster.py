@@ -9,7 +9,7 @@ from halora.cli.output import Format, FormatOption, StorageOption, StoreOption, 
 from halora.cli.remote_commands import AddressOption, elsewhere
 from halora.errors import UserError
 from halora.records.store import Store
-from halora.sweep.cluster import Cluster
+from halora.sweep.cluster.cluster import Cluster
 
 app = typer.Typer(help="Check the description of a cluster.", no_args_is_help=True)
 
@@ -45,7 +45,7 @@ def check(
 
 def _check_nodes(cluster: Cluster, store: Store, form: Format) -> None:
     elsewhere(cluster)
-    from halora.sweep.preflight import look_at, refuse
+    from halora.sweep.cluster.preflight import look_at, refuse
 
     store.check_writable()
     reports = look_at(cluster, store, store.storage)
@@ -55,7 +55,7 @@ def _check_nodes(cluster: Cluster, store: Store, form: Format) -> None:
 
 
 def _check_file(file: Path, form: Format) -> None:
-    from halora.sweep.cluster_file import check_cluster_file
+    from halora.sweep.cluster.cluster_file import check_cluster_file
 
     types = check_cluster_file(file)
     rows = [

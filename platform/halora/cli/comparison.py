@@ -7,7 +7,7 @@ from halora.cli.output import Format, say, show_rows
 
 if TYPE_CHECKING:
     from halora.evaluation.decisions import Gain
-    from halora.sweep.comparison import Cell, ClosingComparison
+    from halora.sweep.run.comparison import Cell, ClosingComparison
 
 _ENDPOINTS = {"accuracy": ".3f", "margin": "+.2f"}
 

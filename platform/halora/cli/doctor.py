@@ -27,7 +27,7 @@ class Finding:
     check: str
     ok: bool
     found: str
-    mend: str = ""
+    fix: str = ""
 
 
 def doctor(
@@ -35,7 +35,7 @@ def doctor(
         bool, typer.Option("--build", help="Build DeepSpeed's op and convert the demo model first.")
     ] = False,
     reconcile: Annotated[
-        bool, typer.Option("--reconcile", help="Instead: show and mend where studies, journals and MLflow differ.")
+        bool, typer.Option("--reconcile", help="Instead: show and fix where studies, journals and MLflow differ.")
     ] = False,
     form: FormatOption = Format.TABLE,
     store: StoreOption = None,
@@ -60,14 +60,14 @@ def doctor(
         lambda: _disk("/dev/shm", Path("/dev/shm"), 0.25),
     ]
     findings = [check() for check in checks]
-    rows = [{"check": f.check, "ok": "yes" if f.ok else "NO", "found": f.found, "do": f.mend} for f in findings]
+    rows = [{"check": f.check, "ok": "yes" if f.ok else "NO", "found": f.found, "do": f.fix} for f in findings]
     show_rows(rows, form)
     if not all(finding.ok for finding in findings):
         raise typer.Exit(1)
 
 
 def _reconcile(place: Store, form: Format) -> None:
-    from halora.sweep.reconcile import reconcile_store
+    from halora.sweep.run.reconcile import reconcile_store
 
     if not place.sweeps():
         raise UserError(f"no sweep in '{place.root}' yet", "name another store with --store")
@@ -78,7 +78,7 @@ def _reconcile(place: Store, form: Format) -> None:
             "study": d.study or "-",
             "journal": d.journal or "-",
             "mlflow": d.mlflow or "-",
-            "mended": d.mended,
+            "fixed": d.fixed,
         }
         for name, d in reconcile_store(place, lambda line: talk.print(line, markup=False))
     ]
@@ -179,7 +179,9 @@ def _memory() -> Finding:
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
-        line = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
+        line = next(
+            line for line in meminfo.read_text(encoding="utf-8").splitlines() if line.startswith("MemAvailable")
+        )
         free = int(line.split()[1]) * 1024
     ok = free >= 6 * _GIB
     return Finding(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from halora.analysis.formats import searched_values
 from halora.cli.output import Format, FormatOption, StoreOption, open_store, show_rows, talk
 from halora.records.store import Store
 
@@ -24,8 +25,8 @@ def show(
         typer.Option(
             "--filter",
             metavar="FIELD=VALUE",
-            help="Only trials for which this holds; = != < <= > >= over method, model, chip, task, noise, noise_level, "
-            "searched values and metrics. Can be given several times.",
+            help="Only trials for which this holds; = != < <= > >= over method, model, chip, task, noise, "
+            "noise_strength, searched values and metrics. Can be given several times.",
         ),
     ] = None,
     objective: Annotated[
@@ -122,8 +123,4 @@ def _params(params: Any, form: Format) -> Any:
         case Format.CSV:
             return json.dumps(params)
         case Format.TABLE:
-            return " ".join(f"{path.rpartition('.')[2]}={_short(value)}" for path, value in sorted(params.items()))
-
-
-def _short(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+            return searched_values(params)

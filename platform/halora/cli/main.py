@@ -6,6 +6,7 @@ Data goes to stdout, talk to stderr. Exit codes: 0 ok, 1 a trial or a check fail
 
 import sys
 import warnings
+from typing import Annotated
 
 import typer
 
@@ -15,9 +16,8 @@ from halora.cli.remote_commands import check_client
 from halora.errors import UnreachableError, UserError
 
 app = typer.Typer(
-    help="Search HaLoRA finetuning under simulated RRAM noise for the front of accuracy against energy.",
+    help="Search HaLoRA finetuning under simulated RRAM noise for the Pareto front of accuracy against energy.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.add_typer(sweep.app, name="sweep")
@@ -32,6 +32,23 @@ app.command("evaluate")(train.evaluate)
 app.command("energy")(energy.energy)
 app.command("doctor")(doctor.doctor)
 app.command("dashboard")(dashboard.dashboard)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from halora.records.provenance import program
+
+        print("halora-sweep", *filter(None, program().values()))
+        raise typer.Exit
+
+
+@app.callback()
+def _every_command(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
 def main() -> None:

@@ -9,8 +9,8 @@ import typer
 
 from halora.cli.output import talk
 from halora.errors import UnreachableError
-from halora.sweep.cluster import BEGINS, RUNS, Cluster
-from halora.sweep.versions import CLIENT
+from halora.sweep.cluster.cluster import BEGINS, RUNS, Cluster
+from halora.sweep.cluster.versions import CLIENT
 
 AddressOption = Annotated[
     str | None,
@@ -51,7 +51,7 @@ def elsewhere(cluster: Cluster) -> None:
         UnreachableError: The cluster does not answer, or not to us.
     """
     if cluster.elsewhere:
-        from halora.sweep.remote import carry_out
+        from halora.sweep.cluster.remote import carry_out
 
         raise typer.Exit(carry_out(cluster, _arguments(_TAKING_A_VALUE), _print) or 0)
 
@@ -70,11 +70,11 @@ def detached(cluster: Cluster, name: str, follow: bool | None, sweep: str = "") 
     """
     if not cluster.elsewhere and (follow or not cluster.address):
         return
-    from halora.sweep.remote import carry_out
+    from halora.sweep.cluster.remote import carry_out
 
     arguments, stdin = _arguments((*_TAKING_A_VALUE, *_FLAGS)), ""
     if cluster.elsewhere and Path(sweep).is_file():
-        stdin = Path(sweep).read_text()
+        stdin = Path(sweep).read_text(encoding="utf-8")
         arguments[arguments.index(sweep)] = "-"
     in_cluster = "auto" if cluster.elsewhere else cluster.address
     arguments += ["--follow", "--address", in_cluster]
@@ -100,7 +100,7 @@ def check_client() -> None:
         UnreachableError: It did.
     """
     if client := os.environ.get(CLIENT):
-        from halora.sweep.versions import own_code
+        from halora.sweep.cluster.versions import own_code
 
         print(BEGINS, flush=True)
         if (own := own_code()) != client:

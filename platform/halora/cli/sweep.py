@@ -25,11 +25,11 @@ from halora.cli.remote_commands import AddressOption, FollowOption, WheelOption,
 from halora.errors import UserError
 from halora.records.names import REPORT_FILE
 from halora.records.store import Store
-from halora.sweep.cluster import Cluster
+from halora.sweep.cluster.cluster import Cluster
 
 if TYPE_CHECKING:
     from halora.spaces.sweep import SweepConfig
-    from halora.sweep.launch import Outcome
+    from halora.sweep.run.launch import Outcome
 
 
 class LogFormat(StrEnum):
@@ -103,7 +103,7 @@ def launch(
             _probe(config, place, cluster)
         return
 
-    from halora.sweep import launch as launching
+    from halora.sweep.run import launch as launching
 
     with SweepProgress(config.trials) as progress:
         outcome = launching.launch(config, place, progress, simulate, cluster=cluster, metrics_port=metrics_port)
@@ -121,8 +121,8 @@ def resume(
     follow: FollowOption = None,
     metrics_port: MetricsPortOption = None,
 ) -> None:
-    """Go on with a sweep: unfinished trials from their checkpoints, then the rest, and records MLflow lacks."""
-    from halora.sweep.state import load_core
+    """Resume a sweep: unfinished trials from their checkpoints, then the rest, and records MLflow lacks."""
+    from halora.sweep.run.state import load_core
 
     cluster = Cluster.at(address, wheel)
     detached(cluster, name, follow)
@@ -130,7 +130,7 @@ def resume(
     place = open_store(store, tracking_uri, storage)
     config, core = load_core(name, place)
 
-    from halora.sweep import launch as launching
+    from halora.sweep.run import launch as launching
 
     with SweepProgress(config.trials) as progress:
         counts = core.counts()
@@ -143,7 +143,7 @@ def resume(
 def stop(name: NameArgument, store: StoreOption = None, address: AddressOption = None) -> None:
     """Ask a running sweep to pause its trials at their next report, and to end; close the records of a killed one."""
     elsewhere(Cluster.at(address))
-    from halora.sweep.state import is_running, load_core
+    from halora.sweep.run.state import is_running, load_core
 
     place = open_store(store)
     _, core = load_core(name, place)
@@ -152,7 +152,7 @@ def stop(name: NameArgument, store: StoreOption = None, address: AddressOption =
         _close_records(name, place)
         return
     core.request_stop()
-    talk.print(f"sweep '{name}' ends after the next reports; go on with: halora sweep resume {name}", markup=False)
+    talk.print(f"sweep '{name}' ends after the next reports; resume it with: halora sweep resume {name}", markup=False)
 
 
 @app.command()
@@ -165,7 +165,7 @@ def status(
     """Trials of sweeps by state."""
     elsewhere(Cluster.at(address))
     from halora.spaces.sweep import shipped_sweeps
-    from halora.sweep.state import is_running, load_core
+    from halora.sweep.run.state import is_running, load_core
 
     place = open_store(store)
     rows = []
@@ -190,7 +190,7 @@ def list_(form: FormatOption = Format.TABLE, store: StoreOption = None, address:
     from halora.analysis.trials import grouped
     from halora.records.index import read_ledger
     from halora.records.position import undelivered
-    from halora.sweep.state import is_running
+    from halora.sweep.run.state import is_running
 
     place = open_store(store)
     rows = []
@@ -227,7 +227,7 @@ def logs(
 ) -> None:
     """What happened to a sweep, by time: what its drivers said, and its trials with the nodes they ran on."""
     elsewhere(Cluster.at(address))
-    from halora.sweep.driver_log import read_log
+    from halora.sweep.run.driver_log import read_log
 
     folder = open_store(store).existing(name)
     for line in read_log(folder.log_file, follow=follow):
@@ -248,7 +248,7 @@ def report(name: NameArgument, store: StoreOption = None, address: AddressOption
     from halora.records import names
     from halora.records.index import read_ledger
     from halora.records.publishing import publish
-    from halora.sweep.state import load_sweep_of
+    from halora.sweep.run.state import load_sweep_of
 
     place = open_store(store)
     folder = place.existing(name)
@@ -258,7 +258,7 @@ def report(name: NameArgument, store: StoreOption = None, address: AddressOption
 
 @app.command()
 def validate(sweep: SweepArgument, set_: SweepSetOption = None) -> None:
-    """Check a sweep file; every mistake is told at once."""
+    """Check a sweep file; all errors are reported together."""
     from halora.spaces.sweep import load_sweep
 
     config = load_sweep(sweep, overrides_from(set_))
@@ -267,7 +267,7 @@ def validate(sweep: SweepArgument, set_: SweepSetOption = None) -> None:
 
 
 def _tell_free_knobs(sweep: "SweepConfig") -> None:
-    from halora.sweep.problem import free_knobs
+    from halora.sweep.search.problem import free_knobs
 
     for path in free_knobs(sweep):
         talk.print(
@@ -281,7 +281,7 @@ def _tell_free_knobs(sweep: "SweepConfig") -> None:
 def _print_plan(sweep: "SweepConfig") -> None:
     import yaml
 
-    from halora.sweep.plan import plan
+    from halora.sweep.run.plan import plan
 
     planned = plan(sweep)
     print(yaml.safe_dump(sweep.model_dump(mode="json", exclude_defaults=True), sort_keys=False, allow_unicode=True))
@@ -310,7 +310,7 @@ def _print_plan(sweep: "SweepConfig") -> None:
 
 
 def _probe(sweep: "SweepConfig", store: Store, cluster: Cluster) -> None:
-    from halora.sweep import launch as launching
+    from halora.sweep.run import launch as launching
 
     if sweep.probe is None:
         raise UserError("the sweep's file switches the probe off", "--set probe={} asks for it all the same")
@@ -322,7 +322,7 @@ def _close_records(name: str, store: Store) -> None:
     """Close and deliver the records that a killed sweep left."""
     from halora.records.index import read_ledger
     from halora.records.position import undelivered
-    from halora.sweep.reconcile import close_records
+    from halora.sweep.run.reconcile import close_records
 
     if undelivered(store, name) or any(point.state == "running" for point in read_ledger(store, name).points()):
         talk.print("closing and delivering its records", markup=False)
@@ -339,7 +339,7 @@ def _close(name: str, store: Store, outcome: "Outcome") -> None:
         print_comparison(outcome.comparison)
     uri = store.serving(name).tracking_uri
     if not outcome.complete:
-        talk.print(f"\ninterrupted; all reports are kept. Go on with: halora sweep resume {name}", markup=False)
+        talk.print(f"\ninterrupted; all reports are kept. Resume it with: halora sweep resume {name}", markup=False)
     talk.print(
         f"\nlook at a trial:  halora trial show {name}/NUMBER"
         f"\nopen the report:  {store.sweep(name).published / REPORT_FILE}"

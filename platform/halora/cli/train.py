@@ -35,7 +35,7 @@ def train(
     scores: Annotated[bool, typer.Option(help="Score the adapter on chip instances once it is trained.")] = True,
     form: FormatOption = Format.TABLE,
 ) -> None:
-    """Train one configuration, going on from its last checkpoint in the output folder, and score its adapter."""
+    """Train one configuration, resuming from its last checkpoint in the output folder, and score its adapter."""
     from halora.spaces.sweep import load_trial
 
     config = load_trial(file, overrides_from(set_, example="training.steps=40"))
@@ -97,14 +97,14 @@ def _tell_scope(seeds: int, chips: int) -> None:
 
 
 def _train(runner: "TrialRunner", config: "TrialConfig", output: Path) -> None:
-    """Train, or go on from the last checkpoint in the folder."""
+    """Train, or resume from the last checkpoint in the folder."""
     try:
         with redirect_stdout(sys.stderr), _session(config.training.workers - 1):  # DeepSpeed talks
             training = runner.train(config, output)
             try:
                 while not training.done:
                     report = training.advance()
-                    losses = f"loss {report['train_loss']:.4f}, sigma {report['train_sigma']:.3g}"
+                    losses = f"loss {report['train_loss']:.4f}, strength {report['train_strength']:.3g}"
                     say(f"step {report['step']}/{config.training.steps}, {losses}")
             finally:
                 training.close()
@@ -112,7 +112,7 @@ def _train(runner: "TrialRunner", config: "TrialConfig", output: Path) -> None:
         say(f"failed: {error}; lower training.learning_rate or the noise and train again in another folder")
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        say("interrupted; the same command goes on from the last report")
+        say("interrupted; the same command resumes from the last report")
         raise
 
 
@@ -120,7 +120,7 @@ def _session(num_peers: int) -> AbstractContextManager[None]:
     """Ray for so many further workers; a single worker needs none."""
     if not num_peers:
         return nullcontext()
-    from halora.sweep.session import ray_session
+    from halora.sweep.cluster.session import ray_session
 
     return ray_session(num_peers)
 
@@ -201,7 +201,7 @@ def _check_output(output: Path, config: "TrialConfig") -> None:
     if output.exists() and not output.is_dir():
         raise UserError(f"--output '{output}' is a file", "name a folder")
     if described.is_file():
-        if json.loads(described.read_text()) != config.model_dump(mode="json"):
+        if json.loads(described.read_text(encoding="utf-8")) != config.model_dump(mode="json"):
             raise UserError(f"'{output}' holds another trial", "name another folder, or repeat that trial's settings")
     elif output.is_dir() and any(output.iterdir()):
         raise UserError(f"--output '{output}' is not empty and holds no trial", "name an empty or new folder")
@@ -219,7 +219,7 @@ def _base_alone(where: Path, overrides: dict[str, Any]) -> tuple[None, "TrialCon
     if not where.is_dir():
         return None, load_trial(str(where), overrides)
     if (where / TRIAL_FILE).is_file():
-        return None, trial_from(json.loads((where / TRIAL_FILE).read_text()), str(where), overrides)
+        return None, trial_from(json.loads((where / TRIAL_FILE).read_text(encoding="utf-8")), str(where), overrides)
     return None, _adapter_and_trial(where, overrides)[1]
 
 
@@ -240,8 +240,8 @@ def _adapter_and_trial(adapter: Path, overrides: dict[str, Any]) -> tuple[Path, 
         )
     trials = [parent / TRIAL_FILE for parent in (folder, *folder.parents[:2]) if (parent / TRIAL_FILE).is_file()]
     if trials:
-        return folder, trial_from(json.loads(trials[0].read_text()), str(adapter), overrides)
-    peft = json.loads(settings.read_text())
+        return folder, trial_from(json.loads(trials[0].read_text(encoding="utf-8")), str(adapter), overrides)
+    peft = json.loads(settings.read_text(encoding="utf-8"))
     lora = {"rank": peft["r"], "targets": peft["target_modules"], "alpha_over_rank": peft["lora_alpha"] / peft["r"]}
     described = {"model": peft["base_model_name_or_path"], "lora": lora, "training": {"steps": 0}}
     return folder, trial_from(described, str(adapter), overrides)

@@ -1,4 +1,4 @@
-"""`halora trial`: one trial, what it said, and whether its figures can be had again."""
+"""`halora trial`: one trial, what it said, and whether its figures are reproduced."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -58,7 +58,7 @@ def logs(
         print(f"failed: {point.cause}")
     for path in files:
         print(f"==> {path} <==")
-        print("\n".join(path.read_text(errors="replace").splitlines()[-lines:]))
+        print("\n".join(path.read_text(errors="replace", encoding="utf-8").splitlines()[-lines:]))
     if not files:
         talk.print(f"trial {trial} left no log in '{folder.root}'", markup=False)
 

@@ -32,7 +32,7 @@ def read_ledger(store: Store, sweep: str) -> Ledger:
     try:
         with _database(store) as database:
             return _followed(database, folder, identity)
-    except sqlite3.Error:  # a store that cannot be written, or a file that is no index
+    except sqlite3.Error:  # a store that cannot be written, or a file that is not an index
         ledger = Ledger()
         if identity:
             ledger.take(journal.read(folder.journal_file)[0])

@@ -38,7 +38,7 @@ class Journal:
             self.sync()
 
     def append(self, entry: Mapping[str, Any]) -> None:
-        """Add a line, whole or not at all.
+        """Add a line atomically.
 
         Raises:
             OSError: The disk is full or gone.
@@ -85,7 +85,7 @@ def read(path: Path, offset: int = 0, limit: int | None = None) -> tuple[list[En
         limit: Largest number of lines to read.
 
     Raises:
-        UserError: The file cannot be read, or a line is no entry.
+        UserError: The file cannot be read, or a line is not an entry.
     """
     entries: list[Entry] = []
     try:
@@ -109,7 +109,7 @@ def entries_of(path: Path, trial: int) -> list[Entry]:
     """The entries of one trial; only their lines are parsed. None where the file is not there.
 
     Raises:
-        UserError: The file cannot be read, or one of these lines is no entry.
+        UserError: The file cannot be read, or one of these lines is not an entry.
     """
     wanted = re.compile(rb'"trial": ?%d[,}]' % trial)
     entries = []
@@ -146,5 +146,5 @@ def identity(path: Path) -> str:
     except OSError as error:
         raise UserError(f"journal '{path}' cannot be read: {error.strerror}") from None
     except (ValueError, TypeError, KeyError):
-        raise UserError(f"'{path}' is no journal") from None
+        raise UserError(f"'{path}' is not a journal") from None
     raise UserError(f"journal '{path}' is of version {header['version']}, this program reads {_VERSION}")

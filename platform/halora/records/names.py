@@ -18,14 +18,14 @@ STATE = "halora.state"  # running | finished | stopped | failed | interrupted
 CAUSE = "halora.cause"
 WARNING = "halora.warning"  # of a sweep, where noise exceeds the signal of layers of its untrained base
 LABEL = "halora.{label}"  # what a trial is, to filter by
-LABELS = ("method", "model", "chip", "task", "noise", "noise_level")
+LABELS = ("method", "model", "chip", "task", "noise", "noise_strength")
 
 # Metrics of a child run while it trains; step = optimiser step.
 TRAINING_METRICS = (
     "train_loss",
     "train_task_loss",
     "train_reg_loss",  # before its weight
-    "train_sigma",
+    "train_strength",
     "train_task_grad_norm",  # of the last step, before clipping
     "train_reg_grad_norm",  # of mu L_reg
     "train_reg_share",  # of mu L_reg's gradient over the task's: of all A and B, of A, of B

@@ -21,7 +21,7 @@ class Position:
         self._what = {"journal": journal.identity(folder.journal_file), "tracking_uri": tracking_uri}
         self.offset = 0
         with suppress(OSError, ValueError):  # none yet, or one that a power cut emptied
-            sent = json.loads(folder.sent_file.read_text())
+            sent = json.loads(folder.sent_file.read_text(encoding="utf-8"))
             if self._what.items() <= sent.items():
                 self.offset = int(sent["offset"])
 

@@ -42,7 +42,7 @@ def summarise(sweep: SweepConfig, ledger: Ledger) -> SweepSummary:
         hypervolume=volumes(view, (corner.accuracy, corner.energy_uj_per_token)),
         baselines={model: baseline_energies(sweep.resolve({"model": model})) for model in sorted(models)},
         comparison=ledger.comparison,
-        damage=[line for outcome in ledger.damage or () for line in described(outcome)],
+        damage=described(ledger.damage or ()),
         time=time.strftime("%Y-%m-%d %H:%M:%S %Z"),
     )
 

@@ -79,7 +79,7 @@ def download_adapter(client: MlflowClient, run: Run, folder: Path) -> Path | Non
 def _text(client: MlflowClient, run_id: str, name: str) -> str:
     with TemporaryDirectory() as folder:
         try:
-            return Path(client.download_artifacts(run_id, name, folder)).read_text()
+            return Path(client.download_artifacts(run_id, name, folder)).read_text(encoding="utf-8")
         except (OSError, MlflowException):
             raise UserError(f"run {run_id} has no '{name}'; it did not get that far") from None
 

@@ -95,7 +95,7 @@ class SweepRecorder:
 
         A trial can be scored again on more chips or rows; the same scores again are left as they are.
         """
-        result = json.loads(scores_file.read_text())
+        result = json.loads(scores_file.read_text(encoding="utf-8"))
         answers = _answers(result)
         chosen = filter(names.is_score, scores)
         metrics = {names.metric(name): float(scores[name]) for name in chosen}
@@ -135,7 +135,7 @@ class SweepRecorder:
         self._state(number, "finished")
 
     def continue_trial(self, number: int, cause: str) -> None:
-        """Record why a trial that runs goes on in another way."""
+        """Record why a running trial continues in another way."""
         self._state(number, "running", cause)
 
     def fail_trial(self, number: int, cause: str) -> None:
@@ -147,7 +147,7 @@ class SweepRecorder:
         self._state(number, "stopped")
 
     def interrupt_trial(self, number: int) -> None:
-        """Mark a trial that a later resume goes on with."""
+        """Mark a trial that a later resume continues."""
         self._state(number, "interrupted")
 
     def record_comparison(self, comparison: Mapping[str, Any]) -> None:
@@ -223,7 +223,7 @@ def labels(config: TrialConfig) -> dict[str, Any]:
         "chip": chip.name,
         "task": config.task,
         "noise": chip.noise.kind,
-        "noise_level": chip.noise.level,
+        "noise_strength": chip.noise.level,
     }
 
 

@@ -152,7 +152,7 @@ class Sender(threading.Thread):
                 for entry in entries:
                     self._deliver(number, [entry])
                 return
-            with self._folder.refused_file.open("a") as file:
+            with self._folder.refused_file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"entry": entries[0], "error": str(error)}) + "\n")
             what = "the sweep" if number is None else f"trial {number}"
             self._say(f"MLflow refused a record of {what}, kept in {self._folder.refused_file}: {first_line(error)}")

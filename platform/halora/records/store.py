@@ -48,7 +48,7 @@ class Store:
     def serving(self, sweep: str) -> "Store":
         """This store with the server that a sweep is recorded in, where none was asked for."""
         file = self.sweep(sweep).server_file
-        return replace(self, server=file.read_text()) if not self.server and file.exists() else self
+        return replace(self, server=file.read_text(encoding="utf-8")) if not self.server and file.exists() else self
 
     @property
     def artifacts(self) -> Path:
@@ -168,7 +168,7 @@ class SweepFolder:
     @property
     def storage_url(self) -> str:
         """That URL; empty where there is none."""
-        return self.storage_file.read_text() if self.storage_file.exists() else ""
+        return self.storage_file.read_text(encoding="utf-8") if self.storage_file.exists() else ""
 
     def trial_url(self, number: int) -> str:
         """URL of a trial's place in the storage; empty where there is none."""

@@ -142,7 +142,7 @@ class MlflowSweep:
             states.setdefault(_number(run), []).append(_state(run))
         return states
 
-    def mend(self, entries: Sequence[Entry], states: Mapping[int, str]) -> dict[int, str]:
+    def repair(self, entries: Sequence[Entry], states: Mapping[int, str]) -> dict[int, str]:
         """Delete runs that double another or stand for no trial, and deliver again trials that stand otherwise.
 
         Args:
@@ -235,7 +235,7 @@ class MlflowSweep:
 
     def _artifacts(self, run_id: str, number: int | None, entry: Entry) -> None:
         root = self._folder.root
-        self._client.log_text(run_id, (root / entry["scores_file"]).read_text(), names.SCORES_FILE)
+        self._client.log_text(run_id, (root / entry["scores_file"]).read_text(encoding="utf-8"), names.SCORES_FILE)
         if entry["adapter"]:
             self._log_adapter(run_id, number, root / entry["adapter"], entry)
 

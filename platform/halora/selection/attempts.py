@@ -84,7 +84,7 @@ class Attempt:
 def attempts_of(folder: SweepFolder) -> list[Attempt]:
     """Certifications that a sweep has begun, in their order."""
     files = folder.selection.glob(f"attempt-*/{_ATTEMPT_FILE}")
-    found = [Attempt.from_json(json.loads(file.read_text())) for file in files]
+    found = [Attempt.from_json(json.loads(file.read_text(encoding="utf-8"))) for file in files]
     return sorted(found, key=lambda attempt: attempt.number)
 
 
@@ -179,7 +179,7 @@ def open_attempt(
 def _ledger(store: Store) -> list[Attempt]:
     file = store.certifications_file
     try:
-        return [Attempt.from_json(content) for content in json.loads(file.read_text())]
+        return [Attempt.from_json(content) for content in json.loads(file.read_text(encoding="utf-8"))]
     except FileNotFoundError:
         return []
     except (ValueError, KeyError, TypeError) as error:
@@ -214,7 +214,7 @@ def _next_error(confidence: float, spent: Spent) -> float:
 @contextmanager
 def _locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Hold a lock; the system releases it when the process ends, however it ends."""
-    with path.open("a") as lock:
+    with path.open("a", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

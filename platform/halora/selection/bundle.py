@@ -1,7 +1,7 @@
 """The bundle: everything about a certified adapter in one folder, the adapter as PEFT stores it.
 
 `PeftModel.from_pretrained(base, FOLDER)` loads it as it is. The base is named by its id and the digest of its weights;
-no path of the machine that made it is inside. On a URL its checksums are written last: what has none is no bundle.
+no path of the machine that made it is inside. On a URL its checksums are written last: what has none is not a bundle.
 They say that files belong together, and not who wrote them; a signature over them does, see `signature`.
 """
 
@@ -200,7 +200,7 @@ def write_bundle(folder: Path, bundle: Bundle, adapter: Path) -> None:
     certification = bundle.certification
     folder.mkdir()
     shutil.copyfile(adapter / ADAPTER_WEIGHTS, folder / ADAPTER_WEIGHTS)
-    described = json.loads((adapter / ADAPTER_CONFIG).read_text())
+    described = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     write_json(folder / ADAPTER_CONFIG, described | {"base_model_name_or_path": certification.base})
     write_json(folder / TRIAL_FILE, bundle.config.model_dump(mode="json"))
     write_json(folder / CHIP_FILE, bundle.config.chip.model_dump(mode="json"))

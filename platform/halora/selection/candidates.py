@@ -19,7 +19,7 @@ class Standing:
     Attributes:
         point: The trial.
         gates: What the search can say; none for a trial that has no score.
-        reasons: Why it is no candidate; none for a candidate.
+        reasons: Why it is not a candidate; none for a candidate.
     """
 
     point: RecordedTrial

@@ -33,7 +33,7 @@ def model_card(config: TrialConfig, certification: Certification) -> str:
         f"| noise of the weights | {scores['noise_db']:.1f} dB |",
         "## Gates",
         _table(
-            ("gate", "measured", "asked", "verdict"),
+            ("gate", "measured", "threshold", "result"),
             (
                 (g.name, f"{g.measured} {g.unit}", f"{g.comparison} {g.threshold:g}", "pass" if g.passed else "FAIL")
                 for g in certification.gates
@@ -51,7 +51,7 @@ def model_card(config: TrialConfig, certification: Certification) -> str:
         f'base = AutoModelForCausalLM.from_pretrained("BASE")  # {certification.base}, as {certification.dtype}\n'
         'model = PeftModel.from_pretrained(base, "THIS FOLDER")\n```',
         f"Digest of the base's weights: `{certification.base_sha256}` (`halora adapter verify` compares it). The chip "
-        "stands in `chip.json`, what aihwkit-lightning can say of it in `aihwkit-lightning.json`.",
+        "is in `chip.json`, what aihwkit-lightning can say of it in `aihwkit-lightning.json`.",
         "## What this does not say",
         "The chip, its noise and its energy are models: `chip.json` lists the first, `energy.json` what is counted. "
         "The certificate speaks of chips drawn from this noise model and of these test rows, not of other data; the "
@@ -71,14 +71,14 @@ def _robustness(lines: Sequence[RobustnessLine], min_accuracy: float) -> Iterabl
     if lines:
         yield "## Robustness"
         yield _table(
-            ("asked", "", f"chips that reach {min_accuracy:g}", "share, 95 % bound", "accuracy", "worst chip"),
+            ("condition", "", f"chips that reach {min_accuracy:g}", "share, 95 % bound", "accuracy", "worst chip"),
             map(_line, lines),
         )
 
 
 def _line(line: RobustnessLine) -> tuple[str, ...]:
     if line.accuracy is None or line.accuracy_worst is None or line.bound is None:
-        return line.group, line.name, f"not said: {line.reason}", "", "", ""
+        return line.group, line.name, f"n/a: {line.reason}", "", "", ""
     reached, bound = f"{line.meeting_spec} of {line.chips}", f">= {100 * line.bound:.1f} %"
     return line.group, line.name, reached, bound, f"{line.accuracy:.4f}", f"{line.accuracy_worst:.4f}"
 

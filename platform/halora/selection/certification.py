@@ -42,7 +42,9 @@ def certifications_of(folder: SweepFolder) -> dict[int, Certification]:
     """Certifications of a sweep that are finished, by attempt."""
     files = {a.number: a.folder(folder) / names.CERTIFICATION_FILE for a in attempts_of(folder)}
     return {
-        number: Certification.from_json(json.loads(file.read_text())) for number, file in files.items() if file.exists()
+        number: Certification.from_json(json.loads(file.read_text(encoding="utf-8")))
+        for number, file in files.items()
+        if file.exists()
     }
 
 
@@ -80,7 +82,7 @@ def certify(
     gates: Gates,
     say: Callable[[str], None] = lambda text: None,
 ) -> Certification:
-    """Certify a trial's adapter as MLflow has it, or go on with it, or look up how it went.
+    """Certify a trial's adapter as MLflow has it, or continue that, or look up how it ended.
 
     Args:
         client: Where the adapter is recorded.
@@ -88,7 +90,7 @@ def certify(
         store: Its store; `only_selection` is held.
         point: The trial.
         gates: What is asked.
-        say: Told how it goes on.
+        say: Told of the progress.
 
     Raises:
         UserError: Nothing is left of the error level, the task has no test split or too few rows in it, the adapter
@@ -113,7 +115,7 @@ def certify(
         work.carry_out(logged_scores(client, run.info.run_id), gates)
     found = work.result(gates, rows, adapter_bytes)
     file = attempt.folder(folder) / names.CERTIFICATION_FILE
-    if not file.exists() or json.loads(file.read_text()) != json.loads(json.dumps(found.to_json())):
+    if not file.exists() or json.loads(file.read_text(encoding="utf-8")) != json.loads(json.dumps(found.to_json())):
         write_json(file, found.to_json())
         with TemporaryDirectory() as scratch:
             write_json(Path(scratch) / names.CERTIFICATION_FILE, found.to_json())
@@ -145,7 +147,7 @@ def splits_of(task: str) -> tuple[str, ...]:
     """What tells the test splits of a task's parts: the name of each, and a digest of its texts in any order.
 
     Certifications that share one of these look at the same rows, or at rows of the same name: a copy of a data set
-    under another name counts, and so does one of the same name with a row mended.
+    under another name counts, and so does one of the same name with a row fixed.
 
     Raises:
         UserError: A part has no test split.
@@ -185,8 +187,8 @@ class _Work:
             write_json(self._file("recorded"), recorded.to_json())
         if not jobs:
             return
-        from halora.sweep.executor import score_on_workers
-        from halora.sweep.session import ray_session
+        from halora.sweep.cluster.session import ray_session
+        from halora.sweep.run.executor import score_on_workers
 
         evaluations = sum(job.config.evaluation.chip_instances for job in jobs.values())
         chips = f"{self._attempt.chips} chips of series {self._attempt.series}, {self._rows} test rows"
@@ -226,7 +228,7 @@ class _Work:
                 task=task_id(config.task),
                 rows_digest=rows["digest"],
                 base=model_id(config.model),
-                base_sha256=json.loads(self._file("base").read_text())["sha256"],
+                base_sha256=json.loads(self._file("base").read_text(encoding="utf-8"))["sha256"],
                 energy=priced(config),
                 adapter_sha256=attempt.adapter_sha256,
                 adapter_bytes=adapter_bytes,
@@ -262,7 +264,7 @@ class _Work:
     def _held_out(self, config: TrialConfig, first_chip: int, chips: int) -> "ScoringJob":
         from halora.trial_runner import ScoringJob
 
-        asked = config.evaluation.at_own_level().model_copy(update={"rows": self._rows, "chip_instances": chips})
+        asked = config.evaluation.at_own_strength().model_copy(update={"rows": self._rows, "chip_instances": chips})
         config = config.model_copy(update={"evaluation": asked})
         return ScoringJob(
             config,
@@ -288,4 +290,4 @@ class _Work:
     def _read(self, name: str) -> "ChipScores":
         from halora.evaluation.chips import ChipScores
 
-        return ChipScores.from_json(json.loads(self._file(name).read_text()))
+        return ChipScores.from_json(json.loads(self._file(name).read_text(encoding="utf-8")))

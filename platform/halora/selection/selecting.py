@@ -98,6 +98,6 @@ def register_certified(
         names.ADAPTER_SHA256: certification.adapter_sha256,
         names.YIELD_BOUND: f"{certificate.bound:.6f}",
     }
-    with closing((store.root / "registry.lock").open("a")) as lock:
+    with closing((store.root / "registry.lock").open("a", encoding="utf-8")) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         return registry.register(client, name, run, tags, certificate.statement())

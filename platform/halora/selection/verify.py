@@ -67,7 +67,7 @@ def verify(
         task: Where its task is, likewise.
         chips: Score only the first chip instances again, and no line of the robustness table; all when left out.
         key: File of the public key whose signature is wanted.
-        say: Told how it goes on.
+        say: Told of the progress.
         reading: Entered while the bundle's files are read, with what that is called.
 
     Raises:

@@ -1,1 +1,1 @@
-"""The decision core, its Ray Tune adapter, and what launches and ends a sweep."""
+"""Sweeps: what they try next, how they run, where, and how they are simulated."""

@@ -127,7 +127,7 @@ def _probe_problems(
                 text for text in describe(error, TrialConfig) if f"trial.{text}".partition(": ")[0] not in wrong_anyway
             ]
             problems += [f"space.{path}: {value}: {text}" for text in found]
-        except UserError:  # the point sets a field of something that is no mapping, which is told already
+        except UserError:  # the point sets a field of something that is not a mapping, which is told already
             pass
     return problems
 
@@ -243,7 +243,7 @@ def _comparison_problems(sweep: "SweepConfig") -> list[str]:
         )
     elif comparison.against is not None and comparison.against not in values:
         known = f"choices: {', '.join(values)}" if values else "there is no comparison.by"
-        problems.append(f"comparison.against: '{comparison.against}' is no value of comparison.by ({known})")
+        problems.append(f"comparison.against: '{comparison.against}' is not a value of comparison.by ({known})")
     for i, name in enumerate(comparison.chips):
         try:
             sweep.chip(name)

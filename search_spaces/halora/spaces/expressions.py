@@ -35,14 +35,14 @@ class Expression:
         try:
             self._body = ast.parse(text, mode="eval").body
         except (SyntaxError, ValueError):
-            raise ValueError(f"'{text}' is no formula") from None
+            raise ValueError(f"'{text}' is not a formula") from None
         self.names = frozenset(self._names(self._body))
 
     def value(self, values: Mapping[str, Any]) -> int | float:
         """The formula's value, given that of every name.
 
         Raises:
-            ValueError: A named value is no number, or the formula has no value there.
+            ValueError: A named value is not a number, or the formula has no value there.
         """
         try:
             number: int | float = self._value(self._body, values)

@@ -83,7 +83,7 @@ class Range(_Distribution):
         return _numeric(value) and whole and self.low <= value <= self.high
 
     def nearest(self, value: Any) -> Value | None:
-        """The value of the range nearest to `value`; none where that is no number."""
+        """The value of the range nearest to `value`; none where that is not a number."""
         if not _numeric(value):
             return None
         inside = min(max(value, self.low), self.high)
@@ -131,13 +131,6 @@ def chosen_values(space: Mapping[str, "Distribution"], choose: Callable[[str, "D
         if distribution.applies(values):
             values[path] = choose(path, distribution)
     return values
-
-
-def in_space(space: Mapping[str, "Distribution"], values: Mapping[str, Any]) -> bool:
-    """Whether the values are one whole point of the space: all fields whose condition holds, and no others."""
-    return values.keys() == {path for path, d in space.items() if d.applies(values)} and all(
-        space[path].contains(value) for path, value in values.items()
-    )
 
 
 def size(space: Mapping[str, "Distribution"]) -> int | None:

@@ -16,7 +16,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
         "training.method": "halora",
         "training.mu": 0.1,
         "training.schedule.shape": "constant",
-        "training.schedule.sigma_start": 0.01,
+        "training.schedule.strength_start": 0.01,
         "training.schedule.redraw_steps": 400,
         "lora.rank": 4,
     },

@@ -103,11 +103,11 @@ class Rung(StrictModel):
 
 
 class EarlyStopping(StrictModel):
-    """Trials pause at every rung; the best by non-dominated rank of accuracy and energy go on."""
+    """Trials pause at every rung; the best by non-dominated rank of accuracy and energy are promoted."""
 
     rungs: tuple[Rung, ...] = Field(min_length=1)
-    keep: float = Field(default=1 / 3, gt=0, lt=1)
-    """Share of a rung's trials that go on."""
+    reduction_factor: float = Field(default=3, gt=1)
+    """A rung promotes one in so many of its trials."""
     accuracy_floor: float | None = Field(default=None, ge=0, le=1)
     """Trials below it at a rung rank last; the reference point's accuracy when left out."""
 

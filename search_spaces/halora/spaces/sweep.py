@@ -83,7 +83,7 @@ class Resources(StrictModel):
     gpus: float | None = Field(default=None, ge=0)
     """GPUs; a fraction lets several workers share one. Left out, the workers share those that are there."""
     heartbeat_s: float = Field(default=60.0, gt=0)
-    """Seconds after which a worker that says nothing counts as frozen and is ended; its trial goes on elsewhere."""
+    """Seconds after which a worker that says nothing counts as hung and is ended; its trial resumes elsewhere."""
 
     @field_validator("gpus")
     @classmethod
@@ -185,7 +185,7 @@ def load_sweep(name_or_path: str, overrides: Mapping[str, Any] | None = None) ->
     if problems:
         raise UserError(
             [f"{name_or_path}: {problem}" for problem in dict.fromkeys(problems)],
-            "mend the file and run again",
+            "fix the file and run again",
         )
     assert sweep is not None
     return sweep
@@ -228,7 +228,7 @@ def trial_from(
     if not problems:
         attempt(problems, lambda: trial_energy(config, estimated=True))
     if problems:
-        raise UserError([f"{where}: {problem}" for problem in problems], "mend it and run again")
+        raise UserError([f"{where}: {problem}" for problem in problems], "fix it and run again")
     return config
 
 

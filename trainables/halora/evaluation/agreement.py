@@ -1,4 +1,4 @@
-"""Whether scores can be had again: those on record beside those of the same adapter, rows and chip instances now.
+"""Whether scores are reproduced: those on record beside those of the same adapter, rows and chip instances now.
 
 On clean weights only the order of sums differs, by thread count and processor. A conversion that is carried out turns
 such a difference into a whole step now and then, and layer after layer these add up: on a noisy chip two right
@@ -78,7 +78,7 @@ def _share(difference: float, allowed: float) -> float:
 def as_scored(config: TrialConfig, scores: ChipScores) -> TrialConfig:
     """The trial, to be scored on as many rows and chip instances as these scores have, at the chip's own noise."""
     size = {"rows": len(scores.row_ids), "chip_instances": len(scores.chip_seeds)}
-    return config.model_copy(update={"evaluation": config.evaluation.at_own_level().model_copy(update=size)})
+    return config.model_copy(update={"evaluation": config.evaluation.at_own_strength().model_copy(update=size)})
 
 
 def agreement(config: TrialConfig, recorded: ChipScores, again: ChipScores) -> Agreement:

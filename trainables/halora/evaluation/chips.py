@@ -258,7 +258,7 @@ def evaluate(
     noisy: list[_Scored] = []
     noise_db: list[float] = []
     layer_noise_db: list[dict[str, float]] = []
-    level_correct: list[list[tuple[bool, ...]]] = [[] for _ in settings.noise_levels]
+    level_correct: list[list[tuple[bool, ...]]] = [[] for _ in settings.noise_strengths]
 
     def score_on(seed: int, level: float) -> _Scored:
         key = NoiseKey(role=role, series=series, chip_seed=seed)
@@ -271,7 +271,7 @@ def evaluate(
         by_layer = array.noise_db()
         noise_db.append(_finite_db(mean_db(by_layer.values())))
         layer_noise_db.append({layer: _finite_db(ratio_db) for layer, ratio_db in by_layer.items()})
-        for level, right in zip(settings.noise_levels, level_correct, strict=True):
+        for level, right in zip(settings.noise_strengths, level_correct, strict=True):
             right.append(score_on(seed, level).correct)
     array.clear()
     return ChipScores(
@@ -283,7 +283,7 @@ def evaluate(
         noisy=tuple(scored.margins for scored in noisy),
         noisy_correct=tuple(scored.correct for scored in noisy),
         noise_db=tuple(noise_db),
-        levels=settings.noise_levels,
+        levels=settings.noise_strengths,
         level_correct=tuple(map(tuple, level_correct)),
         layers=tuple(layer_noise_db[0]),
         layer_noise_db=tuple(tuple(by_layer.values()) for by_layer in layer_noise_db),

@@ -116,9 +116,13 @@ class Damage:
         return cls(**{**content, "worst": worst})
 
 
-def described(outcome: Mapping[str, Any]) -> list[str]:
-    """A probe's outcome in lines: a damage and its warning, or (`base`, `cause`) of one that failed."""
-    if "cause" in outcome:
-        return [f"{outcome['base']}: what its chips do to it is not known: {outcome['cause']}"]
-    damage = Damage.from_json(outcome)
-    return [damage.said, *filter(None, [damage.warning])]
+def described(outcomes: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Outcomes of a probe in lines: of each the damage and its warning, or (`base`, `cause`) of one that failed."""
+    lines = []
+    for outcome in outcomes:
+        if "cause" in outcome:
+            lines.append(f"{outcome['base']}: what its chips do to it is not known: {outcome['cause']}")
+        else:
+            damage = Damage.from_json(outcome)
+            lines += [damage.said, *filter(None, [damage.warning])]
+    return lines

@@ -97,7 +97,7 @@ def _weights(shape: ModelShape, chip: Chip) -> int:
 @cache
 def baselines() -> Mapping[str, Baseline]:
     """Every baseline by name."""
-    raw = yaml.safe_load((files("halora.hardware") / "baselines.yaml").read_text())
+    raw = yaml.safe_load((files("halora.hardware") / "baselines.yaml").read_text(encoding="utf-8"))
     return TypeAdapter(dict[str, _AnyBaseline]).validate_python(raw)
 
 

@@ -1,6 +1,6 @@
 """Programming error and ageing of real cells, as published or as measured by a chip team.
 
-Published coefficients stand in `coefficients.yaml`, each with its unit, source and confidence.
+Published coefficients are in `coefficients.yaml`, each with its unit, source and confidence.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CMO_US = (9.0, 88.2)
 @cache
 def coefficients(name: str) -> Any:
     """The published coefficients of that name."""
-    return yaml.safe_load((files("halora.hardware") / "coefficients.yaml").read_text())[name]["value"]
+    return yaml.safe_load((files("halora.hardware") / "coefficients.yaml").read_text(encoding="utf-8"))[name]["value"]
 
 
 class Wan2022Noise(FittedNoise):

@@ -324,7 +324,7 @@ def _read(name: str) -> dict[str, Any]:
 
 def _preset(name: str) -> dict[str, Any]:
     """The mapping of a preset, which may itself lay overrides over another."""
-    content = dict(yaml.safe_load((PRESETS / f"{name}.yaml").read_text()))
+    content = dict(yaml.safe_load((PRESETS / f"{name}.yaml").read_text(encoding="utf-8")))
     base = content.pop("preset", None)
     return content if base is None else merge(_preset(base), content)
 

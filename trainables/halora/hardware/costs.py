@@ -30,7 +30,7 @@ class AdcCost(NamedTuple):
 @cache
 def energy_constants() -> dict[str, Any]:
     """Value by name of every constant in `constants.yaml`."""
-    entries = yaml.safe_load((files("halora.hardware") / "constants.yaml").read_text())
+    entries = yaml.safe_load((files("halora.hardware") / "constants.yaml").read_text(encoding="utf-8"))
     return {name: entry["value"] for name, entry in entries.items()}
 
 

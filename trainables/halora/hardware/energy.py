@@ -12,7 +12,7 @@ cycles of b_d bits and K reads averaged:
 and r (d_in + d_out) SRAM multiply-accumulates per adapted layer, and those of what `mapping.outliers` keeps in SRAM.
 Digital products cost by their bits of weights and inputs, with which scoring computes them. The output projection
 counts where the mapping puts it on the chip. Counts are exact; a token passes every linear layer once, in prefill and
-in decode. The constants and their sources stand in `constants.yaml`. Not modelled: leakage, clocks and control, partial
+in decode. The constants and their sources are in `constants.yaml`. Not modelled: leakage, clocks and control, partial
 sums between tiles, norms and embeddings, host traffic, the probe reads of drift compensation.
 """
 

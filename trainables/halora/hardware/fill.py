@@ -114,4 +114,4 @@ def _nearest_tile(chip: Chip, known: dict[str, Any]) -> str:
 
 @cache
 def _statistics() -> dict[str, dict[str, Any]]:
-    return dict(yaml.safe_load((files("halora.hardware") / "weight_statistics.yaml").read_text()))
+    return dict(yaml.safe_load((files("halora.hardware") / "weight_statistics.yaml").read_text(encoding="utf-8")))

@@ -114,9 +114,7 @@ def table_problems(states: Sequence[MeasuredState], places: Sequence[str]) -> li
     for state, place in zip(states, places, strict=True):
         key = (state.time_s, state.conductance_us)
         if key in first:
-            problems.append(
-                f"{place}: {state.conductance_us:g} uS at {state.time_s:g} s stands in {first[key]} already"
-            )
+            problems.append(f"{place}: {state.conductance_us:g} uS at {state.time_s:g} s is in {first[key]} already")
         first.setdefault(key, place)
     for time in sorted({state.time_s for state in states}):
         if sum(at == time for at, _ in first) < 2:

@@ -3,7 +3,7 @@
 A model turns values and standard normal draws into moved values; it never draws. So every draw is addressed in one
 place (`halora.hardware.noise`), and the same cell keeps its draw while time goes on: it ages, it is not drawn again.
 
-The models of real cells stand in `halora.hardware.cell_models`; `halora.hardware.noise_settings` says how a chip names
+The models of real cells are in `halora.hardware.cell_models`; `halora.hardware.noise_settings` says how a chip names
 one and how a plug-in adds another.
 """
 

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from halora.hardware.addressing import NoiseKey
 from halora.hardware.cell_models import cmo_read_noise_us
 from halora.hardware.cells import mapped
 from halora.hardware.chip import Chip
 from halora.hardware.noise import block_rows, cell_arrays, ir_drop_gain
-from halora.hardware.regions import at_rows, in_tiles, widened
+from halora.hardware.regions import at_rows, in_tiles
 
 BOLTZMANN_J_PER_K = 1.380649e-23
 TEMPERATURE_K = 300.0
@@ -86,32 +85,6 @@ def read_noise(weight: Tensor, chip: Chip) -> ReadNoise | None:
     return ReadNoise(fresh, lasting[0] if lasting else None)
 
 
-def sampled_read_error(weight: Tensor, chip: Chip, key: NoiseKey, cycles: int = 1) -> Tensor:
-    """Error of the effective weight in the cycles of one product, drawn cell by cell and read by read.
-
-    What the variance stands for.
-
-    Args:
-        weight: `(d_out, d_in)`.
-        chip: Read noise, cells, coding and age.
-        key: Address of the product; its K reads and its cycles are draws of their own.
-        cycles: Cycles the product is driven in.
-
-    Returns:
-        `(cycles, d_out, d_in)`, in weight units.
-    """
-    whole, scale = mapped(weight, chip.coding, chip.tile)
-    scale = widened(scale, weight.shape[1], chip.tile.rows)
-    total = whole.new_zeros(cycles, *whole.shape)
-    for array in cell_arrays(whole / scale, chip, None, None):
-        white, slow = white_variance_us2(array.aged, chip).sqrt_(), slow_deviation_us(array.aged, chip)
-        total += _normal(key.part(f"{array.name}, 1/f"), slow) * slow * array.share
-        for index in range(cycles * chip.read.averaged):
-            unit = _normal(key.part(array.name, draw=index), white)
-            total[index % cycles].add_(unit * white, alpha=array.share / chip.read.averaged)
-    return total.mul_(scale) * ir_drop_gain(weight, chip).to(total)
-
-
 def white_variance_us2(conductance: Tensor, chip: Chip) -> Tensor:
     """Variance of one read of a cell that averaging reduces, in squared microsiemens, shaped like `conductance`.
 
@@ -135,7 +108,3 @@ def slow_deviation_us(conductance: Tensor, chip: Chip) -> Tensor:
     if chip.read.slow == "none":
         return share
     return torch.hypot(share, cmo_read_noise_us(conductance, chip.retention.refresh_interval_s))
-
-
-def _normal(key: NoiseKey, like: Tensor) -> Tensor:
-    return torch.from_numpy(key.standard_normal(tuple(like.shape))).to(like)

@@ -57,7 +57,7 @@ class ModelShape:
         Raises:
             KeyError: The configuration lacks a dimension: another family.
             UserError: It is of another family, a mixture of experts, where a token does not pass every layer, or has a
-                dimension that is no positive whole number.
+                dimension that is not a positive whole number.
         """
         if config.get("num_experts") or config.get("num_local_experts"):
             raise UserError("a mixture of experts is not modelled; dense LLaMA and Qwen models are")
@@ -143,7 +143,7 @@ def known_shape(model: str) -> ModelShape | None:
     """Dimensions of a model that needs neither download nor conversion: a known name or hub id, or a `config.json`.
 
     Raises:
-        UserError: The file is no configuration of a dense LLaMA or Qwen model.
+        UserError: The file is not a configuration of a dense LLaMA or Qwen model.
     """
     if model in named_shapes():
         return named_shapes()[model]
@@ -156,7 +156,7 @@ def known_shape(model: str) -> ModelShape | None:
 
 def _read_shape(path: Path) -> ModelShape:
     try:
-        return ModelShape.from_config(json.loads(path.read_text()))
+        return ModelShape.from_config(json.loads(path.read_text(encoding="utf-8")))
     except UserError as error:
         raise UserError(f"model '{path}': {error}") from None
     except KeyError as error:
@@ -167,4 +167,4 @@ def _read_shape(path: Path) -> ModelShape:
 
 @cache
 def _known_models() -> dict[str, dict[str, Any]]:
-    return dict(yaml.safe_load((files("halora.hardware") / "models.yaml").read_text()))
+    return dict(yaml.safe_load((files("halora.hardware") / "models.yaml").read_text(encoding="utf-8")))

@@ -17,7 +17,7 @@ class EvaluationSettings(StrictModel):
 
     chip_instances: int = Field(default=5, ge=1)
     """Chip instances 0 .. n-1 of the search pool."""
-    noise_levels: tuple[float, ...] = ()
+    noise_strengths: tuple[float, ...] = ()
     """Other strengths of the chip's programming noise, in its model's measure, that the same chips are scored at."""
     rows: int | None = Field(default=None, ge=2)
     """Use only the first validation rows, in a fixed shuffled order; all of them when left out."""
@@ -36,16 +36,16 @@ class EvaluationSettings(StrictModel):
     context_tokens: int = Field(default=512, ge=1)
     """Tokens each token attends to, for its energy."""
 
-    @field_validator("noise_levels")
+    @field_validator("noise_strengths")
     @classmethod
     def _different_strengths(cls, levels: tuple[float, ...]) -> tuple[float, ...]:
         if len(set(levels)) < len(levels) or any(level < 0 for level in levels):
-            raise ValueError(f"noise_levels are different and not negative, got {', '.join(map(str, levels))}")
+            raise ValueError(f"noise_strengths are different and not negative, got {', '.join(map(str, levels))}")
         return levels
 
-    def at_own_level(self) -> "EvaluationSettings":
+    def at_own_strength(self) -> "EvaluationSettings":
         """The same without the other strengths of noise."""
-        return self.model_copy(update={"noise_levels": ()})
+        return self.model_copy(update={"noise_strengths": ()})
 
     @field_validator("answer_pattern")
     @classmethod
@@ -53,7 +53,7 @@ class EvaluationSettings(StrictModel):
         try:
             groups = re.compile(pattern).groups
         except re.error as error:
-            raise ValueError(f"answer_pattern is no regular expression: {error}") from None
+            raise ValueError(f"answer_pattern is not a regular expression: {error}") from None
         if groups > 1:
             raise ValueError(f"answer_pattern has {groups} groups; one at most, write others as (?:...)")
         return pattern

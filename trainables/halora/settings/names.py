@@ -68,7 +68,7 @@ def task_weights(task: str) -> dict[str, float]:
         task: A task, a named mixture, or a sum such as `arc-easy+2*openbookqa`.
 
     Raises:
-        UserError: A weight is no positive number.
+        UserError: A weight is not a positive number.
     """
     parts = [task] if Path(task).is_dir() else task.split("+")
     weights: dict[str, float] = {}

@@ -15,7 +15,7 @@ Shape = Literal["constant", "linear", "cosine", "step", "cyclic", "random"]
 
 
 class LayerLaw(StrictModel):
-    """Multiplier of sigma per layer, from `first` to `last` by equal factors along an order of the layers."""
+    """Multiplier of the strength per layer, from `first` to `last` by equal factors along an order of the layers."""
 
     order: Literal["depth", "sensitivity"] = "depth"
     """By block, or as `chip.mapping.ranking` has the layers, most sensitive first and the layers it leaves out last."""
@@ -43,18 +43,19 @@ class NoiseSchedule(StrictModel):
     """The training noise over the steps."""
 
     shape: Shape = "constant"
-    """How sigma goes from `sigma_start` to `sigma_end`: at once, straight, along half a cosine, in `stages` equal
-    steps, to and fro `cycles` times (turning at whole steps), or anywhere between them at random for every draw."""
-    sigma_start: float = Field(default=0.01, ge=0, le=100)
-    """Level of the chip's noise model, in its own measure: sigma of Gaussian noise, strength of a model of cells."""
-    sigma_end: float | None = Field(default=None, ge=0, le=100)
+    """How the strength goes from `strength_start` to `strength_end`: at once, straight, along half a cosine, in
+    `stages` equal steps, to and fro `cycles` times (turning at whole steps), or anywhere between them at random for
+    every draw."""
+    strength_start: float = Field(default=0.01, ge=0, le=100)
+    """Of the chip's noise model, in its own measure: sigma of Gaussian noise, a factor for a model of cells."""
+    strength_end: float | None = Field(default=None, ge=0, le=100)
     """Required by every shape but `constant`, which must not have it."""
     stages: int = Field(default=4, ge=2)
     """Read by `step` only."""
     cycles: int = Field(default=4, ge=1)
     """Read by `cyclic` only."""
     warmup_steps: int = Field(default=0, ge=0)
-    """Steps over which sigma rises from 0 to what the shape says."""
+    """Steps over which the strength rises from 0 to what the shape says."""
     redraw_steps: Annotated[int, Field(ge=1)] | Literal["epoch"] = 400
     """Optimiser steps between two draws; the paper redraws every 400."""
     chips: int | None = Field(default=None, ge=1)
@@ -63,15 +64,15 @@ class NoiseSchedule(StrictModel):
     """Share of the draws that are no noise at all."""
     layers: LayerLaw = LayerLaw()
     others: tuple[OtherChip, ...] = ()
-    """Further chips to draw from; each is at its own noise level where sigma is at the trial's chip's."""
+    """Further chips to draw from; each is at its own strength where the strength is that of the trial's chip."""
     time_s: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] | None = None
     """Shortest and longest time since programming, drawn evenly in its logarithm; the chip's own when left out."""
 
     @model_validator(mode="after")
     def _end_belongs_to_changing_shapes(self) -> "NoiseSchedule":
-        if (self.shape == "constant") != (self.sigma_end is None):
+        if (self.shape == "constant") != (self.strength_end is None):
             wanted = "not allowed" if self.shape == "constant" else "required"
-            raise ValueError(f"sigma_end is {wanted} for shape '{self.shape}'")
+            raise ValueError(f"strength_end is {wanted} for shape '{self.shape}'")
         if self.time_s and self.time_s[0] > self.time_s[1]:
             raise ValueError(f"time_s goes from short to long, not from {self.time_s[0]:g} to {self.time_s[1]:g} s")
         return self
@@ -82,7 +83,7 @@ class NoiseSchedule(StrictModel):
         if self.layers.order == "sensitivity" and chip.mapping.ranking == "depth":
             problems.append("layers.order: 'sensitivity' needs chip.mapping.ranking, see halora noise sensitivity")
         if self.others and chip.noise.level == 0:
-            problems.append("others: the trial's chip has no noise level that theirs could be relative to")
+            problems.append("others: the trial's chip has no noise strength that theirs could be relative to")
         if self.time_s is not None:
             chips = {"time_s": chip, **{f"others[{i}].chip": other.chip for i, other in enumerate(self.others)}}
             for where, described in chips.items():
@@ -100,7 +101,7 @@ class NoiseSchedule(StrictModel):
             return []
         problems = []
         if self.warmup_steps >= steps:
-            never = f"but the training has {steps} steps and would never meet the level; {steps - 1} at most"
+            never = f"but the training has {steps} steps and would never meet the strength; {steps - 1} at most"
             problems.append(f"warmup_steps: {self.warmup_steps}, {never}")
         needed = {"linear": 2, "cosine": 2, "step": self.stages, "cyclic": 2 * self.cycles + 1}.get(self.shape, 1)
         if steps < needed:
@@ -110,9 +111,9 @@ class NoiseSchedule(StrictModel):
         for field, needed in self._draws_needed().items():
             if draws < needed:
                 often = (steps - 1) // (needed - 1)
-                mend = f"redraw every {often} steps or less" if often else "train longer"
+                fix = f"redraw every {often} steps or less" if often else "train longer"
                 have = f"{steps} steps with a draw every {redraw_steps} have {draws}"
-                problems.append(f"{field}: takes {needed} draws to be met, but {have}; {mend}")
+                problems.append(f"{field}: takes {needed} draws to be met, but {have}; {fix}")
         return problems
 
     def _draws_needed(self) -> dict[str, int]:
@@ -126,7 +127,7 @@ class NoiseSchedule(StrictModel):
         }
         return {field: count for field, count in needed.items() if count > 1}
 
-    def sigma(self, step: int, steps: int, chance: float) -> float:
+    def strength(self, step: int, steps: int, chance: float) -> float:
         """The strength at a step, warm-up included, in the measure of the chip's noise model.
 
         Args:
@@ -135,11 +136,11 @@ class NoiseSchedule(StrictModel):
             chance: In [0, 1); read by `random` only.
         """
         share = self._share(step, max(steps - 1, 1), chance)
-        end = self.sigma_start if self.sigma_end is None else self.sigma_end
-        return ((1 - share) * self.sigma_start + share * end) * min(1.0, (step + 1) / (self.warmup_steps + 1))
+        end = self.strength_start if self.strength_end is None else self.strength_end
+        return ((1 - share) * self.strength_start + share * end) * min(1.0, (step + 1) / (self.warmup_steps + 1))
 
     def _share(self, step: int, last: int, chance: float) -> float:
-        """How far from `sigma_start` to `sigma_end`."""
+        """How far from `strength_start` to `strength_end`."""
         match self.shape:
             case "constant":
                 return 0.0

@@ -77,5 +77,5 @@ class Goal:
         """
         left = {"rows": self.rows, "chip_instances": self.chip_instances - self.first_chip}
         whole = self.steps >= config.training.steps and not self.first_chip
-        evaluation = config.evaluation if whole else config.evaluation.at_own_level()
+        evaluation = config.evaluation if whole else config.evaluation.at_own_strength()
         return config.model_copy(update={"evaluation": evaluation.model_copy(update=left)})

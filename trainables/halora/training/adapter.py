@@ -26,13 +26,13 @@ def attach(base: BaseModel, lora: LoraSettings, seed: int) -> Any:
     the clean W0: the scale is computed once, off the chip, where the noise is not known.
 
     Raises:
-        UserError: A target is no layer of the model.
+        UserError: A target is not a layer of the model.
     """
     from peft import LoraConfig, get_peft_model
 
     names = {name.rpartition(".")[2] for name, _ in base.causal_lm.named_modules()}
     if strange := [target for target in lora.targets if target not in names]:
-        raise UserError(f"model '{base.name}' has no layers named {', '.join(strange)}", "mend lora.targets")
+        raise UserError(f"model '{base.name}' has no layers named {', '.join(strange)}", "fix lora.targets")
     torch.manual_seed(derive_seed("adapter", seed))
     config = LoraConfig(
         r=lora.rank,

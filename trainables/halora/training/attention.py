@@ -48,7 +48,7 @@ class RowLayout:
         return torch.zeros(self.visible.shape).masked_fill_(~self.visible, torch.finfo(torch.float32).min)
 
     def by_head(self, heads: int) -> "HeadOrder":
-        """The order in which the states of so many heads stand in a block; made once."""
+        """The order in which the states of so many heads are in a block; made once."""
         if heads not in self._orders:
             self._orders[heads] = HeadOrder.of(self, heads)
         return self._orders[heads]

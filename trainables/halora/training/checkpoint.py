@@ -23,7 +23,7 @@ _START_OVER = "delete it; the trial starts over"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a training goes on from, on the CPU.
+    """What a training resumes from, on the CPU.
 
     Attributes:
         step: Optimiser steps taken.
@@ -48,7 +48,7 @@ class Checkpoint:
         from safetensors.torch import load_file
 
         try:
-            step = int(json.loads((folder / "progress.json").read_text())["step"])
+            step = int(json.loads((folder / "progress.json").read_text(encoding="utf-8"))["step"])
             weights = load_file(folder / "adapter" / ADAPTER_WEIGHTS)
             moments = load_file(folder / OPTIMIZER_FILE) if step else {}
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
@@ -66,7 +66,7 @@ class Checkpoint:
         save_file(self.weights, scratch / "adapter" / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         if self.moments:
             save_file(self.moments, scratch / OPTIMIZER_FILE)
-        (scratch / "progress.json").write_text(json.dumps({"step": self.step}))
+        (scratch / "progress.json").write_text(json.dumps({"step": self.step}), encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         scratch.rename(folder)
 

@@ -45,14 +45,14 @@ class StepReport:
         loss: L_task + mu L_reg.
         task_loss: Mean cross-entropy of the option tokens, in nats.
         reg_loss: L_reg before its weight.
-        sigma: Training noise in force, in units of the chip's noise reference.
+        strength: Training noise in force, in units of the chip's noise reference.
         gradients: What each term of the loss pulls at the adapter with, where that was asked for.
     """
 
     loss: float
     task_loss: float
     reg_loss: float
-    sigma: float
+    strength: float
     gradients: GradientShares | None = None
 
 
@@ -148,7 +148,8 @@ class Finetuner:
         gradients = reports[-1].gradients
         assert gradients is not None
         means = {
-            name: fmean(getattr(each, name) for each in reports) for name in ("loss", "task_loss", "reg_loss", "sigma")
+            name: fmean(getattr(each, name) for each in reports)
+            for name in ("loss", "task_loss", "reg_loss", "strength")
         }
         return means | gradients.known()
 
@@ -162,7 +163,7 @@ class Finetuner:
             FloatingPointError: The loss is not finite; the adapter is not changed by this step. Every worker raises it.
         """
         training = self._config.training
-        sigma = self._program()
+        strength = self._program()
         torch.manual_seed(derive_seed("step", self._config.seed, self.step))
         indices = rows_at_step(self._mixture, training.batch_size, self._config.seed, self.step)
         watched: AbstractContextManager[list[Tensor] | None] = nullcontext()
@@ -175,20 +176,20 @@ class Finetuner:
         gradients = gradient_shares(total, self._pairs, training) if total else None
         self._update(training.learning_rate * min(1.0, (self.step + 1) / (training.warmup_steps + 1)))
         self.step += 1
-        return StepReport(loss, task_loss, reg_loss, sigma, gradients)
+        return StepReport(loss, task_loss, reg_loss, strength, gradients)
 
     def _program(self) -> float:
         """Put this step's noise under the model, where it is not the last step's."""
         if not self._config.training.noisy:
             return 0.0
         draw = self._noise.at(self.step)
-        if (draw.index, draw.sigma) != self._programmed:
+        if (draw.index, draw.strength) != self._programmed:
             if draw.instance is None:
                 self._array.clear()
             else:
                 self._array.program(draw.instance, self._reads(draw.instance.chip), regenerate=self._regenerate)
-            self._programmed = (draw.index, draw.sigma)
-        return draw.sigma
+            self._programmed = (draw.index, draw.strength)
+        return draw.strength
 
     def _reads(self, chip: Chip) -> dict[str, Reads]:
         """How a chip is read while training, calibrated when it is met first."""
@@ -241,7 +242,7 @@ class Finetuner:
             checkpoint.write(folder, self._peft_model.peft_config["default"])
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint, whatever the number of workers and the ZeRO stage it was written with.
+        """Resume from a checkpoint, whatever the number of workers and the ZeRO stage it was written with.
 
         Raises:
             UserError: The checkpoint belongs to an adapter of another shape.

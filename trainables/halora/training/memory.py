@@ -1,4 +1,4 @@
-"""Tells an error for want of memory, which a smaller micro-batch mends, from others."""
+"""Tells an error for want of memory, which a smaller micro-batch fixes, from others."""
 
 import torch
 

@@ -98,11 +98,11 @@ def estimated_shape(model: str) -> ModelShape:
     Loads no torch.
 
     Raises:
-        UserError: The model cannot be had, or is not of the LLaMA or Qwen family.
+        UserError: The model is not available, or is not of the LLaMA or Qwen family.
     """
     source = find_model(model)
     if Path(source).is_dir():
-        config = _load(model, lambda: json.loads((Path(source) / "config.json").read_text()))
+        config = _load(model, lambda: json.loads((Path(source) / "config.json").read_text(encoding="utf-8")))
     elif shape := known_shape(source):
         return shape
     else:
@@ -317,7 +317,7 @@ def _save_as_qwen2(llama_folder: Path, folder: Path) -> None:
     from safetensors.torch import load_file
     from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-    llama = json.loads((llama_folder / "config.json").read_text())
+    llama = json.loads((llama_folder / "config.json").read_text(encoding="utf-8"))
     left_out = {"architectures", "model_type", "attention_bias", "mlp_bias", "pretraining_tp", "transformers_version"}
     settings = {name: value for name, value in llama.items() if name not in left_out}
     qwen = Qwen2ForCausalLM(Qwen2Config(**settings))

@@ -56,7 +56,7 @@ def format_of(record: Any) -> Format:
     """The schema of a record.
 
     Raises:
-        ValueError: It is no object, or fits no schema.
+        ValueError: It is not an object, or fits no schema.
     """
     if not isinstance(record, Mapping):
         raise ValueError(f"a row is a JSON object, got {type(record).__name__}")
@@ -92,7 +92,7 @@ def _text(record: Record, key: str) -> str:
 
 def _as_text(value: Any, what: str) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{what} is no text but {json.dumps(value, default=repr)}; write it in quotes")
+        raise ValueError(f"{what} is not text but {json.dumps(value, default=repr)}; write it in quotes")
     return value
 
 
@@ -191,7 +191,7 @@ def _completion(record: Record) -> Question:
 
 def _open_question(record: Record) -> Question:
     if not isinstance(record["answer"], str):
-        raise ValueError(f"answer {record['answer']!r} is no text; a row that has an index as answer has choices")
+        raise ValueError(f"answer {record['answer']!r} is not text; a row that has an index as answer has choices")
     return Question(_asked(_text(record, "question")), (f" {record['answer']}",), 0)
 
 

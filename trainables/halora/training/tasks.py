@@ -54,7 +54,7 @@ def check_task(task: str | Mapping[str, float]) -> None:
     """Refuse a task that does not exist, without reading its rows.
 
     Raises:
-        UserError: It is no known task or mixture, no folder and no hub id, or its wheel is missing.
+        UserError: It is not a known task or mixture, no folder and no hub id, or its wheel is missing.
     """
     problems: list[str] = []
     for name in task_weights(as_sum(task)):
@@ -94,7 +94,7 @@ def load_rows(task: str, split: Split, limit: int | None = None) -> list[Row]:
         limit: Keep only the first rows of that order.
 
     Raises:
-        UserError: A task cannot be had, is empty, or has malformed rows, all of which are told.
+        UserError: A task is not available, is empty, or has malformed rows, all of which are told.
     """
     check_task(task)
     names = list(task_weights(task))
@@ -208,7 +208,7 @@ def _rows(task: str, records: Iterator[tuple[str, Any]], published: str | None =
 
 
 def refuse_rows(
-    problems: list[str], next_step: str = "mend these rows and run again; docs/tasks.md shows the forms"
+    problems: list[str], next_step: str = "fix these rows and run again; docs/tasks.md shows the forms"
 ) -> None:
     """Tell of all bad rows at once, the first few in full.
 

@@ -26,12 +26,12 @@ class Draw:
 
     Attributes:
         index: Number of the draw; equal for the steps that share it.
-        sigma: Level of the trial's chip's noise model in force; 0 for a clean draw.
+        strength: Strength of the noise model of the trial's chip in force; 0 for a clean draw.
         instance: The chip instance; none for a clean draw.
     """
 
     index: int
-    sigma: float
+    strength: float
     instance: ChipInstance | None
 
 
@@ -44,14 +44,14 @@ class _Choice:
         key: Address of the chip instance.
         chance: Where the shape `random` stands.
         chip: The chip; none for a clean draw.
-        other_level: The chip's own noise level where it is not the trial's chip.
+        other_strength: The chip's own strength of noise where it is not the trial's chip.
     """
 
     index: int
     key: NoiseKey
     chance: float
     chip: Chip | None = None
-    other_level: float | None = None
+    other_strength: float | None = None
 
 
 class TrainingNoise:
@@ -88,21 +88,21 @@ class TrainingNoise:
         choice = self._chosen
         if choice.chip is None:
             return Draw(index, 0.0, None)
-        sigma = self._in_force(step, choice)
-        level = sigma if choice.other_level is None else choice.other_level * sigma / self._chip.noise.level
-        return Draw(index, sigma, ChipInstance(choice.chip, choice.key, level, self._multipliers))
+        strength = self._in_force(step, choice)
+        own = strength if choice.other_strength is None else choice.other_strength * strength / self._chip.noise.level
+        return Draw(index, strength, ChipInstance(choice.chip, choice.key, own, self._multipliers))
 
-    def _sigma(self, step: int, choice: _Choice) -> float:
-        return self._schedule.sigma(step, self._steps, choice.chance)
+    def _strength(self, step: int, choice: _Choice) -> float:
+        return self._schedule.strength(step, self._steps, choice.chance)
 
     def _in_force(self, step: int, choice: _Choice) -> float:
         """The strength that the noisy weights were made with, the last time that was called for up to a step."""
         first = choice.index * self.redraw_steps
         known, held = self._known
         if not first <= known <= step:
-            known, held = first, self._sigma(first, choice)
+            known, held = first, self._strength(first, choice)
         for each in range(known + 1, step + 1):
-            before, now, after = (self._sigma(near, choice) for near in (each - 1, each, each + 1))
+            before, now, after = (self._strength(near, choice) for near in (each - 1, each, each + 1))
             turns = (now - before) * (after - now) <= 0
             if turns or each == self._steps - 1 or abs(now - held) > MOST_MOVED * held:
                 held = now
@@ -126,4 +126,4 @@ class TrainingNoise:
         if schedule.time_s is not None:
             shortest, longest = schedule.time_s
             chip = at_time(chip, shortest * (longest / shortest) ** chance.random())
-        return replace(choice, chip=chip, other_level=other.chip.noise.level if other else None)
+        return replace(choice, chip=chip, other_strength=other.chip.noise.level if other else None)

@@ -109,7 +109,7 @@ def leave_process_group() -> None:
 def leaving_on_failure() -> Iterator[None]:
     """Leave the group on a failure of this worker alone, so that the others do not wait for it.
 
-    What a user can mend, and a loss that is not finite, all workers meet together.
+    What a user can fix, and a loss that is not finite, all workers meet together.
     """
     try:
         yield

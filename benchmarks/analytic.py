@@ -16,7 +16,7 @@ from halora.hardware.addressing import derive_seed
 from halora.settings.trial import Goal
 from halora.spaces.language import Distribution, Range
 from halora.spaces.search import Constraint, SearchSettings
-from halora.sweep.problem import Problem
+from halora.sweep.search.problem import Problem
 
 _Point = tuple[float, ...]
 

@@ -12,8 +12,8 @@ import numpy as np
 from halora.evaluation.intervals import crossed
 from halora.files import write_json
 from halora.records.store import SweepFolder
-from halora.sweep.core import Decision, DecisionCore, Job
-from halora.sweep.running import RunningJobs, TrialEvents
+from halora.sweep.search.core import Decision, DecisionCore, Job
+from halora.sweep.search.running import RunningJobs, TrialEvents
 from halora.trial_folder import REPORTS_FILE, RESULT_FILE, latest_checkpoint
 
 
@@ -157,12 +157,12 @@ def _scores(curves: Curves, job: Job, step: int) -> dict[str, Any]:
 
 def _steps_kept(folder: SweepFolder | None, job: Job) -> int:
     checkpoint = latest_checkpoint(folder.trial(job.number)) if folder else None
-    return int(json.loads((checkpoint / "progress.json").read_text())["step"]) if checkpoint else 0
+    return int(json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))["step"]) if checkpoint else 0
 
 
 def _keep_report(folder: SweepFolder, job: Job, report: Mapping[str, Any]) -> None:
     path = folder.trial(job.number) / REPORTS_FILE
-    reports = json.loads(path.read_text()) if path.exists() else []
+    reports = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     told = {name: value for name, value in report.items() if name != "stage"}
     _write(folder, job, REPORTS_FILE, [*(r for r in reports if r["step"] < report["step"]), told])
     _write(folder, job, f"step-{report['step']:06d}/progress.json", {"step": report["step"]})

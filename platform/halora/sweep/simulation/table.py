@@ -79,7 +79,7 @@ def read_table(path: Path, sweep: SweepConfig) -> "Table":
         numbers.append(scores)
         points.append(values)
     if problems:
-        raise UserError(problems, "mend the table")
+        raise UserError(problems, "fix the table")
     return Table(sweep.space, numbers, points, forest=sweep.search.surrogate == "forest")
 
 
@@ -94,7 +94,7 @@ def _score(name: str, text: str) -> float:
     except ValueError:
         raise ValueError("not a number") from None
     if not isfinite(number):
-        raise ValueError("which is no finite number")
+        raise ValueError("which is not a finite number")
     if "accuracy" in name and not 0 <= number <= 1:
         raise ValueError("not a share between 0 and 1")
     if name in ("trial", "step") and not (number.is_integer() and number >= 0):

@@ -16,8 +16,8 @@ import ray
 
 from halora.errors import UnreachableError
 from halora.spaces.sweep import SweepConfig
-from halora.sweep.cluster import LOCAL, Cluster
-from halora.sweep.loopback import only_this_machine
+from halora.sweep.cluster.cluster import LOCAL, Cluster
+from halora.sweep.cluster.loopback import only_this_machine
 
 NAMESPACE = "halora"
 """Ray's namespace of all that a sweep starts."""

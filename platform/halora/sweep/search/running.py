@@ -6,7 +6,7 @@ from typing import Any, Protocol
 from halora.errors import StorageError
 from halora.records.names import BESIDE_METRICS
 from halora.spaces.search import METRICS
-from halora.sweep.core import Decision, Job
+from halora.sweep.search.core import Decision, Job
 
 _KEPT = (*METRICS, *BESIDE_METRICS, "step", "rows", "accuracy_by_chip")
 
@@ -57,10 +57,10 @@ class TrialEvents(Protocol):
         """A trial failed."""
 
     def lost(self, job: Job, cause: str) -> None:
-        """The worker of a trial ended; the trial goes on from its checkpoint."""
+        """The worker of a trial ended; the trial resumes from its checkpoint."""
 
     def out_of_memory(self, job: Job, cause: str) -> None:
-        """A trial ran out of memory; it goes on from its checkpoint with half the micro-batch."""
+        """A trial ran out of memory; it resumes from its checkpoint with half the micro-batch."""
 
 
 class RunningJobs:
@@ -97,7 +97,7 @@ class RunningJobs:
         if self._events:
             try:
                 self._events.evaluated(job, report)
-            except StorageError as error:  # what the worker left there cannot be had
+            except StorageError as error:  # what the worker left there cannot be read
                 self.lost(key, str(error))
                 return
         del self._jobs[key]

@@ -14,9 +14,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from halora.errors import UnreachableError, attempt
 from halora.records.store import Store
 from halora.storage import check_storage
-from halora.sweep.cluster import Cluster
-from halora.sweep.session import joined
-from halora.sweep.versions import own_versions
+from halora.sweep.cluster.cluster import Cluster
+from halora.sweep.cluster.session import joined
+from halora.sweep.cluster.versions import own_versions
 from halora.training.models import check_available
 
 _LOOKING_S = 180.0  # a node that installs a wheel first takes a while
@@ -62,7 +62,7 @@ def refuse(reports: Sequence[NodeReport]) -> None:
     """
     problems = [f"node {report.address}: {problem}" for report in reports for problem in report.problems]
     if problems:
-        raise UnreachableError(problems, "mend the nodes and run again; `halora cluster check --address` looks again")
+        raise UnreachableError(problems, "fix the nodes and run again; `halora cluster check --address` looks again")
 
 
 def look_at(cluster: Cluster, store: Store, storage: str = "", models: Sequence[str] = ()) -> list[NodeReport]:

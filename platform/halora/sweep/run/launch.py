@@ -21,16 +21,16 @@ from halora.records.store import Store, SweepFolder
 from halora.spaces.search import total_violation
 from halora.spaces.sweep import SweepConfig, load_sweep
 from halora.storage import check_storage
-from halora.sweep.cluster import LOCAL, RUNS, Cluster
-from halora.sweep.comparison import ClosingComparison, check_rows_left, compare, contestants
-from halora.sweep.core import DecisionCore, Job
-from halora.sweep.driver_log import DriverLog, Watcher
-from halora.sweep.probing import Probing, bases
-from halora.sweep.reconcile import record_as_studied
-from halora.sweep.simulator import SimulatedClock, simulate
-from halora.sweep.state import check_not_launched, only_driver, open_core
-from halora.sweep.table import read_table
-from halora.sweep.trial_files import TrialFiles
+from halora.sweep.cluster.cluster import LOCAL, RUNS, Cluster
+from halora.sweep.run.comparison import ClosingComparison, check_rows_left, compare, contestants
+from halora.sweep.run.driver_log import DriverLog, Watcher
+from halora.sweep.run.probing import Probing, bases
+from halora.sweep.run.reconcile import record_as_studied
+from halora.sweep.run.state import check_not_launched, only_driver, open_core
+from halora.sweep.run.trial_files import TrialFiles
+from halora.sweep.search.core import DecisionCore, Job
+from halora.sweep.simulation.simulator import SimulatedClock, simulate
+from halora.sweep.simulation.table import read_table
 from halora.training.models import check_available
 from halora.trial_folder import RESULT_FILE, adapter_folder
 
@@ -68,7 +68,7 @@ def launch(
     Args:
         sweep: The sweep.
         store: Where it is recorded.
-        watcher: Shown how it goes on.
+        watcher: Shown the progress.
         curves: A table of recorded curves to take results from, instead of training.
         cluster: Where its workers run.
         metrics_port: Port of the loopback address to serve its metrics at; nowhere for none.
@@ -94,23 +94,25 @@ def launch(
     open_client(store)
     folder.root.mkdir(parents=True)
     if store.server:
-        folder.server_file.write_text(store.server)
+        folder.server_file.write_text(store.server, encoding="utf-8")
     if curves:
         folder.curves_file.write_bytes(curves.read_bytes())
     sweep = sweep.model_copy(update={"launch": uuid4().hex})
-    folder.sweep_file.write_text(yaml.safe_dump(sweep.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    folder.sweep_file.write_text(
+        yaml.safe_dump(sweep.model_dump(mode="json"), sort_keys=False, allow_unicode=True), encoding="utf-8"
+    )
     return _run(sweep, store, watcher, cluster, metrics_port)
 
 
 def resume(
     name: str, store: Store, watcher: Watcher, *, cluster: Cluster = LOCAL, metrics_port: int | None = None
 ) -> Outcome:
-    """Go on with a sweep: unfinished trials from their checkpoints, then those not begun yet.
+    """Resume a sweep: unfinished trials from their checkpoints, then those not begun yet.
 
     Args:
         name: The sweep.
         store: Where it is recorded.
-        watcher: Shown how it goes on.
+        watcher: Shown the progress.
         cluster: Where its workers run from now on.
         metrics_port: Port of the loopback address to serve its metrics at; nowhere for none.
 
@@ -120,7 +122,7 @@ def resume(
     """
     folder = store.existing(name)
     if store.server:
-        folder.server_file.write_text(store.server)
+        folder.server_file.write_text(store.server, encoding="utf-8")
     sweep = load_sweep(str(folder.sweep_file))
     if not folder.curves_file.exists():
         _check_workers(sweep, store, cluster, store.storage or folder.storage_url)
@@ -141,15 +143,15 @@ def probe(sweep: SweepConfig, store: Store, watcher: Watcher, *, cluster: Cluste
         UnreachableError: The storage or the cluster does not answer, or one of its nodes could not run a trial.
     """
     _check_workers(sweep, store, cluster, store.storage)
-    from halora.sweep.executor import score_on_workers  # imports Ray and torch
-    from halora.sweep.session import ray_session
+    from halora.sweep.cluster.session import ray_session
+    from halora.sweep.run.executor import score_on_workers  # imports Ray and torch
     from halora.trial_runner import ScoringJob
 
     waiting = bases(sweep, watcher.say)
     jobs = [ScoringJob(base.config, None) for base in waiting]
 
     def scored(place: int, scores: "ChipScores") -> None:
-        for line in described(waiting[place].damage(scores).to_json()):
+        for line in described([waiting[place].damage(scores).to_json()]):
             watcher.say(line)
 
     with ray_session(sweep.concurrent, cpus=sweep.resources.cpus, cluster=cluster):
@@ -165,7 +167,7 @@ def _check_workers(sweep: SweepConfig, store: Store, cluster: Cluster, storage: 
         for model in models:
             check_available(model)
         return
-    from halora.sweep.preflight import check_cluster  # imports Ray
+    from halora.sweep.cluster.preflight import check_cluster  # imports Ray
 
     check_cluster(cluster, store, storage, models)
 
@@ -173,7 +175,7 @@ def _check_workers(sweep: SweepConfig, store: Store, cluster: Cluster, storage: 
 def _run(sweep: SweepConfig, store: Store, watcher: Watcher, cluster: Cluster, metrics_port: int | None) -> Outcome:
     from halora.records.position import undelivered
     from halora.records.sender import recording
-    from halora.sweep.metrics import SweepCollector, serving_metrics
+    from halora.sweep.run.metrics import SweepCollector, serving_metrics
 
     folder = store.sweep(sweep.name)
     with only_driver(folder):
@@ -234,8 +236,8 @@ def _train(
     """Run the core's jobs on Ray, and the closing comparison after them; whether both came to their end."""
     import torch
 
-    from halora.sweep.executor import run_trials  # imports Ray
-    from halora.sweep.session import ray_session
+    from halora.sweep.cluster.session import ray_session
+    from halora.sweep.run.executor import run_trials  # imports Ray
 
     torch.set_num_threads(1)  # the cores are the workers'
     processes = sweep.concurrent * sweep.workers
@@ -329,11 +331,11 @@ class _Recording:
 
     def lost(self, job: Job, cause: str) -> None:
         self._begun.discard(job.number)  # its last report may not have been heard
-        self._watcher.say(f"trial {job.number} goes on from its checkpoint: {cause}")
+        self._watcher.say(f"trial {job.number} resumes from its checkpoint: {cause}")
 
     def out_of_memory(self, job: Job, cause: str) -> None:
-        self._recorder.continue_trial(job.number, f"{cause}; went on with half")
-        self._watcher.say(f"trial {job.number} goes on from its checkpoint with half the micro-batch: {cause}")
+        self._recorder.continue_trial(job.number, f"{cause}; continued with half")
+        self._watcher.say(f"trial {job.number} resumes from its checkpoint with half the micro-batch: {cause}")
 
     def failed(self, job: Job, cause: str) -> None:
         if job.goal.first_chip:

@@ -20,7 +20,7 @@ from halora.hardware.shapes import ModelShape
 from halora.settings.trial import Goal, TrialConfig
 from halora.spaces.language import Categorical
 from halora.spaces.sweep import SweepConfig
-from halora.sweep.problem import problem_of
+from halora.sweep.search.problem import problem_of
 from halora.training.models import model_shape
 from halora.training.tasks import load_rows
 
@@ -79,7 +79,7 @@ def plan(sweep: SweepConfig) -> SweepPlan:
     flops_per_s = _flops_per_s(threads) * sweep.workers
     levels, reaching, before = [], sweep.trials, 0
     for i, level in enumerate(problem.levels({})):
-        reaching = sweep.trials if i == 0 else max(int(problem.keep * reaching), 1)
+        reaching = sweep.trials if i == 0 else max(int(reaching / problem.reduction_factor), 1)
         work = _training_flops(config, level.steps - before) + _scoring_flops(config, level)
         levels.append(LevelPlan(level, reaching, work / flops_per_s))
         before = level.steps
@@ -131,7 +131,7 @@ def _training_flops(config: TrialConfig, steps: int) -> float:
 def _scoring_flops(config: TrialConfig, level: Goal) -> float:
     rows = level.rows or len(load_rows(config.task, "validation"))
     ideal = config.chip.adc.lossless and config.chip.dac.lossless
-    strengths = 1 + len(level.config(config).evaluation.noise_levels)
+    strengths = 1 + len(level.config(config).evaluation.noise_strengths)
     passes = 1 + strengths * level.chip_instances * (1 if ideal else _CONVERSION_FACTOR)
     return rows * _tokens_per_row(config, "validation") * passes * 2 * _weights(model_shape(config.model))
 

@@ -12,8 +12,8 @@ from halora.analysis.trials import RecordedTrial
 from halora.errors import StorageError, UserError
 from halora.records.store import SweepFolder
 from halora.storage import TrialStorage, prune_folder
-from halora.sweep.core import Job
-from halora.sweep.study import State, Trial
+from halora.sweep.search.core import Job
+from halora.sweep.search.study import State, Trial
 from halora.trial_folder import latest_checkpoint, past_reports
 from halora.url_folder import UrlFolder
 
@@ -49,7 +49,7 @@ class TrialFiles:
                 self._place(number).fetch_checkpoint(own)
             if latest_checkpoint(own):
                 TrialStorage(f"{url}/{number:05d}").put_checkpoint(own)
-        self._folder.storage_file.write_text(url)
+        self._folder.storage_file.write_text(url, encoding="utf-8")
 
     def reports(self, number: int) -> list[dict[str, float]]:
         """Reports of a trial up to its latest checkpoint.

@@ -52,7 +52,7 @@ def bases(sweep: SweepConfig, say: Callable[[str], None]) -> list[Base]:
         if all((config.model, config.chip) != (known.config.model, known.config.chip) for known in found):
             own = config.evaluation
             rows = probe.rows if own.rows is None else min(own.rows, probe.rows)
-            few = own.at_own_level().model_copy(update={"rows": rows, "chip_instances": probe.chip_instances})
+            few = own.at_own_strength().model_copy(update={"rows": rows, "chip_instances": probe.chip_instances})
             found.append(Base(_name(point, config), config.model_copy(update={"evaluation": few})))
     if left_out := len(found[probe.most :]):
         say(f"{left_out} of {len(found)} pairs of a base and a chip are not looked at before training, see probe.most")
@@ -118,7 +118,7 @@ class Probing:
     def _take(self, key: str, outcome: dict[str, Any]) -> None:
         del self._in_hand[key]
         self._outcomes.append(outcome)
-        for line in described(outcome):
+        for line in described([outcome]):
             self._say(line)
         if self.over:
             self._done(self._outcomes)

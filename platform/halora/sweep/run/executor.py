@@ -20,10 +20,10 @@ from halora.heartbeat import Heartbeats
 from halora.records.store import SweepFolder
 from halora.spaces.sweep import SweepConfig
 from halora.storage import read_adapter
-from halora.sweep.core import Decision
-from halora.sweep.probing import Base, Probing
-from halora.sweep.running import JobSource, RunningJobs, TrialEvents
-from halora.sweep.session import worker_share
+from halora.sweep.cluster.session import worker_share
+from halora.sweep.run.probing import Base, Probing
+from halora.sweep.search.core import Decision
+from halora.sweep.search.running import JobSource, RunningJobs, TrialEvents
 from halora.trainable import HaloraTrainable
 from halora.trial_runner import ScoringJob
 
@@ -100,7 +100,7 @@ class _CoreSearcher(Searcher):
 class _CoreScheduler(FIFOScheduler):
     """Tune's scheduler: asks the core after every report, and tells it of workers that end."""
 
-    def __init__(self, running: RunningJobs, folder: SweepFolder, frozen: "_FrozenWorkers") -> None:
+    def __init__(self, running: RunningJobs, folder: SweepFolder, frozen: "_HungWorkers") -> None:
         super().__init__()
         self._running, self._folder, self._frozen = running, folder, frozen
 
@@ -124,7 +124,7 @@ class _CoreScheduler(FIFOScheduler):
         return {}
 
 
-class _FrozenWorkers(tune.Callback):
+class _HungWorkers(tune.Callback):
     """Ends workers that have been silent too long, wherever they are, and keeps why by Tune's id of their trial.
 
     Args:
@@ -169,7 +169,7 @@ def run_trials(
 
     Trials still unfinished at the end keep their checkpoint and stay unfinished in the study.
     """
-    running, frozen = RunningJobs(core, events), _FrozenWorkers(sweep.resources.heartbeat_s)
+    running, frozen = RunningJobs(core, events), _HungWorkers(sweep.resources.heartbeat_s)
     tuner = tune.Tuner(
         tune.with_resources(HaloraTrainable, tune.PlacementGroupFactory([worker_share(sweep)] * sweep.workers)),
         tune_config=tune.TuneConfig(

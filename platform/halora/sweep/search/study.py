@@ -2,7 +2,7 @@
 
 A trial's number there is its identity everywhere: in Ray, in MLflow, in its checkpoint folder. Optuna's own states are
 kept true: RUNNING until a trial ends, COMPLETE with both objectives, PRUNED for one that was stopped early or never
-trained for its energy, FAIL. What Optuna has no word for stands in the trial's attributes.
+trained for its energy, FAIL. What Optuna has no word for is in the trial's attributes.
 """
 
 from collections.abc import Mapping
@@ -180,7 +180,7 @@ class SweepStudy:
         self._opened(trial).set_user_attr(_LOST, count)
 
     def halved(self, trial: Trial) -> None:
-        """Keep that a trial goes on with half its micro-batch."""
+        """Keep that a trial continues with half its micro-batch."""
         self._opened(trial).set_user_attr(_HALVINGS, trial.halvings + 1)
 
     def raced(self, trial: Trial, scores: Scores) -> None:

@@ -1,6 +1,6 @@
 """Chosen configurations trained again with other seeds, on the sweep's workers, for the closing comparison.
 
-Their folders are below the sweep's own, and as durable as trials: a training goes on from its last report.
+Their folders are below the sweep's own, and as durable as trials: a training resumes from its last report.
 """
 
 import json
@@ -17,7 +17,7 @@ from halora.records.store import SweepFolder
 from halora.settings.trial import Goal
 from halora.spaces.sweep import SweepConfig
 from halora.storage import TrialStorage
-from halora.sweep.core import MOST_LOST, Decision, Job
+from halora.sweep.search.core import MOST_LOST, Decision, Job
 from halora.trial_folder import adapter_folder, latest_checkpoint
 
 _PLAN_FILE = "training.json"
@@ -65,23 +65,23 @@ def train_seeds(
     stopping: Callable[[], bool],
     say: Callable[[str], None],
 ) -> list[Trained] | None:
-    """Carry out trainings on the sweep's workers, or go on with them; none if that was interrupted.
+    """Carry out trainings on the sweep's workers, or continue them; none if that was interrupted.
 
-    Ray has to run, see `halora.sweep.session.ray_session`.
+    Ray has to run, see `halora.sweep.cluster.session.ray_session`.
 
     Args:
         sweep: The sweep.
         folder: Its folder.
         trainings: What to train; a training that is done is not repeated.
         stopping: Whether someone asked the sweep to stop.
-        say: Told how it goes on.
+        say: Told of the progress.
     """
-    from halora.sweep.executor import run_trials
+    from halora.sweep.run.executor import run_trials
 
     own = folder.comparison
     own.root.mkdir(exist_ok=True)
     if folder.storage_url:
-        own.storage_file.write_text(f"{folder.storage_url}-comparison")
+        own.storage_file.write_text(f"{folder.storage_url}-comparison", encoding="utf-8")
     jobs = [_job(sweep, number, training) for number, training in enumerate(trainings)]
     for job in jobs:
         _claim(sweep, own, job)
@@ -112,7 +112,7 @@ def _claim(sweep: SweepConfig, own: SweepFolder, job: Job) -> None:
     """Have the job's folder to itself: what another configuration left there goes."""
     place, config = own.trial(job.number), sweep.resolve(job.values).model_dump(mode="json")
     plan = place / _PLAN_FILE
-    if not plan.exists() or json.loads(plan.read_text()) != config:
+    if not plan.exists() or json.loads(plan.read_text(encoding="utf-8")) != config:
         shutil.rmtree(place, ignore_errors=True)
         if url := own.trial_url(job.number):
             TrialStorage(url).remove()
@@ -122,11 +122,11 @@ def _claim(sweep: SweepConfig, own: SweepFolder, job: Job) -> None:
 
 def _steps(place: Path) -> int:
     checkpoint = latest_checkpoint(place)
-    return int(json.loads((checkpoint / "progress.json").read_text())["step"]) if checkpoint else 0
+    return int(json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))["step"]) if checkpoint else 0
 
 
 class _SeedWork:
-    """Hands out a fixed list of trainings, see `halora.sweep.running.JobSource`."""
+    """Hands out a fixed list of trainings, see `halora.sweep.search.running.JobSource`."""
 
     def __init__(self, jobs: Sequence[Job], done: set[int], stopping: Callable[[], bool]) -> None:
         self._jobs = {job.number: job for job in jobs}
@@ -188,7 +188,7 @@ class _SeedWork:
 
 
 class _Telling:
-    """Says how the trainings go on, and brings adapters from the storage; see `halora.sweep.running.TrialEvents`."""
+    """Tells of the trainings and brings adapters from the storage; see `halora.sweep.search.running.TrialEvents`."""
 
     def __init__(self, own: SweepFolder, trainings: Sequence[SeedTraining], say: Callable[[str], None]) -> None:
         self._own, self._trainings, self._say = own, trainings, say
@@ -218,10 +218,10 @@ class _Telling:
         self._tell(job, f"failed: {cause}")
 
     def lost(self, job: Job, cause: str) -> None:
-        self._tell(job, f"goes on from its checkpoint: {cause}")
+        self._tell(job, f"resumes from its checkpoint: {cause}")
 
     def out_of_memory(self, job: Job, cause: str) -> None:
-        self._tell(job, f"goes on from its checkpoint with half the micro-batch: {cause}")
+        self._tell(job, f"resumes from its checkpoint with half the micro-batch: {cause}")
 
     def _tell(self, job: Job, text: str) -> None:
         training = self._trainings[job.number]

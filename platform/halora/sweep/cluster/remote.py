@@ -20,9 +20,9 @@ import ray
 from ray.exceptions import RayError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from halora.sweep.cluster import BEGINS, Cluster
-from halora.sweep.session import check_listening, joined, shipped, unreachable
-from halora.sweep.versions import CLIENT, own_code
+from halora.sweep.cluster.cluster import BEGINS, Cluster
+from halora.sweep.cluster.session import check_listening, joined, shipped, unreachable
+from halora.sweep.cluster.versions import CLIENT, own_code
 
 _POLL_S = 0.5
 _HEAD_NODE = {"node:__internal_head__": 0.001}
@@ -145,7 +145,7 @@ class _Process:
         os.close(file)
 
     def output(self) -> str:
-        return self._log.read_text(errors="replace")
+        return self._log.read_text(errors="replace", encoding="utf-8")
 
     def code(self) -> int | None:
         return self._process.poll()

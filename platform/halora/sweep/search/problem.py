@@ -18,7 +18,7 @@ from halora.spaces.sweep import SweepConfig
 
 @dataclass(frozen=True)
 class Problem:
-    """A search over two objectives: accuracy, to be had by training, and energy, known for nothing.
+    """A search over two objectives: accuracy, which takes training, and energy, which is computed before it.
 
     Attributes:
         name: Name of the sweep.
@@ -31,7 +31,7 @@ class Problem:
         reference: Accuracy and energy that hypervolumes are measured from.
         first: Points to try first.
         settings: Sampler and what it sees.
-        keep: Share of a rung's trials that go on.
+        reduction_factor: A rung promotes one in so many of its trials.
         accuracy_floor: Trials at or below it rank last at a rung.
         constraints: Bounds a trial has to keep.
         racing: Extra chip instances, if any.
@@ -47,7 +47,7 @@ class Problem:
     reference: tuple[float, float]
     first: Sequence[Mapping[str, Any]] = ()
     settings: SearchSettings = field(default_factory=SearchSettings)
-    keep: float = 1.0
+    reduction_factor: float = 1.0
     accuracy_floor: float = 0.0
     constraints: Sequence[Constraint] = ()
     racing: Racing | None = None
@@ -85,7 +85,7 @@ def problem_of(sweep: SweepConfig) -> Problem:
         reference=(point.accuracy, point.energy_uj_per_token),
         first=first_points(sweep),
         settings=sweep.search,
-        keep=stopping.keep if stopping else 1.0,
+        reduction_factor=stopping.reduction_factor if stopping else 1.0,
         accuracy_floor=point.accuracy if floor is None else floor,
         constraints=sweep.constraints,
         racing=sweep.racing,

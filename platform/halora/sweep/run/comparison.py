@@ -24,8 +24,8 @@ from halora.records.provenance import program
 from halora.records.store import ComparisonFolder, SweepFolder
 from halora.settings.trial import TrialConfig
 from halora.spaces.sweep import Comparison, SweepConfig
-from halora.sweep.core import DecisionCore
-from halora.sweep.seeds import SeedTraining, Trained, train_seeds
+from halora.sweep.run.seeds import SeedTraining, Trained, train_seeds
+from halora.sweep.search.core import DecisionCore
 from halora.trial_folder import ADAPTER_WEIGHTS, adapter_folder
 
 if TYPE_CHECKING:
@@ -130,14 +130,14 @@ def compare(
     """Score the chosen trials' adapters and the bare base on fresh validation rows and fresh chip instances.
 
     What was trained and scored before, by a process that was interrupted, is not repeated. Ray has to run, see
-    `halora.sweep.session.ray_session`.
+    `halora.sweep.cluster.session.ray_session`.
 
     Args:
         sweep: The sweep, with a comparison.
         folder: Its folder.
         core: Knows the trials' values.
         chosen: Trials by what they were chosen for, at least one.
-        say: Told how it goes on.
+        say: Told of the progress.
 
     Returns:
         The comparison; none if it was interrupted.
@@ -195,7 +195,7 @@ def _trainings(sweep: SweepConfig, core: DecisionCore, chosen: Mapping[str, Reco
 
 
 def _fresh(config: TrialConfig, comparison: Comparison) -> TrialConfig:
-    own = config.evaluation.at_own_level()
+    own = config.evaluation.at_own_strength()
     size = {"rows": comparison.rows, "chip_instances": comparison.chip_instances}
     return config.model_copy(update={"evaluation": own.model_copy(update=size)})
 
@@ -204,7 +204,7 @@ def _scored(
     sweep: SweepConfig, own: ComparisonFolder, jobs: "Sequence[ScoringJob]", say: Callable[[str], None]
 ) -> list[ChipScores]:
     """Scores of all jobs, each kept in a file as soon as it is there, and read where it was kept before."""
-    from halora.sweep.executor import score_on_workers  # imports Ray
+    from halora.sweep.run.executor import score_on_workers  # imports Ray
 
     own.scores.mkdir(parents=True, exist_ok=True)
     files = [own.scores / f"{_digest(job)}.json" for job in jobs]
@@ -218,7 +218,7 @@ def _scored(
         say(f"comparison: {done} of {len(jobs)} evaluations")
 
     score_on_workers(sweep, [jobs[place] for place in left], scored)
-    return [ChipScores.from_json(json.loads(file.read_text())) for file in files]
+    return [ChipScores.from_json(json.loads(file.read_text(encoding="utf-8"))) for file in files]
 
 
 def _digest(job: "ScoringJob") -> str:

@@ -1,4 +1,4 @@
-"""Whether journal and MLflow say of every trial what the study says, and mending them where they do not.
+"""Whether journal and MLflow say of every trial what the study says, and fixing them where they do not.
 
 The study is the truth. A process that was killed may have written one and not yet the others.
 """
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from halora.records.store import Store
-from halora.sweep.state import is_running, load_core, only_driver
-from halora.sweep.study import State, Trial
+from halora.sweep.run.state import is_running, load_core, only_driver
+from halora.sweep.search.study import State, Trial
 
 if TYPE_CHECKING:
     from halora.records.recorder import SweepRecorder
@@ -34,14 +34,14 @@ class Difference:
         study: Where the study says it stands; empty if it does not know it.
         journal: Where the journal said it stands; empty if it had none.
         mlflow: Where MLflow said it stands, all of its runs; empty if it had none.
-        mended: What was done.
+        fixed: What was done.
     """
 
     number: int
     study: str
     journal: str
     mlflow: str
-    mended: str
+    fixed: str
 
 
 def reconcile_store(store: Store, say: Callable[[str], None]) -> list[tuple[str, Difference]]:
@@ -96,14 +96,14 @@ def _reconcile(name: str, store: Store, say: Callable[[str], None]) -> list[Diff
     recorded, runs = read_ledger(store, name), mlflow.trial_states()
     close_records(name, store, say)
     states = {point.number: point.state for point in read_ledger(store, name).points()}
-    mended = mlflow.mend(journal.read(store.sweep(name).journal_file)[0], states)
+    fixed = mlflow.repair(journal.read(store.sweep(name).journal_file)[0], states)
     trials = {trial.number: trial for trial in core.trials()}
     found = []
     for number in sorted({*trials, *states, *runs}):
         trial, state, in_mlflow = trials.get(number), recorded.state(number), runs.get(number, [])
         if not (trial and _agrees(trial, state) and in_mlflow == ([state] if state else [])):
             done = [f"recorded as {now}"] if (now := states.get(number, "")) != state else []
-            done += [mended[number]] if number in mended else []
+            done += [fixed[number]] if number in fixed else []
             what = trial.state if trial else ""
             found.append(Difference(number, what, state, ", ".join(in_mlflow), "; ".join(done) or "delivered"))
     return found

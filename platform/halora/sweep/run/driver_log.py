@@ -13,7 +13,7 @@ _LEVELS = {"failed": "error", "lost": "warning"}
 
 
 class Watcher(Protocol):
-    """Shows a person how the sweep goes on."""
+    """Shows a person the progress of a sweep."""
 
     def say(self, text: str) -> None:
         """One line about what happens now."""
@@ -48,7 +48,10 @@ class DriverLog:
     def _write(self, level: str, content: dict[str, Any]) -> None:
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         line = json.dumps({"time": now, "level": level, "sweep": self._sweep, **content}, ensure_ascii=False)
-        with suppress(OSError), self._path.open("a") as file:  # a full disk stops the sweep by its journal, not by this
+        with (
+            suppress(OSError),
+            self._path.open("a", encoding="utf-8") as file,
+        ):  # a full disk stops the sweep by its journal, not by this
             file.write(line + "\n")
 
 
@@ -58,7 +61,7 @@ def read_log(path: Path, *, follow: bool = False) -> Iterator[dict[str, Any]]:
         return
     while not path.exists():
         time.sleep(_POLL_S)
-    with path.open() as file:
+    with path.open(encoding="utf-8") as file:
         text = ""
         while True:
             text += file.readline()

@@ -17,7 +17,7 @@ from typing import Any
 
 from halora.errors import UserError, nearest
 from halora.secret_urls import hidden
-from halora.sweep.versions import LIBRARIES, code_digest, own_code
+from halora.sweep.cluster.versions import LIBRARIES, code_digest, own_code
 from halora.yaml_files import read_yaml
 
 HEAD_SCRIPTS = ("postgresql.sh", "mlflow.sh", "ray-head.sh")
@@ -93,7 +93,7 @@ def check_cluster_file(path: Path) -> list[NodeType]:
     if not problems:
         problems += _by_ray(config)
     if problems:
-        raise UserError(problems, f"mend '{path}', then check it again before `ray up`")
+        raise UserError(problems, f"fix '{path}', then check it again before `ray up`")
     return _node_types(config)
 
 
@@ -110,7 +110,7 @@ def _by_schema(config: dict[str, Any]) -> Iterator[str]:
     import ray.autoscaler
     from jsonschema import Draft7Validator  # type: ignore[import-untyped]
 
-    schema = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text())
+    schema = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text(encoding="utf-8"))
     for error in Draft7Validator(schema).iter_errors(config):
         at = ".".join(map(str, error.absolute_path))
         if error.validator == "additionalProperties":
@@ -205,7 +205,11 @@ def _files(config: dict[str, Any]) -> Iterator[str]:
     if not locks:
         yield "file_mounts: no requirements.lock; mount ./requirements.lock, which holds the tested versions"
     for remote, lock in locks.items():
-        pinned = dict(line.split("==") for line in lock.read_text().split() if "==" in line) if lock.is_file() else {}
+        pinned = (
+            dict(line.split("==") for line in lock.read_text(encoding="utf-8").split() if "==" in line)
+            if lock.is_file()
+            else {}
+        )
         for name in _LIBRARIES if pinned else ():
             if (there := pinned.get(name, "none")) != version(name):
                 yield f"file_mounts.{remote}: {name} {there} there, {version(name)} here; they have to be equal"
@@ -284,7 +288,7 @@ def _token(config: dict[str, Any]) -> Iterator[str]:
         yield f"file_mounts: no {_TOKEN}; Ray does not spread its token itself: add `{_TOKEN}: {_TOKEN}`"
         return
     file = _here(local)
-    if not file.is_file() or not file.read_text().strip():
+    if not file.is_file() or not file.read_text(encoding="utf-8").strip():
         yield f"file_mounts.{_TOKEN}: no token in '{local}'; make one with `ray get-auth-token --generate`"
     elif (mode := stat.S_IMODE(file.stat().st_mode)) & 0o077:
         yield f"file_mounts.{_TOKEN}: others on this machine may read '{local}' (mode {mode:o}); `chmod 600 {local}`"
@@ -378,4 +382,4 @@ def _wheel_code(wheel: Path) -> str:
 
 
 def _plain(number: float | None) -> str:
-    return "not said" if number is None else f"{number:g}"
+    return "n/a" if number is None else f"{number:g}"

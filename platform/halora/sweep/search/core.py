@@ -22,9 +22,9 @@ from halora.analysis.racing import chip_estimates, front_probabilities, value_of
 from halora.settings.trial import Goal
 from halora.spaces.language import grid, size
 from halora.spaces.search import ENERGY
-from halora.sweep.problem import Problem
-from halora.sweep.samplers import BLIND, History, Proposal, make_sampler, propose
-from halora.sweep.study import Scores, State, SweepStudy, Trial, point_key
+from halora.sweep.search.problem import Problem
+from halora.sweep.search.samplers import BLIND, History, Proposal, make_sampler, propose
+from halora.sweep.search.study import Scores, State, SweepStudy, Trial, point_key
 
 _RE_ASKS = 20  # points that are skipped, or known already, before one is drawn at random
 _RANDOM_DRAWS = 200
@@ -38,7 +38,7 @@ class Decision(StrEnum):
 
     CONTINUE = "continue"
     PAUSE = "pause"
-    """Stop it at its checkpoint; a resume goes on from there."""
+    """Stop it at its checkpoint; a resume starts from there."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class DecisionCore:
         Args:
             number: The trial.
             scores: Its metrics, on all chips scored so far; `accuracy_by_chip` in the order of the chips. A trial
-                whose accuracy is no number has failed.
+                whose accuracy is not a number has failed.
         """
         if not isfinite(scores["accuracy"]):
             self.on_failure(number)
@@ -150,7 +150,7 @@ class DecisionCore:
         self._spend_time()
 
     def on_loss(self, number: int) -> bool:
-        """Take the end of the worker that had a trial. Whether the trial goes on from its checkpoint; else it fails."""
+        """Take the end of the worker that had a trial. Whether the trial resumes from its checkpoint; else it fails."""
         trial = self.trial(number)
         if trial.state is State.FINISHED or trial.lost_workers + 1 >= MOST_LOST:
             return False
@@ -229,7 +229,7 @@ class DecisionCore:
         """The best paused trial of the highest rung that has one among those to go on."""
         for rung in sorted({trial.level for trial in trials if trial.state is State.PAUSED}, reverse=True):
             reached = [t for t in trials if len(t.scores) > rung and t.state is not State.FAILED]
-            quota = (ceil if search_ends else floor)(self._problem.keep * len(reached))
+            quota = (ceil if search_ends else floor)(len(reached) / self._problem.reduction_factor)
             if sum(trial.level > rung for trial in reached) >= quota:
                 continue  # else every newcomer that reorders the best would promote one more
             accuracy = np.array([trial.scores[rung]["accuracy"] for trial in reached], dtype=float)

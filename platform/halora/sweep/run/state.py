@@ -11,11 +11,11 @@ import yaml
 from halora.errors import UserError
 from halora.records.store import Store, SweepFolder
 from halora.spaces.sweep import SweepConfig
-from halora.sweep.core import DecisionCore
-from halora.sweep.problem import problem_of
-from halora.sweep.samplers import fitting_trials
-from halora.sweep.study import SweepStudy
-from halora.sweep.study_storage import storage_of
+from halora.sweep.search.core import DecisionCore
+from halora.sweep.search.problem import problem_of
+from halora.sweep.search.samplers import fitting_trials
+from halora.sweep.search.study import SweepStudy
+from halora.sweep.search.study_storage import storage_of
 
 
 def load_core(name: str, store: Store) -> tuple[SweepConfig, DecisionCore]:
@@ -26,7 +26,7 @@ def load_core(name: str, store: Store) -> tuple[SweepConfig, DecisionCore]:
 
 def load_sweep_of(folder: SweepFolder) -> SweepConfig:
     """The sweep as it was launched."""
-    return SweepConfig.model_validate(yaml.safe_load(folder.sweep_file.read_text()))
+    return SweepConfig.model_validate(yaml.safe_load(folder.sweep_file.read_text(encoding="utf-8")))
 
 
 def open_core(
@@ -53,19 +53,19 @@ def check_not_launched(folder: SweepFolder) -> None:
     """Refuse a sweep name that is taken.
 
     Raises:
-        UserError: With the ways to go on.
+        UserError: With the ways forward.
     """
     if folder.root.exists():
         raise UserError(
             f"sweep '{folder.name}' was launched before",
-            f"go on with `halora sweep resume {folder.name}`, or launch under another name with --name",
+            f"resume it with `halora sweep resume {folder.name}`, or launch under another name with --name",
         )
 
 
 def is_running(folder: SweepFolder) -> bool:
     """Whether a process of this machine is running the sweep."""
     try:
-        with folder.lock_file.open() as lock:
+        with folder.lock_file.open(encoding="utf-8") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
             return False
     except FileNotFoundError:
@@ -81,7 +81,7 @@ def only_driver(folder: SweepFolder) -> Iterator[None]:
     Raises:
         UserError: Another process holds it.
     """
-    with folder.lock_file.open("a") as lock:
+    with folder.lock_file.open("a", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -24,8 +24,8 @@ from halora.analysis.front import ranks
 from halora.hardware.addressing import derive_seed
 from halora.spaces.language import Categorical, Distribution, chosen_values
 from halora.spaces.search import ENERGY, Sampler, total_violation
-from halora.sweep.problem import Problem
-from halora.sweep.study import State, Trial
+from halora.sweep.search.problem import Problem
+from halora.sweep.search.study import State, Trial
 
 BLIND: frozenset[Sampler] = frozenset({"random", "qmc"})
 """Samplers that look at no trial."""

@@ -1,0 +1,1 @@
+"""Runs a launched sweep: the Ray Tune adapter, its folder, progress, closing comparison."""

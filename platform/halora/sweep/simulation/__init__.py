@@ -1,0 +1,1 @@
+"""Sweeps over recorded results instead of training."""
