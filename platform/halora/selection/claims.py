@@ -268,7 +268,7 @@ def priced(config: TrialConfig, *, estimated: bool = False) -> EnergyClaim:
         estimated: Take the fill of the cells by shipped statistics, though the model's weights are at hand.
 
     Raises:
-        UserError: The model's dimensions cannot be had.
+        UserError: The model's dimensions are not available.
     """
     energy = trial_energy(config, estimated=estimated)
     return {
