@@ -232,7 +232,7 @@ def test_links_devices_and_pipes_are_refused_unread(bundle):
         ("task", "2*/etc+arc-easy", "task: a name is wanted, and no path or address"),
         ("task", {"arc-easy": 1}, "task: a name is wanted"),
         ("task", "x\x1b[2J", "task: a name is wanted"),
-        ("evaluation/answer_pattern", "(", "answer_pattern is no regular expression"),
+        ("evaluation/answer_pattern", "(", "answer_pattern is not a regular expression"),
         ("lora/rank", 10**9, "lora.rank: "),
         ("training/steps", float("inf"), "is not JSON: Infinity is not a number"),
     ],
