@@ -276,7 +276,7 @@ def test_twenty_kills_of_drivers_and_workers_lose_and_repeat_nothing(
     folder = store / "sweeps" / names[1]
     assert differences(f"sqlite:///{store / 'mlflow.db'}", names[1], folder / "records.jsonl") == []
     journal = optuna.storages.journal.JournalFileBackend(str(folder / "study.journal"))
-    study = optuna.load_study(study_name=names[1], storage=optuna.storages.JournalStorage(journal))
+    study = optuna.load_study(study_name=None, storage=optuna.storages.JournalStorage(journal))
     assert [(trial.number, trial.state.name) for trial in study.trials] == [(i, "COMPLETE") for i in range(12)]
 
 
@@ -327,7 +327,7 @@ def test_a_sweep_with_a_storage_goes_on_where_no_file_of_it_is(
 
     objects = fsspec.filesystem("s3").find("bucket/sweeps")
     members = {row["trial"] for row in json.loads(halora(store, "front", "show", "afar", "--format", "json").stdout)}
-    assert {re.fullmatch(r"bucket/sweeps/afar-[0-9a-f]{8}/(\d{5})/.*", name)[1] for name in objects} == {
+    assert {re.fullmatch(r"bucket/sweeps/afar-[0-9a-f]{32}/(\d{5})/.*", name)[1] for name in objects} == {
         f"{number:05d}" for number in members
     }
     assert not [name for name in objects if "optimizer" in name]

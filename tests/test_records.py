@@ -22,8 +22,10 @@ from records_audit import differences, journal_entries
 
 from halora.analysis.front import front, hypervolume
 from halora.errors import UnreachableError, UserError
+from halora.pricing import trial_energy
 from halora.records import names, queries, registry
 from halora.records.index import read_ledger
+from halora.records.position import refused as refused_of
 from halora.records.position import undelivered
 from halora.records.provenance import commit_of, program
 from halora.records.publishing import Publisher
@@ -31,6 +33,8 @@ from halora.records.recorder import SweepRecorder
 from halora.records.sender import Sender, recording
 from halora.records.store import Store
 from halora.records.tracking import MlflowClient, MlflowSweep, open_client
+from halora.settings.trial import TrialConfig
+from halora.spaces.mistakes import field_paths
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +155,7 @@ def test_the_recorded_names_are_frozen():
         "DAMAGE_FILE": "damage.json",
         "CERTIFICATION_FOLDER": "selection/attempt-{attempt:02d}",
         "CERTIFICATION_FILE": "certification.json",
+        "ROBUSTNESS_FILE": "robustness.json",
         "CANDIDATE": "candidate",
         "CHAMPION": "champion",
         "ATTEMPT": "halora.attempt",
@@ -175,7 +180,7 @@ def test_a_finished_trial_is_read_back_whole(client, store, sweep, folder, said,
     assert differences(store.tracking_uri, sweep.name, folder.journal_file) == []
     assert undelivered(store, sweep.name) == 0
 
-    run = queries.trial_run(client, sweep.name, 0)
+    run = queries.trial_run(client, sweep.name, sweep.launch, 0)
     metrics, tags = run.data.metrics, run.data.tags
     assert run.data.params == {"lora.rank": "4"}
     components = {k: v for k, v in metrics.items() if k.startswith("energy_uj_per_token.")}
@@ -186,7 +191,7 @@ def test_a_finished_trial_is_read_back_whole(client, store, sweep, folder, said,
     prefixes = (*names.TASK_METRICS, names.LEVEL_METRIC)
     assert {name: value for name, value in metrics.items() if name.startswith(prefixes)} == {
         "accuracy.arc-easy": 0.25,
-        "clean_accuracy./rows/my _own_": 0.75,
+        "clean_accuracy./rows/my _own_-1bba51f3": 0.75,
         "accuracy_at.0.02": 0.2,
     }
     assert not {"not.of.these", "other"} & metrics.keys()
@@ -207,7 +212,7 @@ def test_a_finished_trial_is_read_back_whole(client, store, sweep, folder, said,
         "noise": "gaussian",
         "noise_strength": "0.01",
     }
-    assert tags["mlflow.parentRunId"] == queries.parent_run(client, sweep.name).info.run_id
+    assert tags["mlflow.parentRunId"] == queries.parent_run(client, sweep.name, sweep.launch).info.run_id
 
 
 def test_the_noise_of_each_layer_is_recorded_by_kind_and_depth(sweep, folder):
@@ -251,7 +256,7 @@ def test_a_trial_has_its_adapter_as_a_logged_model_and_its_rows_as_data_sets(
         finish(recorder, folder.root, 0, accuracy=0.5)
         recorder.fail_trial(1, "boom")
         recorder.finish(interrupted=False)
-    run, failed = (queries.trial_run(client, sweep.name, number) for number in (0, 1))
+    run, failed = (queries.trial_run(client, sweep.name, sweep.launch, number) for number in (0, 1))
     adapter = queries.download_adapter(client, run, tmp_path)
     assert (adapter / "adapter_model.safetensors").read_bytes() == b"weights 0"
     assert queries.download_adapter(client, failed, tmp_path) is None
@@ -290,7 +295,7 @@ def test_trials_end_in_mlflow_s_terminal_states(client, store, sweep, folder, sa
     told = ["finished", "failed", "interrupted", "interrupted", "stopped"]
     assert [run.data.tags["halora.state"] for run in runs] == told
     assert runs[1].data.tags["halora.cause"] == "loss nan at step 3"
-    parent = queries.parent_run(client, sweep.name)
+    parent = queries.parent_run(client, sweep.name, sweep.launch)
     assert (parent.info.status, parent.data.tags["halora.state"]) == ("KILLED", "interrupted")
     assert differences(store.tracking_uri, sweep.name, folder.journal_file) == []
 
@@ -341,7 +346,7 @@ def test_a_trial_scored_again_on_more_chips_has_both_scores_and_stands_where_the
             finish(recorder, folder.root, 0, accuracy)
         assert recorder.points[0].accuracy == 0.4
         recorder.finish(interrupted=False)
-    run = queries.trial_run(client, sweep.name, 0)
+    run = queries.trial_run(client, sweep.name, sweep.launch, 0)
     history = client.get_metric_history(run.info.run_id, "accuracy")
     assert sorted(metric.value for metric in history) == [0.4, 0.6]
     assert len(run.outputs.model_outputs) == 1
@@ -368,7 +373,7 @@ def test_rungs_and_simulated_scores_are_recorded_once(client, store, sweep, fold
                 recorder.report_rung(0, step, told)
             recorder.finish_trial(0, 4, scores, result, None)
             recorder.finish(interrupted=False)
-    run = queries.trial_run(client, sweep.name, 0)
+    run = queries.trial_run(client, sweep.name, sweep.launch, 0)
     history = client.get_metric_history(run.info.run_id, "rung_accuracy")
     assert {metric.step: metric.value for metric in history} == rungs
     assert len(history) == len(client.get_metric_history(run.info.run_id, "accuracy")) + 1 == 2
@@ -420,7 +425,7 @@ def test_the_parent_run_keeps_the_front(client, store, sweep, folder, said, tmp_
         recorder.record_comparison(_COMPARISON)
         recorder.finish(interrupted=False)
         points = recorder.points
-    parent = queries.parent_run(client, sweep.name)
+    parent = queries.parent_run(client, sweep.name, sweep.launch)
     run_id = parent.info.run_id
     rows = queries.logged_json(client, run_id, names.FRONT_JSON)
     assert [(row["number"], row["accuracy"], row["on_front"]) for row in rows] == [
@@ -485,6 +490,8 @@ def test_what_mlflow_refuses_is_kept_and_told_and_holds_nothing_up(client, store
     assert refused[0]["entry"]["metrics"] == {"bad$name": 1.0}
     assert "Invalid value" in refused[0]["error"]
     assert any("MLflow refused a record of trial 0" in line for line in said)
+    assert list(refused_of(folder)) == [0, 1]
+    assert "Invalid value" in refused_of(folder)[0]
     (lost,) = differences(store.tracking_uri, sweep.name, folder.journal_file)
     assert lost.startswith("lost: (0, 'bad$name', ")
     assert undelivered(store, sweep.name) == 0
@@ -513,7 +520,7 @@ def test_hostile_names_are_recorded_as_they_are(client, store, tiny_models, tiny
         recorder.fail_trial(0, f"{name}: no such\nthing" * 1000)
         recorder.finish(interrupted=False)
     assert said == []
-    run = queries.trial_run(client, "hostile", 0)
+    run = queries.trial_run(client, "hostile", sweep.launch, 0)
     assert run.data.params["model"] == run.data.tags["halora.model"] == str(model)
     assert run.data.tags["halora.cause"].startswith(name)
     page = folder.published / "report.html"
@@ -521,14 +528,38 @@ def test_hostile_names_are_recorded_as_they_are(client, store, tiny_models, tiny
     assert "&lt;script&gt;alert" in page.read_text()
 
 
+def test_nothing_of_a_long_and_odd_sweep_is_refused(client, store, tiny_models, tiny_task, said, tmp_path):
+    """Folders of tasks by names that MLflow takes for other paths, or for too long; all fields searched at once."""
+    task = "+".join(str(shutil.copytree(tiny_task, tmp_path / ("a task " * 30) / str(i))) for i in range(4))
+    sweep = made_up_sweep(store, "odd", tiny_models["llama"], task, description="what it is for " * 2000)
+    folder = store.sweep("odd")
+    scored = ("/rows/my/", "/rows//my", "/rows/../my", "rows/.", "a+b", "a*b", "模型", "x" * 300, "x" * 301, "/")
+    named = {f"accuracy.{name}": i / 16 for i, name in enumerate(scored)}
+    with recording(store, sweep, said.append) as recorder:
+        config = sweep.resolve({})
+        params = dict.fromkeys(field_paths(TrialConfig), "x" * 7000)
+        assert len(params) > 100
+        recorder.begin_trial(0, config, params, trial_energy(config))
+        finish(recorder, folder.root, 0, accuracy=0.5, **named)
+        recorder.finish(interrupted=False)
+    assert said == []
+    assert not folder.refused_file.exists()
+    run = queries.trial_run(client, "odd", 0)
+    assert run.data.params.keys() == params.keys()
+    assert len(run.inputs.dataset_inputs) == 2
+    found = {name: value for name, value in run.data.metrics.items() if name.startswith("accuracy.")}
+    assert sorted(found.values()) == sorted(named.values())  # each by a name of its own
+    assert found["accuracy.模型"] == named["accuracy.模型"]
+
+
 def test_a_run_that_is_not_there_is_named(client, store, sweep, folder, said):
     with recording(store, sweep, said.append) as recorder:
         recorder.finish(interrupted=False)
     with pytest.raises(UserError, match=f"MLflow has no run of trial '{sweep.name}/7' yet"):
-        queries.trial_run(client, sweep.name, 7)
+        queries.trial_run(client, sweep.name, sweep.launch, 7)
     with pytest.raises(UserError, match="nothing is recorded of sweep 'other'"):
-        queries.parent_run(client, "other")
-    run_id = queries.parent_run(client, sweep.name).info.run_id
+        queries.parent_run(client, "other", "0" * 32)
+    run_id = queries.parent_run(client, sweep.name, sweep.launch).info.run_id
     with pytest.raises(UserError, match=r"has no 'nothing\.json'; it did not get that far"):
         queries.logged_json(client, run_id, "nothing.json")
 

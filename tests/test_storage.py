@@ -282,16 +282,16 @@ def test_a_scratch_folder_that_was_taken_for_an_orphan_is_made_anew(tmp_path, mo
 
 def test_two_sweeps_of_one_name_do_not_meet(base, tmp_path):
     urls = []
-    for store in ("a", "b"):
+    for store in ("a", "b"):  # and the identity of its launch
         folder = SweepFolder(tmp_path / store / "sweeps" / "same")
         folder.root.mkdir(parents=True)
-        TrialFiles(folder).keep_at(base, [])
-        TrialFiles(folder).keep_at(base, [])  # a resume that names it again
+        TrialFiles(folder).keep_at(base, store * 32, [])
+        TrialFiles(folder).keep_at(base, store * 32, [])  # a resume that names it again
         urls.append(folder.trial_url(0))
         TrialStorage(urls[-1]).put_checkpoint(_checkpoint(tmp_path / store, 2))
     assert len(set(urls)) == 2
     for store, url in zip("ab", urls, strict=True):
-        assert url.startswith(f"{base}/same-")
+        assert url.startswith(f"{base}/same-{store * 32}/")
         TrialStorage(url).fetch_checkpoint(tmp_path / "there")
         assert (
             adapter_folder(tmp_path / "there").joinpath("adapter_model.safetensors").read_bytes()
@@ -304,7 +304,7 @@ def test_unfinished_trials_move_with_their_sweep(base, tmp_path):
     _checkpoint(folder.trial(1), 2)
     files, whole = TrialFiles(folder), _content(folder.trial(1))
     for place in (base, f"{base}-other"):
-        files.keep_at(place, [0, 1])
+        files.keep_at(place, "0" * 32, [0, 1])
         assert folder.storage_url.startswith(f"{place}/moving-")
         assert len(files.reports(1)) == 2
         assert files.reports(0) == []
@@ -318,7 +318,7 @@ def test_a_trial_that_ended_keeps_what_a_race_needs_and_no_more(base, tmp_path):
     folder = SweepFolder(tmp_path / "sweeps" / "ended")
     folder.root.mkdir(parents=True)
     files, trials, points = TrialFiles(folder), [], []
-    files.keep_at(base, [])
+    files.keep_at(base, "0" * 32, [])
     states = (State.FINISHED, State.FINISHED, State.FAILED, State.RUNNING)
     jobs = [Job(number, {}, 1.0 + number, Goal(4, 2), True, "") for number in range(4)]
     for job, state in zip(jobs, states, strict=True):
@@ -401,7 +401,7 @@ def test_a_missing_package_is_named(tmp_path):
 
 
 def test_a_url_with_a_password_is_refused_and_a_path_made_absolute(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=r"of 'host' holds a user or a password.*AWS_SECRET_ACCESS_KEY") as told:
+    with pytest.raises(UserError, match=r"holds a user or a password.*AWS_SECRET_ACCESS_KEY") as told:
         Store.at(tmp_path, storage="s3://user:hidden@host/bucket")
     assert "hidden" not in str(told.value)
     with pytest.raises(UserError, match="holds a user or a password"):

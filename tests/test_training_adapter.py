@@ -18,6 +18,7 @@ from halora.hardware.addressing import NoiseKey, Role
 from halora.hardware.noise import programmed_weight
 from halora.settings.training import LINEAR_NAMES
 from halora.training.adapter import attach, attach_saved, detach, regulariser
+from halora.training.adapter_config import read_lora_config
 from halora.training.rram import ChipInstance
 from halora.trial_folder import ADAPTER_WEIGHTS, adapter_folder
 from halora.trial_runner import TrialRunner
@@ -248,3 +249,28 @@ def test_an_adapter_that_is_not_lora_is_refused(runner, tiny_trial, saved, tmp_p
     base, _ = runner.base(tiny_trial())
     with pytest.raises(UserError, match="is of PEFT's type IA3, not LORA"):
         attach_saved(base, folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"exclude_modules": "(a+)+$"}, r"exclude_modules: plain names of modules are wanted, and no patterns"),
+        ({"target_modules": "(.*)*q_proj"}, r"target_modules: plain names"),
+        ({"layers_to_transform": [0], "layers_pattern": "(x+x+)+y"}, r"layers_pattern: plain names"),
+        ({"rank_pattern": {"^(.+)+q_proj$": 2}}, r"rank_pattern: numbers by plain names"),
+        ({"alpha_pattern": {"(q|q)*": 2}}, r"alpha_pattern: numbers by plain names"),
+        ({"modules_to_save": ["lm_head"]}, r"modules_to_save: only a LoRA branch on named layers is supported"),
+        ({"loftq_config": {}, "layer_replication": [[0, 2], [0, 2]]}, "layer_replication: only a LoRA branch"),
+        ({"bias": "all"}, "bias: only a LoRA branch"),
+        ({"r": 10**9}, "r: a whole number from 1 to 1024 is wanted, got 1000000000"),
+        ({"r": "2", "lora_alpha": None}, "lora_alpha: a positive number is wanted, got null"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
+)
+def test_an_adapter_s_configuration_holds_no_pattern_and_nothing_beside_its_shape(saved, tmp_path, change, told):
+    folder = Path(shutil.copytree(saved, tmp_path / "changed"))
+    read_lora_config(folder)
+    written = folder / "adapter_config.json"
+    written.write_text(json.dumps(json.loads(written.read_text()) | change))
+    with pytest.raises(UserError, match=told):
+        read_lora_config(folder)

@@ -24,7 +24,7 @@ from halora.errors import StorageError, UserError
 from halora.files import sha256_of
 from halora.settings.trial import Goal
 from halora.trial_folder import OPTIMIZER_FILE, REPORTS_FILE, RESULT_FILE, TRIAL_FILE, adapter_folder, latest_checkpoint
-from halora.url_folder import RETRIES_S, UrlFolder, is_below, shown
+from halora.url_folder import RETRIES_S, UrlFolder, is_below
 
 MANIFEST_FILE = "manifest.json"
 """Written last into a stored checkpoint."""
@@ -115,7 +115,7 @@ class TrialStorage:
                 continue
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
-        raise StorageError(f"storage '{shown(self._place.url)}' changes while it is read")
+        raise StorageError(f"storage '{self._place.url}' changes while it is read")
 
     def reports(self) -> list[dict[str, float]]:
         """The trial's reports up to its latest whole checkpoint, by step.
@@ -134,7 +134,7 @@ class TrialStorage:
                     raise self._damaged(name, f"{REPORTS_FILE} is not as it was written")
                 found: list[dict[str, float]] = json.loads(content)
                 return found
-        raise StorageError(f"storage '{shown(self._place.url)}' changes while it is read")
+        raise StorageError(f"storage '{self._place.url}' changes while it is read")
 
     def put_result(self, folder: Path, steps: int, chips: int) -> None:
         """Store the scores in a trial's folder, taken after so many steps on so many chips.
@@ -227,7 +227,7 @@ class TrialStorage:
 
     def _damaged(self, name: str, what: str) -> UserError:
         return UserError(
-            f"checkpoint '{shown(self._place.url)}/{name}' is damaged: {what}", "delete it; the trial starts over"
+            f"checkpoint '{self._place.url}/{name}' is damaged: {what}", "delete it; the trial starts over"
         )
 
     def _write_manifest(self, name: str, manifest: Manifest) -> None:
@@ -300,7 +300,7 @@ class WorkFolder:
         trains = not goal.first_chip
         there = storage.fetch_checkpoint(folder, moments=trains)
         if not trains and not (there and storage.fetch_result(folder, goal.steps, goal.first_chip)):
-            raise UserError(f"storage '{shown(self._url)}' lacks the trial's adapter or its scores")
+            raise UserError(f"storage '{self._url}' lacks the trial's adapter or its scores")
 
     def put_checkpoint(self) -> None:
         """Store the latest checkpoint, where there is a storage.

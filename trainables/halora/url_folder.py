@@ -11,9 +11,9 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 from halora.errors import StorageError, UserError
+from halora.secret_urls import secrets_in
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem  # type: ignore[import-untyped]
@@ -38,15 +38,13 @@ def checked_url(text: str) -> str:
     """A place as it is kept: a path absolute, a URL without its last slash.
 
     Raises:
-        UserError: It holds a password.
+        UserError: It holds a secret, or may.
     """
-    for part in text.split("::"):
-        if is_url(part) and "@" in urlsplit(part).netloc:
-            raise UserError(
-                f"the storage URL of '{urlsplit(part).hostname}' holds a user or a password, which would be written "
-                "to disk",
-                "leave it out and set the protocol's own variables, for S3 AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
-            )
+    if found := secrets_in(text):
+        raise UserError(
+            f"the storage URL holds {' and '.join(found)}, which would be written to disk",
+            "leave it out and set the protocol's own variables, for S3 AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+        )
     return text.rstrip("/") if is_url(text) or not text else str(Path(text).expanduser().absolute())
 
 
@@ -156,7 +154,7 @@ class UrlFolder:
             if self.read(name) != b"halora":
                 raise FileNotFoundError
         except FileNotFoundError:
-            raise StorageError(f"storage '{shown(self.url)}' does not give back what was just written") from None
+            raise StorageError(f"storage '{self.url}' does not give back what was just written") from None
         self.remove(name)
 
     def _at(self, name: str) -> str:
@@ -183,12 +181,7 @@ class UrlFolder:
 
     def _error(self, cannot: str, error: Exception) -> StorageError:
         said = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-        return StorageError(f"storage '{shown(self.url)}' {cannot}: {said}")
-
-
-def shown(url: str) -> str:
-    """A URL without what may be secret in it."""
-    return url.partition("?")[0] if is_url(url) else url
+        return StorageError(f"storage '{self.url}' {cannot}: {said}")
 
 
 def _opened(url: str) -> "tuple[AbstractFileSystem, str]":
@@ -201,10 +194,10 @@ def _opened(url: str) -> "tuple[AbstractFileSystem, str]":
         fs, root = url_to_fs(url, **options)
     except ImportError as error:
         install = "pip install 'halora-sweep[s3]'" if protocol in ("s3", "s3a") else ""
-        raise UserError(f"storage '{shown(url)}': a package is missing on this machine: {error}", install) from None
+        raise UserError(f"storage '{url}': a package is missing on this machine: {error}", install) from None
     except ValueError as error:
         raise UserError(
-            f"storage '{shown(url)}': {error}", "name a path, s3://BUCKET/FOLDER, or a URL that fsspec knows"
+            f"storage '{url}': {error}", "name a path, s3://BUCKET/FOLDER, or a URL that fsspec knows"
         ) from None
     return fs, root.rstrip("/")
 

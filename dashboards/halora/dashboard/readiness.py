@@ -18,7 +18,8 @@ from halora.dashboard.site import Site
 from halora.errors import UserError
 from halora.selection.attempts import Attempt, attempts_of
 from halora.selection.candidates import Standing, standings
-from halora.selection.certification import Certification, certifications_of
+from halora.selection.certification import certifications_of
+from halora.selection.claims import Certification
 from halora.selection.gates import Gate
 
 _LARGEST_FORM = 4096  # bytes

@@ -19,7 +19,7 @@ from halora.errors import UserError
 Entry = dict[str, Any]
 """A line of the journal, with its `kind` and the time `time_ms` it was learned."""
 
-_VERSION = 1
+_VERSION = 2
 
 
 class Journal:
@@ -27,15 +27,22 @@ class Journal:
 
     Args:
         path: The file, made if it is not there.
+        launch: Identity of the launch it is of.
+
+    Raises:
+        UserError: It is of another launch.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, launch: str) -> None:
         self.path = path
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         _cut_torn_line(self._file)
         if os.fstat(self._file).st_size == 0:
-            self.append({"journal": uuid.uuid4().hex, "version": _VERSION})
+            self.append({"journal": uuid.uuid4().hex, "version": _VERSION, "launch": launch})
             self.sync()
+        elif (written := _header(path)["launch"]) != launch:
+            os.close(self._file)
+            raise UserError(f"journal '{path}' is of launch {written}, not of {launch}", "bring the sweep's own back")
 
     def append(self, entry: Mapping[str, Any]) -> None:
         """Add a line atomically.
@@ -152,14 +159,21 @@ def identity(path: Path) -> str:
     Raises:
         UserError: It is of another version of the program, or no journal.
     """
+    return _header(path)["journal"]
+
+
+def _header(path: Path) -> dict[str, str]:
+    """Identities of the journal and of its launch; empty ones where there is none."""
     try:
         with path.open("rb") as file:
             line = file.readline()
-        header = json.loads(line) if line.endswith(b"\n") else {"journal": "", "version": _VERSION}
+        if not line.endswith(b"\n"):
+            return {"journal": "", "launch": ""}
+        header = json.loads(line)
         if header["version"] == _VERSION:
-            return str(header["journal"])
+            return {name: str(header[name]) for name in ("journal", "launch")}
     except FileNotFoundError:
-        return ""
+        return {"journal": "", "launch": ""}
     except OSError as error:
         raise UserError(f"journal '{path}' cannot be read: {error.strerror}") from None
     except (ValueError, TypeError, KeyError):

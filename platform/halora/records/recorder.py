@@ -40,7 +40,7 @@ class SweepRecorder:
 
     def __init__(self, folder: SweepFolder, sweep: SweepConfig) -> None:
         self._folder, self._sweep = folder, sweep
-        self._journal = Journal(folder.journal_file)
+        self._journal = Journal(folder.journal_file, sweep.launch)
         self.ledger = Ledger()
         self.ledger.take(read(folder.journal_file)[0])
         self._state(None, "running")
@@ -262,7 +262,8 @@ def _datasets(config: TrialConfig) -> list[dict[str, str]]:
 
 @lru_cache(maxsize=64)
 def dataset(task: str, split: Split, limit: int | None) -> dict[str, str]:
-    """The first rows of a split, by `name`, `split`, `rows` and the `digest` of their text."""
+    """The first rows of a split, by `name`, `split`, `rows` and the `digest` of their text, wherever the task is."""
     rows = load_rows(task, split, limit)
-    digest = hashlib.sha256("\n".join(map(repr, rows)).encode("utf-8", "surrogatepass")).hexdigest()[:32]
+    texts = (repr((row.prompt, row.options, row.answer, row.reference)) for row in rows)
+    digest = hashlib.sha256("\n".join(texts).encode("utf-8", "surrogatepass")).hexdigest()[:32]
     return {"name": task, "split": split, "rows": str(len(rows)), "digest": digest}

@@ -66,7 +66,7 @@ class Sender(threading.Thread):
         self._folder: SweepFolder = store.sweep(sweep.name)
         self._mlflow, self._remote = MlflowSweep(store, sweep), store.remote
         self._publisher, self._say = publisher, say
-        self._position = Position(self._folder, store.tracking_uri)
+        self._position = Position(self._folder, store.server)
         self._ending = threading.Event()
         self._gives_up_at = float("inf")
         self._failing_since: float | None = None

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 import yaml
 
 from halora.analysis.trials import OTHER_ACCURACY
-from halora.selection.certification import Certification, RobustnessLine
+from halora.selection.claims import Certification, RobustnessLine
 from halora.settings.trial import TrialConfig
 
 

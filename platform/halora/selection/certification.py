@@ -7,7 +7,6 @@ answered from what is kept.
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
 from functools import cached_property, reduce
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,14 +16,11 @@ from halora.analysis.trials import RecordedTrial
 from halora.errors import UserError
 from halora.files import sha256_of, write_json
 from halora.hardware.addressing import Role
-from halora.pricing import trial_energy
 from halora.records import names
-from halora.records.publishing import baseline_energies
 from halora.records.store import Store, SweepFolder
 from halora.selection.attempts import Attempt, attempts_of, open_attempt
-from halora.selection.certificate import Certificate, yield_lower_bound
-from halora.selection.gates import Gate, certified_gates
-from halora.selection.robustness import Scenario, level_name, scenarios
+from halora.selection.claims import Certification, Evidence, Origin, asked_scenarios, concluded, priced
+from halora.selection.robustness import Scenario
 from halora.settings.names import model_id, task_id, task_weights
 from halora.settings.trial import TrialConfig
 from halora.spaces.gates import Gates
@@ -42,88 +38,6 @@ if TYPE_CHECKING:
 _CHIPS_PER_JOB = 4
 
 
-@dataclass(frozen=True)
-class RobustnessLine:
-    """One line of the robustness table.
-
-    Attributes:
-        group: `noise`, `time` or `kind`.
-        name: What is asked.
-        chips: Chip instances tried.
-        meeting_spec: Those of them that reach the certificate's accuracy.
-        accuracy: Mean over chips and test rows.
-        accuracy_low: Lower end of its 95 % interval over chips and rows; over rows alone for one chip.
-        accuracy_worst: Of the worst chip.
-        bound: Lower bound of the yield at an error level of 5 %, for this line alone.
-        reason: Why it cannot be said, and then nothing else is; empty otherwise.
-    """
-
-    group: str
-    name: str
-    chips: int = 0
-    meeting_spec: int = 0
-    accuracy: float | None = None
-    accuracy_low: float | None = None
-    accuracy_worst: float | None = None
-    bound: float | None = None
-    reason: str = ""
-
-
-@dataclass(frozen=True)
-class Certification:
-    """Everything shown of one adapter.
-
-    Attributes:
-        certificate: The yield certificate.
-        gates: All gates.
-        robustness: The robustness table.
-        scores: Accuracy and margin over certified chips and test rows, see `ChipScores.summary`.
-        energy: Energy per token in microjoule by component, what it counts, and named baselines.
-        base: The base model, by its id.
-        base_sha256: Digest of its weights, see `weights_digest`.
-        dtype: Their dtype.
-        adapter_sha256: Digest of the adapter's file.
-    """
-
-    certificate: Certificate
-    gates: tuple[Gate, ...]
-    robustness: tuple[RobustnessLine, ...]
-    scores: Mapping[str, float]
-    energy: Mapping[str, Any]
-    base: str
-    base_sha256: str
-    dtype: str
-    adapter_sha256: str
-
-    @property
-    def passed(self) -> bool:
-        """Whether the adapter passed every gate."""
-        return all(gate.passed for gate in self.gates)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        own = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return own | {
-            "passed": self.passed,
-            "certificate": self.certificate.to_json(),
-            "gates": [gate.to_json() for gate in self.gates],
-            "robustness": [asdict(line) for line in self.robustness],
-        }
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> "Certification":
-        """What `to_json` gave."""
-        own = {name: content[name] for name in cls.__dataclass_fields__}
-        return cls(
-            **own
-            | {
-                "certificate": Certificate.from_json(content["certificate"]),
-                "gates": tuple(Gate.from_json(gate) for gate in content["gates"]),
-                "robustness": tuple(RobustnessLine(**line) for line in content["robustness"]),
-            }
-        )
-
-
 def certifications_of(folder: SweepFolder) -> dict[int, Certification]:
     """Certifications of a sweep that are finished, by attempt."""
     files = {a.number: a.folder(folder) / names.CERTIFICATION_FILE for a in attempts_of(folder)}
@@ -136,10 +50,28 @@ def certifications_of(folder: SweepFolder) -> dict[int, Certification]:
 
 def logged_certification(client: "MlflowClient", adapter: "RegisteredAdapter") -> Certification:
     """The certification that a registered adapter passed, as MLflow has it."""
+    return Certification.from_json(_logged(client, adapter, names.CERTIFICATION_FILE))
+
+
+def logged_certified(client: "MlflowClient", adapter: "RegisteredAdapter") -> "ChipScores":
+    """The scores behind its certificate."""
+    from halora.evaluation.chips import ChipScores
+
+    return ChipScores.from_json(_logged(client, adapter, names.SCORES_FILE))
+
+
+def logged_robustness(client: "MlflowClient", adapter: "RegisteredAdapter") -> "dict[str, ChipScores]":
+    """The scores behind its robustness table, by name of the line."""
+    from halora.evaluation.chips import ChipScores
+
+    found = _logged(client, adapter, names.ROBUSTNESS_FILE)
+    return {name: ChipScores.from_json(scores) for name, scores in found.items()}
+
+
+def _logged(client: "MlflowClient", adapter: "RegisteredAdapter", name: str) -> Any:
     from halora.records.queries import logged_json
 
-    file = f"{names.CERTIFICATION_FOLDER.format(attempt=adapter.attempt)}/{names.CERTIFICATION_FILE}"
-    return Certification.from_json(logged_json(client, adapter.run_id, file))
+    return logged_json(client, adapter.run_id, f"{names.CERTIFICATION_FOLDER.format(attempt=adapter.attempt)}/{name}")
 
 
 def certify(
@@ -164,16 +96,19 @@ def certify(
         UserError: Nothing is left of the error level, the task has no test split or too few rows in it, the adapter
             is not in MLflow.
     """
+    from halora.records.position import refused
     from halora.records.queries import download_adapter, logged_config, logged_scores, trial_run
     from halora.records.registry import log_certification
 
     folder = store.sweep(sweep.name)
-    run = trial_run(client, sweep.name, point.number)
+    run = trial_run(client, sweep.name, sweep.launch, point.number)
     config = logged_config(client, run.info.run_id)
     with TemporaryDirectory() as scratch:
         adapter = download_adapter(client, run, Path(scratch))
         if adapter is None:
-            raise UserError(f"trial '{sweep.name}/{point.number}' has no adapter in MLflow: it was simulated")
+            cause = refused(folder).get(point.number)
+            why = f"its record was refused: {cause} (kept in {folder.refused_file})" if cause else "it was simulated"
+            raise UserError(f"trial '{sweep.name}/{point.number}' has no adapter in MLflow: {why}")
         weights = adapter / ADAPTER_WEIGHTS
         adapter_bytes = weights.stat().st_size
         rows = test_rows(config, gates)
@@ -187,6 +122,8 @@ def certify(
         with TemporaryDirectory() as scratch:
             write_json(Path(scratch) / names.CERTIFICATION_FILE, found.to_json())
             write_json(Path(scratch) / names.SCORES_FILE, work.certified.to_json())
+            by_line = {name: scores.to_json() for name, scores in work.robustness(gates).items()}
+            write_json(Path(scratch) / names.ROBUSTNESS_FILE, by_line)
             log_certification(client, run.info.run_id, attempt.number, Path(scratch))
         write_json(file, found.to_json())  # last: what is in the file is in MLflow
     return found
@@ -276,57 +213,37 @@ class _Work:
         """What the scores add up to."""
         from halora.evaluation.agreement import agreement
 
-        attempt, chip = self._attempt, self._config.chip
-        scores, energy = self.certified.summary(), _priced(self._config)
-        reached = [accuracy >= gates.min_accuracy for accuracy in self.certified.accuracy_by_chip]
-        certificate = Certificate(
-            sweep=self._sweep.name,
-            trial=attempt.trial,
-            launch=attempt.launch,
-            attempt=attempt.number,
-            earlier=attempt.spent.earlier,
-            spent=attempt.spent.error,
-            confidence=gates.confidence,
-            min_accuracy=gates.min_accuracy,
-            scoring=self._config.evaluation.scoring,
-            min_yield=gates.min_yield,
-            chips=attempt.chips,
-            failures=reached.count(False),
-            task=task_id(self._config.task),
-            rows=int(rows["rows"]),
-            rows_digest=rows["digest"],
-            chip=chip.name,
-            chip_hash=chip.content_hash,
-            noise=noise_words(self._config),
+        attempt, config = self._attempt, self._config
+        return concluded(
+            Evidence(
+                origin=Origin(
+                    sweep=self._sweep.name,
+                    trial=attempt.trial,
+                    launch=attempt.launch,
+                    attempt=attempt.number,
+                    earlier=attempt.spent.earlier,
+                    spent=attempt.spent.error,
+                ),
+                config=config,
+                asked=gates,
+                scores=self.certified,
+                robustness=self.robustness(gates),
+                task=task_id(config.task),
+                rows_digest=rows["digest"],
+                base=model_id(config.model),
+                base_sha256=json.loads(self._file("base").read_text(encoding="utf-8"))["sha256"],
+                energy=priced(config),
+                adapter_sha256=attempt.adapter_sha256,
+                adapter_bytes=adapter_bytes,
+                reload_share=agreement(config, self._read("recorded"), self._read("reload")).share,
+            )
         )
-        lines = [self._line(scenario, gates) for scenario in self._scenarios(gates)]
-        by_name = {
-            line.name: (line.accuracy, line.accuracy_low)
-            for line in lines
-            if line.accuracy is not None and line.accuracy_low is not None
-        }
-        reload = agreement(self._config, self._read("recorded"), self._read("reload"))
-        found = certified_gates(
-            scores,
-            gates,
-            energy_uj_per_token=energy["energy_uj_per_token"],
-            adapter_bytes=adapter_bytes,
-            chips=attempt.chips,
-            yield_bound=certificate.bound,
-            accuracy_at={level: by_name[level_name(chip, level)] for level in gates.min_accuracy_at},
-            reload_share=reload.share,
-        )
-        return Certification(
-            certificate=certificate,
-            gates=tuple(found),
-            robustness=tuple(lines),
-            scores=scores,
-            energy=energy,
-            base=model_id(self._config.model),
-            base_sha256=json.loads(self._file("base").read_text(encoding="utf-8"))["sha256"],
-            dtype=self._config.training.dtype,
-            adapter_sha256=attempt.adapter_sha256,
-        )
+
+    def robustness(self, gates: Gates) -> dict[str, "ChipScores"]:
+        """Scores that the robustness table rests on, by name of the line."""
+        chips = min(gates.robustness_chips, self._attempt.chips)
+        lines = asked_scenarios(self._config, gates)
+        return {line.name: self._read(self._part_of(line, chips)) for line in lines if line.chip is not None}
 
     @cached_property
     def certified(self) -> "ChipScores":
@@ -341,7 +258,7 @@ class _Work:
         for name, first_chip, chips in self._chip_parts():
             yield name, self._held_out(self._config, first_chip, chips)
         yield "reload", ScoringJob(as_scored(self._config, recorded), self._adapter)
-        for scenario in self._scenarios(gates):
+        for scenario in asked_scenarios(self._config, gates):
             if scenario.chip is not None:
                 config = self._config.model_copy(update={"chip": scenario.chip})
                 chips = min(gates.robustness_chips, self._attempt.chips)
@@ -366,30 +283,9 @@ class _Work:
         for first_chip in range(0, self._attempt.chips, _CHIPS_PER_JOB):
             yield f"chips-{first_chip:05d}", first_chip, min(_CHIPS_PER_JOB, self._attempt.chips - first_chip)
 
-    def _scenarios(self, gates: Gates) -> list[Scenario]:
-        return scenarios(self._config.chip, gates.min_accuracy_at) if gates.robustness_chips else []
-
     def _part_of(self, scenario: Scenario, chips: int) -> str:
         assert scenario.chip is not None
         return f"robustness-{scenario.chip.content_hash}-{chips}"
-
-    def _line(self, scenario: Scenario, gates: Gates) -> RobustnessLine:
-        if scenario.chip is None:
-            return RobustnessLine(scenario.group, scenario.name, reason=scenario.reason)
-        chips = min(gates.robustness_chips, self._attempt.chips)
-        scores = self._read(self._part_of(scenario, chips))
-        by_chip, found = scores.accuracy_by_chip, scores.summary()
-        meeting = sum(accuracy >= gates.min_accuracy for accuracy in by_chip)
-        return RobustnessLine(
-            scenario.group,
-            scenario.name,
-            chips=len(by_chip),
-            meeting_spec=meeting,
-            accuracy=found["accuracy"],
-            accuracy_low=found["accuracy_low"],
-            accuracy_worst=min(by_chip),
-            bound=yield_lower_bound(len(by_chip), len(by_chip) - meeting, 0.05),
-        )
 
     def _file(self, name: str) -> Path:
         return self._folder / f"{name}.json"
@@ -398,26 +294,3 @@ class _Work:
         from halora.evaluation.chips import ChipScores
 
         return ChipScores.from_json(json.loads(self._file(name).read_text(encoding="utf-8")))
-
-
-def _priced(config: TrialConfig) -> dict[str, Any]:
-    energy = trial_energy(config)
-    return {
-        "energy_uj_per_token": energy.total_uj_per_token,
-        "components_uj": dict(energy.components_uj),
-        "phase": str(energy.phase),
-        "context_tokens": energy.context_tokens,
-        "boundary": energy.boundary,
-        "fill": energy.fill,
-        "baselines_uj_per_token": baseline_energies(config),
-    }
-
-
-def noise_words(config: TrialConfig) -> str:
-    """A trial's noise model in a few words."""
-    noise = config.chip.noise.model_dump(mode="json", exclude={"kind", "states"}, exclude_defaults=True)
-    ageing = config.chip.retention.ageing
-    words = [config.chip.noise.kind, *(f"{name} {value}" for name, value in noise.items())]
-    if ageing is not None:
-        words.append(f"aged by {ageing.kind} for {config.chip.retention.refresh_interval_s:g} s")
-    return ", ".join(words)

@@ -6,6 +6,7 @@ from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 import numpy as np
+from pydantic import ConfigDict
 
 from halora.evaluation.generation import generate, parsed_answer, reference_answers, reference_scores, same_answer
 from halora.evaluation.intervals import crossed, seeded, share, share_gain, wilson
@@ -50,6 +51,8 @@ class ChipScores:
         clean_beside: Margin per row by that way, on clean weights.
         noisy_beside: The same per chip and row.
     """
+
+    __pydantic_config__ = ConfigDict(allow_inf_nan=False)  # where somebody else's are read
 
     row_ids: tuple[str, ...]
     tasks: tuple[str, ...]
@@ -123,6 +126,33 @@ class ChipScores:
                     summary[f"clean_accuracy{way}.{name}"] = float(clean_right[own].mean())
         return summary
 
+    def misshapen(self) -> list[str]:
+        """Which fields have not a value for each row, chip and layer, as somebody else's scores may."""
+        rows, chips, layers = len(self.row_ids), len(self.chip_seeds), len(self.layers)
+        beside = rows if self.beside else 0
+        wanted: dict[str, tuple[int, ...]] = {
+            "tasks": (rows,),
+            "clean": (rows,),
+            "clean_correct": (rows,),
+            "noisy": (chips, rows),
+            "noisy_correct": (chips, rows),
+            "noise_db": (chips,),
+            "level_correct": (len(self.levels), chips, rows),
+            "layer_noise_db": (chips, layers),
+            "clean_beside": (beside,),
+            "noisy_beside": (chips, beside),
+        }
+        problems = [
+            f"{name}: not of {' x '.join(map(str, shape))} values, by {rows} rows and {chips} chips"
+            for name, shape in wanted.items()
+            if not _is_shaped(getattr(self, name), shape)
+        ]
+        if rows < 2 or not chips or len(set(self.row_ids)) < rows:
+            problems.append("two different rows or more are wanted, and a chip")
+        if self.beside not in ("", *BESIDE.values()):
+            problems.append(f"beside: '{self.beside}' is no way of scoring")
+        return problems
+
     @property
     def answers_follow_margins(self) -> bool:
         """Whether rows are answered rightly where their margin is positive, and nowhere else, as options decide."""
@@ -184,6 +214,11 @@ def summary_over_seeds(seeds: Sequence[ChipScores]) -> dict[str, float]:
 
 _ENDS = {f"{name}_{end}" for name in ("clean_accuracy", "drop") for end in ("low", "high")}
 """Ends of intervals that are said of one adapter alone."""
+
+
+def _is_shaped(values: Sequence[Any], shape: tuple[int, ...]) -> bool:
+    first, *inner = shape
+    return len(values) == first and (not inner or all(_is_shaped(each, tuple(inner)) for each in values))
 
 
 def _as_tuple(value: Any) -> Any:

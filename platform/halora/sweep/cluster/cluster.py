@@ -6,6 +6,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from halora.errors import UserError
+from halora.secret_urls import secrets_in
 
 _FORMS = "auto, HOST:PORT, ray://HOST:PORT or http://HOST:PORT"
 
@@ -30,8 +31,8 @@ class Cluster:
             UserError: One of them is none.
         """
         problems = []
-        if address and "@" in address:  # not repeated
-            problems.append("--address holds a user or a password; a cluster's token comes from $RAY_AUTH_TOKEN")
+        if address and (found := ["a user"] if "@" in address else secrets_in(address)):  # not repeated
+            problems.append(f"--address holds {' and '.join(found)}; a cluster's token comes from $RAY_AUTH_TOKEN")
         elif address and not (address == "auto" or _is_address(address)):
             problems.append(f"--address {address}: write {_FORMS}")
         if wheel and not address:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from halora.errors import UserError, nearest
+from halora.secret_urls import hidden
 from halora.sweep.cluster.versions import LIBRARIES, code_digest, own_code
 from halora.yaml_files import read_yaml
 
@@ -39,7 +40,6 @@ _LIBRARIES = (*LIBRARIES, "mlflow", "optuna")
 _SECRETS = {
     "a key of AWS": re.compile(r"\b(AKIA|ASIA)[0-9A-Z]{16}\b|aws_secret_access_key"),
     "a private key": re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY"),
-    "a password in an address": re.compile(r"://[^\s/:@]+:[^\s/@]+@"),
     "a token or password": re.compile(
         r"(?i)\b(ray_auth_token|hf_token|[a-z_]*(password|secret|api_key|access_key|credentials))['\"]?\s*[=:]\s*['\"]?[^\s'\"$~/]"
     ),
@@ -297,10 +297,9 @@ def _token(config: dict[str, Any]) -> Iterator[str]:
 def _secrets(config: dict[str, Any]) -> Iterator[str]:
     """The file holds no secret: it is copied to every node, and into version control. What is found is not repeated."""
     for path, text in _texts(config):
-        for what, pattern in _SECRETS.items():
-            if pattern.search(text):
-                yield f"{path}: holds {what}; keep it in a file of mode 600 on the node, or in a role of the cloud"
-                break
+        found = [what for what, pattern in _SECRETS.items() if pattern.search(text)]
+        if found := found or (["a password or a token in an address"] if hidden(text) != text else []):
+            yield f"{path}: holds {found[0]}; keep it in a file of mode 600 on the node, or in a role of the cloud"
 
 
 def _setup(config: dict[str, Any]) -> Iterator[str]:

@@ -4,7 +4,6 @@ The sweep's own folder keeps every finished trial's adapter and scores. So a tri
 when it ended, and be filled again for a race.
 """
 
-import secrets
 from collections.abc import Sequence
 
 from halora.analysis.front import front
@@ -30,18 +29,17 @@ class TrialFiles:
         self._folder = folder
         self._pruned: dict[int, bool] = {}  # by number, whether an adapter was kept in the storage
 
-    def keep_at(self, base_url: str, unfinished: Sequence[int]) -> None:
+    def keep_at(self, base_url: str, launch: str, unfinished: Sequence[int]) -> None:
         """Have trials kept below a URL from now on; those not finished are taken there from where they are.
 
-        The sweep's place has a part drawn at random in its name, so that two sweeps of one name do not meet.
+        The sweep's place has the identity of its launch in its name, so that two sweeps of one name do not meet.
 
         Raises:
             UserError: A checkpoint is damaged.
             StorageError: One of the two places cannot be read or written.
         """
         before = self._folder.storage_url
-        name = before.rpartition("/")[2] if before else f"{self._folder.name}-{secrets.token_hex(4)}"
-        url = f"{base_url}/{name}"
+        url = f"{base_url}/{self._folder.name}-{launch}"
         if url == before:
             return
         for number in unfinished:

@@ -109,7 +109,7 @@ class SweepStudy:
     """What the decision core knows, read from storage and written there at once.
 
     Args:
-        name: Name of the sweep.
+        name: Name of the study.
         storage: Where the study lives; it is created if it is new.
     """
 

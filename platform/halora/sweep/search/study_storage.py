@@ -43,13 +43,27 @@ def storage_of(folder: SweepFolder, say: Callable[[str], None] = lambda text: No
         return JournalStorage(StudyFile(str(folder.study_file)))
     if not url:
         raise UserError(f"the study of sweep '{folder.name}' is in a database", f"set ${STUDY_URL} to its address")
+    storage = _opened(url, say)
+    folder.database_mark.touch()
+    return storage
+
+
+def check_database() -> None:
+    """Refuse to launch where the database for studies, if there is one, cannot be opened.
+
+    Raises:
+        UnreachableError: It cannot.
+    """
+    if url := os.environ.get(STUDY_URL):
+        _opened(url, lambda text: None)
+
+
+def _opened(url: str, say: Callable[[str], None]) -> "PatientStorage":
     try:
-        storage = PatientStorage(url, say)
+        return PatientStorage(url, say)
     except Exception as error:  # SQLAlchemy and its drivers raise many kinds
         told = f"the study's database (${STUDY_URL}) cannot be opened: {_cause(error, url)}"
         raise UnreachableError(told) from None
-    folder.database_mark.touch()
-    return storage
 
 
 class StudyFile(JournalFileBackend):
