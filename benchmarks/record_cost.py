@@ -25,7 +25,7 @@ from recorded_sweeps import begin, generated_journal
 
 from halora.records.sender import recording
 from halora.records.store import Store
-from halora.spaces.sweep import load_sweep
+from halora.spaces.sweep import SweepConfig, load_sweep
 
 _SHOW = """
 import atexit
@@ -67,8 +67,12 @@ def _timed(record: Callable[[int], None], steps: int) -> list[float]:
     return times_ms
 
 
+def _sweep() -> SweepConfig:
+    return load_sweep("quickstart").model_copy(update={"launch": "0" * 32})
+
+
 def _ours(folder: Path, steps: int) -> list[float]:
-    store, sweep = Store(folder), load_sweep("quickstart")
+    store, sweep = Store(folder), _sweep()
     store.sweep(sweep.name).root.mkdir(parents=True)
     store.sweep(sweep.name).sweep_file.write_text("name: quickstart\n", encoding="utf-8")
     with recording(store, sweep, print) as recorder:
@@ -101,7 +105,7 @@ def _direct(folder: Path, steps: int) -> list[float]:
 
 
 def _reading(folder: Path, trials: int) -> None:
-    store, sweep = Store(folder / "large"), load_sweep("quickstart")
+    store, sweep = Store(folder / "large"), _sweep()
     place = store.sweep(sweep.name)
     place.root.mkdir(parents=True)
     place.sweep_file.write_text("name: quickstart\n", encoding="utf-8")

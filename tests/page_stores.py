@@ -20,6 +20,7 @@ from halora.selection.claims import Certification, RobustnessLine
 from halora.selection.gates import certified_gates
 from halora.spaces.gates import Gates
 from halora.spaces.sweep import SweepConfig
+from halora.sweep.run.state import load_sweep_of
 
 HOSTILE = "</script><script>document.title='broken in'</script> <img src=http://203.0.113.1/x onerror=alert(1)> \"'&‮🤖"
 STORIES = ("zero", "one", "dozen", "infeasible", "failed", "numberless", "hostile", "large")
@@ -102,7 +103,7 @@ def certify_made_up(store: Store, sweep: str, number: int, *, failures: int = 0,
     point = read_ledger(store, sweep).point(number)
     folder.selection.mkdir(exist_ok=True)
     digest = hashlib.sha256(adapter or b"").hexdigest()
-    attempt = open_attempt(store, folder, "made-up", number, digest, gates, ("tiny",))
+    attempt = open_attempt(store, folder, load_sweep_of(folder).launch, number, digest, gates, ("tiny",))
     if adapter is None:
         (attempt.folder(folder) / "chips-00000.json").write_text(json.dumps({"chip_seeds": list(range(8))}))
         return

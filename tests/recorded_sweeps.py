@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from halora.pricing import trial_energy
 from halora.records import names
 from halora.records.recorder import SweepRecorder
 from halora.records.store import Store
 from halora.spaces.sweep import SweepConfig
+from halora.sweep.run.launched import as_launched
+from halora.sweep.run.state import write_sweep
 
 SCORES = {name: 0.25 + i / 100 for i, name in enumerate(names.SCORE_METRICS)}
 
@@ -32,10 +33,10 @@ def made_up_sweep(store: Store, name: str, model: str, task: str, **more: Any) -
         "reference_point": {"accuracy": 0.0, "energy_uj_per_token": 1.0},
         **more,
     }
-    sweep = SweepConfig.model_validate(content)
+    sweep = as_launched(SweepConfig.model_validate(content))
     folder = store.sweep(name)
     folder.root.mkdir(parents=True)
-    folder.sweep_file.write_text(yaml.safe_dump(sweep.model_dump(mode="json"), allow_unicode=True))
+    write_sweep(folder, sweep)
     return sweep
 
 
@@ -61,13 +62,15 @@ def finish(recorder: SweepRecorder, folder: Path, number: int, accuracy: float, 
     return recorder.finish_trial(number, 4, SCORES | limits | more, trial / "result.json", trial / "adapter")
 
 
-def generated_journal(path: Path, trials: int, reports: int = 4, seed: int = 0) -> list[dict[str, Any]]:
+def generated_journal(
+    path: Path, trials: int, reports: int = 4, seed: int = 0, launch: str = ""
+) -> list[dict[str, Any]]:
     """A journal of many finished trials with random scores, written at once; their beginnings and scores."""
     rng = np.random.default_rng(seed)
     energies, accuracies = rng.uniform(1, 6, trials).round(2), rng.uniform(0.2, 0.9, trials).round(2)
     kept = []
     begun: dict[str, Any] = {"kind": "state", "trial": None, "state": "running"}
-    lines: list[dict[str, Any]] = [{"journal": "0" * 32, "version": 1}, begun]
+    lines: list[dict[str, Any]] = [{"journal": "0" * 32, "version": 2, "launch": "0" * 32}, begun]
     for number in range(trials):
         method = ("lora", "noise_lora", "halora")[number % 3]
         labels = {"method": method, "model": "m", "chip": "c", "task": "t", "noise": "gaussian", "noise_strength": 0.01}

@@ -9,6 +9,7 @@ import sqlalchemy
 
 _RUNS = """
 select r.run_uuid, r.status, r.end_time, n.value as number from runs r
+join tags l on l.run_uuid = r.run_uuid and l.key = 'halora.launch' and l.value = :launch
 join tags s on s.run_uuid = r.run_uuid and s.key = 'halora.sweep' and s.value = :sweep
 left join tags n on n.run_uuid = r.run_uuid and n.key = 'halora.trial'
 where r.lifecycle_stage = 'active'
@@ -34,11 +35,12 @@ def differences(database: str, sweep: str, journal: Path) -> list[str]:
     Args:
         database: SQLAlchemy URI of MLflow's database.
         sweep: Name of the sweep.
-        journal: Its journal.
+        journal: Its journal, which names the launch.
     """
+    launch = json.loads(journal.read_text().partition("\n")[0])["launch"]
     engine = sqlalchemy.create_engine(database)
     with engine.connect() as connection:
-        runs = connection.execute(sqlalchemy.text(_RUNS), {"sweep": sweep}).all()
+        runs = connection.execute(sqlalchemy.text(_RUNS), {"launch": launch, "sweep": sweep}).all()
         metrics = connection.execute(sqlalchemy.text(_METRICS)).all()
     engine.dispose()
     numbers = {run.run_uuid: None if run.number is None else int(run.number) for run in runs}

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from halora.errors import UserError
 from halora.files import sha256_of
+from halora.records import registry
 from halora.records.names import CERTIFICATION_FILE
 from halora.selection.bundle import CHECKSUMS_FILE, FILES, write_checksums
 from halora.selection.verify import verify as verify_bundle
@@ -162,6 +163,30 @@ def test_selecting_again_changes_nothing(store, ask, registered):
     model = client.get_registered_model(registered[0].name)
     assert model.last_updated_timestamp == registered[0].last_updated_timestamp
     assert len(client.search_model_versions()) == 1
+
+
+def test_a_selection_that_ends_before_mlflow_has_its_certification_is_completed_by_the_next(
+    store, ask, registered, monkeypatch
+):
+    """The file was written first, and the next selection took what is in it for logged."""
+    file = store / "sweeps/tiny/selection/attempt-01/certification.json"
+    before, logged = file.read_bytes(), []
+
+    class Killed(BaseException):
+        pass
+
+    def kill(*arguments):
+        raise Killed
+
+    log = registry.log_certification
+    file.unlink()
+    monkeypatch.setattr(registry, "log_certification", kill)
+    with pytest.raises(Killed):
+        ask("adapter select tiny --prefer energy")
+    monkeypatch.setattr(registry, "log_certification", lambda *files: (logged.append(files), log(*files)))
+    assert ask("adapter select tiny --prefer energy")[0] == 0
+    assert len(logged) == 1
+    assert file.read_bytes() == before
 
 
 def test_who_qualifies_and_how_many_chips_it_takes_without_touching_anything(ask, store, selections):

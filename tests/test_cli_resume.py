@@ -173,6 +173,22 @@ def test_the_picture_of_a_resumed_sweep_shows_all_its_trials(resumed, undisturbe
 
 
 @pytest.mark.slow
+def test_sigterm_ends_a_sweep_as_ctrl_c_does(store, repeat_file):
+    """It reaches the driver alone, for which Ray has a handler of its own."""
+    with background(store, "sweep", "launch", repeat_file("terminated")) as driver:
+        driver.wait_for("training")
+        family = driver.family()
+        driver.process.terminate()
+        driver.end()
+    assert driver.process.returncode == 1, driver.said
+    assert "halora sweep resume terminated" in driver.said
+    assert not re.search("Traceback|SIGTERM|Fatal|Abort", driver.said)
+    everything = [*runs(store, "terminated"), *runs(store, "terminated", kind="sweep")]
+    assert {run.info.status for run in everything} == {"KILLED"}
+    assert not psutil.wait_procs(family, timeout=120)[1]
+
+
+@pytest.mark.slow
 def test_a_trial_whose_worker_is_killed_goes_on_from_its_checkpoint(undisturbed, store, repeat_file):
     with background(store, "sweep", "launch", repeat_file("bereaved")) as driver:
         driver.wait_for("training")
@@ -260,7 +276,7 @@ def test_twenty_kills_of_drivers_and_workers_lose_and_repeat_nothing(
     folder = store / "sweeps" / names[1]
     assert differences(f"sqlite:///{store / 'mlflow.db'}", names[1], folder / "records.jsonl") == []
     journal = optuna.storages.journal.JournalFileBackend(str(folder / "study.journal"))
-    study = optuna.load_study(study_name=names[1], storage=optuna.storages.JournalStorage(journal))
+    study = optuna.load_study(study_name=None, storage=optuna.storages.JournalStorage(journal))
     assert [(trial.number, trial.state.name) for trial in study.trials] == [(i, "COMPLETE") for i in range(12)]
 
 
@@ -311,7 +327,7 @@ def test_a_sweep_with_a_storage_goes_on_where_no_file_of_it_is(
 
     objects = fsspec.filesystem("s3").find("bucket/sweeps")
     members = {row["trial"] for row in json.loads(halora(store, "front", "show", "afar", "--format", "json").stdout)}
-    assert {re.fullmatch(r"bucket/sweeps/afar-[0-9a-f]{8}/(\d{5})/.*", name)[1] for name in objects} == {
+    assert {re.fullmatch(r"bucket/sweeps/afar-[0-9a-f]{32}/(\d{5})/.*", name)[1] for name in objects} == {
         f"{number:05d}" for number in members
     }
     assert not [name for name in objects if "optimizer" in name]

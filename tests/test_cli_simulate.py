@@ -84,7 +84,7 @@ def files(tmp_path_factory, tiny_models, tiny_task):
 
 def _study(store, name):
     journal = optuna.storages.journal.JournalFileBackend(str(store / "sweeps" / name / "study.journal"))
-    return optuna.load_study(study_name=name, storage=optuna.storages.JournalStorage(journal)).trials
+    return optuna.load_study(study_name=None, storage=optuna.storages.JournalStorage(journal)).trials
 
 
 def _runs(store, name, kind="trial"):
@@ -181,6 +181,24 @@ def test_kills_at_random_moments_lose_and_repeat_nothing(undisturbed, store, fil
     _check_disturbed(store, "disturbed", "undisturbed")
 
 
+def test_sigterm_ends_a_sweep_as_ctrl_c_does(undisturbed, store, files):
+    """What a batch system sends: nothing is left open, and the records are delivered."""
+    path, table = files("terminated", trials=400)
+    process = _start(store, "sweep", "launch", path, "--simulate", table)
+    while _lines(store / "sweeps" / "terminated" / "records.jsonl") < 20:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.terminate()
+    _, err = process.communicate(timeout=600)
+    assert process.returncode == 1, err
+    assert "halora sweep resume terminated" in err
+    assert "Traceback" not in err
+    assert {run.info.status for run in _runs(store, "terminated")[0]} <= {"KILLED", "FINISHED"}
+    assert [run.info.status for run in _runs(store, "terminated", "sweep")[0]] == ["KILLED"]
+    journal = store / "sweeps" / "terminated" / "records.jsonl"
+    assert differences(f"sqlite:///{store / 'mlflow.db'}", "terminated", journal) == []
+
+
 @pytest.mark.slow
 def test_twenty_kills_of_a_long_sweep_lose_and_repeat_nothing(store, files):
     path, table = files("long", trials=150)
@@ -203,8 +221,6 @@ def test_reconciling_shows_and_mends_what_differs(undisturbed, store, tmp_path):
     double = client.create_run(runs[1].info.experiment_id, tags=runs[1].data.tags)
     client.delete_run(runs[4].info.run_id)
     folder = torn / "sweeps" / "undisturbed"
-    sent = json.loads((folder / "sent.json").read_text())
-    (folder / "sent.json").write_text(json.dumps(sent | {"tracking_uri": f"sqlite:///{torn / 'mlflow.db'}"}))
     with (folder / "records.jsonl").open("a") as journal:  # a kill came before the trial's end was written
         entry = {"kind": "state", "trial": 2, "time_ms": 0, "state": "running", "cause": ""}
         journal.write(json.dumps(entry) + "\n")

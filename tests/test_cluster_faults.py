@@ -30,6 +30,9 @@ from cluster_runs import (
 from raylets import Cluster, raylets
 from services import MlflowServer, PostgresServer, mlflow_server, postgres_server
 
+from halora.records.store import SweepFolder
+from halora.sweep.run.state import load_sweep_of
+
 pytestmark = pytest.mark.slow
 STEPS, EVERY = 120, 4
 AWAY_S = 60.0
@@ -100,7 +103,8 @@ def launch(site, tiny_models, tiny_task, tmp_path):
 def check(site: Site, sweep: str, trials: int = 4) -> None:
     """Everything is there once, and nothing runs any more."""
     assert_whole(site.store, sweep, trials, STEPS, EVERY, database=site.records)
-    study = optuna.load_study(study_name=sweep, storage=site.studies.uri)
+    launch = load_sweep_of(SweepFolder(site.store / "sweeps" / sweep)).launch
+    study = optuna.load_study(study_name=f"{sweep}-{launch}", storage=site.studies.uri)
     assert [(trial.number, trial.state.name) for trial in study.trials] == [(i, "COMPLETE") for i in range(trials)]
     end = time.monotonic() + 60
     while busy := [process for node in site.cluster.nodes.values() for process in node.workers() if has_trial(process)]:

@@ -1,6 +1,5 @@
 """Oracles: an HTML parser; brute force over the recorded trials; the command line's figures; the files of a store."""
 
-import fcntl
 import json
 import re
 import socket
@@ -22,7 +21,7 @@ from halora.records.provenance import program
 from halora.records.recorder import SweepRecorder
 from halora.records.store import Store
 from halora.selection.certificate import chips_needed
-from halora.sweep.run.state import load_sweep_of
+from halora.sweep.run.state import load_sweep_of, only_driver
 
 
 @pytest.fixture(scope="module")
@@ -393,8 +392,7 @@ def test_a_page_follows_a_running_sweep(tmp_path, tiny_models, tiny_task):
     client = TestClient(create_app(store), base_url="http://127.0.0.1")
     assert "every 5s" not in client.get("/sweeps/zero").text
     sweep = load_sweep_of(folder)
-    with folder.lock_file.open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with only_driver(folder):
         recorder = SweepRecorder(folder, sweep)
         varied_trial(recorder, sweep, folder.root, 0)
         begin(recorder, sweep, 1)

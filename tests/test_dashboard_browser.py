@@ -5,7 +5,6 @@ $HALORA_SCREENSHOTS names a folder that keeps the pictures.
 
 import base64
 import contextlib
-import fcntl
 import json
 import os
 import socket
@@ -31,7 +30,7 @@ from halora.records.recorder import SweepRecorder
 from halora.records.sender import recording
 from halora.records.store import Store
 from halora.records.tracking import open_client
-from halora.sweep.run.state import load_sweep_of
+from halora.sweep.run.state import load_sweep_of, only_driver
 
 WIDE, NARROW = 1100, 390
 WHITE, BLACK = "rgb(255, 255, 255)", "rgb(0, 0, 0)"
@@ -403,8 +402,7 @@ def test_a_brush_on_an_axis_filters_every_view(browser, address, store):
 def test_a_running_sweep_renews_itself_and_keeps_the_zoom(browser, address, store):
     folder = store.sweep("zero")
     sweep = load_sweep_of(folder)
-    with _hurried(browser), folder.lock_file.open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with _hurried(browser), only_driver(folder):
         recorder = SweepRecorder(folder, sweep)
         for number in range(2):
             varied_trial(recorder, sweep, folder.root, number)

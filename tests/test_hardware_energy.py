@@ -193,8 +193,8 @@ def test_models_are_found_by_name_hub_id_and_file(tmp_path):
         ('{"model_type": "gpt_neox", "hidden_size": 64}', "type 'gpt_neox' is not one of llama, qwen2, qwen3"),
         ('{"model_type": "llama", "n_embd": 64}', "hidden_size"),
         ('{"num_experts": 8, "hidden_size": 64}', "mixture of experts"),
-        ("[1]", "not the config.json"),
-        ("no json", "not the config.json"),
+        ("[1]", "is not a JSON object but list"),
+        ("no json", "is not JSON: Expecting value"),
         ('{"model_type": "llama", "hidden_size": 64, "num_attention_heads": 0}', "has no 'intermediate_size'"),
     ],
 )

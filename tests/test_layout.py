@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SOURCE_ROOTS = ("trainables", "search_spaces", "platform", "dashboards")
 LAYERS = (
-    {"errors", "files", "secret_urls", "strict_model", "trial_folder", "url_folder", "yaml_files"},
+    {"errors", "files", "reading", "secret_urls", "strict_model", "trial_folder", "url_folder", "yaml_files"},
     {"hardware"},
     {"settings"},
     {"training"},
@@ -95,8 +95,8 @@ def test_no_packages_import_each_other_in_a_circle():
                 "rank_workers",
                 "trainable",
                 "sweep.cluster.cluster_file",
-                "sweep.cluster.loopback",
                 "sweep.run.executor",
+                "sweep.cluster.loopback",
                 "sweep.cluster.preflight",
                 "sweep.cluster.remote",
                 "sweep.cluster.session",

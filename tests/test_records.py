@@ -4,10 +4,13 @@ answers on a real SQLite store."""
 import json
 import math
 import os
+import re
 import shutil
+import socket
 import sqlite3
 import subprocess
 import threading
+from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,14 +22,19 @@ from records_audit import differences, journal_entries
 
 from halora.analysis.front import front, hypervolume
 from halora.errors import UnreachableError, UserError
-from halora.records import names, queries
+from halora.pricing import trial_energy
+from halora.records import names, queries, registry
 from halora.records.index import read_ledger
+from halora.records.position import refused as refused_of
 from halora.records.position import undelivered
 from halora.records.provenance import commit_of, program
+from halora.records.publishing import Publisher
 from halora.records.recorder import SweepRecorder
-from halora.records.sender import recording
+from halora.records.sender import Sender, recording
 from halora.records.store import Store
-from halora.records.tracking import MlflowSweep, open_client
+from halora.records.tracking import MlflowClient, MlflowSweep, open_client
+from halora.settings.trial import TrialConfig
+from halora.spaces.mistakes import field_paths
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +180,7 @@ def test_a_finished_trial_is_read_back_whole(client, store, sweep, folder, said,
     assert differences(store.tracking_uri, sweep.name, folder.journal_file) == []
     assert undelivered(store, sweep.name) == 0
 
-    run = queries.trial_run(client, sweep.name, 0)
+    run = queries.trial_run(client, sweep.name, sweep.launch, 0)
     metrics, tags = run.data.metrics, run.data.tags
     assert run.data.params == {"lora.rank": "4"}
     components = {k: v for k, v in metrics.items() if k.startswith("energy_uj_per_token.")}
@@ -183,7 +191,7 @@ def test_a_finished_trial_is_read_back_whole(client, store, sweep, folder, said,
     prefixes = (*names.TASK_METRICS, names.LEVEL_METRIC)
     assert {name: value for name, value in metrics.items() if name.startswith(prefixes)} == {
         "accuracy.arc-easy": 0.25,
-        "clean_accuracy./rows/my _own_": 0.75,
+        "clean_accuracy./rows/my _own_-1bba51f3": 0.75,
         "accuracy_at.0.02": 0.2,
     }
     assert not {"not.of.these", "other"} & metrics.keys()
@@ -204,7 +212,7 @@ def test_a_finished_trial_is_read_back_whole(client, store, sweep, folder, said,
         "noise": "gaussian",
         "noise_strength": "0.01",
     }
-    assert tags["mlflow.parentRunId"] == queries.parent_run(client, sweep.name).info.run_id
+    assert tags["mlflow.parentRunId"] == queries.parent_run(client, sweep.name, sweep.launch).info.run_id
 
 
 def test_the_noise_of_each_layer_is_recorded_by_kind_and_depth(sweep, folder):
@@ -248,7 +256,7 @@ def test_a_trial_has_its_adapter_as_a_logged_model_and_its_rows_as_data_sets(
         finish(recorder, folder.root, 0, accuracy=0.5)
         recorder.fail_trial(1, "boom")
         recorder.finish(interrupted=False)
-    run, failed = (queries.trial_run(client, sweep.name, number) for number in (0, 1))
+    run, failed = (queries.trial_run(client, sweep.name, sweep.launch, number) for number in (0, 1))
     adapter = queries.download_adapter(client, run, tmp_path)
     assert (adapter / "adapter_model.safetensors").read_bytes() == b"weights 0"
     assert queries.download_adapter(client, failed, tmp_path) is None
@@ -287,7 +295,7 @@ def test_trials_end_in_mlflow_s_terminal_states(client, store, sweep, folder, sa
     told = ["finished", "failed", "interrupted", "interrupted", "stopped"]
     assert [run.data.tags["halora.state"] for run in runs] == told
     assert runs[1].data.tags["halora.cause"] == "loss nan at step 3"
-    parent = queries.parent_run(client, sweep.name)
+    parent = queries.parent_run(client, sweep.name, sweep.launch)
     assert (parent.info.status, parent.data.tags["halora.state"]) == ("KILLED", "interrupted")
     assert differences(store.tracking_uri, sweep.name, folder.journal_file) == []
 
@@ -338,7 +346,7 @@ def test_a_trial_scored_again_on_more_chips_has_both_scores_and_stands_where_the
             finish(recorder, folder.root, 0, accuracy)
         assert recorder.points[0].accuracy == 0.4
         recorder.finish(interrupted=False)
-    run = queries.trial_run(client, sweep.name, 0)
+    run = queries.trial_run(client, sweep.name, sweep.launch, 0)
     history = client.get_metric_history(run.info.run_id, "accuracy")
     assert sorted(metric.value for metric in history) == [0.4, 0.6]
     assert len(run.outputs.model_outputs) == 1
@@ -365,7 +373,7 @@ def test_rungs_and_simulated_scores_are_recorded_once(client, store, sweep, fold
                 recorder.report_rung(0, step, told)
             recorder.finish_trial(0, 4, scores, result, None)
             recorder.finish(interrupted=False)
-    run = queries.trial_run(client, sweep.name, 0)
+    run = queries.trial_run(client, sweep.name, sweep.launch, 0)
     history = client.get_metric_history(run.info.run_id, "rung_accuracy")
     assert {metric.step: metric.value for metric in history} == rungs
     assert len(history) == len(client.get_metric_history(run.info.run_id, "accuracy")) + 1 == 2
@@ -417,7 +425,7 @@ def test_the_parent_run_keeps_the_front(client, store, sweep, folder, said, tmp_
         recorder.record_comparison(_COMPARISON)
         recorder.finish(interrupted=False)
         points = recorder.points
-    parent = queries.parent_run(client, sweep.name)
+    parent = queries.parent_run(client, sweep.name, sweep.launch)
     run_id = parent.info.run_id
     rows = queries.logged_json(client, run_id, names.FRONT_JSON)
     assert [(row["number"], row["accuracy"], row["on_front"]) for row in rows] == [
@@ -482,6 +490,8 @@ def test_what_mlflow_refuses_is_kept_and_told_and_holds_nothing_up(client, store
     assert refused[0]["entry"]["metrics"] == {"bad$name": 1.0}
     assert "Invalid value" in refused[0]["error"]
     assert any("MLflow refused a record of trial 0" in line for line in said)
+    assert list(refused_of(folder)) == [0, 1]
+    assert "Invalid value" in refused_of(folder)[0]
     (lost,) = differences(store.tracking_uri, sweep.name, folder.journal_file)
     assert lost.startswith("lost: (0, 'bad$name', ")
     assert undelivered(store, sweep.name) == 0
@@ -510,7 +520,7 @@ def test_hostile_names_are_recorded_as_they_are(client, store, tiny_models, tiny
         recorder.fail_trial(0, f"{name}: no such\nthing" * 1000)
         recorder.finish(interrupted=False)
     assert said == []
-    run = queries.trial_run(client, "hostile", 0)
+    run = queries.trial_run(client, "hostile", sweep.launch, 0)
     assert run.data.params["model"] == run.data.tags["halora.model"] == str(model)
     assert run.data.tags["halora.cause"].startswith(name)
     page = folder.published / "report.html"
@@ -518,14 +528,38 @@ def test_hostile_names_are_recorded_as_they_are(client, store, tiny_models, tiny
     assert "&lt;script&gt;alert" in page.read_text()
 
 
+def test_nothing_of_a_long_and_odd_sweep_is_refused(client, store, tiny_models, tiny_task, said, tmp_path):
+    """Folders of tasks by names that MLflow takes for other paths, or for too long; all fields searched at once."""
+    task = "+".join(str(shutil.copytree(tiny_task, tmp_path / ("a task " * 30) / str(i))) for i in range(4))
+    sweep = made_up_sweep(store, "odd", tiny_models["llama"], task, description="what it is for " * 2000)
+    folder = store.sweep("odd")
+    scored = ("/rows/my/", "/rows//my", "/rows/../my", "rows/.", "a+b", "a*b", "模型", "x" * 300, "x" * 301, "/")
+    named = {f"accuracy.{name}": i / 16 for i, name in enumerate(scored)}
+    with recording(store, sweep, said.append) as recorder:
+        config = sweep.resolve({})
+        params = dict.fromkeys(field_paths(TrialConfig), "x" * 7000)
+        assert len(params) > 100
+        recorder.begin_trial(0, config, params, trial_energy(config))
+        finish(recorder, folder.root, 0, accuracy=0.5, **named)
+        recorder.finish(interrupted=False)
+    assert said == []
+    assert not folder.refused_file.exists()
+    run = queries.trial_run(client, "odd", 0)
+    assert run.data.params.keys() == params.keys()
+    assert len(run.inputs.dataset_inputs) == 2
+    found = {name: value for name, value in run.data.metrics.items() if name.startswith("accuracy.")}
+    assert sorted(found.values()) == sorted(named.values())  # each by a name of its own
+    assert found["accuracy.模型"] == named["accuracy.模型"]
+
+
 def test_a_run_that_is_not_there_is_named(client, store, sweep, folder, said):
     with recording(store, sweep, said.append) as recorder:
         recorder.finish(interrupted=False)
     with pytest.raises(UserError, match=f"MLflow has no run of trial '{sweep.name}/7' yet"):
-        queries.trial_run(client, sweep.name, 7)
+        queries.trial_run(client, sweep.name, sweep.launch, 7)
     with pytest.raises(UserError, match="nothing is recorded of sweep 'other'"):
-        queries.parent_run(client, "other")
-    run_id = queries.parent_run(client, sweep.name).info.run_id
+        queries.parent_run(client, "other", "0" * 32)
+    run_id = queries.parent_run(client, sweep.name, sweep.launch).info.run_id
     with pytest.raises(UserError, match=r"has no 'nothing\.json'; it did not get that far"):
         queries.logged_json(client, run_id, "nothing.json")
 
@@ -548,3 +582,159 @@ def test_a_recorder_leaves_a_torn_journal_usable(store, sweep, folder):
     begin(again, sweep, 0)
     again.close()
     assert [entry["kind"] for entry in journal_entries(folder.journal_file)].count("begin") == 1
+
+
+# What ends between two requests, and what is no fault of MLflow's.
+
+_REQUESTS = (
+    *("create_run", "update_run", "set_terminated", "log_batch", "log_inputs", "log_outputs"),
+    *("log_text", "log_artifact", "log_artifacts"),
+    *("create_logged_model", "log_model_artifacts", "finalize_logged_model"),
+    *("create_registered_model", "create_model_version", "set_model_version_tag", "set_registered_model_alias"),
+)
+
+
+class _Killed(BaseException):
+    """As little to be caught as a signal."""
+
+
+def _killed_after_each_request(monkeypatch, deliver):
+    """Carry out a delivery in ever new processes, the first of which ends after its first request, and so on; how many.
+
+    A request is made, and its maker ends before it can note that it was.
+    """
+    left = 0
+
+    def guarded(request):
+        def call(*arguments, **named):
+            nonlocal left
+            answer = request(*arguments, **named)
+            left -= 1
+            if left < 0:
+                raise _Killed
+            return answer
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for name in _REQUESTS:
+            patch.setattr(MlflowClient, name, guarded(getattr(MlflowClient, name)))
+        for kills in range(100):
+            left = kills
+            try:
+                deliver()
+            except _Killed:
+                continue
+            return kills
+    raise AssertionError("it never ends")
+
+
+def test_a_process_that_ends_after_any_request_loses_and_doubles_nothing(
+    client, store, sweep, folder, said, monkeypatch
+):
+    recorder = SweepRecorder(folder, sweep)
+    begin(recorder, sweep, 0)
+    recorder.report_step(0, 2, {"train_loss": 1.0})
+    recorder.report_rung(0, 2, {"accuracy": 0.25, "clean_accuracy": 0.5, "margin": -1.0})
+    finish(recorder, folder.root, 0, accuracy=0.5)
+    begin(recorder, sweep, 1)
+    recorder.fail_trial(1, "boom")
+    recorder.finish(interrupted=False)
+    recorder.close()
+
+    def deliver():
+        sender = Sender(store, sweep, Publisher(folder, sweep, recorder.ledger), said.append)
+        while sender._deliver_some():
+            pass
+        sender._mlflow.remove_duplicates()
+
+    assert _killed_after_each_request(monkeypatch, deliver) >= 15
+    assert said == []
+    assert differences(store.tracking_uri, sweep.name, folder.journal_file) == []
+    assert undelivered(store, sweep.name) == 0
+    run, failed = _runs(client, sweep, "trial")
+    assert [output.model_id for output in run.outputs.model_outputs] == [queries.adapter_model_id(run)]
+    assert len(client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run.info.run_id}'")) == 1
+    assert [len(each.inputs.dataset_inputs) for each in (run, failed)] == [2, 2]
+
+    tags = {names.ATTEMPT: "1", names.ADAPTER_SHA256: "ab"}
+
+    def register():
+        (found, _) = registry.register(client, "halora.registered-once", run, tags, "what it states")
+        registry.promote(client, found)
+
+    assert _killed_after_each_request(monkeypatch, register) == 2  # after those of earlier processes
+    (version,) = client.search_model_versions("name = 'halora.registered-once'")
+    aliases = client.get_registered_model("halora.registered-once").aliases
+    assert aliases == {"candidate": version.version, "champion": version.version}
+
+
+def test_a_double_that_an_ended_process_left_is_removed(client, store, sweep, folder, said):
+    """A request that made a run though its answer was lost, twice, before the process ended."""
+    with recording(store, sweep, said.append) as recorder:
+        begin(recorder, sweep, 0)
+        recorder.finish(interrupted=True)
+    (run,) = _runs(client, sweep, "trial")
+    double = client.create_run(run.info.experiment_id, tags=run.data.tags)
+    with recording(store, sweep, said.append) as recorder:
+        recorder.interrupt_trial(0)
+        recorder.finish(interrupted=True)
+    assert [each.info.run_id for each in _runs(client, sweep, "trial")] == [run.info.run_id]
+    assert client.get_run(double.info.run_id).info.lifecycle_stage == "deleted"
+
+
+def test_a_fault_of_ours_is_told_as_one_and_holds_nothing_up(client, store, sweep, folder, said):
+    with recording(store, sweep, said.append) as recorder:
+        begin(recorder, sweep, 0)
+        recorder._write("report", 0, step=1, metrics={"train_loss": "not a number"})
+        recorder.report_step(0, 2, {"train_loss": 1.0})
+        recorder.finish(interrupted=False)
+    (told,) = said
+    assert told.startswith("a record of trial 0 cannot be delivered, kept in ")
+    assert "ValueError: could not convert string to float" in told
+    (kept,) = [json.loads(line) for line in folder.refused_file.read_text().splitlines()]
+    assert kept["entry"]["metrics"] == {"train_loss": "not a number"}
+    assert undelivered(store, sweep.name) == 0
+    (run,) = _runs(client, sweep, "trial")
+    assert run.data.metrics["train_loss"] == 1.0
+    folder.sent_file.unlink()  # delivered anew
+    with recording(store, sweep, said.append) as recorder:
+        recorder.finish(interrupted=False)
+    assert len(folder.refused_file.read_text().splitlines()) == 1
+
+
+@pytest.fixture
+def silent():
+    """Address of a server that takes connections and never says a word, like one that is frozen."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield "{}:{}".format(*server.getsockname())
+
+
+def test_a_server_that_never_answers_is_told(silent, store, sweep, folder, said, monkeypatch):
+    """The request itself would wait for half a minute, MLflow's own tries to open a database for two."""
+    monkeypatch.setattr("halora.records.tracking.ANSWERING_S", 0.5)
+    monkeypatch.setattr("halora.records.sender._PATIENCE_S", 0.5)
+    for uri in (f"http://{silent}", f"postgresql://halora@{silent}/mlflow"):
+        away = Store(store.root, uri)
+        with pytest.raises(UnreachableError, match=r"cannot be opened: .*no answer within"):
+            open_client(away)
+        said.clear()
+        with recording(away, sweep, said.append) as recorder:
+            recorder.finish(interrupted=False)
+        assert re.match(r"MLflow does not answer, records wait on disk: .*no answer within", said[0])
+        assert re.search(r"lacks \d+ records, which are kept", said[-1])
+    with pytest.raises(UnreachableError, match=r"cannot be opened: .*Connection refused"):
+        open_client(Store(store.root, "postgresql://halora@127.0.0.1:9/mlflow"))
+
+
+def test_a_folder_that_means_something_in_a_url_holds_its_own_database(client, store, tmp_path):
+    place = Store(tmp_path / "a?b=c%20d#e &f" / "store")
+    place.root.mkdir(parents=True)
+    shutil.copy(store.root / "mlflow.db", place.root)
+    client = open_client(place)
+    run = client.create_run(client.create_experiment("own", artifact_location=(place.artifacts / "own").as_uri()))
+    client.log_text(run.info.run_id, "there", "file.txt")
+    with closing(sqlite3.connect(place.root / "mlflow.db")) as database:
+        assert run.info.run_id in {row[0] for row in database.execute("select run_uuid from runs")}
+    assert [path.read_text() for path in place.root.rglob("file.txt")] == ["there"]
+    assert not [path for path in tmp_path.rglob("*.db") if path.parent != place.root]

@@ -16,6 +16,8 @@ from halora.records.ledger import Ledger
 from halora.records.position import Position, undelivered
 from halora.records.store import Store
 
+_LAUNCH = "a" * 32
+
 
 def _entry(kind, number, **content):
     return {"kind": kind, "trial": number, "time_ms": 1000 + len(content), **content}
@@ -30,7 +32,7 @@ def _state(number, state, cause=""):
 
 
 def _write(path, entries):
-    log = Journal(path)
+    log = Journal(path, _LAUNCH)
     for entry in entries:
         log.append(entry)
     log.close()
@@ -97,12 +99,20 @@ def test_a_header_that_a_crash_cut_off_is_written_anew(tmp_path):
     assert len(read(path)[0]) == 1
 
 
+def test_a_journal_is_of_one_launch(tmp_path):
+    _write(tmp_path / "records.jsonl", [_state(0, "running")])
+    assert json.loads((tmp_path / "records.jsonl").read_text().splitlines()[0])["launch"] == _LAUNCH
+    with pytest.raises(UserError, match=f"is of launch {_LAUNCH}, not of {'b' * 32}"):
+        Journal(tmp_path / "records.jsonl", "b" * 32)
+    Journal(tmp_path / "records.jsonl", _LAUNCH).close()
+
+
 def test_a_process_that_is_killed_loses_nothing_it_appended(tmp_path):
     path = tmp_path / "records.jsonl"
     program = f"""
 import itertools, pathlib
 from halora.records.journal import Journal
-log = Journal(pathlib.Path({str(path)!r}))
+log = Journal(pathlib.Path({str(path)!r}), {_LAUNCH!r})
 for i in itertools.count():
     log.append({{"kind": "report", "trial": 0, "time_ms": i, "step": i, "metrics": {{}}}})
     print(i, flush=True)
@@ -124,7 +134,7 @@ def test_a_full_disk_leaves_no_half_line(tmp_path):
     program = f"""
 import pathlib, resource, signal
 from halora.records.journal import Journal
-log = Journal(pathlib.Path({str(path)!r}))
+log = Journal(pathlib.Path({str(path)!r}), {_LAUNCH!r})
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 for i in range(100):
@@ -148,7 +158,7 @@ def test_a_damaged_journal_is_named_with_the_place(tmp_path):
     with pytest.raises(UserError, match=rf"records\.jsonl' is damaged at byte {size}"):
         read(path)
     path.write_text('{"journal": "x", "version": 99}\n')
-    with pytest.raises(UserError, match="is of version 99, this program reads 1"):
+    with pytest.raises(UserError, match="is of version 99, this program reads 2"):
         journal.identity(path)
     path.write_text("[]\n")
     with pytest.raises(UserError, match="is not a journal"):
@@ -200,6 +210,18 @@ def test_a_ledger_tells_where_every_trial_stands():
     assert (ledger.front_step, ledger.comparison, ledger.sweep_state) == (1, {"rows": 3}, "finished")
 
 
+def test_a_trial_of_very_many_reports_takes_no_more_to_keep_than_one_of_few():
+    """Each report costs as much as the first: nothing is copied that grows with them."""
+    sizes, ledgers = [], [Ledger(), Ledger()]
+    for ledger, reports in zip(ledgers, (10, 100_000), strict=True):
+        ledger.take(_entry("report", 0, step=step, metrics={"train_loss": 1.0}) for step in range(reports))
+        sizes.append(len(json.dumps(ledger.contents)))
+    assert sizes[1] - sizes[0] < 10
+    many = ledgers[1]
+    assert (len(many.steps(0)), many.last_step(0)) == (100_000, 99_999)
+    assert many.steps(0) is many.steps(0)
+
+
 @pytest.mark.parametrize("cut", range(len(_STORY) + 1))
 def test_an_index_that_follows_a_journal_says_what_the_whole_journal_says(tmp_path, cut):
     store = _store_with(tmp_path, _STORY[:cut])
@@ -235,7 +257,7 @@ while not pathlib.Path({str(tmp_path / "stop")!r}).exists():
     read_ledger(Store(pathlib.Path({str(store.root)!r})), "s")
 """
     readers = [subprocess.Popen([sys.executable, "-c", program]) for _ in range(2)]
-    log = Journal(store.sweep("s").journal_file)
+    log = Journal(store.sweep("s").journal_file, _LAUNCH)
     try:
         for number in range(300):
             log.append(_begin(number))
@@ -264,7 +286,7 @@ def test_a_position_counts_for_its_journal_and_its_mlflow_only(tmp_path):
     store = _store_with(tmp_path, _STORY)
     folder = store.sweep("s")
     assert undelivered(store, "s") == len(_STORY)
-    position = Position(folder, store.tracking_uri)
+    position = Position(folder, store.server)
     position.move(read(folder.journal_file, 0, limit=5)[1])
     assert undelivered(store, "s") == len(_STORY) - 4
     assert Position(folder, "http://127.0.0.1:1").left() == len(_STORY)
@@ -285,6 +307,8 @@ def test_a_store_names_its_server_and_keeps_no_password(tmp_path, monkeypatch):
     monkeypatch.setenv("HALORA_TRACKING_URI", "http://tracking:5000")
     assert Store.at().tracking_uri == "http://tracking:5000"
     assert Store.at(None, "http://other:5000").tracking_uri == "http://other:5000"
+    monkeypatch.chdir(tmp_path)
+    assert Store.at(None, "sqlite:///own.db").server == f"sqlite:///{tmp_path}/own.db"  # a resume may stand elsewhere
     for uri in ("http://me:secret@host:5000", "postgresql://me:secret@host/db"):
         with pytest.raises(UserError, match="tracking URI holds a user or a password") as caught:
             Store.at(None, uri)

@@ -65,10 +65,10 @@ def test_a_server_that_is_killed_costs_only_delay(database, server, store, tiny_
     assert [line.partition(",")[0] for line in said][:2] == ["MLflow does not answer", "MLflow answers again"]
 
     client = open_client(store)
-    run = queries.trial_run(client, sweep.name, 29)
+    run = queries.trial_run(client, sweep.name, sweep.launch, 29)
     assert (queries.download_adapter(client, run, tmp_path) / "adapter_model.safetensors").read_bytes() == b"weights 29"
     assert queries.logged_config(client, run.info.run_id).lora.rank == 4
-    parent = queries.parent_run(client, sweep.name).info.run_id
+    parent = queries.parent_run(client, sweep.name, sweep.launch).info.run_id
     assert {"report.html", "front.json", "sweep.yaml"} <= {item.path for item in client.list_artifacts(parent)}
 
 
@@ -84,10 +84,10 @@ def test_a_driver_that_is_killed_three_times_loses_and_doubles_nothing(
         sys.path.insert(0, {str(Path(__file__).parent)!r})
         from halora.records.sender import recording
         from halora.records.store import Store
-        from halora.spaces.sweep import load_sweep
+        from halora.sweep.run.state import load_sweep_of
         from recorded_sweeps import begin, finish
         store = Store(Path({str(store.root)!r}), {store.server!r})
-        sweep = load_sweep({str(folder.sweep_file)!r})
+        sweep = load_sweep_of(store.sweep({sweep.name!r}))
         with recording(store, sweep, print) as recorder:
             print("ready", flush=True)
             for number in range(25):

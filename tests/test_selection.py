@@ -207,5 +207,12 @@ def test_gates_that_cannot_be_measured_are_refused():
 
 
 def test_a_registered_name_tells_base_task_and_chip():
-    name = registered_name("meta-llama/Llama-3.2-1B", "arc-easy+2*openbookqa", "halora-2026", "0123456789ab")
-    assert name == "halora.meta-llama-Llama-3-2-1B.arc-easy-2-openbookqa.halora-2026-01234567"
+    told, identity = (
+        ("meta-llama/Llama-3.2-1B", "arc-easy+2*openbookqa", "halora-2026"),
+        ("base", "task", "0123456789ab"),
+    )
+    name = registered_name(*told, identity)
+    assert name == "halora.meta-llama-Llama-3-2-1B.arc-easy-2-openbookqa.halora-2026-59ff30eb"
+    others = [("base", "task", "another chip"), ("base", "another task", identity[2]), ("other", *identity[1:])]
+    assert len({name, *(registered_name(*told, other) for other in others)}) == 4
+    assert registered_name("模型", "c++", "x" * 300, identity) == f"halora.模型.c.{'x' * 60}-59ff30eb"

@@ -117,7 +117,7 @@ def test_more_chips_than_the_yield_takes_can_be_asked_for(tmp_path):
     assert begin(Store(tmp_path), gates=Gates(min_yield=0.5, confidence=0.9, min_chips=30)).chips == 30
 
 
-def test_a_store_that_lost_its_file_and_a_sweep_without_an_identity_are_refused(tmp_path):
+def test_a_store_that_lost_its_file_is_refused(tmp_path):
     store = Store(tmp_path)
     begin(store)
     store.certifications_file.write_text("[{")
@@ -126,8 +126,6 @@ def test_a_store_that_lost_its_file_and_a_sweep_without_an_identity_are_refused(
     store.certifications_file.unlink()
     with pytest.raises(UserError, match="lacks certification 1 of sweep 's'"):
         begin(store, trial=4)
-    with pytest.raises(UserError, match="no identity"):
-        begin(store, launch="")
 
 
 def test_an_attempt_that_was_cut_off_after_it_was_written_down_goes_on(tmp_path):

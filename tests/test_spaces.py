@@ -93,6 +93,71 @@ def test_every_mistake_of_a_file_is_told_at_once_and_nothing_else(tmp_path):
     assert caught.value.next_step
 
 
+_STAGES = """
+name: stages
+family: tests
+trial:
+  model: smollm2-135m-instruct
+  task: arc-easy
+  chip: {preset: halora-2026, mapping: {sram: [nothing.*]}}
+  training: {method: halora, steps: 8}
+  evaluation: {chip_instances: 2, rows: 8}
+chips:
+  own: halora-2026
+  broken: {preset: halora-2026, adc: {bits: 99}}
+space:
+  training.method: {choices: [lora, halora]}
+  training.learnin_rate: {low: 1.0e-3, high: 1.0e-2}
+  training.mu: {low: 0.0, high: 1.0, when: {training.method: []}}
+  chip.adc.bits: {choices: [6, 12]}
+  training.batch_size: {low: 8, high: 16, kind: int}
+derived:
+  training.warmup_steps: training.batch_size
+early_stopping: {rungs: [{steps: 4}, {steps: 9}]}
+racing: {extra: 4, most: 2}
+comparison: {rows: 8, chip_instances: 2, by: training.method, against: nobody}
+reference_point: {accuracy: 0.0, energy_uj_per_token: 6.0}
+"""
+
+_TOLD = {
+    "trials: required, but missing",
+    "chips.broken.adc.bits: input should be less than or equal to 14, got 99",
+    "space.training.learnin_rate: a trial has no such field; did you mean 'training.learning_rate'?",
+    "space.training.mu.when.training.method: tuple should have at least 1 item after validation, not 0",
+    "comparison.chips: required with comparison.by, as the trials' own chips differ",
+    "comparison.against: 'nobody' is not a value of comparison.by (choices: lora, halora)",
+    "early_stopping.rungs[1].steps: 9, but a trial has 8 steps; a rung comes before its end",
+    "racing.most: 2, but every trial has 2 chip instances already",
+    "derived, with training.batch_size 8: training.warmup_steps: 8, but the training has 8 steps",
+    "derived, with training.batch_size 16: training.warmup_steps: 16, but the training has 8 steps",
+    "trial.chip.mapping.sram: 'nothing.*' matches no layer",
+    "'isaac' cover 4 to 10 bits, got 12",
+}
+
+
+def test_no_stage_of_the_checks_hides_another(tmp_path):
+    """A field that does not exist, a chip, a comparison, rungs, a formula and a price are wrong at once."""
+    with pytest.raises(UserError) as caught:
+        load_sweep(_write(tmp_path / "stages.yaml", _STAGES))
+    told = [problem.removeprefix(f"{tmp_path / 'stages.yaml'}: ") for problem in caught.value.problems]
+    assert not [problem for problem in told if not any(mistake in problem for mistake in _TOLD)], told
+    assert not [mistake for mistake in _TOLD if not any(mistake in problem for problem in told)], told
+
+
+@pytest.mark.parametrize("overrides", [{"trial.model": "nobody"}, {"trial.task": "nothing"}, {"trial.chip": "none"}])
+def test_one_mistake_is_told_once_whatever_rests_on_it(overrides):
+    with pytest.raises(UserError) as caught:
+        load_sweep("early-stopping", overrides)
+    assert len(caught.value.problems) == 1, caught.value.problems
+
+
+def test_every_override_that_cannot_be_set_is_told_beside_the_other_mistakes():
+    with pytest.raises(UserError) as caught:
+        load_sweep("quickstart", {"trials.x": 1, "first.x": 2, "seed": -1})
+    paths = [problem.removeprefix("quickstart: ").partition(":")[0] for problem in caught.value.problems]
+    assert paths == ["trials.x", "first.x", "seed"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "mistake"),
     [

@@ -58,6 +58,18 @@ def test_folders_of_a_sweep_are_absolute_wherever_it_names_them(
     assert len(load_rows(config.task, "train", 10)) == 10
 
 
+def test_a_folder_of_the_same_name_does_not_hide_what_was_launched(tmp_path, monkeypatch):
+    """A resume may be typed in a directory where somebody keeps a copy of a task or a model."""
+    sweep = load_sweep("quickstart")
+    monkeypatch.chdir(tmp_path)
+    for name in ("arc-easy", "commonsense", "smollm2-135m-instruct"):
+        (tmp_path / name).mkdir()
+    assert sweep.resolve({}).task == load_sweep("quickstart").resolve({}).task == "arc-easy"
+    assert sweep.resolve({"task": "2*commonsense+piqa"}).task == "2*commonsense+piqa"
+    assert sweep.resolve({}).model == "smollm2-135m-instruct"
+    assert as_sum("./arc-easy") == str(tmp_path / "arc-easy")
+
+
 def test_a_mixture_s_weights_stay_beside_its_folders(tiny_task, monkeypatch):
     monkeypatch.chdir(Path(tiny_task).parent)
     name = Path(tiny_task).name

@@ -11,11 +11,12 @@ from pydantic import TypeAdapter
 from halora.errors import UserError
 from halora.records import names
 from halora.spaces.expressions import Expression
-from halora.spaces.language import Distribution, grid, size
+from halora.spaces.language import Categorical, Distribution, Range, grid, size
 from halora.spaces.recipes import RECIPES, first_points
 from halora.spaces.schema import sweep_schema
 from halora.spaces.search import ENERGY, METRICS, Constraint
 from halora.spaces.sweep import SHIPPED, SweepConfig, load_sweep, shipped_sweeps
+from halora.yaml_files import parse_yaml
 
 
 def in_space(space, values):
@@ -229,3 +230,38 @@ def test_a_space_is_shown_with_its_size_and_its_points(halora, halora_json):
     assert {row["sweep"] for row in halora_json("space list")} == set(shipped_sweeps())
     code, out, _ = halora("space schema")
     assert json.loads(out) == sweep_schema()
+
+
+def test_values_that_are_equal_as_numbers_are_equal():
+    rates, ranks = Categorical(choices=(1e-3, 0.01)), Range(low=2, high=16, kind="int")
+    flags = Categorical(choices=(True, "auto"))
+    assert rates.own(0.001) == rates.choices[0]
+    assert (ranks.own(8.0), type(ranks.own(8.0))) == (8, int)
+    assert not ranks.contains(8.5)
+    assert (flags.contains(1), flags.contains(True)) == (False, True)
+    with pytest.raises(ValueError, match=r"0\.001 is given twice"):
+        Categorical(choices=(0.001, 0.01, 1e-3))
+    assert Categorical(choices=(True, 1)).choices == (True, 1)
+    comparison = {"rows": 4, "chip_instances": 2, "by": "training.learning_rate", "chips": ["ideal"]}
+    text = yaml.safe_dump(
+        {
+            "space": {
+                "training.learning_rate": {"choices": [0.001, 0.01]},
+                "lora.rank": {"choices": [4, 8], "when": {"training.learning_rate": ["RATE"]}},
+            },
+            "first": [{"training.learning_rate": "RATE", "lora.rank": 8.0}],
+            "comparison": comparison | {"against": "RATE"},
+        },
+        sort_keys=False,
+    )
+    read = []
+    for written in ("1e-3", "0.001", ".1e-02"):
+        overrides = parse_yaml(text.replace("RATE", written), "a sweep")
+        sweep = load_sweep("quickstart", overrides)
+        point = first_points(sweep)[0]
+        assert [(value, type(value)) for value in point.values()] == [(0.001, float), (8, int)]
+        assert sweep.space["lora.rank"].applies(point)
+        assert sweep.space["training.learning_rate"].named(sweep.comparison.against) == 0.001
+        read.append(sweep)
+    assert read[0] == read[1] == read[2]
+    assert sweep.space["training.learning_rate"].named("0.001") == 0.001  # in quotes, as it is shown

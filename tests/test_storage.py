@@ -3,6 +3,7 @@
 S3 is a moto server of its own, a process; whatever is killed here is another process, with SIGKILL.
 """
 
+import fcntl
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ import pytest
 from optuna.trial import create_trial
 from services import free_port
 
+import halora.storage
 from halora.analysis.trials import RecordedTrial
 from halora.errors import StorageError, UnreachableError, UserError
 from halora.records.store import Store, SweepFolder
@@ -153,6 +155,8 @@ def test_an_upload_that_was_killed_is_not_taken_for_a_checkpoint(base, tmp_path)
     assert _content(tmp_path / "there") == _content(whole)
     assert len(storage.reports()) == 2
     storage.put_checkpoint(_checkpoint(tmp_path / "again", 4))
+    assert len(_objects(url)) == 20 + 7  # whoever wrote the 20 may only be frozen
+    storage.put_checkpoint(_checkpoint(tmp_path / "further", 6))
     assert len(_objects(url)) == 7  # files of one checkpoint and its manifest
 
 
@@ -252,21 +256,42 @@ def test_a_scratch_folder_goes_with_its_job_and_with_its_process(tmp_path, monke
     assert not (tmp_path / "none").exists()
 
 
+def test_a_scratch_folder_that_was_taken_for_an_orphan_is_made_anew(tmp_path, monkeypatch):
+    """Another process looks for orphans after the folder's lock is made and before it is locked."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    flock, taken = fcntl.flock, []
+
+    def late(file, operation):
+        if not taken:
+            taken.extend(tmp_path.glob(SCRATCH))
+            halora.storage._remove_orphans()
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    work = WorkFolder(tmp_path / "none", str(tmp_path / "storage" / "00000"))
+    folder = work.fetch(Goal(steps=4, chip_instances=1))
+    assert [place.exists() for place in taken] == [False]
+    halora.storage._remove_orphans()
+    assert folder.is_dir()
+    work.close()
+    assert not list(tmp_path.glob(SCRATCH))
+
+
 # Drivers.
 
 
 def test_two_sweeps_of_one_name_do_not_meet(base, tmp_path):
     urls = []
-    for store in ("a", "b"):
+    for store in ("a", "b"):  # and the identity of its launch
         folder = SweepFolder(tmp_path / store / "sweeps" / "same")
         folder.root.mkdir(parents=True)
-        TrialFiles(folder).keep_at(base, [])
-        TrialFiles(folder).keep_at(base, [])  # a resume that names it again
+        TrialFiles(folder).keep_at(base, store * 32, [])
+        TrialFiles(folder).keep_at(base, store * 32, [])  # a resume that names it again
         urls.append(folder.trial_url(0))
         TrialStorage(urls[-1]).put_checkpoint(_checkpoint(tmp_path / store, 2))
     assert len(set(urls)) == 2
     for store, url in zip("ab", urls, strict=True):
-        assert url.startswith(f"{base}/same-")
+        assert url.startswith(f"{base}/same-{store * 32}/")
         TrialStorage(url).fetch_checkpoint(tmp_path / "there")
         assert (
             adapter_folder(tmp_path / "there").joinpath("adapter_model.safetensors").read_bytes()
@@ -279,7 +304,7 @@ def test_unfinished_trials_move_with_their_sweep(base, tmp_path):
     _checkpoint(folder.trial(1), 2)
     files, whole = TrialFiles(folder), _content(folder.trial(1))
     for place in (base, f"{base}-other"):
-        files.keep_at(place, [0, 1])
+        files.keep_at(place, "0" * 32, [0, 1])
         assert folder.storage_url.startswith(f"{place}/moving-")
         assert len(files.reports(1)) == 2
         assert files.reports(0) == []
@@ -293,7 +318,7 @@ def test_a_trial_that_ended_keeps_what_a_race_needs_and_no_more(base, tmp_path):
     folder = SweepFolder(tmp_path / "sweeps" / "ended")
     folder.root.mkdir(parents=True)
     files, trials, points = TrialFiles(folder), [], []
-    files.keep_at(base, [])
+    files.keep_at(base, "0" * 32, [])
     states = (State.FINISHED, State.FINISHED, State.FAILED, State.RUNNING)
     jobs = [Job(number, {}, 1.0 + number, Goal(4, 2), True, "") for number in range(4)]
     for job, state in zip(jobs, states, strict=True):

@@ -1,5 +1,7 @@
 """Oracle: the same changes to a study in memory, which nothing disturbs."""
 
+import subprocess
+import sys
 import threading
 import time
 
@@ -10,8 +12,9 @@ from optuna.distributions import FloatDistribution
 from services import postgres_server
 
 from halora.errors import UnreachableError
+from halora.records.store import SweepFolder
 from halora.sweep.search.study import State, SweepStudy
-from halora.sweep.search.study_storage import PatientStorage
+from halora.sweep.search.study_storage import STUDY_URL, PatientStorage, storage_of
 
 TRIALS = 40
 
@@ -31,7 +34,8 @@ def _change(study: SweepStudy) -> list[tuple]:
         study.count_lost_workers(study.trial(number), 1)
         study.scored(study.trial(number), {"accuracy": i / TRIALS, "step": 3})
         if i % 2:
-            study.finished(study.trial(number), i / TRIALS, {})
+            study.finished(study.trial(number), {"accuracy": i / TRIALS, "step": 9})
+            study.tell(study.trial(number), {})
         else:
             study.failed(number)
         study.spend(i / 60)
@@ -84,3 +88,70 @@ def test_a_server_that_stops_is_waited_for_but_not_for_ever(server, monkeypatch)
     with pytest.raises(UnreachableError, match="has been away"):
         study.request_stop(False)
     server.start()
+
+
+def test_what_the_database_refuses_is_told_at_once_with_its_cause(server, monkeypatch, tmp_path):
+    """Waiting changes nothing about these; the message of one that cannot be opened used to hold no cause at all."""
+    said = []
+    study = SweepStudy("refused", PatientStorage(server.uri, said.append))
+    with psycopg.connect(server.uri, autocommit=True) as connection:
+        connection.execute("alter table trials rename to hidden")
+        with pytest.raises(UnreachableError, match='database refuses: relation "trials" does not exist'):
+            study.trials()
+        connection.execute("alter table hidden rename to trials")
+        assert study.trials() == []
+        connection.execute("alter database t set default_transaction_read_only = on")
+    storage = PatientStorage(server.uri, said.append)
+    with psycopg.connect(server.uri, autocommit=True) as connection:
+        with pytest.raises(UnreachableError, match=r"database refuses: cannot execute .* in a read-only transaction"):
+            SweepStudy("refused", storage).request_stop(True)
+        connection.execute("set default_transaction_read_only = off")
+        connection.execute("alter database t reset default_transaction_read_only")
+    assert said == []
+    nowhere = server.uri.rpartition("/")[0] + "/nowhere"
+    monkeypatch.setenv(STUDY_URL, nowhere.replace("//halora@", "//halora:sesame@"))
+    with pytest.raises(UnreachableError, match=r'cannot be opened: .*database "nowhere" does not exist') as told:
+        storage_of(SweepFolder(tmp_path / "none"))
+    assert "sesame" not in str(told.value)
+
+
+# The journal file.
+
+
+def _begin(study, i):
+    space = {"x": FloatDistribution(0, 1)}
+    return study.begin({"x": i / 100}, space, float(i), system_attrs={}, constraints={})
+
+
+@pytest.mark.parametrize("torn", [b'{"op_code":4,"wor', b"\xff\x00"])
+def test_a_line_of_a_study_that_was_cut_off_goes_with_the_next(tmp_path, torn):
+    """Optuna's own file takes the next line for a part of it, and is not read any more after that."""
+    folder = SweepFolder(tmp_path)
+    study = SweepStudy("torn", storage_of(folder))
+    _begin(study, 0)
+    whole = folder.study_file.read_bytes()
+    folder.study_file.write_bytes(whole + torn)
+    again = SweepStudy("torn", storage_of(folder))
+    assert len(again.trials()) == 1
+    assert [_begin(again, i) for i in (1, 2)] == [1, 2]
+    assert [trial.energy_uj_per_token for trial in SweepStudy("torn", storage_of(folder)).trials()] == [0.0, 1.0, 2.0]
+    assert folder.study_file.read_bytes().startswith(whole)
+
+
+def test_a_process_that_is_killed_while_it_writes_keeps_nobody_off(tmp_path):
+    """It holds the file's lock, and is gone; Optuna's own lock would stay for half a minute."""
+    folder = SweepFolder(tmp_path)
+    study = SweepStudy("held", storage_of(folder))
+    program = (
+        "import fcntl, sys, time\nfile = open(sys.argv[1], 'r+b')\nfcntl.flock(file, fcntl.LOCK_EX)\n"
+        "print('held', flush=True)\ntime.sleep(600)"
+    )
+    child = subprocess.Popen([sys.executable, "-c", program, str(folder.study_file)], stdout=subprocess.PIPE)
+    assert child.stdout.readline() == b"held\n"
+    begun = threading.Thread(target=_begin, args=(study, 0))
+    begun.start()
+    child.kill()
+    child.wait()
+    begun.join()
+    assert len(study.trials()) == 1
+    assert not list(tmp_path.glob("*lock*"))

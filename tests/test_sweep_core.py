@@ -1,17 +1,20 @@
 """Oracles: the study itself (what a fresh reader of it says), determinism, the points written in the sweep file."""
 
+import shutil
+import threading
 from dataclasses import replace
 
 import optuna
 import pytest
 
 from halora.errors import UserError
+from halora.files import write_json
 from halora.hardware.chip import preset_names
 from halora.pricing import trial_energy
 from halora.records.store import Store
 from halora.spaces.recipes import first_points
 from halora.spaces.sweep import SweepConfig, load_sweep
-from halora.sweep.run.state import check_not_launched, open_core
+from halora.sweep.run.state import check_not_launched, is_running, only_driver, open_core, warm_start, write_sweep
 from halora.sweep.search.core import Decision
 from halora.sweep.search.problem import free_knobs
 from halora.sweep.search.study import SweepStudy
@@ -174,7 +177,7 @@ def test_the_journal_holds_how_trials_ended(sweep, store):
     core.on_failure(bad.number)
     core.on_scores(strange.number, _scores(strange, float("nan")))
     journal = optuna.storages.journal.JournalFileBackend(str(store.sweep("core").study_file))
-    study = optuna.load_study(study_name="core", storage=optuna.storages.JournalStorage(journal))
+    study = optuna.load_study(study_name=None, storage=optuna.storages.JournalStorage(journal))
     complete, failed, no_number = study.get_trials()
     assert (complete.state.name, complete.values) == ("COMPLETE", [0.75, good.energy_uj_per_token])
     assert (failed.state.name, failed.values) == ("FAIL", None)
@@ -234,14 +237,48 @@ def test_looking_at_a_sweep_changes_nothing(sweep, store):
     counts = open_core(sweep, store).counts()
     assert (counts["unfinished"], counts["waiting"]) == (1, 5)
     assert journal.read_bytes() == before
+    with pytest.raises(UserError, match=r"sweeps/core' is in the way: it has no sweep.yaml"):
+        check_not_launched(store.sweep("core"))
+    write_sweep(store.sweep("core"), sweep)
     with pytest.raises(UserError, match=r"sweep 'core' was launched before .*halora sweep resume core"):
         check_not_launched(store.sweep("core"))
+
+
+def test_asking_whether_a_sweep_runs_keeps_nobody_from_running_it(store):
+    """Two ask all the time; whoever starts is never refused."""
+    folder, over, asked = store.sweep("core"), threading.Event(), 0
+
+    def ask():
+        nonlocal asked
+        while not over.is_set():
+            is_running(folder)
+            asked += 1
+
+    askers = [threading.Thread(target=ask) for _ in range(2)]
+    for asker in askers:
+        asker.start()
+    try:
+        started = 0
+        while started < 2000 or asked < 2000:
+            with only_driver(folder):
+                assert is_running(folder)
+            started += 1
+    finally:
+        over.set()
+        for asker in askers:
+            asker.join()
+    assert not is_running(folder)
+    with only_driver(folder), pytest.raises(UserError, match="running in another process"), only_driver(folder):
+        pass
+    assert not is_running(folder)
+    folder.lock_file.chmod(0o444)
+    assert not is_running(folder)
 
 
 def test_a_sweep_starts_warm_from_earlier_ones(sweep, store):
     many = sweep.model_copy(update={"trials": 30})
     _run_out(open_core(many, store))
-    (store.root / "sweeps" / "core" / "sweep.yaml").touch()
+    write_sweep(store.sweep("core"), many)
     (store.root / "sweeps" / "later").mkdir()
     settings = sweep.search.model_copy(update={"warm_start": ("core",)})
     best = {"choices": [2, 4, 8]}
@@ -249,13 +286,15 @@ def test_a_sweep_starts_warm_from_earlier_ones(sweep, store):
     assert later.space["lora.rank"].choices == tuple(best["choices"])
     cold = later.model_copy(update={"search": sweep.search, "name": "cold"})
     (store.root / "sweeps" / "cold").mkdir()
+    write_json(store.sweep("later").warm_start_file, warm_start(later, store))
+    shutil.rmtree(store.sweep("core").root)  # what becomes of it is nothing to the other
     ranks = {
         name: [job.values["lora.rank"] for job in _run_out(open_core(each, store))]
         for name, each in (("later", later), ("cold", cold))
     }
     assert ranks["later"] != ranks["cold"]
     with pytest.raises(UserError, match="no sweep 'coer'"):
-        open_core(later.model_copy(update={"search": settings.model_copy(update={"warm_start": ("coer",)})}), store)
+        warm_start(later.model_copy(update={"search": settings.model_copy(update={"warm_start": ("coer",)})}), store)
 
 
 def test_quickstart_searches_a_wide_range_of_energies(tmp_path):
@@ -278,7 +317,7 @@ def test_a_study_in_postgresql_is_the_same(sweep, tmp_path, postgresql, monkeypa
     assert begun[0] == begun[1] == expected[0]  # unfinished, so handed out again
     assert _run_out(open_core(sweep, place)) == expected
     assert not place.sweep("core").study_file.exists()
-    trials = SweepStudy("core", storage_of(place.sweep("core"))).trials()
+    trials = SweepStudy(f"core-{sweep.launch}", storage_of(place.sweep("core"))).trials()
     assert [dict(trial.values) for trial in trials] == [job.values for job in expected]
     monkeypatch.setenv("HALORA_STUDY_URL", postgresql.replace("/postgres", "/nowhere").replace("//", "//me:secret@"))
     with pytest.raises(UserError, match=r"the study's database \(\$HALORA_STUDY_URL\) cannot be opened") as told:

@@ -379,7 +379,7 @@ def test_every_mistake_of_a_table_is_told(sweep, tmp_path):
         (tmp_path / "short.csv").write_text(text)
         with pytest.raises(UserError, match=problem):
             read_table(tmp_path / "short.csv", sweep)
-    with pytest.raises(UserError, match="cannot be read as a table"):
+    with pytest.raises(UserError, match="cannot be read: it is a folder"):
         read_table(tmp_path, sweep)
     (tmp_path / "comma.csv").write_text("trial,step,accuracy,clean_accuracy\n0,4,0,5,0,6\n")
     with pytest.raises(UserError, match="line 2: more cells than the head has columns; is a comma a decimal point"):

@@ -18,7 +18,7 @@ from halora.hardware.addressing import NoiseKey, Role
 from halora.hardware.noise import programmed_weight
 from halora.settings.training import LINEAR_NAMES
 from halora.training.adapter import attach, attach_saved, detach, regulariser
-from halora.training.adapter_config import check_adapter_config
+from halora.training.adapter_config import read_lora_config
 from halora.training.rram import ChipInstance
 from halora.trial_folder import ADAPTER_WEIGHTS, adapter_folder
 from halora.trial_runner import TrialRunner
@@ -269,8 +269,8 @@ def test_an_adapter_that_is_not_lora_is_refused(runner, tiny_trial, saved, tmp_p
 )
 def test_an_adapter_s_configuration_holds_no_pattern_and_nothing_beside_its_shape(saved, tmp_path, change, told):
     folder = Path(shutil.copytree(saved, tmp_path / "changed"))
-    check_adapter_config(folder)
+    read_lora_config(folder)
     written = folder / "adapter_config.json"
     written.write_text(json.dumps(json.loads(written.read_text()) | change))
     with pytest.raises(UserError, match=told):
-        check_adapter_config(folder)
+        read_lora_config(folder)

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from halora.errors import UserError
 from halora.hardware.shapes import known_shape
-from halora.training.models import find_model, load_base, model_shape
+from halora.training.models import estimated_shape, find_model, load_base, model_shape
 
 _ASK_HUB = """
 import time
@@ -121,12 +122,62 @@ def test_a_configuration_without_a_dimension(tiny_models, tmp_path):
         model_shape(str(folder))
 
 
+def test_quantised_weights_are_refused_before_anything_is_loaded(tiny_models, tmp_path):
+    """The entries as AutoGPTQ, AutoAWQ and bitsandbytes write them."""
+    for i, (entry, method) in enumerate(
+        (
+            ({"bits": 4, "group_size": 128, "quant_method": "gptq"}, "gptq"),
+            ({"bits": 4, "quant_method": "awq", "version": "gemm", "zero_point": True}, "awq"),
+            ({"load_in_4bit": True, "quant_method": "bitsandbytes"}, "bitsandbytes"),
+            ("int4", "unknown"),
+        )
+    ):
+        folder = _damaged(tiny_models, tmp_path / str(i), quantization_config=entry)
+        with pytest.raises(UserError, match=rf"is quantised \({method}\).*name the original model; or .*dequantize"):
+            estimated_shape(str(folder))
+        assert known_shape(str(folder / "config.json"))  # its dimensions are all that a table of energies takes
+
+
+def test_weights_that_are_not_those_of_the_configuration_are_told(tiny_models, tmp_path):
+    folder = _damaged(tiny_models, tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    for i, (changed, told) in enumerate(
+        (
+            (
+                {name: torch.zeros(0, 32)},
+                rf"tensor '{name}' has no elements, its shape is \[0, 32\]",
+            ),
+            ({name: torch.zeros(60, 32)}, rf"tensor '{name}' has the shape \[60, 32\], config.json says \[64, 32\]"),
+            ({name: None}, f"it has no tensor '{name}'"),
+            ({"model.embed_tokens.weight": torch.zeros(7, 32)}, r"embed_tokens.weight' has the shape \[7, 32\]"),
+            (dict.fromkeys(n for n in weights if "proj" in n), "and 9 weights more"),
+        )
+    ):
+        each = Path(shutil.copytree(folder, tmp_path / f"model-{i}"))
+        kept = {n: tensor for n, tensor in (weights | changed).items() if tensor is not None}
+        save_file(kept, each / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(UserError, match=told):
+            model_shape(str(each))
+
+
+def test_tokens_beyond_the_embedding_are_told(tiny_models, tmp_path):
+    folder = _damaged(tiny_models, tmp_path)
+    described = json.loads((folder / "tokenizer.json").read_text())
+    added = {"id": 49152, "content": "<new>", "special": False, "lstrip": False, "rstrip": False}
+    described["added_tokens"].append(added | {"normalized": False, "single_word": False})
+    (folder / "tokenizer.json").write_text(json.dumps(described))
+    told = r"token '<new>' is number 49152, but the embedding has 49152 rows; resize it \(`resize_token_embeddings`\)"
+    with pytest.raises(UserError, match=told):
+        model_shape(str(folder))
+
+
 def test_missing_or_damaged_weights_are_told(tiny_models, tmp_path):
     folder = _damaged(tiny_models, tmp_path)
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100_000])
-    with pytest.raises(UserError, match="cannot be loaded: "):
-        load_base(str(folder), "fp32")
+    with pytest.raises(UserError, match=r"model '.*': model.safetensors is not safetensors: \w+"):
+        model_shape(str(folder))
     weights.unlink()
     with pytest.raises(UserError, match=r"cannot be loaded: .*no file named"):
         load_base(str(folder), "fp32")

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+from transformers import AutoTokenizer
 
 from halora.errors import UserError
 from halora.training.batches import encode, pack
@@ -40,6 +41,18 @@ def test_a_tokenizer_without_a_template_is_refused(base):
 
     with pytest.raises(UserError, match="prompt_format chat: the model's tokenizer has no chat template"):
         chat_rows([ROW], Bare())
+
+
+def test_a_template_that_refuses_a_lone_message_is_told(base, tiny_models):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_models["llama"])
+    for template, told in (
+        ("{{ raise_exception('roles must alternate') }}", "refuses a user's message: roles must alternate"),
+        ("{% for", "refuses a user's message: "),
+        ("{{ messages[7].content }}", "refuses a user's message: "),
+    ):
+        tokenizer.chat_template = template
+        with pytest.raises(UserError, match=told):
+            chat_rows([ROW], tokenizer)
 
 
 def test_rows_longer_than_the_model_s_positions_are_all_told(base):

@@ -2,11 +2,12 @@
 
 import json
 import re
+import shutil
 
 import pytest
 
 from halora.errors import UserError
-from halora.settings.names import KNOWN_TASKS, as_sum, task_weights
+from halora.settings.names import KNOWN_TASKS, as_sum, task_id, task_weights
 from halora.settings.trial import TrialConfig
 from halora.training.tasks import Row, check_task, load_rows
 
@@ -186,6 +187,27 @@ def test_a_mixture_is_a_sum_a_mapping_or_a_name(tmp_path):
     assert task_weights(str(folder)) == {str(folder): 1}
 
 
+def test_a_folder_s_name_may_hold_what_a_mixture_is_written_with(tmp_path, monkeypatch):
+    """`c++` is one name wherever it is read: beside its folder, elsewhere, and after the folder is gone."""
+    for name in ("c++", "模型", "a*b"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert as_sum("c++") == f"{tmp_path}/c++"
+    assert as_sum("c+++2*模型") == f"{tmp_path}/c+++2*{tmp_path}/模型"
+    assert as_sum({"c++": 1, "a*b": 2}) == f"1*{tmp_path}/c+++2*{tmp_path}/a*b"
+    mixture = as_sum({"c++": 1, "模型": 3})
+    for here in (tmp_path, tmp_path.parent):
+        monkeypatch.chdir(here)
+        assert task_weights(mixture) == {f"{tmp_path}/c++": 1, f"{tmp_path}/模型": 3}
+        assert task_id(mixture) == "1*c+++3*模型"
+    for folder in tmp_path.iterdir():
+        shutil.rmtree(folder)
+    assert task_weights(mixture) == {f"{tmp_path}/c++": 1, f"{tmp_path}/模型": 3}
+    assert (task_id(mixture), task_id(f"{tmp_path}/c++")) == ("1*c+++3*模型", "c++")
+    with pytest.raises(UserError, match=r"task 'a\+b': a mixture is written with '\+', so rename its folder"):
+        as_sum({"a+b": 1, "c++": 1})
+
+
 @pytest.mark.parametrize(
     ("task", "problem"),
     [
@@ -194,6 +216,7 @@ def test_a_mixture_is_a_sum_a_mapping_or_a_name(tmp_path):
         ({"arc-easy": 0}, "task 'arc-easy': the weight of a task is a positive number, got 0"),
         ({}, "a mixture names at least one task"),
         ("arc-easi+piqua", "did you mean 'arc-easy'.*did you mean 'piqa'"),
+        ("*piqa", "task '*piqa': the weight of a task is a positive number, got ''"),
         ("common-sense", "did you mean 'commonsense'"),
     ],
 )

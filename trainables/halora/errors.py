@@ -1,6 +1,6 @@
 """What a user is told when something they can fix is wrong."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from difflib import get_close_matches
 
 from halora.secret_urls import hidden
@@ -54,6 +54,14 @@ def printable(text: str) -> str:
     return "".join(each if each.isprintable() or each in "\n\t" else ascii(each)[1:-1] for each in text)
 
 
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """An error and those that led to it, from the last to the first."""
+    found: BaseException | None = error
+    while found is not None:
+        yield found
+        found = found.__cause__ or found.__context__
+
+
 def attempt[T](problems: list[str], call: Callable[[], T]) -> T | None:
     """What `call` gives, or nothing and its problems, added to `problems`."""
     try:
@@ -61,6 +69,26 @@ def attempt[T](problems: list[str], call: Callable[[], T]) -> T | None:
     except UserError as error:
         problems += error.problems
         return None
+
+
+def check_all(*checks: Callable[[], object]) -> None:
+    """Make several checks, and tell the problems of all of them at once.
+
+    Raises:
+        UserError: Some failed; an `UnreachableError` at once.
+    """
+    problems: list[str] = []
+    next_steps: dict[str, None] = {}
+    for check in checks:
+        try:
+            check()
+        except UnreachableError:
+            raise
+        except UserError as error:
+            problems += error.problems
+            next_steps |= {error.next_step: None} if error.next_step else {}
+    if problems:
+        raise UserError(list(dict.fromkeys(problems)), "; ".join(next_steps))
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -3,7 +3,9 @@
 A trial's place is `URL/NUMBER`. A checkpoint is a folder `step-NNNNNN-ID` below it, with the trial's reports, and a
 manifest of names, sizes and SHA-256 digests that is written last: a folder without its manifest, or with files that are
 not as it says, is not a checkpoint. ID is drawn for every upload, so that two workers that both believe the trial is
-theirs never write into one folder. `result-STEPS-CHIPS.json` are the scores at a goal, one object each.
+theirs never write into one folder, and an upload removes only checkpoints of earlier steps than its own: whichever ends
+last, and however long it was frozen, the furthest checkpoint stays. `result-STEPS-CHIPS.json` are the scores at a goal,
+one object each.
 """
 
 import fcntl
@@ -13,6 +15,7 @@ import re
 import secrets
 import shutil
 import tempfile
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -64,7 +67,7 @@ class TrialStorage:
         self._place = UrlFolder(url, retries_s)
 
     def put_checkpoint(self, folder: Path) -> None:
-        """Store the latest checkpoint of a trial's folder; then older ones are removed.
+        """Store the latest checkpoint of a trial's folder; then those of earlier steps are removed.
 
         Raises:
             StorageError: It cannot be written; what was there before still is.
@@ -79,7 +82,7 @@ class TrialStorage:
             self._place.put(path, f"{name}/{file}")
         self._write_manifest(name, manifest)
         with suppress(StorageError):  # the next one removes what is left
-            self._remove_but(name, self._place.files())
+            self._remove(each for each in _checkpoints(self._place.files()) if _step(each) < _step(name))
 
     def fetch_checkpoint(self, folder: Path, *, moments: bool = True) -> bool:
         """Bring the latest whole checkpoint into a trial's folder, which shows it complete or not at all.
@@ -167,7 +170,8 @@ class TrialStorage:
     def keep_adapter(self) -> None:
         """Remove everything but the latest whole checkpoint without its moments, and the scores.
 
-        The manifest goes without them first, so that a checkpoint is whole at every moment.
+        For a trial that ended. The manifest goes without the moments first, so that a checkpoint is whole at every
+        moment.
 
         Raises:
             StorageError: It cannot be written now; to be repeated.
@@ -178,7 +182,7 @@ class TrialStorage:
                 self._write_manifest(name, {file: of for file, of in manifest.items() if file != OPTIMIZER_FILE})
             files = self._place.files()
             if name:
-                self._remove_but(name, files, newer=True)
+                self._remove(each for each in _checkpoints(files) if each != name)
             self._place.remove(*[file for file in files if file == f"{name}/{OPTIMIZER_FILE}"])
 
     def remove(self) -> None:
@@ -229,12 +233,11 @@ class TrialStorage:
     def _write_manifest(self, name: str, manifest: Manifest) -> None:
         self._place.write(f"{name}/{MANIFEST_FILE}", json.dumps({"files": manifest}, indent=1).encode())
 
-    def _remove_but(self, kept: str, files: dict[str, int], *, newer: bool = False) -> None:
-        """Remove checkpoints but one, manifests first; newer ones only where it is said that nobody writes them."""
-        for name in _checkpoints(files):
-            if name != kept and (newer or _step(name) <= _step(kept)):
-                self._place.remove(f"{name}/{MANIFEST_FILE}")
-                self._place.remove_folder(name)
+    def _remove(self, checkpoints: Iterable[str]) -> None:
+        """Remove checkpoints, manifests first."""
+        for name in checkpoints:
+            self._place.remove(f"{name}/{MANIFEST_FILE}")
+            self._place.remove_folder(name)
 
 
 def _checkpoints(files: dict[str, int]) -> list[str]:
@@ -329,16 +332,19 @@ class _Scratch:
 
     def __init__(self) -> None:
         _remove_orphans()
-        self._root = Path(tempfile.mkdtemp(prefix=_SCRATCH))
-        self._lock = _locked(self._root / "lock", "w")
+        while True:
+            self._root = Path(tempfile.mkdtemp(prefix=_SCRATCH))
+            lock = _locked(self._root / "lock", "w")
+            if lock and self._root.exists():
+                break  # else another process took it for an orphan before it was locked
+        self._lock = lock
         self.folder = self._root / "trial"
         self.folder.mkdir()
 
     def remove(self) -> None:
         """Remove it."""
         shutil.rmtree(self._root, ignore_errors=True)
-        if self._lock:
-            self._lock.close()
+        self._lock.close()
 
 
 def _remove_orphans() -> None:
@@ -367,6 +373,8 @@ def read_adapter(folder: Path) -> dict[str, bytes]:
 
 def prune_folder(folder: Path, *, finished: bool) -> None:
     """Take from the folder of a trial that ended what nobody needs again: moments, or the checkpoint altogether."""
+    for partial in folder.glob(".step-*.partial"):
+        shutil.rmtree(partial, ignore_errors=True)
     if not finished:
         for checkpoint in folder.glob("step-*"):
             shutil.rmtree(checkpoint, ignore_errors=True)

@@ -5,8 +5,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-import yaml
-
 from halora.analysis.summary import FrontView, view_front, volumes
 from halora.analysis.trials import ACCURACY, ENERGY, Objective, RecordedTrial
 from halora.errors import UserError
@@ -140,7 +138,7 @@ class SweepReader:
         with self._lock:
             kept = self._kept.pop(name, None)
             if kept is None or kept.version != version:
-                kept = Snapshot(folder, _sweep_of(folder), read_ledger(self.store, name), version, running)
+                kept = Snapshot(folder, load_sweep_of(folder), read_ledger(self.store, name), version, running)
             self._kept[name] = kept
             while len(self._kept) > _MOST_KEPT:
                 del self._kept[next(iter(self._kept))]
@@ -162,11 +160,3 @@ def _size(folder: SweepFolder) -> int:
         return folder.journal_file.stat().st_size
     except FileNotFoundError:
         return 0
-
-
-def _sweep_of(folder: SweepFolder) -> SweepConfig:
-    try:
-        return load_sweep_of(folder)
-    except (ValueError, yaml.YAMLError, OSError) as error:
-        first = (str(error).splitlines() or [""])[0]
-        raise UserError(f"'{folder.sweep_file}' is not a sweep this version reads: {first}") from None

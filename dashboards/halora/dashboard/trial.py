@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,6 @@ from halora.dashboard.reading import Snapshot
 from halora.dashboard.site import Site
 from halora.dashboard.sweep import log_tail
 from halora.errors import UserError
-from halora.hardware.shapes import ModelShape, known_shape
 from halora.records.journal import Entry, entries_of
 from halora.records.names import ENERGY, is_score
 from halora.records.publishing import baseline_energies
@@ -146,7 +144,8 @@ def mlflow_address(site: Site, sweep: str, number: int | None) -> str:
         command = f"mlflow server --app-name halora --backend-store-uri '{store.tracking_uri}'"
         raise UserError(f"sweep '{sweep}' is recorded in a database, which has no page of its own", f"run {command}")
     client = open_client(store)
-    run = parent_run(client, sweep) if number is None else trial_run(client, sweep, number)
+    launch = site.reader.snapshot(sweep).sweep.launch
+    run = parent_run(client, sweep, launch) if number is None else trial_run(client, sweep, launch, number)
     return f"{store.tracking_uri.rstrip('/')}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
 
 
@@ -185,7 +184,7 @@ def _sweep_charts(snapshot: Snapshot, point: RecordedTrial, trial: TrialConfig) 
     """The trial beside named baselines and beside the other trials of its sweep."""
     prefix = f"{ENERGY}."
     own = {name.removeprefix(prefix): value for name, value in point.metrics.items() if name.startswith(prefix)}
-    shape = _shape_here(str(point.labels.get("model", "")))
+    shape = snapshot.sweep.shape(str(point.labels.get("model", "")))
     named = baseline_energies(trial, shape) if shape else {}
     groups = snapshot.view.groups
     scored = [*groups.feasible, *groups.violating]
@@ -201,15 +200,6 @@ def _sweep_charts(snapshot: Snapshot, point: RecordedTrial, trial: TrialConfig) 
         "energy": beside_chart(own, named, f"trial {point.number}") if own else {"data": []},
         "noise": noise_chart(shown, field, title, marked=[point] if point in scored else []),
     }
-
-
-def _shape_here(model: str) -> ModelShape | None:
-    """Dimensions of a model, if this machine knows them: a page asks no hub."""
-    folder = Path(model) / "config.json"
-    try:
-        return known_shape(model) or (known_shape(str(folder)) if model and folder.is_file() else None)
-    except (UserError, OSError, ValueError):  # no such family; a name that is not a path
-        return None
 
 
 def _facts(begin: Entry, scored: Entry) -> dict[str, str]:

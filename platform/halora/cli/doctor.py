@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from halora.cli.output import Format, FormatOption, StoreOption, open_store, show_rows, talk
+from halora.cli.output import Format, FormatOption, StoreOption, open_store, say, show_rows, talk
 from halora.errors import UserError
 from halora.records.store import Store
 
@@ -71,6 +71,7 @@ def _reconcile(place: Store, form: Format) -> None:
 
     if not place.sweeps():
         raise UserError(f"no sweep in '{place.root}' yet", "name another store with --store")
+    found, left = reconcile_store(place, say)
     rows = [
         {
             "sweep": name,
@@ -80,12 +81,16 @@ def _reconcile(place: Store, form: Format) -> None:
             "mlflow": d.mlflow or "-",
             "fixed": d.fixed,
         }
-        for name, d in reconcile_store(place, lambda line: talk.print(line, markup=False))
+        for name, d in found
     ]
     if rows or form is not Format.TABLE:
         show_rows(rows, form)
-    else:
+    elif not left:
         talk.print("the records say of every trial what its study says")
+    for line in left:
+        say(line)
+    if left:
+        raise typer.Exit(1)
 
 
 def _python() -> Finding:
@@ -154,13 +159,10 @@ def _demo_model() -> Finding:
 
 
 def _ray() -> Finding:
-    code = (
-        "import ray; ray.init(num_cpus=1, include_dashboard=False, logging_level='ERROR', log_to_driver=False,"
-        " object_store_memory=80 * 2**20, _node_ip_address='127.0.0.1');"
-        " print(ray.__version__, 'starts'); ray.shutdown()"
-    )
+    code = "import ray; from halora.sweep.cluster.session import ray_session\n"
+    code += "with ray_session(1):\n    print(ray.__version__, 'starts')"
     ok, line = _run_python(code, timeout_s=120)
-    return Finding("Ray", ok, line, "" if ok else "see the message; a stale `ray start` on this machine is usual")
+    return Finding("Ray", ok, line, "" if ok else "see the message")
 
 
 def _mlflow(store: Store) -> Finding:

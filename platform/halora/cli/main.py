@@ -1,12 +1,12 @@
 """Entry point: the noun groups, the error contract, and the exit codes.
 
 Data goes to stdout, talk to stderr. Exit codes: 0 ok, 1 a trial or a check failed, 2 usage or configuration,
-3 cluster or tracking unreachable. Heavy imports wait until a command needs them.
+3 cluster, tracking, storage or disk unreachable or full. Heavy imports wait until a command needs them.
 """
 
 import sys
 import warnings
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -14,6 +14,8 @@ from halora.cli import adapter, cluster, dashboard, doctor, energy, front, noise
 from halora.cli.output import talk
 from halora.cli.remote_commands import check_client
 from halora.errors import UnreachableError, UserError
+from halora.files import unwritable
+from halora.sweep.cluster.interrupts import sigterm_as_interrupt
 
 app = typer.Typer(
     help="Search HaLoRA finetuning under simulated RRAM noise for the Pareto front of accuracy against energy.",
@@ -54,17 +56,26 @@ def _every_command(
 def main() -> None:
     """Run the command line; a user's mistake becomes a message, never a traceback."""
     warnings.simplefilter("ignore")  # of libraries, for their developers; tests see them
+    sigterm_as_interrupt()
     try:
         check_client()
         app()
     except UserError as error:
-        for problem in error.problems:
-            talk.print(f"error: {problem}", style="red", markup=False, highlight=False, soft_wrap=True)
-        if error.next_step:
-            talk.print(f"next: {error.next_step}", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(3 if isinstance(error, UnreachableError) else 2)
+        _end_with(error)
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        if told := unwritable(error):
+            _end_with(told)
+        raise
+
+
+def _end_with(error: UserError) -> NoReturn:
+    for problem in error.problems:
+        talk.print(f"error: {problem}", style="red", markup=False, highlight=False, soft_wrap=True)
+    if error.next_step:
+        talk.print(f"next: {error.next_step}", markup=False, highlight=False, soft_wrap=True)
+    sys.exit(3 if isinstance(error, UnreachableError) else 2)
 
 
 if __name__ == "__main__":

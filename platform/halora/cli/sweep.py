@@ -1,6 +1,7 @@
 """`halora sweep`: launch, resume, stop, and see how sweeps stand."""
 
 import json
+import shlex
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
@@ -18,11 +19,12 @@ from halora.cli.output import (
     StoreOption,
     SweepProgress,
     open_store,
+    say,
     show_rows,
     talk,
 )
 from halora.cli.remote_commands import AddressOption, FollowOption, WheelOption, detached, elsewhere
-from halora.errors import UserError
+from halora.errors import UserError, shortened
 from halora.records.names import REPORT_FILE
 from halora.records.store import Store
 from halora.sweep.cluster.cluster import Cluster
@@ -168,10 +170,15 @@ def status(
     from halora.sweep.run.state import is_running, load_core
 
     place = open_store(store)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for each in [name] if name else place.sweeps():
-        config, core = load_core(each, place)
-        counts = core.counts()
+        try:
+            config, core = load_core(each, place)
+            counts = core.counts()
+        except UserError as error:
+            _tell_unreadable(each, error, alone=name is not None)
+            rows.append({"sweep": each, "state": "unreadable"})
+            continue
         running = is_running(place.sweep(each))
         ended = counts["waiting"] == counts["unfinished"] == 0
         state = "running" if running else "ended" if ended else "interrupted"
@@ -189,13 +196,18 @@ def list_(form: FormatOption = Format.TABLE, store: StoreOption = None, address:
     from halora.analysis.front import front
     from halora.analysis.trials import grouped
     from halora.records.index import read_ledger
-    from halora.records.position import undelivered
+    from halora.records.position import refused, undelivered
     from halora.sweep.run.state import is_running
 
     place = open_store(store)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name in place.sweeps():
-        ledger = read_ledger(place, name)
+        try:
+            ledger, waiting = read_ledger(place, name), undelivered(place, name)
+        except UserError as error:
+            _tell_unreadable(name, error)
+            rows.append({"sweep": name, "state": "unreadable"})
+            continue
         groups = grouped(ledger.points())
         members = front(groups.feasible)
         rows.append(
@@ -207,13 +219,21 @@ def list_(form: FormatOption = Format.TABLE, store: StoreOption = None, address:
                 "front": len(members),
                 "best_accuracy": members[-1].accuracy if members else None,
                 "lowest_energy_uj_per_token": members[0].energy_uj_per_token if members else None,
-                "undelivered": undelivered(place, name),
+                "undelivered": waiting,
+                "refused": len(refused(place.sweep(name))),
             }
         )
     if rows or form is not Format.TABLE:
         show_rows(rows, form)
     else:
         talk.print(f"no sweep in '{place.root}' yet", markup=False)
+
+
+def _tell_unreadable(name: str, error: UserError, *, alone: bool = False) -> None:
+    """Say why a sweep is not shown among the others; one that was asked for alone is an error."""
+    if alone:
+        raise error
+    say(f"sweep '{name}' cannot be shown: {error}")
 
 
 @app.command()
@@ -279,12 +299,12 @@ def _tell_free_knobs(sweep: "SweepConfig") -> None:
 
 
 def _print_plan(sweep: "SweepConfig") -> None:
-    import yaml
-
     from halora.sweep.run.plan import plan
+    from halora.yaml_files import to_yaml
 
     planned = plan(sweep)
-    print(yaml.safe_dump(sweep.model_dump(mode="json", exclude_defaults=True), sort_keys=False, allow_unicode=True))
+    found = {"launch", "chips_read"}  # found when it was read, and not said in the file
+    print(to_yaml(sweep.model_dump(mode="json", exclude_defaults=True, exclude=found)))
     rows = [
         {
             "level": f"rung {i}" if i + 1 < len(planned.levels) else "whole",
@@ -332,6 +352,7 @@ def _close_records(name: str, store: Store) -> None:
 
 def _close(name: str, store: Store, outcome: "Outcome") -> None:
     from halora.cli.front import print_front
+    from halora.records.position import refused
 
     talk.print()
     print_front(name, store, Format.TABLE)
@@ -343,10 +364,17 @@ def _close(name: str, store: Store, outcome: "Outcome") -> None:
     talk.print(
         f"\nlook at a trial:  halora trial show {name}/NUMBER"
         f"\nopen the report:  {store.sweep(name).published / REPORT_FILE}"
-        f"\nbrowse in MLflow: {uri if uri.startswith('http') else f'mlflow ui --backend-store-uri {uri}'}",
+        f"\nbrowse in MLflow: {uri if uri.startswith('http') else f'mlflow ui --backend-store-uri {shlex.quote(uri)}'}",
         markup=False,
         highlight=False,
         soft_wrap=True,
     )
-    if outcome.failed or not outcome.complete:
+    lost = refused(store.sweep(name))
+    for number, cause in lost.items():
+        what = "of the sweep" if number is None else f"of trial {number}"
+        said = f"records {what} are not in MLflow, which refused them: {shortened(cause, 300)}"
+        talk.print(said, style="red", markup=False, highlight=False, soft_wrap=True)
+    if lost:
+        talk.print(f"they are kept in {store.sweep(name).refused_file}", markup=False, highlight=False, soft_wrap=True)
+    if outcome.failed or lost or not outcome.complete:
         raise typer.Exit(1)

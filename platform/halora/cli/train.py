@@ -1,6 +1,5 @@
 """`halora train` and `halora evaluate`: one configuration outside a sweep, by the code that a sweep runs."""
 
-import json
 import sys
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from pathlib import Path
@@ -155,9 +154,11 @@ def evaluate(
     folder, config = _base_alone(adapter, overrides) if base else _adapter_and_trial(adapter, overrides)
 
     from halora.pricing import trial_energy
+    from halora.training.saved_lora import read_saved_lora
     from halora.trial_runner import TrialRunner
 
-    energy = trial_energy(config).total_uj_per_token  # refused before anything is loaded
+    ranks = read_saved_lora(folder).ranks if folder else None
+    energy = trial_energy(config, ranks=ranks).total_uj_per_token  # refused before anything is loaded
     runner = TrialRunner()
     found = runner.evaluate(config, folder, first_row=first_row, first_chip=first_chip)
     answer = {
@@ -201,7 +202,7 @@ def _check_output(output: Path, config: "TrialConfig") -> None:
     if output.exists() and not output.is_dir():
         raise UserError(f"--output '{output}' is a file", "name a folder")
     if described.is_file():
-        if json.loads(described.read_text(encoding="utf-8")) != config.model_dump(mode="json"):
+        if _described(described) != config.model_dump(mode="json"):
             raise UserError(f"'{output}' holds another trial", "name another folder, or repeat that trial's settings")
     elif output.is_dir() and any(output.iterdir()):
         raise UserError(f"--output '{output}' is not empty and holds no trial", "name an empty or new folder")
@@ -219,7 +220,7 @@ def _base_alone(where: Path, overrides: dict[str, Any]) -> tuple[None, "TrialCon
     if not where.is_dir():
         return None, load_trial(str(where), overrides)
     if (where / TRIAL_FILE).is_file():
-        return None, trial_from(json.loads((where / TRIAL_FILE).read_text(encoding="utf-8")), str(where), overrides)
+        return None, trial_from(_described(where / TRIAL_FILE), str(where), overrides)
     return None, _adapter_and_trial(where, overrides)[1]
 
 
@@ -230,18 +231,27 @@ def _adapter_and_trial(adapter: Path, overrides: dict[str, Any]) -> tuple[Path, 
         UserError: There is no adapter, or too little is known of its trial.
     """
     from halora.spaces.sweep import trial_from
+    from halora.training.adapter_config import ADAPTER_CONFIG
+    from halora.training.saved_lora import read_saved_lora
     from halora.trial_folder import ADAPTER_WEIGHTS, TRIAL_FILE, adapter_folder
 
     folder = adapter_folder(adapter) or adapter
-    weights, settings = folder / ADAPTER_WEIGHTS, folder / "adapter_config.json"
-    if not weights.is_file() or not settings.is_file():
+    if not (folder / ADAPTER_WEIGHTS).is_file() or not (folder / ADAPTER_CONFIG).is_file():
         raise UserError(
-            f"no adapter in '{adapter}': neither a trial's folder nor adapter_config.json and adapter_model.safetensors"
+            f"no adapter in '{adapter}': neither a trial's folder nor {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}"
         )
     trials = [parent / TRIAL_FILE for parent in (folder, *folder.parents[:2]) if (parent / TRIAL_FILE).is_file()]
     if trials:
-        return folder, trial_from(json.loads(trials[0].read_text(encoding="utf-8")), str(adapter), overrides)
-    peft = json.loads(settings.read_text(encoding="utf-8"))
-    lora = {"rank": peft["r"], "targets": peft["target_modules"], "alpha_over_rank": peft["lora_alpha"] / peft["r"]}
-    described = {"model": peft["base_model_name_or_path"], "lora": lora, "training": {"steps": 0}}
+        return folder, trial_from(_described(trials[0]), str(adapter), overrides)
+    saved = read_saved_lora(folder)
+    lora = {"rank": saved.rank, "targets": saved.targets, "variant": saved.variant}
+    described = {"lora": lora | {"alpha_over_rank": saved.alpha / saved.rank}, "training": {"steps": 0}}
+    if saved.base:
+        described["model"] = saved.base
     return folder, trial_from(described, str(adapter), overrides)
+
+
+def _described(trial: Path) -> dict[str, Any]:
+    from halora.reading import read_object
+
+    return read_object(trial, f"'{trial}'")

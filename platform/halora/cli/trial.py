@@ -84,10 +84,12 @@ def _agrees(store: Store, sweep: str, point: "RecordedTrial") -> bool:
     from halora.pricing import trial_energy
     from halora.records import names, queries
     from halora.records.tracking import open_client
+    from halora.sweep.run.state import load_sweep_of
     from halora.trial_runner import TrialRunner
 
     client = open_client(store)
-    run = queries.trial_run(client, sweep, point.number)
+    launch = load_sweep_of(store.existing(sweep)).launch
+    run = queries.trial_run(client, sweep, launch, point.number)
     config = queries.logged_config(client, run.info.run_id)
     logged = queries.logged_scores(client, run.info.run_id)
     energy = trial_energy(config).total_uj_per_token

@@ -14,7 +14,7 @@ from halora.records import journal
 from halora.records.ledger import Ledger
 from halora.records.store import Store, SweepFolder
 
-_VERSION = 2
+_VERSION = 3
 _TABLES = """
 create table journal (sweep text primary key, identity text not null, offset integer not null) without rowid;
 create table trial (sweep text, number integer, content text not null, primary key (sweep, number)) without rowid;

@@ -19,7 +19,7 @@ from halora.errors import UserError
 Entry = dict[str, Any]
 """A line of the journal, with its `kind` and the time `time_ms` it was learned."""
 
-_VERSION = 1
+_VERSION = 2
 
 
 class Journal:
@@ -27,15 +27,22 @@ class Journal:
 
     Args:
         path: The file, made if it is not there.
+        launch: Identity of the launch it is of.
+
+    Raises:
+        UserError: It is of another launch.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, launch: str) -> None:
         self.path = path
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        self._cut_torn_line()
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        _cut_torn_line(self._file)
         if os.fstat(self._file).st_size == 0:
-            self.append({"journal": uuid.uuid4().hex, "version": _VERSION})
+            self.append({"journal": uuid.uuid4().hex, "version": _VERSION, "launch": launch})
             self.sync()
+        elif (written := _header(path)["launch"]) != launch:
+            os.close(self._file)
+            raise UserError(f"journal '{path}' is of launch {written}, not of {launch}", "bring the sweep's own back")
 
     def append(self, entry: Mapping[str, Any]) -> None:
         """Add a line atomically.
@@ -44,14 +51,7 @@ class Journal:
             OSError: The disk is full or gone.
         """
         line = json.dumps(entry, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass") + b"\n"
-        before = os.fstat(self._file).st_size
-        try:
-            while line:
-                line = line[os.write(self._file, line) :]
-        except OSError:
-            with suppress(OSError):
-                os.truncate(self._file, before)
-            raise
+        append_line(self._file, line)
 
     def sync(self) -> None:
         """Return once all lines are on the disk itself."""
@@ -62,18 +62,42 @@ class Journal:
         self.sync()
         os.close(self._file)
 
-    def _cut_torn_line(self) -> None:
-        size = os.fstat(self._file).st_size
-        end = size
-        while end:
-            start = max(end - 65536, 0)
-            newline = os.pread(self._file, end - start, start).rfind(b"\n")
-            if newline >= 0:
-                end = start + newline + 1
-                break
-            end = start
-        if end < size:
-            os.truncate(self._file, end)
+
+def append_line(file: int, line: bytes) -> None:
+    """Add whole lines to a file of lines, or nothing; a line that a crash cut off goes.
+
+    Args:
+        file: Descriptor of the file, for reading and writing; no other process writes it now.
+        line: The lines, with their ends.
+
+    Raises:
+        OSError: The disk is full or gone.
+    """
+    before = end = _cut_torn_line(file)
+    try:
+        while line:
+            written = os.pwrite(file, line, end)
+            line, end = line[written:], end + written
+    except OSError:
+        with suppress(OSError):
+            os.truncate(file, before)
+        raise
+
+
+def _cut_torn_line(file: int) -> int:
+    """Take a line without its end from a file; the file's size then."""
+    size = os.fstat(file).st_size
+    end = size
+    while end and os.pread(file, 1, end - 1) != b"\n":
+        start = max(end - 65536, 0)
+        newline = os.pread(file, end - start, start).rfind(b"\n")
+        if newline >= 0:
+            end = start + newline + 1
+            break
+        end = start
+    if end < size:
+        os.truncate(file, end)
+    return end
 
 
 def read(path: Path, offset: int = 0, limit: int | None = None) -> tuple[list[Entry], int]:
@@ -135,14 +159,21 @@ def identity(path: Path) -> str:
     Raises:
         UserError: It is of another version of the program, or no journal.
     """
+    return _header(path)["journal"]
+
+
+def _header(path: Path) -> dict[str, str]:
+    """Identities of the journal and of its launch; empty ones where there is none."""
     try:
         with path.open("rb") as file:
             line = file.readline()
-        header = json.loads(line) if line.endswith(b"\n") else {"journal": "", "version": _VERSION}
+        if not line.endswith(b"\n"):
+            return {"journal": "", "launch": ""}
+        header = json.loads(line)
         if header["version"] == _VERSION:
-            return str(header["journal"])
+            return {name: str(header[name]) for name in ("journal", "launch")}
     except FileNotFoundError:
-        return ""
+        return {"journal": "", "launch": ""}
     except OSError as error:
         raise UserError(f"journal '{path}' cannot be read: {error.strerror}") from None
     except (ValueError, TypeError, KeyError):

@@ -1,7 +1,7 @@
 """What the entries of a journal add up to: every trial as it stands."""
 
 import base64
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from typing import Any
 
 from halora.analysis.trials import Answers, RecordedTrial
@@ -24,6 +24,7 @@ class Ledger:
 
     def __init__(self, contents: dict[int, Content] | None = None) -> None:
         self.contents = contents or {}
+        self._steps: dict[int, set[int]] = {}  # each grows in its place, as there may be very many
         self._points: dict[int, tuple[Content, RecordedTrial]] = {}
         self.milestones = 0
         """Number of entries taken that change more than a curve."""
@@ -34,6 +35,8 @@ class Ledger:
         for entry in entries:
             key = _SWEEP if entry["trial"] is None else entry["trial"]
             self.contents[key] = _after(self.contents.get(key), entry)
+            if entry["kind"] == "report":
+                self._steps.setdefault(key, set()).add(entry["step"])
             touched.add(key)
             self.milestones += entry["kind"] != "report"
         return touched
@@ -82,9 +85,13 @@ class Ledger:
         """The trial's state, empty for one that is not recorded."""
         return str(self.contents.get(number, {}).get("state", ""))
 
-    def steps(self, number: int) -> set[int]:
-        """Steps of the trial's recorded reports."""
-        return set(self.contents.get(number, {}).get("steps", ()))
+    def steps(self, number: int) -> Set[int]:
+        """Steps of the trial's reports among the entries taken."""
+        return self._steps.get(number, frozenset())
+
+    def last_step(self, number: int) -> int:
+        """The last of the trial's recorded reports; 0 before the first."""
+        return int(self.contents.get(number, {}).get("last_step", 0))
 
     def metrics(self, number: int) -> dict[str, float]:
         """Latest value of each of the trial's metrics."""
@@ -109,13 +116,13 @@ class Ledger:
 
 def _after(content: Content | None, entry: Entry) -> Content:
     """A trial after one more entry; what was there is not changed, as another thread may be reading it."""
-    now: Content = {"state": "running", "cause": "", "metrics": {}, "steps": [], **(content or {})}
+    now: Content = {"state": "running", "cause": "", "metrics": {}, **(content or {})}
     now["metrics"] = now["metrics"] | entry.get("metrics", {})
     match entry["kind"]:
         case "begin":
             now |= {"params": entry["params"], "labels": entry["labels"], "began_ms": entry["time_ms"]}
         case "report":
-            now["steps"] = [*now["steps"], entry["step"]]
+            now["last_step"] = max(now.get("last_step", 0), entry["step"])
         case "rung":
             now["rungs"] = [*now.get("rungs", ()), entry["step"]]
         case "scores":

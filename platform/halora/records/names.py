@@ -1,14 +1,16 @@
 """Every name that MLflow sees, in one place; a test freezes them."""
 
+import hashlib
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from halora.analysis.trials import LEVEL_METRIC as LEVEL_METRIC
 from halora.analysis.trials import VIOLATION as VIOLATION
 
 # Tags of parent and child runs.
-SWEEP = "halora.sweep"
-LAUNCH = "halora.launch"  # of the parent run: identity of the launch, which the sweep's certified chips are drawn from
+SWEEP = "halora.sweep"  # name of the sweep, for people
+LAUNCH = "halora.launch"  # identity of the launch: what every run is found by; certified chips are drawn from it
 KIND = "halora.kind"  # sweep | trial
 NUMBER = "halora.trial"
 CHIP_HASH = "halora.chip_hash"
@@ -109,10 +111,22 @@ YIELD_BOUND = "halora.yield_bound"
 REPLACED = "halora.replaced"  # version that was champion before this one
 
 
-def registered_name(model: str, task: str, chip: str, chip_hash: str) -> str:
-    """Name of a registered model: one chip's champion never stands in the way of another's."""
-    parts = (model, task, f"{chip}-{chip_hash[:8]}")
-    return "halora." + ".".join(re.sub(r"[^A-Za-z0-9_-]+", "-", part).strip("-") for part in parts)
+_LONGEST_METRIC = 250  # characters, as MLflow takes them
+LONGEST_DATASET = 500
+
+
+def registered_name(model: str, task: str, chip: str, identity: Sequence[str]) -> str:
+    """Name of a registered model: one chip's champion never stands in the way of another's.
+
+    Args:
+        model: The base, for people.
+        task: The task, for people.
+        chip: The chip, for people.
+        identity: What tells these three from all others; its digest ends the name.
+    """
+    digest = hashlib.sha256(json.dumps(list(identity)).encode()).hexdigest()
+    parts = (model[:80], task[:80], f"{chip[:60]}-{digest[:8]}")  # MLflow takes 256 characters
+    return "halora." + ".".join(re.sub(r"[^\w-]+", "-", part).strip("-") for part in parts)
 
 
 def is_score(name: str) -> bool:
@@ -120,9 +134,9 @@ def is_score(name: str) -> bool:
     return name in (*SCORE_METRICS, *BESIDE_METRICS) or name.startswith((*TASK_METRICS, LEVEL_METRIC, VIOLATION))
 
 
-def identity(sweep: str, number: int | None) -> dict[str, str]:
-    """Tags by which the run of a trial is found again, or the parent run of its sweep."""
-    tags = {SWEEP: sweep, KIND: "sweep" if number is None else "trial"}
+def identity(launch: str, number: int | None) -> dict[str, str]:
+    """Tags by which the run of a trial is found again, or the parent run of its launch."""
+    tags = {LAUNCH: launch, KIND: "sweep" if number is None else "trial"}
     return tags if number is None else {**tags, NUMBER: str(number)}
 
 
@@ -132,5 +146,19 @@ def query(tags: Mapping[str, str]) -> str:
 
 
 def metric(name: str) -> str:
-    """A metric's name with `_` for the characters that MLflow refuses, as a folder's path may hold."""
-    return re.sub(r"[^\w./: -]", "_", name)
+    """A metric's name as MLflow takes it.
+
+    It takes some characters, 250 of them, and no path that another spelling would do for, as the path of a task's
+    folder may be. Such a name is spelled otherwise, and ends in its digest, so that it stays apart from others.
+    """
+    spelled = re.sub(r"[^\w./: -]", "_", name)
+    spelled = "/".join(re.sub(r"^\.{1,2}$", "_", part) for part in spelled.split("/") if part)
+    return name if spelled == name and len(name) <= _LONGEST_METRIC else bounded(spelled, _LONGEST_METRIC, of=name)
+
+
+def bounded(name: str, most: int, of: str = "") -> str:
+    """A name cut to so many characters; one that is longer, or is spelled otherwise than `of`, ends in a digest."""
+    if len(name) <= most and of in ("", name):
+        return name
+    digest = hashlib.sha256((of or name).encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    return f"{name[: most - len(digest) - 1]}-{digest}"

@@ -13,12 +13,12 @@ class Position:
 
     Args:
         folder: The sweep's folder.
-        tracking_uri: Of that MLflow.
+        server: URI of that MLflow; empty for the store's own, wherever the store is.
     """
 
-    def __init__(self, folder: SweepFolder, tracking_uri: str) -> None:
+    def __init__(self, folder: SweepFolder, server: str) -> None:
         self._folder = folder
-        self._what = {"journal": journal.identity(folder.journal_file), "tracking_uri": tracking_uri}
+        self._what = {"journal": journal.identity(folder.journal_file), "server": server}
         self.offset = 0
         with suppress(OSError, ValueError):  # none yet, or one that a power cut emptied
             sent = json.loads(folder.sent_file.read_text(encoding="utf-8"))
@@ -38,4 +38,15 @@ class Position:
 def undelivered(store: Store, sweep: str) -> int:
     """Number of a sweep's entries that its MLflow lacks."""
     folder = store.sweep(sweep)
-    return Position(folder, store.serving(sweep).tracking_uri).left() if folder.journal_file.exists() else 0
+    return Position(folder, store.serving(sweep).server).left() if folder.journal_file.exists() else 0
+
+
+def refused(folder: SweepFolder) -> dict[int | None, str]:
+    """Why MLflow refused records of a sweep, by the trial they are of; none for the sweep itself.
+
+    It would refuse them again; they are kept in the sweep's `refused_file`.
+    """
+    if not folder.refused_file.exists():
+        return {}
+    kept = [json.loads(line) for line in folder.refused_file.read_text(encoding="utf-8").splitlines()]
+    return {each["entry"]["trial"]: str(each["error"]) for each in kept}

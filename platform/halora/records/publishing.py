@@ -40,7 +40,9 @@ def summarise(sweep: SweepConfig, ledger: Ledger) -> SweepSummary:
         front=view,
         importance=importance_of(view),
         hypervolume=volumes(view, (corner.accuracy, corner.energy_uj_per_token)),
-        baselines={model: baseline_energies(sweep.resolve({"model": model})) for model in sorted(models)},
+        baselines={
+            model: baseline_energies(sweep.resolve({"model": model}), sweep.shape(model)) for model in sorted(models)
+        },
         comparison=ledger.comparison,
         damage=described(ledger.damage or ()),
         time=time.strftime("%Y-%m-%d %H:%M:%S %Z"),

@@ -19,25 +19,31 @@ if TYPE_CHECKING:
     from halora.evaluation.chips import ChipScores
 
 
-def trial_run(client: MlflowClient, sweep: str, number: int) -> Run:
+def trial_run(client: MlflowClient, sweep: str, launch: str, number: int) -> Run:
     """The run of a trial in MLflow.
+
+    Args:
+        client: MLflow.
+        sweep: Name of the sweep, for the message.
+        launch: Identity of its launch.
+        number: The trial.
 
     Raises:
         UserError: It is not there, or not yet.
     """
-    found = list(_runs(client, names.query(names.identity(sweep, number))))
+    found = list(_runs(client, names.query(names.identity(launch, number))))
     if not found:
         raise UserError(f"MLflow has no run of trial '{sweep}/{number}' yet", f"deliver: halora sweep resume {sweep}")
     return found[0]
 
 
-def parent_run(client: MlflowClient, sweep: str) -> Run:
-    """The parent run of a sweep.
+def parent_run(client: MlflowClient, sweep: str, launch: str) -> Run:
+    """The parent run of a launch, see `trial_run`.
 
     Raises:
         UserError: Nothing is recorded of it.
     """
-    found = list(_runs(client, names.query(names.identity(sweep, None))))
+    found = list(_runs(client, names.query(names.identity(launch, None))))
     if not found:
         raise UserError(f"nothing is recorded of sweep '{sweep}'")
     return found[0]

@@ -40,7 +40,7 @@ class SweepRecorder:
 
     def __init__(self, folder: SweepFolder, sweep: SweepConfig) -> None:
         self._folder, self._sweep = folder, sweep
-        self._journal = Journal(folder.journal_file)
+        self._journal = Journal(folder.journal_file, sweep.launch)
         self.ledger = Ledger()
         self.ledger.take(read(folder.journal_file)[0])
         self._state(None, "running")
@@ -117,13 +117,14 @@ class SweepRecorder:
     def record_estimates(self, accuracies: Mapping[int, float]) -> None:
         """Record the accuracies that a race compares trials by; their intervals move along.
 
-        What was measured on each trial's own chips stays in its scores. The same estimates again are left as they are.
+        What was measured on each trial's own chips stays in its scores, and is what a trial without an estimate has.
+        The same estimates again are left as they are.
         """
-        for number, accuracy in accuracies.items():
-            measured = self.ledger.measured(number)
+        for point in self.points:
+            number, measured = point.number, self.ledger.measured(point.number)
             if not measured:
                 continue
-            shift = accuracy - measured["accuracy"]
+            shift = accuracies.get(number, measured["accuracy"]) - measured["accuracy"]
             moved = {name: min(max(measured[name] + shift, 0.0), 1.0) for name in _MOVES if name in measured}
             moved |= {name: measured[name] - shift for name in _MOVES_AGAINST if name in measured}
             now = self.ledger.metrics(number)

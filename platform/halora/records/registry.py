@@ -67,9 +67,9 @@ def register(
     model_id = queries.adapter_model_id(run)
     if model_id is None:
         raise UserError(f"run {run.info.run_id} has no adapter to register")
-    own = {names.SWEEP: run.data.tags[names.SWEEP], names.NUMBER: run.data.tags[names.NUMBER]}
+    own = {name: run.data.tags[name] for name in (names.SWEEP, names.LAUNCH, names.NUMBER)}
     tags = {**own, **tags}
-    identity = (names.SWEEP, names.NUMBER, names.ATTEMPT, names.ADAPTER_SHA256)
+    identity = (names.LAUNCH, names.NUMBER, names.ATTEMPT, names.ADAPTER_SHA256)
     _make_model(client, name)
     for version in _versions(client, name):
         if all(version.tags.get(key) == tags[key] for key in identity):

@@ -10,13 +10,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from halora.records import journal
+from halora.files import write_whole
+from halora.records import journal, tracking
 from halora.records.position import Position
 from halora.records.publishing import Publisher
 from halora.records.recorder import SweepRecorder
 from halora.records.store import Store, SweepFolder
-from halora.records.tracking import MlflowSweep, first_line, is_refusal
+from halora.records.tracking import MlflowSweep, first_line, is_refusal, is_silence, may_pass
 from halora.spaces.sweep import SweepConfig
 
 _LINES = 500
@@ -62,12 +64,13 @@ class Sender(threading.Thread):
     def __init__(self, store: Store, sweep: SweepConfig, publisher: Publisher, say: Callable[[str], None]) -> None:
         super().__init__(name=f"sender of {sweep.name}", daemon=True)
         self._folder: SweepFolder = store.sweep(sweep.name)
-        self._mlflow = MlflowSweep(store, sweep)
+        self._mlflow, self._remote = MlflowSweep(store, sweep), store.remote
         self._publisher, self._say = publisher, say
-        self._position = Position(self._folder, store.tracking_uri)
+        self._position = Position(self._folder, store.server)
         self._ending = threading.Event()
         self._gives_up_at = float("inf")
         self._failing_since: float | None = None
+        self._silent = False
         self._cannot_draw = False
         self._uploaded = 0
 
@@ -87,7 +90,7 @@ class Sender(threading.Thread):
                 self._answered()
                 delay = _PAUSE_S
             except Exception as error:  # MLflow, requests and SQLAlchemy raise many kinds
-                self._did_not_answer(error)
+                self._not_delivered(error)
                 moved = False
                 delay = min(2 * delay, _LONGEST_DELAY_S)
             if time.monotonic() > self._gives_up_at:
@@ -123,7 +126,8 @@ class Sender(threading.Thread):
     def _upload(self) -> None:
         if self._uploaded != self._publisher.drawn:
             drawn = self._publisher.drawn
-            self._mlflow.publish(self._folder.published)
+            with self._answer_awaited():
+                self._mlflow.publish(self._folder.published)
             self._uploaded = drawn
 
     def _deliver_some(self) -> bool:
@@ -136,33 +140,62 @@ class Sender(threading.Thread):
         by_trial: dict[int | None, list[journal.Entry]] = {}
         for entry in entries:
             by_trial.setdefault(entry["trial"], []).append(entry)
-        for number, own in by_trial.items():
-            self._deliver(number, own)
+        with self._answer_awaited():
+            for number, own in by_trial.items():
+                self._deliver(number, own)
         self._position.move(after)
         return True
 
     def _deliver(self, number: int | None, entries: list[journal.Entry]) -> None:
-        """Deliver entries of one run; where some are refused, all the others, and keep the refused."""
+        """Deliver entries of one run; where some never can be, all the others, and keep those."""
         try:
             self._mlflow.deliver(number, entries)
         except Exception as error:
-            if not is_refusal(error):
+            if may_pass(error):
                 raise
             if len(entries) > 1:
                 for entry in entries:
                     self._deliver(number, [entry])
                 return
-            with self._folder.refused_file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"entry": entries[0], "error": str(error)}) + "\n")
-            what = "the sweep" if number is None else f"trial {number}"
-            self._say(f"MLflow refused a record of {what}, kept in {self._folder.refused_file}: {first_line(error)}")
+            what = f"a record of {'the sweep' if number is None else f'trial {number}'}"
+            said = f"MLflow refused {what}" if is_refusal(error) else f"{what} cannot be delivered"
+            self._keep_refused({"entry": entries[0], "error": str(error) or first_line(error)})
+            self._say(f"{said}, kept in {self._folder.refused_file}: {first_line(error)}")
+
+    def _keep_refused(self, content: dict[str, Any]) -> None:
+        """Keep an entry and why it was refused, once, however often it is delivered."""
+        file, line = self._folder.refused_file, json.dumps(content)
+        kept = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        if line not in kept:
+            write_whole(file, "".join(f"{each}\n" for each in (*kept, line)))
+
+    @contextmanager
+    def _answer_awaited(self) -> Iterator[None]:
+        """Tell a person when the server has not answered for long, while it is waited for."""
+        longest_s = tracking.ANSWERING_S
+        waiting = threading.Timer(longest_s, lambda: self._told_silent(f"no answer within {longest_s:.0f} s"))
+        waiting.daemon = True
+        if self._remote:
+            waiting.start()
+        try:
+            yield
+        finally:
+            waiting.cancel()
 
     def _answered(self) -> None:
         if self._failing_since is not None:
-            self._say(f"MLflow answers again, after {time.monotonic() - self._failing_since:.0f} s")
+            said = "MLflow answers again" if self._silent else "records are delivered again"
+            self._say(f"{said}, after {time.monotonic() - self._failing_since:.0f} s")
         self._failing_since = None
 
-    def _did_not_answer(self, error: Exception) -> None:
+    def _not_delivered(self, error: Exception) -> None:
+        if is_silence(error):
+            self._told_silent(first_line(error))
+        elif self._failing_since is None:
+            self._failing_since, self._silent = time.monotonic(), False
+            self._say(f"records cannot be delivered now, and wait on disk: {first_line(error)}")
+
+    def _told_silent(self, said: str) -> None:
         if self._failing_since is None:
-            self._failing_since = time.monotonic()
-            self._say(f"MLflow does not answer, records wait on disk: {first_line(error)}")
+            self._failing_since, self._silent = time.monotonic(), True
+            self._say(f"MLflow does not answer, records wait on disk: {said}")

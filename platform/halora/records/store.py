@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from halora.errors import UserError, nearest
 from halora.secret_urls import secrets_in
@@ -38,12 +39,25 @@ class Store:
                 "leave it out and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or PGPASSWORD",
             )
         url = os.environ.get("HALORA_STORAGE", "") if storage is None else storage
-        return cls(root.expanduser().resolve(), uri, checked_url(url))
+        return cls(root.expanduser().resolve(), _absolute(uri), checked_url(url))
 
     @property
     def tracking_uri(self) -> str:
         """MLflow's tracking URI."""
-        return self.server or f"sqlite:///{self.root / 'mlflow.db'}"
+        from sqlalchemy.engine import URL
+
+        own = URL.create("sqlite", database=str(self.database_file))  # which quotes what means something in a URL
+        return self.server or own.render_as_string()
+
+    @property
+    def database_file(self) -> Path:
+        """MLflow's database where no other is named."""
+        return self.root / "mlflow.db"
+
+    @property
+    def remote(self) -> bool:
+        """Whether the tracking URI is that of a server, and not of a file of this machine."""
+        return bool(urlsplit(self.tracking_uri).hostname)
 
     def serving(self, sweep: str) -> "Store":
         """This store with the server that a sweep is recorded in, where none was asked for."""
@@ -105,6 +119,12 @@ class Store:
             ) from None
 
 
+def _absolute(uri: str) -> str:
+    """The URI of a SQLite file by its absolute path, as a resume may stand elsewhere; others as they are."""
+    path = uri.removeprefix("sqlite:///")
+    return uri if path in (uri, "") or path.startswith(("/", ":")) else f"sqlite:///{Path(path).absolute()}"
+
+
 @dataclass(frozen=True)
 class SweepFolder:
     """Files of one sweep outside MLflow.
@@ -124,6 +144,11 @@ class SweepFolder:
     def sweep_file(self) -> Path:
         """The sweep as launched."""
         return self.root / "sweep.yaml"
+
+    @property
+    def warm_start_file(self) -> Path:
+        """Trials of other sweeps that it was started warm from."""
+        return self.root / "warm-start.json"
 
     @property
     def study_file(self) -> Path:

@@ -1,4 +1,4 @@
-"""Writes a sweep's journal to MLflow: a parent run per sweep, a child run per trial, found again by (sweep, number).
+"""Writes a sweep's journal to MLflow: a parent run per sweep, a child run per trial, found again by (launch, number).
 
 Delivering an entry twice leaves what delivering it once does: metrics keep their timestamp, step and value, by which
 MLflow tells rows apart; everything else is looked for before it is made.
@@ -7,24 +7,34 @@ MLflow tells rows apart; everything else is looked for before it is made.
 import json
 import logging
 import os
+import threading
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # which is for a command's answer
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # a blind second try can make a second run
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
 
 from mlflow import MlflowClient as MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
+from requests import RequestException
+from sqlalchemy import NullPool, create_engine
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import SQLAlchemyError
 
-from halora.errors import UnreachableError
+from halora.errors import UnreachableError, UserError
 from halora.evaluation.damage import Damage
+from halora.files import locked
 from halora.records import names
 from halora.records.journal import Entry
+from halora.records.moving import follow
 from halora.records.store import Store
 from halora.spaces.sweep import SweepConfig
 
@@ -42,7 +52,11 @@ _STATUS = {
 }
 _REFUSALS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE", "BAD_REQUEST"}
 _MOST_RUNS = 50_000  # MLflow's own limit of one search
+_MOST_PARAMS = 100  # of one request, MLflow's own limit
 _LARGEST_BATCH = 900  # metrics; MLflow takes 1000 metrics, params and tags together
+_DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
+ANSWERING_S = 12.0
+"""How long a server may take for an answer before a person is told."""
 
 
 def open_client(store: Store) -> MlflowClient:
@@ -51,9 +65,13 @@ def open_client(store: Store) -> MlflowClient:
     Raises:
         UnreachableError: It does not answer, or cannot be opened.
     """
+    own = not store.server and os.access(store.root, os.W_OK)
+    making = locked(store.root / "mlflow.lock") if own else nullcontext()
     try:
-        client = MlflowClient(store.tracking_uri)
-        client.search_experiments(max_results=1)
+        _ask_first(store)
+        with making:  # two at once would both make the tables of a new database
+            client = _client(store)
+            client.search_experiments(max_results=1)
     except Exception as error:  # MLflow, requests and SQLAlchemy raise many kinds
         raise UnreachableError(
             f"MLflow at '{store.tracking_uri}' cannot be opened: {first_line(error)}",
@@ -62,17 +80,70 @@ def open_client(store: Store) -> MlflowClient:
     return client
 
 
+def _client(store: Store) -> MlflowClient:
+    follow(store)
+    return MlflowClient(store.tracking_uri)  # opens a database at once
+
+
 def first_line(error: Exception) -> str:
     """What an error of a library says, on one line."""
+    if isinstance(error, UserError):
+        return error.problems[0]
     text = (str(error).strip().splitlines() or [""])[0][:300]
     return text if isinstance(error, MlflowException) else f"{type(error).__name__}: {text}"
 
 
+def _ask_first(store: Store) -> None:
+    """Have a server or its database answer something small in time; MLflow itself tries a dead one for two minutes.
+
+    Raises:
+        Exception: What was said instead, or that nothing was.
+    """
+    uri = store.tracking_uri
+    failed: list[Exception] = []
+    served = urlsplit(uri).scheme.startswith("http")
+    if not (served or urlsplit(uri).scheme.startswith(_DATABASES)):
+        return
+    if uri.startswith("sqlite") and not Path(make_url(uri).database or "").parent.exists():
+        return  # MLflow makes it
+
+    def ask() -> None:
+        try:
+            if served:
+                MlflowClient(uri).search_experiments(max_results=1)
+            else:
+                create_engine(uri, poolclass=NullPool).connect().close()
+        except Exception as error:
+            failed.append(error)
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(ANSWERING_S)
+    if asking.is_alive():
+        raise TimeoutError(f"no answer within {ANSWERING_S:.0f} s")
+    if failed:
+        raise failed[0]
+
+
 def is_refusal(error: Exception) -> bool:
-    """Whether MLflow would say the same however often it is asked."""
+    """Whether MLflow said no, as it would however often it is asked."""
+    return isinstance(error, MlflowException) and error.error_code in _REFUSALS
+
+
+def is_silence(error: Exception) -> bool:
+    """Whether an error is for want of an answer of MLflow's, which may come later."""
     if isinstance(error, MlflowException):
-        return error.error_code in _REFUSALS
-    return isinstance(error, FileNotFoundError)
+        return not is_refusal(error)
+    return isinstance(error, RequestException | SQLAlchemyError | UnreachableError | ConnectionError | TimeoutError)
+
+
+def may_pass(error: Exception) -> bool:
+    """Whether the same delivery may succeed later: MLflow is silent, or this machine's disk is full.
+
+    Whatever else is raised, MLflow's refusals and faults of this program, is raised again however often it is tried.
+    """
+    lasting = isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError)
+    return is_silence(error) or (isinstance(error, OSError) and not lasting)
 
 
 class MlflowSweep:
@@ -92,13 +163,13 @@ class MlflowSweep:
 
     @cached_property
     def _client(self) -> MlflowClient:
-        return MlflowClient(self._store.tracking_uri)  # opens a database at once
+        return open_client(self._store)
 
     def deliver(self, number: int | None, entries: Sequence[Entry]) -> None:
         """Write entries of one trial, or of the sweep itself, in their order.
 
         Raises:
-            Exception: MLflow does not answer, or refuses, see `is_refusal`.
+            Exception: MLflow does not answer, or refuses, see `may_pass`.
         """
         run_id = self._run(number, entries[0]["time_ms"])
         metrics: list[Metric] = []
@@ -168,7 +239,7 @@ class MlflowSweep:
         return done
 
     def _trial_runs(self) -> list[Run]:
-        return self._search({names.SWEEP: self._sweep.name, names.KIND: "trial"})
+        return self._search({names.LAUNCH: self._sweep.launch, names.KIND: "trial"})
 
     def _run(self, number: int | None, began_ms: int) -> str:
         """The run of this identity, made once whatever happened before."""
@@ -176,17 +247,17 @@ class MlflowSweep:
             return self._runs[number]
         found = self._find(number)
         if not found:
-            tags = names.identity(self._sweep.name, number)
+            tags = self._tags(number)
             tags[_NAME_TAG] = self._sweep.name if number is None else f"{self._sweep.name}/{number}"
             if number is not None:
                 tags[_PARENT_TAG] = self._run(None, began_ms)
-            else:
-                tags[names.LAUNCH] = self._sweep.launch
-                if self._sweep.description:
-                    tags[_NOTE_TAG] = self._sweep.description
+            elif self._sweep.description:
+                tags[_NOTE_TAG] = self._sweep.description
             self._unsure.add(number)
             found = [self._client.create_run(self._experiment, start_time=began_ms, tags=tags)]
             self._unsure.discard(number)
+        elif len(found) > 1:  # made by an earlier process, which ended before it could delete one
+            self._unsure.add(number)
         run_id = str(found[0].info.run_id)
         if number is None:
             self._client.log_artifact(run_id, str(self._folder.sweep_file))
@@ -194,7 +265,10 @@ class MlflowSweep:
         return run_id
 
     def _find(self, number: int | None) -> list[Run]:
-        return self._search(names.identity(self._sweep.name, number))
+        return self._search(names.identity(self._sweep.launch, number))
+
+    def _tags(self, number: int | None) -> dict[str, str]:
+        return {**names.identity(self._sweep.launch, number), names.SWEEP: self._sweep.name}
 
     def _search(self, tags: Mapping[str, str]) -> list[Run]:
         if not self._experiment:
@@ -224,11 +298,10 @@ class MlflowSweep:
         program = entry.get("program", {})  # journals that were begun before it was recorded lack it
         told = {names.VERSION: program.get("version"), names.COMMIT: program.get("commit")}
         tags |= {name: value for name, value in told.items() if value}
-        self._client.log_batch(
-            run_id,
-            params=[Param(name, str(value)) for name, value in entry["params"].items()],
-            tags=[RunTag(name, value) for name, value in tags.items()],
-        )
+        self._client.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])
+        params = [Param(name, str(value)) for name, value in entry["params"].items()]
+        for start in range(0, len(params), _MOST_PARAMS):
+            self._client.log_batch(run_id, params=params[start : start + _MOST_PARAMS])
         self._client.log_text(run_id, json.dumps(entry["config"], indent=1), names.CONFIG_FILE)
         if entry["datasets"]:
             self._client.log_inputs(run_id, [_dataset_input(dataset) for dataset in entry["datasets"]])
@@ -244,7 +317,7 @@ class MlflowSweep:
         if not adapter.is_dir():
             raise FileNotFoundError(f"adapter '{adapter}' is gone")
         found = self._client.search_logged_models([self._experiment], f"source_run_id = '{run_id}'", max_results=1)
-        tags = names.identity(self._sweep.name, number)
+        tags = self._tags(number)
         model = (
             found[0]
             if found
@@ -291,5 +364,6 @@ def _state(run: Run) -> str:
 
 def _dataset_input(dataset: Mapping[str, Any]) -> DatasetInput:
     profile = json.dumps({"rows": int(dataset["rows"])})
-    entry = Dataset(dataset["name"], dataset["digest"], "halora task", dataset["name"], profile=profile)
+    name = names.bounded(dataset["name"], names.LONGEST_DATASET)
+    entry = Dataset(name, dataset["digest"], "halora task", dataset["name"], profile=profile)
     return DatasetInput(entry, [InputTag("mlflow.data.context", dataset["split"])])

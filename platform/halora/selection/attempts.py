@@ -132,15 +132,9 @@ def open_attempt(
         splits: What tells the test splits it looks at; it shares an error level with all that name one of these.
 
     Raises:
-        UserError: Nothing is left of the error level, the sweep has no identity, or the store's file cannot be read or
-            lacks what the sweep's folder shows to have been begun.
+        UserError: Nothing is left of the error level, or the store's file cannot be read or lacks what the sweep's
+            folder shows to have been begun.
     """
-    if not launch:
-        raise UserError(
-            f"sweep '{folder.name}' was launched by a version that gave launches no identity, which certified chips "
-            "are drawn from",
-            "launch it again under another name",
-        )
     spec = gates.model_dump(mode="json", include=set(_SPEC))
     store.root.mkdir(parents=True, exist_ok=True)
     with _locked(store.certifications_file.with_suffix(".lock")):

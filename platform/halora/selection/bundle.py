@@ -75,7 +75,7 @@ class Bundle:
 
 
 def most_bytes(name: str) -> int:
-    """Size of a file of that name above which it is not part of a bundle."""
+    """Size of a file of that name above which it is not a bundle's."""
     return _MOST_BYTES.get(name, _MOST_BYTES_ELSE)
 
 

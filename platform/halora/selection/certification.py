@@ -96,16 +96,19 @@ def certify(
         UserError: Nothing is left of the error level, the task has no test split or too few rows in it, the adapter
             is not in MLflow.
     """
+    from halora.records.position import refused
     from halora.records.queries import download_adapter, logged_config, logged_scores, trial_run
     from halora.records.registry import log_certification
 
     folder = store.sweep(sweep.name)
-    run = trial_run(client, sweep.name, point.number)
+    run = trial_run(client, sweep.name, sweep.launch, point.number)
     config = logged_config(client, run.info.run_id)
     with TemporaryDirectory() as scratch:
         adapter = download_adapter(client, run, Path(scratch))
         if adapter is None:
-            raise UserError(f"trial '{sweep.name}/{point.number}' has no adapter in MLflow: it was simulated")
+            cause = refused(folder).get(point.number)
+            why = f"its record was refused: {cause} (kept in {folder.refused_file})" if cause else "it was simulated"
+            raise UserError(f"trial '{sweep.name}/{point.number}' has no adapter in MLflow: {why}")
         weights = adapter / ADAPTER_WEIGHTS
         adapter_bytes = weights.stat().st_size
         rows = test_rows(config, gates)
@@ -116,13 +119,13 @@ def certify(
     found = work.result(gates, rows, adapter_bytes)
     file = attempt.folder(folder) / names.CERTIFICATION_FILE
     if not file.exists() or json.loads(file.read_text(encoding="utf-8")) != json.loads(json.dumps(found.to_json())):
-        write_json(file, found.to_json())
         with TemporaryDirectory() as scratch:
             write_json(Path(scratch) / names.CERTIFICATION_FILE, found.to_json())
             write_json(Path(scratch) / names.SCORES_FILE, work.certified.to_json())
             by_line = {name: scores.to_json() for name, scores in work.robustness(gates).items()}
             write_json(Path(scratch) / names.ROBUSTNESS_FILE, by_line)
             log_certification(client, run.info.run_id, attempt.number, Path(scratch))
+        write_json(file, found.to_json())  # last: what is in the file is in MLflow
     return found
 
 

@@ -36,7 +36,7 @@ from halora.selection.lightning import lightning_settings
 from halora.settings.names import EMBEDDED, KNOWN_TASKS
 from halora.settings.trial import TrialConfig
 from halora.spaces.mistakes import describe
-from halora.training.adapter_config import ADAPTER_CONFIG, check_adapter_config
+from halora.training.adapter_config import ADAPTER_CONFIG, read_lora_config
 from halora.trial_folder import ADAPTER_WEIGHTS, TRIAL_FILE
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def read_bundle(folder: Path) -> Bundle:
     certification = attempt(problems, lambda: _certification(folder / CERTIFICATION_FILE))
     scores = attempt(problems, lambda: _scores(folder / SCORES_FILE))
     robustness = attempt(problems, lambda: _robustness(folder / ROBUSTNESS_FILE))
-    attempt(problems, lambda: check_adapter_config(folder))
+    attempt(problems, lambda: read_lora_config(folder))
     attempt(problems, lambda: _check_weights(folder / ADAPTER_WEIGHTS))
     if problems or config is None or certification is None or scores is None or robustness is None:
         raise UserError(problems, _ANEW)

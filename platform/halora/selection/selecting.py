@@ -16,6 +16,8 @@ from halora.selection.certification import certify
 from halora.selection.claims import Certification
 from halora.spaces.gates import Gates
 from halora.spaces.sweep import SweepConfig
+from halora.sweep.run.launched import base_and_task
+from halora.sweep.run.state import load_sweep_of
 
 if TYPE_CHECKING:
     from halora.records.registry import RegisteredAdapter
@@ -90,8 +92,10 @@ def register_certified(
             + "; ".join(str(gate) for gate in certification.gates if not gate.passed)
         )
     certificate = certification.certificate
-    run = queries.trial_run(client, certificate.sweep, certificate.trial)
-    name = names.registered_name(certification.base, certificate.task, certificate.chip, certificate.chip_hash)
+    run = queries.trial_run(client, certificate.sweep, certificate.launch, certificate.trial)
+    sweep, config = load_sweep_of(store.existing(certificate.sweep)), queries.logged_config(client, run.info.run_id)
+    identity = (*base_and_task(sweep, config), certificate.chip_hash)
+    name = names.registered_name(certification.base, certificate.task, certificate.chip, identity)
     tags = {names.GATE.format(gate=gate.name): str(gate) for gate in certification.gates}
     tags |= {
         names.ATTEMPT: str(certificate.attempt),

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -12,43 +13,83 @@ from halora.pricing import trial_energy
 from halora.settings.trial import TrialConfig
 from halora.spaces.language import Categorical, Distribution, Range
 from halora.spaces.mistakes import describe, field_paths
-from halora.spaces.resolving import fixed_value, formula, resolve_trial
+from halora.spaces.resolving import NamedChips, fixed_value, formula, resolve_trial
 
 if TYPE_CHECKING:
     from halora.spaces.sweep import SweepConfig
 
 _FIXED = ("training.workers", "training.worker_timeout_s")  # a trial's share of the cluster, not its configuration
 
+_ANY_CHIP = "halora-2026"
+
 _Space = Mapping[str, Categorical | Range]
 
 
-def file_problems(data: Mapping[str, Any]) -> list[str]:
-    """Mistakes of a file's parts, however wrong the others are."""
-    trial, space = data.get("trial"), data.get("space")
-    if not isinstance(trial, dict) or not isinstance(space, dict):
-        return []
-    chips = data.get("chips")
-    chips = chips if isinstance(chips, dict) else {}
-    readable = _readable(space)
-    problems = _chip_problems(chips)
-    problems += _trial_problems(trial, chips)
-    problems += _space_problems(trial, space, readable, chips)
-    problems += _derived_problems(trial, space, data.get("derived"))
-    problems += _first_problems(space, readable, data.get("first"))
-    problems += model_and_task_problems(trial, readable)
-    evaluation = trial.get("evaluation", {})
-    if data.get("comparison") and isinstance(evaluation, dict) and evaluation.get("rows") is None:
-        problems.append("comparison: needs trial.evaluation.rows, so that some validation rows are left for it")
-    return problems
+@dataclass(frozen=True)
+class FileChecks:
+    """What is wrong with a file's parts, each for itself, and what is left without those that are wrong.
+
+    Attributes:
+        problems: One sentence for every mistake.
+        right: The file's content without them; a trial that is wrong is none at all.
+    """
+
+    problems: list[str]
+    right: dict[str, Any]
+
+    @classmethod
+    def of(cls, data: Mapping[str, Any]) -> "FileChecks":
+        """Check the content of a sweep file, whatever it is."""
+        trial, space, chips, derived = (_mapping(data.get(name)) for name in ("trial", "space", "chips", "derived"))
+        readable, by_chip = _readable(space), _chip_problems(chips)
+        # A trial with a chip that is wrong is no trial with an unknown chip.
+        usable = {name: _ANY_CHIP if by_chip[name] else setting for name, setting in chips.items()}
+        named = NamedChips(usable, _mapping(data.get("chips_read")))
+        of_trial = _trial_problems(trial, named) if isinstance(data.get("trial"), dict) else []
+        by_path = _space_problems(trial, space, readable, named, of_trial)
+        of_derived = _derived_problems(trial, space, derived)
+        evaluation = trial.get("evaluation", {})
+        no_rows = data.get("comparison") and isinstance(evaluation, dict) and evaluation.get("rows") is None
+        left = "comparison: needs trial.evaluation.rows, so that some validation rows are left for it"
+        problems = [
+            *(problem for found in by_chip.values() for problem in found),
+            *of_trial,
+            *(problem for found in by_path.values() for problem in found),
+            *of_derived,
+            *_first_problems(space, readable, data.get("first")),
+            *model_and_task_problems(trial, readable),
+            *([left] if no_rows else []),
+        ]
+        right = {
+            **data,
+            "trial": {} if of_trial else trial,
+            "space": {path: given for path, given in space.items() if path in readable and not by_path[path]},
+            "chips": usable,
+            "derived": {} if of_derived else derived,
+        }
+        return cls(problems, right)
 
 
-def sweep_problems(sweep: "SweepConfig") -> list[str]:
-    """Mistakes of a sweep whose parts are right, each for itself."""
-    problems = [*_comparison_problems(sweep), *_level_problems(sweep)]
-    return problems or _derived_range_problems(sweep) or _energy_problems(sweep)
+def sweep_problems(sweep: "SweepConfig", data: Mapping[str, Any]) -> list[str]:
+    """Mistakes between the parts of a sweep.
+
+    Args:
+        sweep: The sweep without the parts that are wrong by themselves, see `FileChecks`.
+        data: The file's content, whose other parts a right one may name.
+    """
+    problems = _comparison_problems(sweep, _mapping(data.get("space")), _mapping(data.get("chips")))
+    if not sweep.trial:
+        return problems
+    of_derived = _derived_range_problems(sweep)
+    plain = sweep.model_copy(update={"derived": {}}) if of_derived else sweep
+    return [*problems, *_level_problems(plain), *of_derived, *_energy_problems(plain)]
 
 
-def _trial_problems(trial: dict[str, Any], chips: Mapping[str, Any]) -> list[str]:
+def _mapping(given: Any) -> dict[str, Any]:
+    return given if isinstance(given, dict) else {}
+
+
+def _trial_problems(trial: dict[str, Any], chips: NamedChips) -> list[str]:
     try:
         resolve_trial(trial, {}, chips)
     except ValidationError as error:
@@ -66,26 +107,29 @@ def _readable(space: Mapping[str, Any]) -> _Space:
     return found
 
 
-def _chip_problems(chips: Mapping[str, Any]) -> list[str]:
-    problems = []
+def _chip_problems(chips: Mapping[str, Any]) -> dict[str, list[str]]:
+    """What is wrong with each of the sweep's chips."""
+    problems: dict[str, list[str]] = {name: [] for name in chips}
     for name, setting in chips.items():
         try:
             load_chip(setting)
         except ValidationError as error:
-            problems += describe(error, Chip, f"chips.{name}.")
+            problems[name] += describe(error, Chip, f"chips.{name}.")
         except UserError as error:
-            problems += [f"chips.{name}: {problem}" for problem in error.problems]
+            problems[name] += [f"chips.{name}: {problem}" for problem in error.problems]
     return problems
 
 
 def _space_problems(
-    trial: dict[str, Any], space: dict[str, Any], readable: _Space, chips: Mapping[str, Any]
-) -> list[str]:
-    problems = []
+    trial: dict[str, Any], space: dict[str, Any], readable: _Space, chips: NamedChips, of_trial: list[str]
+) -> dict[str, list[str]]:
+    """What is wrong with each searched field; what its distribution itself lacks is told by `describe`."""
+    by_path: dict[str, list[str]] = {}
     known_paths = field_paths(TrialConfig)
-    wrong_anyway = {problem.partition(": ")[0] for problem in _trial_problems(trial, chips)}
+    wrong_anyway = {problem.partition(": ")[0] for problem in of_trial}
     searched_before: list[str] = []
     for path in space:
+        problems = by_path.setdefault(path, [])
         conditions = readable[path].when if path in readable else {}
         strange = [name for name in conditions if name not in searched_before]
         searched_before.append(path)
@@ -101,7 +145,7 @@ def _space_problems(
         elif path in readable:
             never = _condition_problems(readable, path)
             problems += never or _probe_problems(trial, readable, path, wrong_anyway, chips)
-    return problems
+    return by_path
 
 
 def _condition_problems(space: _Space, path: str) -> list[str]:
@@ -115,7 +159,7 @@ def _condition_problems(space: _Space, path: str) -> list[str]:
 
 
 def _probe_problems(
-    trial: dict[str, Any], space: _Space, path: str, wrong_anyway: set[str], chips: Mapping[str, Any]
+    trial: dict[str, Any], space: _Space, path: str, wrong_anyway: set[str], chips: NamedChips
 ) -> list[str]:
     """What a trial would refuse of the searched values, beyond the fields that are wrong already."""
     problems = []
@@ -229,28 +273,34 @@ def model_and_task_problems(trial: dict[str, Any], readable: _Space) -> list[str
     return problems
 
 
-def _comparison_problems(sweep: "SweepConfig") -> list[str]:
+def _comparison_problems(sweep: "SweepConfig", space: Mapping[str, Any], chips: Mapping[str, Any]) -> list[str]:
+    """Mistakes of the comparison, which may name searched fields and chips that are wrong themselves."""
     comparison = sweep.comparison
     if comparison is None:
         return []
     problems = []
+    own_chips = any(path.partition(".")[0] == "chip" for path in space)
+    if comparison.by and not comparison.chips and own_chips:
+        problems.append("comparison.chips: required with comparison.by, as the trials' own chips differ")
     searched = sweep.space.get(comparison.by) if comparison.by else None
-    values = [str(value) for value in searched.choices] if isinstance(searched, Categorical) else []
-    if comparison.by and not values:
+    choices = searched if isinstance(searched, Categorical) else None
+    if comparison.by in space and searched is None:
+        pass  # told with the field
+    elif comparison.by and not choices:
         listed = [path for path, distribution in sweep.space.items() if isinstance(distribution, Categorical)]
         problems.append(
             f"comparison.by: '{comparison.by}' is not searched over choices{nearest(comparison.by, listed)}"
         )
-    elif comparison.against is not None and comparison.against not in values:
-        known = f"choices: {', '.join(values)}" if values else "there is no comparison.by"
+    elif comparison.against is not None and (choices is None or choices.named(comparison.against) is None):
+        known = f"choices: {', '.join(map(str, choices.choices))}" if choices else "there is no comparison.by"
         problems.append(f"comparison.against: '{comparison.against}' is not a value of comparison.by ({known})")
     for i, name in enumerate(comparison.chips):
         try:
             sweep.chip(name)
         except UserError as error:
-            problems.append(f"comparison.chips[{i}]: {error}{nearest(name, sweep.chips)}")
-    if comparison.by and not comparison.chips and any(path.partition(".")[0] == "chip" for path in sweep.space):
-        problems.append("comparison.chips: required with comparison.by, as the trials' own chips differ")
+            problems.append(f"comparison.chips[{i}]: {error}{nearest(name, chips)}")
+        except ValidationError as error:  # of a file
+            problems += describe(error, Chip, f"comparison.chips[{i}].")
     return problems
 
 
@@ -259,10 +309,24 @@ def _energy_problems(sweep: "SweepConfig") -> list[str]:
     problems: dict[str, str] = {}  # by what is wrong, told where it is met first
     priced = {p: d for p, d in sweep.space.items() if p.partition(".")[0] in ("model", "chip", "lora")}
     for point in ({}, *({**d.condition(sweep.space), path: value} for path, d in priced.items() for value in d.probes)):
+        if (config := _with_known_model(sweep, point)) is None:
+            continue
         try:
-            trial_energy(sweep.resolve(point), estimated=True)
+            trial_energy(config, estimated=True)
         except UserError as error:
             at = ", ".join(f"{path} {value}" for path, value in point.items())
             for problem in error.problems:
                 problems.setdefault(problem, f"trial.{problem}" + (f" (with {at})" if at else ""))
     return list(problems.values())
+
+
+def _with_known_model(sweep: "SweepConfig", point: Mapping[str, Any]) -> TrialConfig | None:
+    """The trial at a point; none where there is none, or its model is not known, which is told already."""
+    from halora.training.models import estimated_shape
+
+    try:
+        config = sweep.resolve(point)
+        estimated_shape(config.model)
+    except ValueError:
+        return None
+    return config

@@ -17,6 +17,8 @@ _OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
     ast.Mod: operator.mod,
     ast.USub: operator.neg,
 }
+_LONGEST = 500
+_LARGEST = 2.0**63
 _FUNCTIONS: dict[str, Callable[..., Any]] = {"min": min, "max": max, "round": round, "sqrt": math.sqrt, "int": int}
 
 
@@ -32,11 +34,13 @@ class Expression:
 
     def __init__(self, text: str) -> None:
         self.text = text
+        if len(text) > _LONGEST:
+            raise ValueError(f"a formula has {_LONGEST} characters at most, got {len(text)}")
         try:
             self._body = ast.parse(text, mode="eval").body
-        except (SyntaxError, ValueError):
+            self.names = frozenset(self._names(self._body))
+        except (SyntaxError, RecursionError, MemoryError):  # the last two by nesting
             raise ValueError(f"'{text}' is not a formula") from None
-        self.names = frozenset(self._names(self._body))
 
     def value(self, values: Mapping[str, Any]) -> int | float:
         """The formula's value, given that of every name.
@@ -48,6 +52,8 @@ class Expression:
             number: int | float = self._value(self._body, values)
         except (ArithmeticError, TypeError, ValueError) as error:
             raise ValueError(f"'{self.text}' has no value: {error}") from None
+        if not abs(number) < _LARGEST:  # nor NaN
+            raise ValueError(f"'{self.text}' has no value: it is too large")
         return number
 
     def _names(self, node: ast.AST) -> list[str]:

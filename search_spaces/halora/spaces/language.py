@@ -5,7 +5,7 @@ from itertools import takewhile
 from math import sqrt
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from halora.errors import UserError
 from halora.strict_model import StrictModel
@@ -15,12 +15,12 @@ Value = str | int | float | bool
 
 
 class _Distribution(StrictModel):
-    when: dict[str, tuple[Value, ...]] = Field(default_factory=dict)
+    when: dict[str, Annotated[tuple[Value, ...], Field(min_length=1)]] = Field(default_factory=dict)
     """Only searched when every named field has one of the given values; otherwise the trial's default stands."""
 
     def applies(self, chosen: Mapping[str, Any]) -> bool:
         """Whether the conditions hold for the values chosen so far."""
-        return all(chosen.get(name) in allowed for name, allowed in self.when.items())
+        return all(_among(allowed, chosen.get(name)) is not None for name, allowed in self.when.items())
 
     def condition(self, space: "Mapping[str, Distribution]") -> dict[str, Any]:
         """Values under which it is searched: the first allowed one of each named field, and what those need."""
@@ -38,14 +38,30 @@ class Categorical(_Distribution):
 
     choices: tuple[Value, ...] = Field(min_length=1)
 
+    @field_validator("choices")
+    @classmethod
+    def _each_once(cls, choices: tuple[Value, ...]) -> tuple[Value, ...]:
+        for i, choice in enumerate(choices):
+            if _among(choices[:i], choice) is not None:
+                raise ValueError(f"{choice!r} is given twice")
+        return choices
+
     def contains(self, value: Any) -> bool:
         """Whether the search could choose `value`."""
-        return value in self.choices
+        return self.own(value) is not None
+
+    def own(self, value: Any) -> Value | None:
+        """The choice that equals `value`; numbers are equal as numbers. None where there is none."""
+        return _among(self.choices, value)
+
+    def named(self, value: Any) -> Value | None:
+        """The choice that equals `value`, or is written so; none where there is none."""
+        return next((choice for choice in self.choices if _same(choice, value) or str(choice) == value), None)
 
     def nearest(self, value: Any) -> Value | None:
         """The choice nearest to `value`: itself, or among numbers the closest; none where there is no such thing."""
-        if value in self.choices or not _numeric(value, *self.choices):
-            return value if value in self.choices else None
+        if (own := self.own(value)) is not None or not _numeric(value, *self.choices):
+            return own
         return min(self.choices, key=lambda choice: abs(choice - value))
 
     @property
@@ -79,8 +95,11 @@ class Range(_Distribution):
 
     def contains(self, value: Any) -> bool:
         """Whether the search could choose `value`."""
-        whole = self.kind == "float" or isinstance(value, int)
-        return _numeric(value) and whole and self.low <= value <= self.high
+        return _numeric(value) and self.low <= value <= self.high and (self.kind == "float" or value == int(value))
+
+    def own(self, value: Any) -> Value | None:
+        """The value of the range that equals `value`; none where there is none."""
+        return (int(value) if self.kind == "int" else float(value)) if self.contains(value) else None
 
     def nearest(self, value: Any) -> Value | None:
         """The value of the range nearest to `value`; none where that is not a number."""
@@ -100,6 +119,15 @@ class Range(_Distribution):
         if self.kind == "int":
             return int(self.low), int(self.high)
         return self.low, self.low + (self.high - self.low) * (sqrt(5) - 1) / 2, self.high
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two values are equal; true is not 1."""
+    return bool(one == other) and isinstance(one, bool) == isinstance(other, bool)
+
+
+def _among(values: Sequence[Value], value: Any) -> Value | None:
+    return next((each for each in values if _same(each, value)), None)
 
 
 def _numeric(*values: Any) -> bool:

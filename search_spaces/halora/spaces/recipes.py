@@ -37,7 +37,7 @@ def first_points(sweep: "SweepConfig") -> list[dict[str, Any]]:
 
     A point of the file that has a recipe's values stands for it, at whatever learning rate.
     """
-    points = [dict(point) for point in sweep.first]
+    points = [{path: sweep.space[path].own(value) for path, value in point.items()} for point in sweep.first]
     for recipe in RECIPES.values():
         if any(path.startswith("chip.") and path not in sweep.space for path in recipe):
             continue

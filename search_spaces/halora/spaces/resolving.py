@@ -1,11 +1,14 @@
 """From a sweep's fixed fields and the values of searched ones to the full description of a trial."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
+
+from pydantic import ValidationError
 
 from halora.errors import UserError
-from halora.hardware.chip import expand_chip, merge
+from halora.hardware.cell_models import MeasuredNoise
+from halora.hardware.chip import Chip, expand_chip, merge
 from halora.settings.names import as_sum, located
 from halora.settings.trial import TrialConfig
 from halora.spaces.expressions import Expression
@@ -18,13 +21,22 @@ formula = cache(Expression)
 """A derived value's formula, read once."""
 
 
+class NamedChips(NamedTuple):
+    """What a sweep's chips are by the names it has for them."""
+
+    own: Mapping[str, Any]
+    """Those of the sweep, which have their key for a name."""
+    read: Mapping[str, Any] = {}
+    """Presets and files as they were read, by what the sweep calls them."""
+
+
 def resolve_trial(
     trial: Mapping[str, Any],
     values: Mapping[str, Any],
-    chips: Mapping[str, Any],
+    chips: NamedChips,
     derived: Mapping[str, str] | None = None,
 ) -> TrialConfig:
-    """The trial with searched values set, derived ones computed, and its chip looked up among the sweep's.
+    """The trial with searched values set, derived ones computed, and its chip looked up among those that are known.
 
     Raises:
         ValidationError: The trial does not allow a value.
@@ -37,8 +49,16 @@ def resolve_trial(
     return TrialConfig.model_validate(described)
 
 
-def with_absolute_folders(sweep: Mapping[str, Any]) -> dict[str, Any]:
-    """A sweep file's content, its models' and tasks' folders by absolute path wherever it names them."""
+def described(sweep: Mapping[str, Any]) -> dict[str, Any]:
+    """A sweep file's content with what it names as that is now, so that nothing has to be looked up again.
+
+    Folders are named by absolute path; presets, chip files and tables are read. What cannot be read is left as it is,
+    to be told with the other mistakes. A description stays as it is.
+    """
+    return _with_chips_read(_with_absolute_folders(sweep))
+
+
+def _with_absolute_folders(sweep: Mapping[str, Any]) -> dict[str, Any]:
 
     def value_of(path: str, value: Any) -> Any:
         try:
@@ -70,6 +90,66 @@ def with_absolute_folders(sweep: Mapping[str, Any]) -> dict[str, Any]:
     return made
 
 
+def _with_chips_read(sweep: dict[str, Any]) -> dict[str, Any]:
+    trial, chips, known = (sweep.get(key) for key in ("trial", "chips", "chips_read"))
+    own = {name: _read(setting) for name, setting in chips.items()} if isinstance(chips, Mapping) else {}
+    read = (
+        {name: chip for name, chip in known.items() if isinstance(chip, Mapping)} if isinstance(known, Mapping) else {}
+    )
+    for name in _chip_names(sweep):
+        if name not in own and name not in read and isinstance(found := _read(name), dict):
+            read[name] = found
+    made = dict(sweep)
+    if own:
+        made["chips"] = own
+    if read:
+        made["chips_read"] = read
+    if isinstance(trial, Mapping) and isinstance(trial.get("chip"), Mapping):
+        made["trial"] = {**trial, "chip": _with_tables(trial["chip"])}
+    return made
+
+
+def _chip_names(sweep: Mapping[str, Any]) -> Iterator[str]:
+    """Every text by which a sweep may name a chip."""
+
+    def below(node: Any, *keys: str) -> Any:
+        for key in keys:
+            node = node.get(key) if isinstance(node, Mapping) else None
+        return node
+
+    first = sweep.get("first")
+    found = [below(sweep, "trial", "chip"), below(sweep, "trial", "chip", "preset")]
+    found += [below(point, "chip") for point in first] if isinstance(first, list | tuple) else []
+    for listed in (below(sweep, "space", "chip", "choices"), below(sweep, "comparison", "chips")):
+        found += listed if isinstance(listed, list | tuple) else []
+    yield from (name for name in found if isinstance(name, str))
+
+
+def _read(setting: Any) -> Any:
+    """The whole description of a chip that needs no file; as it is where it cannot be read or is none."""
+    try:
+        chip = expand_chip(setting)
+    except UserError:
+        return setting
+    try:
+        return Chip.model_validate(chip).model_dump(mode="json")
+    except ValidationError:  # perhaps whole with what the trial or the search adds
+        return _with_tables(chip)
+
+
+def _with_tables(chip: Any) -> Any:
+    """A chip's description, tables of measured states read into it."""
+    if not isinstance(chip, Mapping):
+        return chip
+    noise = chip.get("noise")
+    if not isinstance(noise, Mapping) or "path" not in noise:
+        return dict(chip)
+    try:
+        return {**chip, "noise": MeasuredNoise.with_states(dict(noise))}
+    except UserError:
+        return dict(chip)
+
+
 def derived_values(trial: Mapping[str, Any], values: Mapping[str, Any], derived: Mapping[str, str]) -> dict[str, Any]:
     """Derived values by path; one whose formula names a field that is not searched here is left out."""
     known = dict(values)
@@ -88,10 +168,12 @@ def fixed_value(trial: Mapping[str, Any], path: str) -> Any:
     return node
 
 
-def named_chip(chip: Any, chips: Mapping[str, Any]) -> Any:
-    """A chip's setting, where it names one of the sweep's chips that one with its overrides."""
+def named_chip(chip: Any, chips: NamedChips) -> Any:
+    """A chip's setting, where it names one of the known chips that one with its overrides."""
     overrides = dict(chip) if isinstance(chip, Mapping) else {"preset": chip}
     name = overrides.pop("preset", None)
-    if not isinstance(name, str) or name not in chips:
+    if not isinstance(name, str):
         return chip
-    return merge({**expand_chip(chips[name]), "name": name}, overrides)
+    if name in chips.own:
+        return merge({**expand_chip(chips.own[name]), "name": name}, overrides)
+    return merge(dict(chips.read[name]), overrides) if name in chips.read else chip

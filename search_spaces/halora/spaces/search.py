@@ -86,7 +86,7 @@ class SearchSettings(StrictModel):
     skip_unreachable: bool = True
     """Do not train a configuration whose energy leaves it dominated even at the best clean accuracy seen."""
     warm_start: tuple[str, ...] = ()
-    """Sweeps of the store whose trials the sampler sees from the start, where they fit this space."""
+    """Sweeps of the store whose trials, as they are at the launch, the sampler sees from the start, where they fit."""
     surrogate: Literal["nearest", "forest"] = "nearest"
     """What answers for a configuration that the table of a simulated sweep lacks: its nearest trial, or a forest."""
 

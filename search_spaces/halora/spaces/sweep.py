@@ -10,20 +10,35 @@ from pydantic import AfterValidator, Field, StringConstraints, ValidationError, 
 
 from halora.errors import UserError, attempt, nearest
 from halora.hardware.chip import Chip, load_chip
+from halora.hardware.shapes import ModelShape
 from halora.pricing import trial_energy
+from halora.reading import decoded, is_file
 from halora.settings.trial import TrialConfig
-from halora.spaces.checks import file_problems, model_and_task_problems, sweep_problems
+from halora.spaces.checks import FileChecks, model_and_task_problems, sweep_problems
 from halora.spaces.gates import Gates
-from halora.spaces.language import Categorical, Distribution, with_values
+from halora.spaces.language import Categorical, Distribution, Value, with_values
 from halora.spaces.mistakes import describe
-from halora.spaces.resolving import formula, named_chip, resolve_trial, with_absolute_folders
+from halora.spaces.resolving import NamedChips, described, formula, named_chip, resolve_trial
 from halora.spaces.search import Budget, Constraint, EarlyStopping, Racing, SearchSettings
 from halora.strict_model import StrictModel
 from halora.yaml_files import parse_yaml, read_yaml
 
 SHIPPED = files("halora.spaces") / "sweeps"
 
+_LEAST: dict[str, Any] = {
+    "name": "nameless",
+    "family": "nameless",
+    "trials": 1,
+    "trial": {},
+    "space": {},
+    "reference_point": {"accuracy": 0, "energy_uj_per_token": 1},
+}
+"""What every sweep has."""
+
 Formula = Annotated[str, AfterValidator(lambda text: formula(text).text)]
+
+_OF_A_LAUNCH = ("launch", "folders", "shapes")
+"""What a description says of the launch it was written for, which another launch does not take over."""
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,79}$")]
 
@@ -45,7 +60,7 @@ class Comparison(StrictModel):
     """Chip instances of the search pool after those the search scores on."""
     by: str | None = None
     """A searched field; the best trial of each of its values takes part. The best of all trials when left out."""
-    against: str | None = None
+    against: Value | None = None
     """The value of `by` whose trial gains are measured from; the untrained base when left out."""
     chips: tuple[str, ...] = ()
     """Chips to compare on, each a name of `chips`, a preset or a path; the trials' own when left out."""
@@ -100,7 +115,7 @@ class SweepConfig(StrictModel):
     family: Name
     """MLflow experiment; sweeps of a family can be compared."""
     launch: str = ""
-    """Identity of the launch that certified chips depend on, drawn at each launch whatever a file says."""
+    """Identity of the launch, drawn at each whatever a file says; the name is for people."""
     description: str = ""
     seed: int = Field(default=0, ge=0)
     trials: int = Field(ge=1)
@@ -109,6 +124,12 @@ class SweepConfig(StrictModel):
     resources: Resources = Resources()
     chips: dict[str, Any] = Field(default_factory=dict)
     """Chips of this sweep by name, each written as a trial's `chip`, to be named there, in choices and comparisons."""
+    chips_read: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Presets and chip files that the sweep names, as they were when it was read; no file has to say it."""
+    folders: dict[str, str] = Field(default_factory=dict)
+    """SHA-256 of the models' and tasks' folders that the sweep names, by their path, as they were at its launch."""
+    shapes: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Dimensions of its models as they were then, see `ModelShape.dimensions`."""
     trial: dict[str, Any]
     """A trial's fixed fields, and the defaults of the searched ones."""
     space: dict[str, Distribution]
@@ -137,7 +158,7 @@ class SweepConfig(StrictModel):
 
     def resolve(self, values: Mapping[str, Any]) -> TrialConfig:
         """The trial that the given values of searched fields describe."""
-        return resolve_trial({"seed": self.seed, **self.trial}, values, self.chips, self.derived)
+        return resolve_trial({"seed": self.seed, **self.trial}, values, self._named_chips, self.derived)
 
     @property
     def chips_searched(self) -> int:
@@ -150,9 +171,17 @@ class SweepConfig(StrictModel):
         searched = self.space.get(path)
         return searched.choices if isinstance(searched, Categorical) else (self.trial[path],)
 
+    def shape(self, model: str) -> ModelShape | None:
+        """Dimensions of one of its models as it was launched with it; none before that, or if nothing was known."""
+        return ModelShape.from_config(self.shapes[model]) if model in self.shapes else None
+
     def chip(self, name: str) -> Chip:
         """A chip by its name in this sweep, a preset's name, or a path."""
-        return load_chip(named_chip(name, self.chips))
+        return load_chip(named_chip(name, self._named_chips))
+
+    @property
+    def _named_chips(self) -> NamedChips:
+        return NamedChips(self.chips, self.chips_read)
 
 
 def shipped_sweeps() -> list[str]:
@@ -171,17 +200,17 @@ def load_sweep(name_or_path: str, overrides: Mapping[str, Any] | None = None) ->
         UserError: With every mistake found: unknown keys, values out of range, searched fields that do not exist,
             points outside the space, a model or task that does not exist.
     """
-    raw = _read(name_or_path)
-    data = with_absolute_folders(with_values(raw, overrides or {}))
-    problems: list[str] = []
+    data, problems = _overridden(_read(name_or_path), overrides or {})
+    data = {key: value for key, value in described(data).items() if key not in _OF_A_LAUNCH}
     sweep: SweepConfig | None = None
     try:
         sweep = SweepConfig.model_validate(data)
     except ValidationError as error:
         problems += describe(error, SweepConfig)
-    problems += file_problems(data)  # whatever else is wrong
-    if sweep is not None and not problems:
-        problems = sweep_problems(sweep)
+    checks = FileChecks.of(data)
+    problems += checks.problems
+    right = _without_mistakes(checks.right) if problems or sweep is None else sweep
+    problems += sweep_problems(right, data)
     if problems:
         raise UserError(
             [f"{name_or_path}: {problem}" for problem in dict.fromkeys(problems)],
@@ -189,6 +218,26 @@ def load_sweep(name_or_path: str, overrides: Mapping[str, Any] | None = None) ->
         )
     assert sweep is not None
     return sweep
+
+
+def _overridden(data: dict[str, Any], overrides: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The content of a file with values by dotted path set, and what is wrong with those that cannot be."""
+    problems: list[str] = []
+    for path, value in overrides.items():
+        data = attempt(problems, lambda: with_values(data, {path: value})) or data  # noqa: B023 (called at once)
+    return data, problems
+
+
+def _without_mistakes(data: Mapping[str, Any]) -> SweepConfig:
+    """A sweep of whatever is right in a file's content; its trial is empty where that is not."""
+    content = _LEAST | {key: value for key, value in data.items() if key in SweepConfig.model_fields}
+    while True:
+        try:
+            return SweepConfig.model_validate(content)
+        except ValidationError as error:
+            wrong = {str(item["loc"][0]) for item in error.errors(include_url=False)}
+            content = {key: value for key, value in content.items() if key not in wrong}
+            content |= {key: _LEAST[key] for key in wrong & _LEAST.keys()}
 
 
 def load_trial(name_or_path: str, overrides: Mapping[str, Any] | None = None) -> TrialConfig:
@@ -202,9 +251,12 @@ def load_trial(name_or_path: str, overrides: Mapping[str, Any] | None = None) ->
         UserError: With every mistake found.
     """
     data = _read(name_or_path, "trial")
-    if isinstance(trial := data.get("trial"), dict):
-        return trial_from({"seed": data.get("seed", 0), **trial}, name_or_path, overrides, data.get("chips"))
-    return trial_from(data, name_or_path, overrides)
+    if not isinstance(trial := data.get("trial"), dict):
+        return trial_from(data, name_or_path, overrides)
+    chips = FileChecks.of({"chips": data.get("chips")})
+    if chips.problems:
+        raise UserError([f"{name_or_path}: {problem}" for problem in chips.problems], "correct the file and run again")
+    return trial_from({"seed": data.get("seed", 0), **trial}, name_or_path, overrides, chips.right["chips"])
 
 
 def trial_from(
@@ -218,12 +270,12 @@ def trial_from(
     Raises:
         UserError: With every mistake found.
     """
-    problems: list[str] = []
+    data, problems = _overridden(data, overrides or {})
     try:
-        config = resolve_trial(data, overrides or {}, chips or {})
+        config = resolve_trial(data, {}, NamedChips(chips or {}))
     except ValidationError as error:
         problems += describe(error, TrialConfig)
-    named = model_and_task_problems(with_values(data, overrides or {}), {})
+    named = model_and_task_problems(data, {})
     problems += [problem.removeprefix("trial.") for problem in named]
     if not problems:
         attempt(problems, lambda: trial_energy(config, estimated=True))
@@ -237,8 +289,9 @@ def _read(name_or_path: str, what: str = "sweep") -> dict[str, Any]:
     if name_or_path in shipped_sweeps():
         data = parse_yaml((SHIPPED / f"{name_or_path}.yaml").read_text(encoding="utf-8"), where)
     elif name_or_path == "-":
-        data = parse_yaml(sys.stdin.read(), f"the {what} on standard input")
-    elif Path(name_or_path).is_file():
+        where = f"the {what} on standard input"
+        data = parse_yaml(decoded(sys.stdin.buffer.read(), where, "YAML"), where)
+    elif is_file(name_or_path):
         data = read_yaml(Path(name_or_path), where)
     else:
         raise UserError(

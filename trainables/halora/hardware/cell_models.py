@@ -127,8 +127,17 @@ class MeasuredNoise(FittedNoise):
             return given
         if "states" in given:
             raise UserError("give either path or states, not both")
+        return cls.with_states(given)
+
+    @staticmethod
+    def with_states(given: dict[str, Any]) -> dict[str, Any]:
+        """A model's description with the states in place of the `path` of their file.
+
+        Raises:
+            UserError: See `read_states`.
+        """
         rest = {key: value for key, value in given.items() if key != "path"}
-        return rest | {"states": read_states(Path(str(given["path"])))}
+        return rest | {"states": [state.model_dump(mode="json") for state in read_states(Path(str(given["path"])))]}
 
     @field_validator("states")
     @classmethod

@@ -6,6 +6,8 @@ is not, and the source of each constant.
 
 import hashlib
 import json
+from copy import deepcopy
+from functools import cache
 from importlib.resources import files
 from math import ceil
 from pathlib import Path
@@ -19,6 +21,7 @@ from halora.hardware.cell_models import CMO_US
 from halora.hardware.costs import AdcCosts, constant_names
 from halora.hardware.mapping import Mapping
 from halora.hardware.noise_settings import AgeingSetting, NoiseSetting
+from halora.reading import is_file
 from halora.strict_model import StrictModel
 from halora.yaml_files import read_yaml
 
@@ -310,7 +313,7 @@ def _read(name: str) -> dict[str, Any]:
     """The mapping of a preset or of a file, which may itself lay overrides over a preset."""
     if name in preset_names():
         return _preset(name)
-    if name.endswith((".yaml", ".yml")) and Path(name).is_file():
+    if name.endswith((".yaml", ".yml")) and is_file(name):
         content = read_yaml(Path(name), f"chip '{name}'")
         if not isinstance(content, dict):
             raise UserError(f"chip '{name}': a chip is a mapping of keys to values, got {type(content).__name__}")
@@ -324,6 +327,11 @@ def _read(name: str) -> dict[str, Any]:
 
 def _preset(name: str) -> dict[str, Any]:
     """The mapping of a preset, which may itself lay overrides over another."""
+    return deepcopy(_preset_as_written(name))
+
+
+@cache
+def _preset_as_written(name: str) -> dict[str, Any]:
     content = dict(yaml.safe_load((PRESETS / f"{name}.yaml").read_text(encoding="utf-8")))
     base = content.pop("preset", None)
     return content if base is None else merge(_preset(base), content)

@@ -91,8 +91,8 @@ def energy_per_token(
     shape: ModelShape,
     chip: Chip,
     *,
-    rank: int,
-    targets: tuple[str, ...],
+    rank: int | Mapping[str, int],
+    targets: tuple[str, ...] = (),
     context_tokens: int = 512,
     phase: Phase = Phase.PREFILL,
 ) -> EnergyBreakdown:
@@ -101,17 +101,20 @@ def energy_per_token(
     Args:
         shape: Dimensions of the model.
         chip: The chip; each of its sections acts where it has an energy side.
-        rank: LoRA rank r; 0 for none.
+        rank: LoRA rank r of the layers that `targets` names, 0 for none; or of each adapted layer by its canonical
+            name, e.g. of an adapter that was made elsewhere.
         targets: Names of the adapted linear layers, e.g. `q_proj`.
         context_tokens: Tokens each token attends to.
         phase: What the tokens are; the chip takes the same for both, its baselines do not.
 
     Raises:
         UserError: With every mistake: ADC bits that the costs do not cover, patterns that match no layer, unknown
-            targets, a negative rank or context.
+            targets or layers, a negative rank or context.
     """
     constants = {**energy_constants(), **chip.costs}
     layers = shape.all_layers
+    adapted = [name for name, layer in layers.items() if layer.name in targets]
+    ranks = rank if isinstance(rank, Mapping) else dict.fromkeys(adapted, rank)
     problems = _problems(shape, rank, targets, context_tokens)
     adc = attempt(problems, lambda: adc_cost(chip.adc.costs, chip.adc.bits, constants))
     places = attempt(problems, lambda: chip.mapping.places(shape.sizes))
@@ -127,8 +130,8 @@ def energy_per_token(
         sum(layer.weights for name, layer in layers.items() if places[name] is place)
         for place in (Placement.SRAM, Placement.DIGITAL)
     )
-    lora_weights = rank * sum(
-        layer.in_features + layer.out_features for layer in layers.values() if layer.name in targets
+    lora_weights = sum(
+        each * (layers[name].in_features + layers[name].out_features) for name, each in ranks.items() if name in layers
     )
     components = {
         "adc": counts.conversions * adc.conversion_pj * 1e-6,
@@ -154,11 +157,15 @@ def energy_per_token(
     return EnergyBreakdown(components, phase, context_tokens, _describe(chip), area_um2 * 1e-6, fill)
 
 
-def _problems(shape: ModelShape, rank: int, targets: tuple[str, ...], context_tokens: int) -> list[str]:
+def _problems(
+    shape: ModelShape, rank: int | Mapping[str, int], targets: tuple[str, ...], context_tokens: int
+) -> list[str]:
     known = [linear.name for linear in shape.linears]
     problems = [f"targets: the model has no layer '{t}'{nearest(t, known)}" for t in targets if t not in known]
-    if rank < 0:
-        problems.append(f"rank: must be 0 or more, got {rank}")
+    layers = shape.all_layers
+    ranks = rank if isinstance(rank, Mapping) else {"": rank}
+    problems += [f"adapter: the model has no layer '{n}'{nearest(n, layers)}" for n in ranks if n and n not in layers]
+    problems += [f"{n or 'rank'}: must be 0 or more, got {each}" for n, each in ranks.items() if each < 0]
     if context_tokens < 1:
         problems.append(f"context: must be 1 token or more, got {context_tokens}")
     return problems

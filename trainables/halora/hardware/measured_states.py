@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Self
 from pydantic import Field, ValidationError
 
 from halora.errors import UserError, nearest
+from halora.reading import read_csv
 from halora.strict_model import StrictModel
 
 if TYPE_CHECKING:
@@ -70,11 +70,7 @@ def read_states(path: Path) -> tuple[MeasuredState, ...]:
     Raises:
         UserError: With every mistake: the file, the line, the column, what is wrong and the value given.
     """
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            lines = list(csv.reader(file, skipinitialspace=True))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
+    lines = read_csv(path, str(path))
     header = [name.strip() for name in lines[0]] if lines else []
     problems = [f"{path}, line 1: column {name} is missing" for name in COLUMNS if name not in header]
     problems += [

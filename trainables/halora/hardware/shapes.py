@@ -1,6 +1,5 @@
 """The dimensions of a model that its energy depends on: known by name, or read from a `config.json`. No download."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -13,9 +12,11 @@ import yaml
 from halora.errors import UserError
 from halora.hardware.fill import LayerFill, estimated_fill
 from halora.hardware.mapping import LM_HEAD
+from halora.reading import is_file, read_object
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 """Model types, as `config.json` has them, whose layers are those modelled."""
+_MOST_LAYERS, _LARGEST = 10_000, 2**24  # beyond any model; a shape lists its layers
 _DIMENSIONS = ("hidden_size", "num_attention_heads", "intermediate_size", "num_hidden_layers", "vocab_size")
 _BLOCK_OF = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "self_attn") | dict.fromkeys(
     ("gate_proj", "up_proj", "down_proj"), "mlp"
@@ -69,6 +70,11 @@ class ModelShape:
             f"{name} is {each!r}, no positive whole number" for name, each in given.items() if not _whole(each)
         ]:
             raise UserError(wrong)
+        most = dict.fromkeys(given, _LARGEST) | {"num_hidden_layers": _MOST_LAYERS}
+        if large := [f"{name} is {each}, {most[name]} at most" for name, each in given.items() if each > most[name]]:
+            raise UserError(large)
+        if "head_dim" not in given and given["num_attention_heads"] > given["hidden_size"]:
+            raise UserError("num_attention_heads is larger than hidden_size, which leaves a head nothing")
         hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
         head_dim = int(config.get("head_dim") or hidden // heads)
         queries, keys = heads * head_dim, int(config.get("num_key_value_heads") or heads) * head_dim
@@ -93,6 +99,21 @@ class ModelShape:
             estimated_fill(weights),
             f"estimate ({weights})",
         )
+
+    @property
+    def dimensions(self) -> dict[str, Any]:
+        """The `config.json` that `from_config` reads it back from, with an estimate of the fill."""
+        rows = {linear.name: linear.out_features for linear in self.linears}
+        return {
+            "model_type": "qwen2" if "qwen" in self.fill_source else "llama",
+            "hidden_size": self.hidden,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": rows["k_proj"] // self.head_dim,
+            "head_dim": self.head_dim,
+            "intermediate_size": rows["gate_proj"],
+            "num_hidden_layers": self.layers,
+            "vocab_size": self.vocabulary,
+        }
 
     @property
     def linear_layers(self) -> dict[str, LinearShape]:
@@ -151,18 +172,17 @@ def known_shape(model: str) -> ModelShape | None:
     for name, entry in _known_models().items():
         if entry["hub"].lower().removesuffix("-instruct") == hub_id:
             return named_shapes()[name]
-    return _read_shape(Path(model)) if Path(model).is_file() else None
+    return _read_shape(Path(model)) if is_file(model) else None
 
 
 def _read_shape(path: Path) -> ModelShape:
+    config = read_object(path, f"model '{path}'")
     try:
-        return ModelShape.from_config(json.loads(path.read_text(encoding="utf-8")))
+        return ModelShape.from_config(config)
     except UserError as error:
-        raise UserError(f"model '{path}': {error}") from None
+        raise UserError([f"model '{path}': {problem}" for problem in error.problems]) from None
     except KeyError as error:
         raise UserError(f"model '{path}' has no {error}; the config.json of a LLaMA or Qwen model has") from None
-    except (ValueError, TypeError, AttributeError, ArithmeticError):
-        raise UserError(f"model '{path}' is not the config.json of a LLaMA or Qwen model") from None
 
 
 @cache

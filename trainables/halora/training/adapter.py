@@ -1,5 +1,6 @@
 """The LoRA branch: attached with PEFT, regularised by HaLoRA's L_reg, stored as a standard PEFT folder."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 from halora.errors import UserError
 from halora.hardware.addressing import derive_seed
 from halora.hardware.rounding import AS_IT_IS, rounded
+from halora.reading import read_tensors
 from halora.settings.training import LoraSettings
-from halora.training.adapter_config import check_adapter_config
+from halora.training.adapter_config import read_lora_config
 from halora.training.fused import Branch, FrozenLinear
 from halora.training.models import BaseModel
 from halora.trial_folder import ADAPTER_WEIGHTS
@@ -89,25 +91,22 @@ def attach_saved(base: BaseModel, folder: Path, weight_bits: int = AS_IT_IS) -> 
         weight_bits: Precision of A and B in the chip's SRAM, with a scale per rank; 16 leaves them as stored.
 
     Raises:
-        UserError: The folder holds no LoRA adapter in safetensors, or one whose tensors are not those of this base with
-            this configuration; all of them are told.
+        UserError: The folder holds no LoRA adapter in safetensors, see `read_lora_config`, or one whose tensors are not
+            those of this base with this configuration; all of them are told.
     """
     from peft import PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
+    read_lora_config(folder)
     saved = folder / ADAPTER_WEIGHTS
-    if not saved.is_file():
-        raise UserError(f"no {ADAPTER_WEIGHTS} in '{folder}'")
-    check_adapter_config(folder)
-    config: Any = PeftConfig.from_pretrained(folder)
-    config.inference_mode = True
-    config._register_custom_module({FrozenLinear: _fused_lora()})
-    peft_model = get_peft_model(base.causal_lm, config)
     try:
-        tensors = load_file(saved)
-    except SafetensorError as error:
-        raise UserError(f"{saved} is not in the safetensors format: {error}") from None
+        config: Any = PeftConfig.from_pretrained(folder)
+        config.inference_mode = True
+        config._register_custom_module({FrozenLinear: _fused_lora()})
+        peft_model = get_peft_model(base.causal_lm, config)
+    except (ValueError, TypeError, KeyError, AttributeError, re.error) as error:  # what PEFT makes of odd settings
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"PEFT cannot attach the adapter in '{folder}' to '{base.name}': {said}") from None
+    tensors = read_tensors(saved, f"'{saved}'")
     wanted = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
     if problems := _misfits(tensors, wanted):
         detach(peft_model)

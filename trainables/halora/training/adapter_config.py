@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from halora.errors import UserError
-from halora.files import read_regular
+from halora.reading import is_file, read_object
+from halora.trial_folder import ADAPTER_WEIGHTS
 
 ADAPTER_CONFIG = "adapter_config.json"
 """PEFT's configuration of an adapter, in its folder."""
-_MOST_BYTES = 1 << 20
 _LARGEST_RANK = 1024
 _PLAIN_NAME = re.compile(r"[\w.]{1,200}")
 _SHAPE = {"peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "base_model_name_or_path"}
@@ -31,28 +31,27 @@ _OFF: tuple[Any, ...] = (None, False, "", "none", [], {})
 """Values by which PEFT leaves a feature off."""
 
 
-def check_adapter_config(folder: Path) -> None:
-    """Refuse a PEFT folder whose configuration asks for more than a LoRA branch on named layers.
+def read_lora_config(folder: Path) -> dict[str, Any]:
+    """PEFT's configuration of the LoRA adapter in a folder.
 
     Raises:
-        UserError: It is another kind of adapter's, or has keys that are not known to be harmless; all are told.
+        UserError: One of its files is missing or cannot be read, it is another kind of adapter's, or it has keys that
+            are not known to be harmless; all are told.
     """
+    if missing := [name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if not is_file(folder / name)]:
+        raise UserError(f"no adapter in '{folder}': it has no {' and no '.join(missing)}")
     path = folder / ADAPTER_CONFIG
-    try:
-        content = json.loads(read_regular(path.resolve(), _MOST_BYTES))
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is not a mapping of keys to values but {type(content).__name__}")
-    if content.get("peft_type") != "LORA":
-        raise UserError(f"{path}: it is of PEFT's type {_short(content.get('peft_type')).strip('"')}, not LORA")
+    content = read_object(path, f"'{path}'")
+    if (kind := content.get("peft_type")) != "LORA":
+        raise UserError(f"'{path}': it is of PEFT's type {kind}, not LORA; adapters of other kinds are not simulated")
     if problems := list(_problems(content)):
-        raise UserError([f"{path}: {problem}" for problem in problems])
+        raise UserError([f"'{path}': {problem}" for problem in problems])
+    return content
 
 
 def _problems(content: Mapping[str, Any]) -> Iterator[str]:
+    if not isinstance(content.get("base_model_name_or_path"), str | None):
+        yield f"base_model_name_or_path: a text is wanted, got {_short(content['base_model_name_or_path'])}"
     rank: Any = content.get("r")
     alpha: Any = content.get("lora_alpha")
     if type(rank) is not int or not 1 <= rank <= _LARGEST_RANK:

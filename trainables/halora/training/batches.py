@@ -86,9 +86,16 @@ def encode(row: Row, tokenizer: Any, only: int | None = None) -> tuple[list[int]
 
 @lru_cache(maxsize=4)
 def _opening(tokenizer: Any) -> list[int]:
-    """What a tokenizer puts before the tokens of any text. No attribute tells: a post-processor may put it there."""
+    """What a tokenizer puts before the tokens of any text. No attribute tells: a post-processor may put it there.
+
+    Raises:
+        UserError: It makes nothing of a text.
+    """
     plain, whole = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
-    return next(whole[:i] for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
+    fitting = [whole[:i] for i in range(len(whole)) if plain and whole[i : i + len(plain)] == plain]
+    if not fitting:
+        raise UserError("the model's tokenizer makes no tokens of the text 'a', or others beside special ones")
+    return fitting[0]
 
 
 def pack(row: Row, tokenizer: Any) -> PackedRow:

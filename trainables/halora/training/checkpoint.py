@@ -5,6 +5,7 @@ tensors in float32, so a run goes on at another ZeRO stage or with another numbe
 """
 
 import json
+import secrets
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,19 +57,27 @@ class Checkpoint:
         return cls(step, weights, moments, str(folder))
 
     def write(self, folder: Path, peft_config: Any) -> None:
-        """Write the files into a folder that appears under its name whole."""
+        """Write the files into a folder that appears under its name whole; one that is there already stays.
+
+        It is of the same step, written before the training was resumed from it, or by a worker that was thought lost.
+        """
         from safetensors.torch import save_file
 
-        scratch = folder.with_name(f".{folder.name}.partial")
-        shutil.rmtree(scratch, ignore_errors=True)
+        if folder.exists():
+            return
+        scratch = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.partial")
         (scratch / "adapter").mkdir(parents=True)
         peft_config.save_pretrained(scratch / "adapter")
         save_file(self.weights, scratch / "adapter" / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         if self.moments:
             save_file(self.moments, scratch / OPTIMIZER_FILE)
         (scratch / "progress.json").write_text(json.dumps({"step": self.step}), encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        scratch.rename(folder)
+        try:
+            scratch.rename(folder)
+        except OSError:
+            shutil.rmtree(scratch, ignore_errors=True)
+            if not folder.exists():  # else another worker was faster
+                raise
 
 
 class TrainedState:

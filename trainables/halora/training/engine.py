@@ -268,13 +268,16 @@ class Finetuner:
 
 
 def save_latest(finetuner: Finetuner, folder: Path) -> Path:
-    """Checkpoint as `step-NNNNNN` below `folder`; only then is the one before it deleted. Every worker must ask."""
+    """Checkpoint as `step-NNNNNN` below `folder`; only then are those of earlier steps deleted. Every worker must ask.
+
+    A worker that was thought lost may be behind the one that took its trial over, whose checkpoint stays.
+    """
     newest = folder / f"step-{finetuner.step:06d}"
     finetuner.save(newest)
     if finetuner.writes:
-        for old in folder.glob("step-*"):
-            if old != newest:
-                shutil.rmtree(old)
+        for old in (*folder.glob("step-*"), *folder.glob(".step-*.partial")):
+            if old.name.lstrip(".") < newest.name:
+                shutil.rmtree(old, ignore_errors=True)  # another worker may be at it
     return newest
 
 

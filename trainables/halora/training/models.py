@@ -9,22 +9,25 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from halora.errors import UserError, nearest
+from halora.errors import UserError, attempt, nearest
 from halora.hardware.chip import Chip
 from halora.hardware.fill import layer_fill
 from halora.hardware.mapping import LM_HEAD
 from halora.hardware.shapes import ModelShape, known_shape
+from halora.reading import is_file, is_folder, read_object, tensor_shapes
 from halora.settings.names import EMBEDDED
 from halora.settings.training import LINEAR_NAMES, Dtype
 
 _GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_SHOWN_WEIGHTS = 5
+_LARGEST_TOKENIZER = 128 * 2**20  # bytes
 
 
 @dataclass(frozen=True)
@@ -68,8 +71,8 @@ def find_model(model: str, dtype: Dtype = "fp32") -> str:
     """
     if model in EMBEDDED:
         return str(_embedded_folder(model, dtype))
-    if Path(model).is_dir():
-        if not (Path(model) / "config.json").is_file():
+    if is_folder(model):
+        if not is_file(Path(model) / "config.json"):
             raise UserError(f"model folder '{model}' has no config.json", "save it with `save_pretrained`")
         return model
     if model.count("/") == 1 and not model.startswith((".", "/", "~")):
@@ -85,10 +88,14 @@ def model_shape(model: str) -> ModelShape:
     """Dimensions of a model, and how its weights fill the cells: measured where they are at hand; once per process.
 
     Raises:
-        UserError: See `estimated_shape`.
+        UserError: See `estimated_shape` and `check_folder`.
     """
     shape, source = estimated_shape(model), Path(find_model(model))
-    return replace(shape, **_measured(source)) if source.is_dir() else shape
+    if not is_folder(source):
+        return shape
+    if model not in EMBEDDED:
+        check_folder(model, source, shape)
+    return replace(shape, **_measured(source))
 
 
 @cache
@@ -98,21 +105,76 @@ def estimated_shape(model: str) -> ModelShape:
     Loads no torch.
 
     Raises:
-        UserError: The model is not available, or is not of the LLaMA or Qwen family.
+        UserError: The model is not available, its weights are quantised, or it is not of the LLaMA or Qwen family.
     """
     source = find_model(model)
-    if Path(source).is_dir():
-        config = _load(model, lambda: json.loads((Path(source) / "config.json").read_text(encoding="utf-8")))
+    if is_folder(source):
+        config = read_object(Path(source) / "config.json", f"config.json of model '{model}'")
     elif shape := known_shape(source):
         return shape
     else:
         config = _hub_config(model, source)
+    if quantised := config.get("quantization_config"):
+        method = quantised.get("quant_method", "unknown") if isinstance(quantised, Mapping) else "unknown"
+        raise UserError(
+            f"model '{model}' is quantised ({method}); the chip programs and quantises plain weights itself",
+            "name the original model; or load this one with transformers, `.dequantize()` it, and save it again",
+        )
     try:
         return ModelShape.from_config(config)
     except UserError as error:
         raise UserError([f"model '{model}': {problem}" for problem in error.problems]) from None
     except KeyError as error:
         raise UserError(f"model '{model}' has no {error} in its config.json") from None
+
+
+def check_folder(model: str, folder: Path, shape: ModelShape) -> None:
+    """Refuse a model's folder whose weights or tokens are not those that its configuration describes.
+
+    Weights are checked where they are safetensors, tokens where there is a `tokenizer.json`.
+
+    Raises:
+        UserError: With the first of the weights that are missing or of another shape; files that cannot be read; tokens
+            beyond the embedding.
+    """
+    problems: list[str] = []
+    found: dict[str, tuple[int, ...]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        found |= attempt(problems, lambda: tensor_shapes(path, path.name)) or {}  # noqa: B023 (called at once)
+    if found and not problems:
+        wanted = {f"{name}.weight": (each.out_features, each.in_features) for name, each in shape.linear_layers.items()}
+        wanted["model.embed_tokens.weight"] = (shape.vocabulary, shape.hidden)
+        wrong = [
+            f"tensor '{name}' has the shape {list(found[name])}, config.json says {list(size)}"
+            if name in found
+            else f"it has no tensor '{name}'"
+            for name, size in wanted.items()
+            if found.get(name) != size
+        ]
+        problems += wrong[:_SHOWN_WEIGHTS]
+        if len(wrong) > _SHOWN_WEIGHTS:
+            problems.append(f"and {len(wrong) - _SHOWN_WEIGHTS} weights more")
+    if is_file(path := folder / "tokenizer.json"):
+        last = attempt(problems, lambda: _last_token(path))
+        if last and last[1] >= shape.vocabulary:
+            problems.append(
+                f"token '{last[0]}' is number {last[1]}, but the embedding has {shape.vocabulary} rows; "
+                "resize it (`resize_token_embeddings`) and save the model again"
+            )
+    if problems:
+        raise UserError([f"model '{model}': {problem}" for problem in problems])
+
+
+def _last_token(path: Path) -> tuple[str, int] | None:
+    """The token of the largest number in a `tokenizer.json`; none where it does not list its tokens."""
+    described = read_object(path, path.name, most_bytes=_LARGEST_TOKENIZER)
+    inner, added = described.get("model"), described.get("added_tokens")
+    vocabulary = inner.get("vocab") if isinstance(inner, Mapping) else None
+    named = list(vocabulary.items()) if isinstance(vocabulary, Mapping) else []
+    listed = [each for each in added if isinstance(each, Mapping)] if isinstance(added, list) else []
+    named += [(each.get("content"), each.get("id")) for each in listed]
+    numbered = [(str(token), number) for token, number in named if isinstance(number, int)]
+    return max(numbered, key=lambda each: each[1], default=None)
 
 
 def _measured(folder: Path) -> dict[str, Any]:
@@ -161,8 +223,7 @@ def check_available(model: str) -> None:
     Raises:
         UserError: See `find_model`.
     """
-    source = find_model(model)
-    if not Path(source).is_dir():
+    if not is_folder(source := find_model(model)):
         _hub_config(model, source)
 
 
@@ -233,14 +294,14 @@ def load_base(model: str, dtype: Dtype) -> BaseModel:
 
 
 def _load[T](model: str, load: Callable[[], T]) -> T:
-    from safetensors import SafetensorError
-
     try:
         return load()
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # what transformers raises, by cause
-        first_line = str(error).strip().splitlines()[0]
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever transformers, tokenizers and safetensors raise for odd or missing files
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"model '{model}' cannot be loaded: {first_line}",
+            f"model '{model}' cannot be loaded: {said}",
             "check the id and the network; for a gated model accept its licence and set HF_TOKEN; "
             "or give a local folder",
         ) from None

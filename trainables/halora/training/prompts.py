@@ -46,7 +46,7 @@ def chat_rows(rows: Sequence[Row], tokenizer: Any) -> list[Row]:
     """Rows whose prompt is the user's message and whose option is the assistant's.
 
     Raises:
-        UserError: The tokenizer has no chat template.
+        UserError: The tokenizer has no chat template, or one that fails.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise UserError(
@@ -61,8 +61,14 @@ def chat_rows(rows: Sequence[Row], tokenizer: Any) -> list[Row]:
 
 def _chat(prompt: str, tokenizer: Any) -> str:
     message = [{"role": "user", "content": prompt}]
-    text: str = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-    return text
+    try:
+        return str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
+    except Exception as error:  # whatever Jinja and the template itself raise
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"prompt_format chat: the tokenizer's chat template refuses a user's message: {said}",
+            "take prompt_format plain, or correct the template",
+        ) from None
 
 
 def _num_tokens(row: Row, tokenizer: Any, new_tokens: int, limit: int) -> int:

@@ -101,13 +101,17 @@ def _asked(question: str) -> str:
 
 
 def _choice(prompt: str, texts: Any, answer: int) -> Question:
-    if not isinstance(texts, list | tuple):
-        raise ValueError(f"choices are a list, got {type(texts).__name__}")
-    if len(texts) < 2:
+    if len(_list(texts, "choices")) < 2:
         raise ValueError(f"{len(texts)} choices; a row has two or more")
     if not 0 <= answer < len(texts):
         raise ValueError(f"answer {answer} is outside its {len(texts)} choices")
     return Question(prompt, tuple(f" {_as_text(text, f'choice {i}')}" for i, text in enumerate(texts)), answer)
+
+
+def _list(values: Any, what: str) -> list[Any]:
+    if not isinstance(values, list | tuple):
+        raise ValueError(f"{what} are a list, got {type(values).__name__}")
+    return list(values)
 
 
 def _index(label: Any, labels: list[Any]) -> int:
@@ -133,9 +137,9 @@ def _plain(record: Record) -> Question:
 
 def _arc(record: Record) -> Question:
     choices = record["choices"]
-    answer = _index(record["answerKey"], list(choices["label"]))
+    answer = _index(record["answerKey"], _list(choices["label"], "labels"))
     asked = _text(record, "question" if "question" in record else "question_stem")
-    return _choice(_asked(asked), list(choices["text"]), answer)
+    return _choice(_asked(asked), choices["text"], answer)
 
 
 def _siqa(record: Record) -> Question:
@@ -157,7 +161,7 @@ def _boolq(record: Record) -> Question:
 
 def _hellaswag(record: Record) -> Question:
     context = f"{_text(record, 'activity_label')}: {_text(record, 'ctx_a')} {_text(record, 'ctx_b').capitalize()}"
-    endings = [_clean(_as_text(ending, f"ending {i}")) for i, ending in enumerate(record["endings"])]
+    endings = [_clean(_as_text(ending, f"ending {i}")) for i, ending in enumerate(_list(record["endings"], "endings"))]
     return _choice(_clean(context), endings, _whole(record["label"]))
 
 

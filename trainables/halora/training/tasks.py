@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from halora.errors import UserError, nearest
 from halora.hardware.addressing import derive_seed
+from halora.reading import is_file, is_folder, json_lines
 from halora.settings.names import KNOWN_TASKS, MIXTURES, as_sum, task_weights
 from halora.training.task_formats import format_of, read_question
 
@@ -70,8 +71,8 @@ def _check_single(task: str) -> None:
     names = [*KNOWN_TASKS, *MIXTURES]
     if task in KNOWN_TASKS:
         _wheel_folder(task)
-    elif Path(task).is_dir():
-        missing = [name for name in ("train", "validation") if not (Path(task) / f"{name}.jsonl").is_file()]
+    elif is_folder(task):
+        missing = [name for name in ("train", "validation") if not is_file(Path(task) / f"{name}.jsonl")]
         if missing:
             raise UserError(f"task folder '{task}' lacks {' and '.join(f'{name}.jsonl' for name in missing)}")
     elif task.count("/") not in (1, 2) or task.startswith((".", "/", "~")):
@@ -109,8 +110,11 @@ def _single_task(task: str, split: Split) -> list[Row]:
     if task in KNOWN_TASKS:
         held_out = None if KNOWN_TASKS[task].publishes_test else "validation"
         rows = _taken(split, held_out, lambda published: list(_wheel_rows(task, published)))
-    elif Path(task).is_dir():
-        rows = _rows(task, _jsonl_records(Path(task) / f"{split}.jsonl"))
+    elif is_folder(task):
+        path = Path(task) / f"{split}.jsonl"
+        if not is_file(path):
+            raise UserError(f"task folder '{task}' lacks {path.name}")
+        rows = _rows(task, json_lines(path))
     else:
         rows = _hub_rows(task, split)
     if not rows:
@@ -175,27 +179,14 @@ def _hub_rows(task: str, split: Split) -> list[Row]:
     return _taken(split, held_out, published)
 
 
-def _jsonl_records(path: Path) -> Iterator[tuple[str, Any]]:
-    """Every row of a file and where it stands; a line that is no JSON comes as the error it causes."""
-    if not path.is_file():
-        raise UserError(f"task folder '{path.parent}' lacks {path.name}")
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                try:
-                    yield f"{path} line {number}", json.loads(line)
-                except json.JSONDecodeError as error:
-                    yield f"{path} line {number}", error
-
-
 def _rows(task: str, records: Iterator[tuple[str, Any]], published: str | None = None) -> list[Row]:
     """Rows of records with where they stand, named by their id, their place in a published split, or their content."""
     rows: list[Row] = []
     problems: list[str] = []
     for place, (where, record) in enumerate(records):
         try:
-            if isinstance(record, json.JSONDecodeError):
-                raise ValueError(f"not JSON: {record.msg}")
+            if isinstance(record, ValueError):
+                raise record
             question = read_question(record)
         except ValueError as error:
             problems.append(f"{where}: {error}")

@@ -1,6 +1,7 @@
 """Ray while a sweep needs it: started on this machine, or a cluster's that runs already."""
 
 import os
+import shutil
 import socket
 import zipfile
 from collections.abc import Iterator
@@ -8,21 +9,25 @@ from contextlib import contextmanager, redirect_stderr
 from io import StringIO
 from math import ceil
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir, mkdtemp
 from typing import Any
 from urllib.parse import urlsplit
 
 import ray
 
-from halora.errors import UnreachableError
+from halora.errors import UnreachableError, UserError
 from halora.spaces.sweep import SweepConfig
 from halora.sweep.cluster.cluster import LOCAL, Cluster
+from halora.sweep.cluster.interrupts import sigterm_as_interrupt
 from halora.sweep.cluster.loopback import only_this_machine
 
 NAMESPACE = "halora"
 """Ray's namespace of all that a sweep starts."""
 
 _LISTENING_S = 10.0
+_LONGEST_PARENT = 107 - 85
+"""Bytes of the path of the folder that Ray's is made in. A socket's path has 107 bytes (AF_UNIX), of which our folder's
+name, that of Ray's session (`session_2026-11-30_02-50-19_123456_1234567`) and the socket's take up to 85."""
 
 # Read by Ray when it starts.
 _RAY_SETTINGS = {
@@ -46,30 +51,67 @@ def ray_session(processes: int, *, cpus: int | None = None, cluster: Cluster = L
         cluster: Where they run.
 
     Raises:
-        UnreachableError: The cluster does not answer, or not to us.
+        UnreachableError: The cluster does not answer, or not to us; or Ray does not start on this machine.
+        UserError: There is no folder for its sockets.
     """
     os.environ.update(_RAY_SETTINGS)
     cores = os.cpu_count() or 1
     share = max(cores // processes, 1)
     environment = {"TOKENIZERS_PARALLELISM": "false"}
     if not cluster.address:
-        with only_this_machine():
-            ray.init(
-                num_cpus=cores if cpus else processes,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level="ERROR",
-                namespace=NAMESPACE,
-                object_store_memory=100 * 2**20,
-                runtime_env={"env_vars": {"OMP_NUM_THREADS": str(cpus or share), **environment}},
-            )
+        with only_this_machine(), _own_folder() as folder:
             try:
+                ray.init(
+                    address="local",  # none would join $RAY_ADDRESS, or a Ray that runs here already
+                    num_cpus=cores if cpus else processes,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level="ERROR",
+                    namespace=NAMESPACE,
+                    object_store_memory=100 * 2**20,
+                    _temp_dir=folder,
+                    runtime_env={"env_vars": {"OMP_NUM_THREADS": str(cpus or share), **environment}},
+                )
+            except Exception as error:  # OSError, RuntimeError, ConnectionError, TimeoutError ... by cause
+                said = " ".join(str(error).split())[-300:] or type(error).__name__
+                raise UnreachableError(f"Ray does not start on this machine: {said}", "see `halora doctor`") from None
+            try:
+                sigterm_as_interrupt()
                 yield
             finally:
                 ray.shutdown()
         return
     with joined(cluster, {"OMP_NUM_THREADS": str(cpus or 1), **environment}):
         yield
+
+
+@contextmanager
+def _own_folder() -> Iterator[str]:
+    """A new folder for the sockets, logs and spilled objects of this machine's own Ray, removed after the block.
+
+    It is in `RAY_TMPDIR`, `TMPDIR` or `/tmp`, the first whose path leaves room for a socket's.
+
+    Raises:
+        UserError: There is none.
+    """
+    parents = dict.fromkeys(filter(None, (os.environ.get("RAY_TMPDIR"), gettempdir(), "/tmp", "/var/tmp")))
+    for parent in parents:
+        if len(os.fsencode(os.path.abspath(parent))) > _LONGEST_PARENT:
+            continue
+        try:
+            folder = mkdtemp(prefix="halora-", dir=os.path.abspath(parent))
+        except OSError:
+            continue
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        return
+    raise UserError(
+        f"Ray's sockets need a folder that can be written, with a path of {_LONGEST_PARENT} bytes at most; "
+        f"tried {', '.join(parents)}",
+        "set RAY_TMPDIR to one",
+    )
 
 
 @contextmanager
@@ -94,6 +136,7 @@ def joined(cluster: Cluster, environment: dict[str, str]) -> Iterator[None]:
         except Exception as error:  # ConnectionError, AuthenticationError, RuntimeError of unequal versions ...
             raise unreachable(cluster.address, error) from None
         try:
+            sigterm_as_interrupt()
             yield
         finally:
             ray.shutdown()

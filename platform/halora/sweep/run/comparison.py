@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,20 +16,23 @@ import numpy as np
 
 from halora.analysis.front import best
 from halora.analysis.trials import RecordedTrial
-from halora.errors import UserError
+from halora.errors import UserError, check_all
 from halora.evaluation.chips import ChipScores, summary_over_seeds
 from halora.evaluation.decisions import Gain, judged
 from halora.evaluation.intervals import Estimate, gain, share_gain
 from halora.files import sha256_of, write_json
+from halora.reading import is_folder
 from halora.records.provenance import program
 from halora.records.store import ComparisonFolder, SweepFolder
 from halora.settings.trial import TrialConfig
+from halora.spaces.language import Categorical
 from halora.spaces.sweep import Comparison, SweepConfig
 from halora.sweep.run.seeds import SeedTraining, Trained, train_seeds
 from halora.sweep.search.core import DecisionCore
 from halora.trial_folder import ADAPTER_WEIGHTS, adapter_folder
 
 if TYPE_CHECKING:
+    from halora.training.tasks import Split
     from halora.trial_runner import ScoringJob
 
 UNTRAINED = "untrained"
@@ -85,6 +89,20 @@ class ClosingComparison:
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         return asdict(self)
+
+
+def check_rows(sweep: SweepConfig) -> None:
+    """Refuse tasks whose rows are a user's own files and have mistakes, before anything is trained.
+
+    Raises:
+        UserError: With the first of the bad rows, of every split that a trial reads.
+    """
+    from halora.settings.names import as_sum, task_weights
+    from halora.training.tasks import load_rows
+
+    tasks = dict.fromkeys(name for task in sweep.values_of("task") for name in task_weights(as_sum(task)))
+    splits: tuple[Split, ...] = ("train", "validation")
+    check_all(*(partial(load_rows, task, split) for task in filter(is_folder, tasks) for split in splits))
 
 
 def check_rows_left(sweep: SweepConfig) -> None:
@@ -170,7 +188,9 @@ def compare(
     by_place: dict[tuple[str, str], list[ChipScores]] = {}
     for place, scores in zip(places, _scored(sweep, folder.comparison, jobs, say), strict=True):
         by_place.setdefault(place, []).append(scores)
-    reference = comparison.against or UNTRAINED
+    by = sweep.space.get(comparison.by or "")
+    against = by.named(comparison.against) if isinstance(by, Categorical) else None
+    reference = UNTRAINED if against is None else str(against)
     return ClosingComparison(
         reference=reference,
         rows=comparison.rows,

@@ -66,7 +66,12 @@ def read_log(path: Path, *, follow: bool = False) -> Iterator[dict[str, Any]]:
         while True:
             text += file.readline()
             if text.endswith("\n"):
-                yield json.loads(text)
+                try:
+                    line = json.loads(text)
+                except ValueError:  # two lines in one, the first cut off as the disk was full
+                    line = None
+                if line is not None:
+                    yield line
                 text = ""
             elif follow:
                 time.sleep(_POLL_S)

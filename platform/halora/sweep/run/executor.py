@@ -11,10 +11,12 @@ from typing import Any
 import ray
 from ray import cloudpickle, tune
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
+from ray.tune import TuneError
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from halora.errors import UserError, causes
 from halora.evaluation.chips import ChipScores
 from halora.heartbeat import Heartbeats
 from halora.records.store import SweepFolder
@@ -168,6 +170,10 @@ def run_trials(
     """Score the bases that are to be probed, then run the core's jobs until none is left, or Ctrl-C or a stop request.
 
     Trials still unfinished at the end keep their checkpoint and stay unfinished in the study.
+
+    Raises:
+        UnreachableError: The study's database stays away, or refuses.
+        OSError: The records or the study cannot be written.
     """
     running, frozen = RunningJobs(core, events), _HungWorkers(sweep.resources.heartbeat_s)
     tuner = tune.Tuner(
@@ -193,6 +199,11 @@ def run_trials(
     )
     try:
         tuner.fit()
+    except TuneError as error:
+        for each in causes(error):  # Tune passes on the text of what its searcher or scheduler raised
+            if isinstance(each, UserError | OSError):
+                raise each from None
+        raise
     finally:
         frozen.end()
 

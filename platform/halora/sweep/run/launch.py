@@ -4,31 +4,40 @@ MLflow, Ray and torch are imported once nothing is left to refuse.
 """
 
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from uuid import uuid4
-
-import yaml
 
 from halora.analysis.trials import RecordedTrial, grouped
-from halora.errors import UserError
+from halora.errors import UserError, check_all
 from halora.evaluation.damage import described
+from halora.files import write_json, write_whole
 from halora.pricing import trial_energy
 from halora.records.names import ENERGY, VIOLATION
 from halora.records.store import Store, SweepFolder
 from halora.spaces.search import total_violation
-from halora.spaces.sweep import SweepConfig, load_sweep
+from halora.spaces.sweep import SweepConfig
 from halora.storage import check_storage
 from halora.sweep.cluster.cluster import LOCAL, RUNS, Cluster
-from halora.sweep.run.comparison import ClosingComparison, check_rows_left, compare, contestants
+from halora.sweep.run.comparison import ClosingComparison, check_rows, check_rows_left, compare, contestants
 from halora.sweep.run.driver_log import DriverLog, Watcher
+from halora.sweep.run.launched import as_launched, check_unchanged
 from halora.sweep.run.probing import Probing, bases
 from halora.sweep.run.reconcile import record_as_studied
-from halora.sweep.run.state import check_not_launched, only_driver, open_core
+from halora.sweep.run.state import (
+    check_not_launched,
+    claim,
+    load_sweep_of,
+    only_driver,
+    open_core,
+    warm_start,
+    write_sweep,
+)
 from halora.sweep.run.trial_files import TrialFiles
 from halora.sweep.search.core import DecisionCore, Job
+from halora.sweep.search.study_storage import check_database
 from halora.sweep.simulation.simulator import SimulatedClock, simulate
 from halora.sweep.simulation.table import read_table
 from halora.training.models import check_available
@@ -76,32 +85,43 @@ def launch(
     Raises:
         UserError: The name is taken, the store cannot be written, the table does not fit, a model cannot be loaded, or
             the comparison would have no rows.
-        UnreachableError: MLflow, the storage or the cluster does not answer, or one of its nodes could not run a trial.
+        UnreachableError: MLflow, the study's database, the storage or the cluster does not answer, or one of the nodes
+            could not run a trial.
     """
     folder = store.sweep(sweep.name)
     store.check_writable()
     check_not_launched(folder)
-    if curves:
-        read_table(curves, sweep)
-    else:
-        _check_workers(sweep, store, cluster, store.storage)
-        check_rows_left(sweep)
-    for name in sweep.search.warm_start:
-        store.existing(name)
+    training = (
+        lambda: _check_workers(sweep, store, cluster, store.storage),
+        lambda: check_rows(sweep),
+        lambda: check_rows_left(sweep),
+    )
+    check_all(
+        *((lambda: read_table(curves, sweep),) if curves else training),
+        *(partial(store.existing, name) for name in sweep.search.warm_start),
+    )
+    earlier = warm_start(sweep, store)
 
     from halora.records.tracking import open_client
 
     open_client(store)
-    folder.root.mkdir(parents=True)
-    if store.server:
-        folder.server_file.write_text(store.server, encoding="utf-8")
-    if curves:
-        folder.curves_file.write_bytes(curves.read_bytes())
-    sweep = sweep.model_copy(update={"launch": uuid4().hex})
-    folder.sweep_file.write_text(
-        yaml.safe_dump(sweep.model_dump(mode="json"), sort_keys=False, allow_unicode=True), encoding="utf-8"
-    )
-    return _run(sweep, store, watcher, cluster, metrics_port)
+    check_database()
+    with ExitStack() as workers:
+        if not curves:
+            workers.enter_context(_workers(sweep, cluster))  # the name is taken once the sweep can run
+        sweep = as_launched(sweep)
+
+        def write(new: SweepFolder) -> None:
+            if store.server:
+                write_whole(new.server_file, store.server)
+            if curves:
+                new.curves_file.write_bytes(curves.read_bytes())
+            if earlier:
+                write_json(new.warm_start_file, earlier)
+            write_sweep(new, sweep)
+
+        claim(folder, write)
+        return _run(sweep, store, watcher, workers, metrics_port)
 
 
 def resume(
@@ -117,16 +137,18 @@ def resume(
         metrics_port: Port of the loopback address to serve its metrics at; nowhere for none.
 
     Raises:
-        UserError: There is no such sweep, or another process is running it.
+        UserError: There is no such sweep, another process is running it, or its models or tasks have changed.
         UnreachableError: The storage or the cluster does not answer, or one of its nodes could not run a trial.
     """
     folder = store.existing(name)
     if store.server:
-        folder.server_file.write_text(store.server, encoding="utf-8")
-    sweep = load_sweep(str(folder.sweep_file))
-    if not folder.curves_file.exists():
-        _check_workers(sweep, store, cluster, store.storage or folder.storage_url)
-    return _run(sweep, store.serving(name), watcher, cluster, metrics_port)
+        write_whole(folder.server_file, store.server)
+    sweep = load_sweep_of(folder)
+    if folder.curves_file.exists():
+        return _run(sweep, store.serving(name), watcher, nullcontext(), metrics_port)
+    check_unchanged(sweep)
+    _check_workers(sweep, store, cluster, store.storage or folder.storage_url)
+    return _run(sweep, store.serving(name), watcher, _workers(sweep, cluster), metrics_port)
 
 
 def probe(sweep: SweepConfig, store: Store, watcher: Watcher, *, cluster: Cluster = LOCAL) -> None:
@@ -172,7 +194,20 @@ def _check_workers(sweep: SweepConfig, store: Store, cluster: Cluster, storage: 
     check_cluster(cluster, store, storage, models)
 
 
-def _run(sweep: SweepConfig, store: Store, watcher: Watcher, cluster: Cluster, metrics_port: int | None) -> Outcome:
+def _workers(sweep: SweepConfig, cluster: Cluster) -> AbstractContextManager[None]:
+    """Ray with room for a sweep's workers, from when it is entered."""
+    from halora.sweep.cluster.session import ray_session
+
+    return ray_session(sweep.concurrent * sweep.workers, cpus=sweep.resources.cpus, cluster=cluster)
+
+
+def _run(
+    sweep: SweepConfig,
+    store: Store,
+    watcher: Watcher,
+    workers: AbstractContextManager[Any],
+    metrics_port: int | None,
+) -> Outcome:
     from halora.records.position import undelivered
     from halora.records.sender import recording
     from halora.sweep.run.metrics import SweepCollector, serving_metrics
@@ -185,7 +220,7 @@ def _run(sweep: SweepConfig, store: Store, watcher: Watcher, cluster: Cluster, m
         core.request_stop(False)
         files = TrialFiles(folder)
         if store.storage and not simulated:
-            files.keep_at(store.storage, core.unfinished)
+            files.keep_at(store.storage, sweep.launch, core.unfinished)
         with (
             recording(store, sweep, watcher.say) as recorder,
             serving_metrics(
@@ -203,14 +238,16 @@ def _run(sweep: SweepConfig, store: Store, watcher: Watcher, cluster: Cluster, m
                     simulate(core, table, clock, concurrent=at_once, report_every=every, events=events, folder=folder)
                     ended = core.over
                 else:
-                    ended, comparison = _train(sweep, folder, core, events, recorder, watcher, cluster)
+                    ended, comparison = _train(sweep, folder, core, events, recorder, watcher, workers)
             except KeyboardInterrupt:
                 pass
             finally:
-                _tell_end(sweep, core, watcher)
-                record_as_studied(core.trials(), recorder)
-                recorder.record_estimates(core.estimates())
-                recorder.finish(interrupted=not ended)
+                try:
+                    _tell_end(sweep, core, watcher)
+                    record_as_studied(core.trials(), recorder)
+                    recorder.record_estimates(core.estimates())
+                finally:  # the study may be away
+                    recorder.finish(interrupted=not ended)
                 events.prune()
         return Outcome(ended, core.counts()["failed"], comparison)
 
@@ -231,18 +268,16 @@ def _train(
     events: "_Recording",
     recorder: "SweepRecorder",
     watcher: Watcher,
-    cluster: Cluster,
+    workers: AbstractContextManager[Any],
 ) -> tuple[bool, ClosingComparison | None]:
     """Run the core's jobs on Ray, and the closing comparison after them; whether both came to their end."""
     import torch
 
-    from halora.sweep.cluster.session import ray_session
     from halora.sweep.run.executor import run_trials  # imports Ray
 
     torch.set_num_threads(1)  # the cores are the workers'
-    processes = sweep.concurrent * sweep.workers
-    with ray_session(processes, cpus=sweep.resources.cpus, cluster=cluster):
-        watcher.say(f"{RUNS} on up to {processes} workers; each loads the model once")
+    with workers:
+        watcher.say(f"{RUNS} on up to {sweep.concurrent * sweep.workers} workers; each loads the model once")
         unknown = bases(sweep, watcher.say) if recorder.ledger.damage is None else []
         run_trials(sweep, folder, core, events, Probing(unknown, watcher.say, recorder.record_damage))
         recorder.record_estimates(core.estimates())

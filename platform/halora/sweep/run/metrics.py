@@ -36,7 +36,7 @@ class SweepCollector(Collector):
             trials.add_metric([self._sweep, state], states[state])
         yield trials
         steps = CounterMetricFamily("halora_optimizer_steps", "Optimiser steps of all trials.", labels=["sweep"])
-        steps.add_metric([self._sweep], sum(max(self._ledger.steps(point.number), default=0) for point in points))
+        steps.add_metric([self._sweep], sum(self._ledger.last_step(point.number) for point in points))
         yield steps
         reached = self._ledger.sweep_metrics
         for name, text, value in (

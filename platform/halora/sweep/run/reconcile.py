@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from halora.errors import UnreachableError, UserError
 from halora.records.store import Store
 from halora.sweep.run.state import is_running, load_core, only_driver
 from halora.sweep.search.study import State, Trial
@@ -44,21 +45,30 @@ class Difference:
     fixed: str
 
 
-def reconcile_store(store: Store, say: Callable[[str], None]) -> list[tuple[str, Difference]]:
-    """Bring the records of every sweep that no process runs to what its study says; what was different, by sweep.
+def reconcile_store(store: Store, say: Callable[[str], None]) -> tuple[list[tuple[str, Difference]], list[str]]:
+    """Bring the records of every sweep that no process runs to what its study says; a sweep that cannot be read stays.
 
     Args:
         store: The store.
         say: Tells a person one line.
 
+    Returns:
+        What was different, by sweep; and why sweeps were left as they are.
+
     Raises:
-        UnreachableError: MLflow does not answer.
+        UnreachableError: MLflow, or a database of studies, does not answer.
     """
-    found = []
+    found, left = [], []
     for name in store.sweeps():
-        if not is_running(store.sweep(name)):
+        if is_running(store.sweep(name)):
+            continue
+        try:
             found += [(name, difference) for difference in _reconcile(name, store.serving(name), say)]
-    return found
+        except UnreachableError:
+            raise
+        except UserError as error:
+            left.append(f"sweep '{name}' is left as it is: {error}")
+    return found, left
 
 
 def close_records(name: str, store: Store, say: Callable[[str], None]) -> None:
@@ -71,6 +81,7 @@ def close_records(name: str, store: Store, say: Callable[[str], None]) -> None:
 
     sweep, core = load_core(name, store)
     with only_driver(store.sweep(name)), recording(store.serving(name), sweep, say) as recorder:
+        core.complete()
         record_as_studied(core.trials(), recorder)
         recorder.record_estimates(core.estimates())
         counts = core.counts()

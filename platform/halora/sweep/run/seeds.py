@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from halora.errors import StorageError, UserError
-from halora.files import write_json
+from halora.files import write_json, write_whole
 from halora.pricing import trial_energy
 from halora.records.store import SweepFolder
 from halora.settings.trial import Goal
@@ -81,7 +81,7 @@ def train_seeds(
     own = folder.comparison
     own.root.mkdir(exist_ok=True)
     if folder.storage_url:
-        own.storage_file.write_text(f"{folder.storage_url}-comparison", encoding="utf-8")
+        write_whole(own.storage_file, f"{folder.storage_url}-comparison")
     jobs = [_job(sweep, number, training) for number, training in enumerate(trainings)]
     for job in jobs:
         _claim(sweep, own, job)

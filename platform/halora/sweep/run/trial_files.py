@@ -4,12 +4,12 @@ The sweep's own folder keeps every finished trial's adapter and scores. So a tri
 when it ended, and be filled again for a race.
 """
 
-import secrets
 from collections.abc import Sequence
 
 from halora.analysis.front import front
 from halora.analysis.trials import RecordedTrial
 from halora.errors import StorageError, UserError
+from halora.files import write_whole
 from halora.records.store import SweepFolder
 from halora.storage import TrialStorage, prune_folder
 from halora.sweep.search.core import Job
@@ -29,18 +29,17 @@ class TrialFiles:
         self._folder = folder
         self._pruned: dict[int, bool] = {}  # by number, whether an adapter was kept in the storage
 
-    def keep_at(self, base_url: str, unfinished: Sequence[int]) -> None:
+    def keep_at(self, base_url: str, launch: str, unfinished: Sequence[int]) -> None:
         """Have trials kept below a URL from now on; those not finished are taken there from where they are.
 
-        The sweep's place has a part drawn at random in its name, so that two sweeps of one name do not meet.
+        The sweep's place has the identity of its launch in its name, so that two sweeps of one name do not meet.
 
         Raises:
             UserError: A checkpoint is damaged.
             StorageError: One of the two places cannot be read or written.
         """
         before = self._folder.storage_url
-        name = before.rpartition("/")[2] if before else f"{self._folder.name}-{secrets.token_hex(4)}"
-        url = f"{base_url}/{name}"
+        url = f"{base_url}/{self._folder.name}-{launch}"
         if url == before:
             return
         for number in unfinished:
@@ -49,7 +48,7 @@ class TrialFiles:
                 self._place(number).fetch_checkpoint(own)
             if latest_checkpoint(own):
                 TrialStorage(f"{url}/{number:05d}").put_checkpoint(own)
-        self._folder.storage_file.write_text(url, encoding="utf-8")
+        write_whole(self._folder.storage_file, url)
 
     def reports(self, number: int) -> list[dict[str, float]]:
         """Reports of a trial up to its latest checkpoint.

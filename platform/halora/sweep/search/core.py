@@ -86,7 +86,7 @@ class DecisionCore:
         self._in_flight: dict[int, Job] = {}
         self._levels: dict[int, Sequence[Goal]] = {}
         self._clock_s, self._looked_s = clock_s, clock_s()
-        self._over = False
+        self._over, self._completed = False, False
         self._out_of_race: set[int] = set()
 
     def suggest(self) -> Job | None:
@@ -96,6 +96,8 @@ class DecisionCore:
         """
         if self._study.stopping:
             return None
+        if not self._completed:
+            self.complete()
         trials = self._study.trials()
         job = self._unfinished(trials)
         if job is None and self._within_budget(trials):
@@ -111,6 +113,13 @@ class DecisionCore:
             self._in_flight[job.number] = job
         self._over = job is None and not self._in_flight
         return job
+
+    def complete(self) -> None:
+        """Tell Optuna's own record the end of finished trials that a process which ended meanwhile had not told yet."""
+        for trial in self._study.trials():
+            if trial.state is State.FINISHED and not trial.told:
+                self._tell(trial)
+        self._completed = True
 
     @property
     def waiting(self) -> bool:
@@ -139,15 +148,16 @@ class DecisionCore:
         if not isfinite(scores["accuracy"]):
             self.on_failure(number)
             return
+        self._spend_time()
         job = self._in_flight.pop(number)
         trial = self.trial(number)
         if trial.state is State.FINISHED:
             self._study.raced(trial, scores)
+        elif job.final:
+            self._study.finished(trial, scores)
+            self._tell(self.trial(number))
         else:
             self._study.scored(trial, scores)
-            if job.final:
-                self._finish(trial, scores)
-        self._spend_time()
 
     def on_loss(self, number: int) -> bool:
         """Take the end of the worker that had a trial. Whether the trial resumes from its checkpoint; else it fails."""
@@ -247,9 +257,12 @@ class DecisionCore:
         if begun >= self._problem.trials or self._study.ended:
             return None
         known = {trial.key for trial in trials}
-        for attempt in range(_RE_ASKS):
-            proposal = self._proposal(trials, attempt)
+        asked = _skipped_last(trials)  # of these, by an earlier process: what is suggested follows from the study alone
+        repeated = 0
+        while asked + repeated < _RE_ASKS:
+            proposal = self._proposal(trials, repeated)
             if point_key(proposal.values) in known and len(trials) >= len(self._problem.first):
+                repeated += 1
                 continue
             energy, refused = self._priced(proposal)
             reason = refused or self._reason_to_skip(energy, trials)
@@ -258,6 +271,7 @@ class DecisionCore:
             if not reason:
                 return self._job(trials[number])
             known.add(point_key(proposal.values))
+            asked, repeated = asked + 1, 0
         return self._untried(trials, known)
 
     def _untried(self, trials: Sequence[Trial], known: set[str]) -> Job | None:
@@ -326,10 +340,9 @@ class DecisionCore:
         broken = [str(c) for c in self._problem.constraints if c.metric == ENERGY and c.violation({ENERGY: energy}) > 0]
         return f"{energy:.4g} µJ per token break {' and '.join(broken)}" if broken else ""
 
-    def _finish(self, trial: Trial, scores: Scores) -> None:
-        metrics = {**scores, ENERGY: trial.energy_uj_per_token}
-        violations = {str(constraint): constraint.violation(metrics) for constraint in self._problem.constraints}
-        self._study.finished(trial, float(scores["accuracy"]), violations)
+    def _tell(self, trial: Trial) -> None:
+        metrics = {**trial.scores[-1], ENERGY: trial.energy_uj_per_token}
+        self._study.tell(trial, {str(each): each.violation(metrics) for each in self._problem.constraints})
 
     def _race(self, trials: Sequence[Trial]) -> Job | None:
         """More chips for the finished trial that may decide most about the front."""
@@ -411,6 +424,11 @@ class DecisionCore:
             now_s = self._clock_s()
             self._study.spend(self._study.hours + (now_s - self._looked_s) / 3600)
             self._looked_s = now_s
+
+
+def _skipped_last(trials: Sequence[Trial]) -> int:
+    """Number of trials that were skipped since one was trained."""
+    return next((i for i, trial in enumerate(reversed(trials)) if trial.state is not State.SKIPPED), len(trials))
 
 
 def _chips(trial: Trial) -> int:

@@ -123,9 +123,9 @@ class RunningJobs:
     def out_of_memory(self, key: str, cause: str) -> None:
         """Close a job that ran out of memory while its micro-batch had more than a row. The core hands it out again."""
         job = self._jobs.pop(key)
-        self.core.on_out_of_memory(job.number)
         if self._events:
             self._events.out_of_memory(job, cause)
+        self.core.on_out_of_memory(job.number)
 
     def left(self, key: str) -> None:
         """Let go of a job that was paused or interrupted; its trial stays unfinished."""

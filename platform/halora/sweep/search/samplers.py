@@ -8,7 +8,7 @@ that went on: without it whole trainings look better than they are, and the sear
 """
 
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -25,7 +25,7 @@ from halora.hardware.addressing import derive_seed
 from halora.spaces.language import Categorical, Distribution, chosen_values
 from halora.spaces.search import ENERGY, Sampler, total_violation
 from halora.sweep.search.problem import Problem
-from halora.sweep.search.study import State, Trial
+from halora.sweep.search.study import Scores, State, Trial
 
 BLIND: frozenset[Sampler] = frozenset({"random", "qmc"})
 """Samplers that look at no trial."""
@@ -225,33 +225,48 @@ def _between(low: float, high: float, u: float, log: bool) -> float:
     return float(low * (high / low) ** u) if log else low + u * (high - low)
 
 
-def fitting_trials(problem: Problem, trials: Sequence[Trial]) -> list[Trial]:
-    """Finished trials of an earlier sweep that are points of this space, at this problem's energies and constraints."""
-    found = []
-    for trial in trials:
-        if trial.state is not State.FINISHED:
-            continue
-        values = {path: trial.values[path] for path in problem.space if path in trial.values}
+def kept_of(trials: Sequence[Trial]) -> list[dict[str, Any]]:
+    """What another sweep needs to start warm from these trials, in plain JSON: values and scores of finished ones."""
+    return [
+        {"values": dict(trial.values), "scores": dict(trial.scores[-1])}
+        for trial in trials
+        if trial.state is State.FINISHED
+    ]
+
+
+def fitting_trials(problem: Problem, kept: Sequence[Mapping[str, Any]]) -> list[Trial]:
+    """Trials of earlier sweeps, see `kept_of`, that are points of this space, at this problem's energies."""
+    found: list[Trial] = []
+    for earlier in kept:
+        values = {path: earlier["values"][path] for path in problem.space if path in earlier["values"]}
         try:
             proposal = propose(problem.space, make_sampler("random", problem.space, 0, 0), fixed=values)
         except ValueError:
             continue
         if proposal.values == values:
-            found.append(_moved_here(problem, trial, proposal))
+            found.append(_moved_here(problem, len(found), proposal, earlier["scores"]))
     return found
 
 
-def _moved_here(problem: Problem, trial: Trial, proposal: Proposal) -> Trial:
+def _moved_here(problem: Problem, number: int, proposal: Proposal, scores: Scores) -> Trial:
     energy = problem.energy(proposal.values)
-    metrics = {**trial.scores[-1], ENERGY: energy}
-    constraints = {str(c): c.violation(metrics) for c in problem.constraints}
+    constraints = {str(c): c.violation({**scores, ENERGY: energy}) for c in problem.constraints}
     frozen = optuna.create_trial(
-        values=[float(trial.scores[-1]["accuracy"]), energy],
+        values=[float(scores["accuracy"]), energy],
         params=proposal.values,
         distributions=proposal.distributions,
         constraints=constraints or None,
     )
-    violation = total_violation(constraints.values())
-    return replace(
-        trial, values=proposal.values, energy_uj_per_token=energy, violation=violation, frozen=frozen, level=0
+    return Trial(
+        number=number,
+        values=proposal.values,
+        energy_uj_per_token=energy,
+        state=State.FINISHED,
+        level=0,
+        scores=(scores,),
+        skipped="",
+        lost_workers=0,
+        halvings=0,
+        violation=total_violation(constraints.values()),
+        frozen=frozen,
     )

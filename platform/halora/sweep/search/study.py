@@ -3,6 +3,9 @@
 A trial's number there is its identity everywhere: in Ray, in MLflow, in its checkpoint folder. Optuna's own states are
 kept true: RUNNING until a trial ends, COMPLETE with both objectives, PRUNED for one that was stopped early or never
 trained for its energy, FAIL. What Optuna has no word for is in the trial's attributes.
+
+Every decision is one write. A trial is finished once its final scores are written; that Optuna has it COMPLETE follows
+from them, so whoever finds it missing tells it then (docs/decisions/021).
 """
 
 from collections.abc import Mapping
@@ -22,7 +25,8 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 _ENERGY = "energy_uj_per_token"
 _LEVEL = "level"  # index of the level a trial heads for
-_SCORES = "scores {index}"  # what a level gave
+_SCORES = "scores {index}"  # what a rung gave
+_FINAL_SCORES = "final scores"  # what the last level gave: the trial is finished
 _SKIPPED = "skipped"  # why a trial was never trained
 _LOST = "lost_workers"  # that a trial lost since its last report
 _HALVINGS = "halvings"  # of its micro-batch
@@ -85,6 +89,11 @@ class Trial:
         """The same for two trials of the same values."""
         return point_key(self.values)
 
+    @property
+    def told(self) -> bool:
+        """Whether Optuna's own record has the trial's end."""
+        return self.frozen.state.is_finished()
+
     @cached_property
     def accuracy(self) -> float | None:
         """Mean accuracy over chips at the last level reached."""
@@ -100,7 +109,7 @@ class SweepStudy:
     """What the decision core knows, read from storage and written there at once.
 
     Args:
-        name: Name of the sweep.
+        name: Name of the study.
         storage: Where the study lives; it is created if it is new.
     """
 
@@ -172,7 +181,7 @@ class SweepStudy:
         self._opened(trial).set_user_attr(_LEVEL, level)
 
     def scored(self, trial: Trial, scores: Scores) -> None:
-        """Keep what the level a trial headed for gave."""
+        """Keep what the rung a trial headed for gave; it pauses there."""
         self._opened(trial).set_user_attr(_SCORES.format(index=trial.level), dict(scores))
 
     def count_lost_workers(self, trial: Trial, count: int) -> None:
@@ -187,14 +196,18 @@ class SweepStudy:
         """Keep a finished trial's scores on more chips."""
         self._study.set_user_attr(f"{_RACED}{trial.number}", dict(scores))
 
-    def finished(self, trial: Trial, accuracy: float, constraints: Mapping[str, float]) -> None:
-        """Tell a trial complete with its objectives."""
+    def finished(self, trial: Trial, scores: Scores) -> None:
+        """Keep the final scores of a trial, which finishes it; `tell` is to follow."""
+        self._opened(trial).set_user_attr(_FINAL_SCORES, dict(scores))
+
+    def tell(self, trial: Trial, constraints: Mapping[str, float]) -> None:
+        """Have Optuna's own record say that a finished trial is complete, with its objectives and constraints."""
         opened = self._opened(trial)
         known = opened.constraints
         for name, violation in constraints.items():
             if name not in known:
                 opened.set_constraint(name, violation)
-        self._study.tell(trial.number, [accuracy, trial.energy_uj_per_token])
+        self._study.tell(trial.number, [trial.scores[-1]["accuracy"], trial.energy_uj_per_token])
 
     def stopped(self, trial: Trial) -> None:
         """Tell a trial pruned; it carries no values."""
@@ -242,12 +255,12 @@ def _read(frozen: FrozenTrial) -> Trial:
     scores = _scores(attrs)
     level = int(attrs.get(_LEVEL, 0))
     match frozen.state:
-        case TrialState.COMPLETE:
-            state = State.FINISHED
         case TrialState.FAIL:
             state = State.FAILED
         case TrialState.PRUNED:
             state = State.SKIPPED if _SKIPPED in attrs else State.STOPPED
+        case _ if _FINAL_SCORES in attrs:
+            state = State.FINISHED
         case _:
             state = State.PAUSED if len(scores) > level else State.RUNNING
     return Trial(
@@ -269,4 +282,6 @@ def _scores(attrs: Mapping[str, Any]) -> tuple[Scores, ...]:
     found: list[Scores] = []
     while (key := _SCORES.format(index=len(found))) in attrs:
         found.append(attrs[key])
+    if _FINAL_SCORES in attrs:
+        found.append(attrs[_FINAL_SCORES])
     return tuple(found)

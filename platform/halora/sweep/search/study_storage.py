@@ -1,17 +1,22 @@
 """Where a sweep's study lives: a journal file in its folder, or a database, which may be away for a while."""
 
+import fcntl
+import json
 import os
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial
+from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
-from halora.errors import UnreachableError, UserError
+from halora.errors import UnreachableError, UserError, causes
+from halora.records.journal import append_line
 from halora.records.store import SweepFolder
 
 STUDY_URL = "HALORA_STUDY_URL"
@@ -19,6 +24,7 @@ STUDY_URL = "HALORA_STUDY_URL"
 
 _PATIENCE_S = 900.0  # how long a running sweep waits for a database that has gone
 _LONGEST_DELAY_S = 5.0
+_CONNECTING_S = 10  # that a database may take to answer
 
 
 def storage_of(folder: SweepFolder, say: Callable[[str], None] = lambda text: None) -> BaseStorage:
@@ -34,16 +40,45 @@ def storage_of(folder: SweepFolder, say: Callable[[str], None] = lambda text: No
     """
     url = os.environ.get(STUDY_URL)
     if folder.study_file.exists() or not (url or folder.database_mark.exists()):
-        return JournalStorage(JournalFileBackend(str(folder.study_file)))
+        return JournalStorage(StudyFile(str(folder.study_file)))
     if not url:
         raise UserError(f"the study of sweep '{folder.name}' is in a database", f"set ${STUDY_URL} to its address")
-    try:
-        storage = PatientStorage(url, say)
-    except Exception as error:  # SQLAlchemy and its drivers raise many kinds; their texts may hold the password
-        kind = type(error).__name__
-        raise UnreachableError(f"the study's database (${STUDY_URL}) cannot be opened: {kind}") from None
+    storage = _opened(url, say)
     folder.database_mark.touch()
     return storage
+
+
+def check_database() -> None:
+    """Refuse to launch where the database for studies, if there is one, cannot be opened.
+
+    Raises:
+        UnreachableError: It cannot.
+    """
+    if url := os.environ.get(STUDY_URL):
+        _opened(url, lambda text: None)
+
+
+def _opened(url: str, say: Callable[[str], None]) -> "PatientStorage":
+    try:
+        return PatientStorage(url, say)
+    except Exception as error:  # SQLAlchemy and its drivers raise many kinds
+        told = f"the study's database (${STUDY_URL}) cannot be opened: {_cause(error, url)}"
+        raise UnreachableError(told) from None
+
+
+class StudyFile(JournalFileBackend):
+    """Optuna's journal file, of which a crash or a full disk leaves whole lines only.
+
+    Optuna's own lock is a second file, which a process that is killed leaves behind; this one is the system's.
+    """
+
+    def append_logs(self, logs: Sequence[Any]) -> None:
+        """Add lines, all of them or none."""
+        lines = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs)
+        with open(self._file_path, "r+b", buffering=0) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            append_line(file.fileno(), lines.encode())
+            os.fsync(file.fileno())
 
 
 class PatientStorage(RDBStorage):
@@ -58,8 +93,10 @@ class PatientStorage(RDBStorage):
     """
 
     def __init__(self, url: str, say: Callable[[str], None]) -> None:
-        super().__init__(url, engine_kwargs={"pool_pre_ping": True})
-        self._say = say
+        known = url.startswith(("postgresql", "mysql", "mariadb"))
+        waiting = {"connect_timeout": _CONNECTING_S} if known else {}
+        super().__init__(url, engine_kwargs={"pool_pre_ping": True, "connect_args": waiting})
+        self._say, self._given_up = say, False
 
     def _create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> FrozenTrial:
         assert template_trial is not None  # trials are begun with all their values
@@ -90,15 +127,22 @@ class PatientStorage(RDBStorage):
         return self._patiently(change, again)
 
     def _patiently[T](self, call: Callable[[], T], again: Callable[[], T] | None = None) -> T:
-        """What `call` gives, or `again` gives once the database is back."""
-        end, delay_s, gone = time.monotonic() + _PATIENCE_S, 0.2, False
+        """What `call` gives, or `again` gives once the database is back.
+
+        Raises:
+            UnreachableError: It stays away, or refuses for a reason that waiting does not change.
+        """
+        patience_s = 0.0 if self._given_up else _PATIENCE_S
+        end, delay_s, gone = time.monotonic() + patience_s, 0.2, False
         while True:
             try:
                 found = (again if again and gone else call)()
             except (StorageInternalError, SQLAlchemyError) as error:
                 if not _is_away(error):
-                    raise
-                if time.monotonic() > end:
+                    told = f"the study's database refuses: {_cause(error, self.url)}"
+                    raise UnreachableError(told, "put that right and resume the sweep") from None
+                if time.monotonic() >= end:
+                    self._given_up = True  # what is still to be written at the end of the sweep waits no more
                     told = f"the study's database has been away for {_PATIENCE_S / 60:.0f} minutes"
                     raise UnreachableError(told, "start it and resume the sweep") from None
                 if not gone:
@@ -122,6 +166,11 @@ def _waiting(name: str) -> Callable[..., Any]:
 
 
 for _name in (
+    "create_new_study",
+    "get_study_id_from_name",
+    "get_study_name_from_id",
+    "get_study_directions",
+    "get_trial_id_from_study_id_trial_number",
     "set_study_user_attr",
     "set_study_system_attr",
     "get_study_user_attrs",
@@ -136,10 +185,31 @@ for _name in (
 
 
 def _is_away(error: BaseException) -> bool:
-    """Whether an error is for want of the database, and not by it; it may have led to others on its way."""
-    found: BaseException | None = error
-    while found is not None:
-        if isinstance(found, DBAPIError) and (found.connection_invalidated or "connection" in str(found).lower()):
-            return True
-        found = found.__cause__ or found.__context__
+    """Whether an error is for want of the database, and not by it; it may have led to others on its way.
+
+    A server that can be reached and refuses says why with the code of its error, or as FATAL while it is connected to.
+    """
+    for each in causes(error):
+        if isinstance(each, DBAPIError):
+            text, code = str(each.orig), str(getattr(each.orig, "sqlstate", None) or "")
+            if code.startswith(_AWAY_CODES) or _AWAY.search(text):
+                return True
+            if not code and not _REFUSED.search(text) and (each.connection_invalidated or _CUT_OFF.search(text)):
+                return True
     return False
+
+
+_AWAY_CODES = ("08", "57P", "53300")  # of PostgreSQL: the connection, the server's end or start, too many connections
+_AWAY = re.compile(r"starting up|shutting down|in recovery|too many (clients|connections)|terminating connection", re.I)
+_CUT_OFF = re.compile(r"connect|resolve|closed|timeout|timed out|network|route to host", re.I)
+_REFUSED = re.compile(r"FATAL|authentication|does not exist|denied|database is full|readonly", re.I)
+
+
+def _cause(error: BaseException, url: str) -> str:
+    """What a database said, on one line, without its password."""
+    said = next((each.orig for each in causes(error) if isinstance(each, DBAPIError) and each.orig), None)
+    if said is None:
+        return type(error).__name__  # its text may hold the password
+    text = " ".join(str(said).split())[:300]
+    password = make_url(url).password
+    return text.replace(str(password), "***") if password else text

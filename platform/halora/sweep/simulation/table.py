@@ -6,7 +6,6 @@ field by its dotted path (empty where the trial had none), and where known `seco
 table lacks is answered by its nearest trial, or by a random forest over all of them.
 """
 
-import csv
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from math import isfinite, log
@@ -17,6 +16,7 @@ import numpy as np
 
 from halora.errors import UserError, nearest
 from halora.hardware.addressing import derive_seed
+from halora.reading import read_csv
 from halora.spaces.language import Categorical, Distribution
 from halora.spaces.sweep import SweepConfig
 from halora.yaml_files import parse_yaml
@@ -33,12 +33,8 @@ def read_table(path: Path, sweep: SweepConfig) -> "Table":
         UserError: With every mistake: columns that are missing or unknown, cells that are no numbers or no values of
             their field, no line at all.
     """
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as lines:
-            reader = csv.DictReader(lines)
-            columns, rows = list(reader.fieldnames or ()), list(reader)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: cannot be read as a table: {error}") from None
+    lines = read_csv(path, str(path))
+    columns, rows = lines[0] if lines else [], lines[1:]
     known = [*_REQUIRED, *_OPTIONAL, *sweep.space]
     problems = [f"{path}: column '{name}' is missing" for name in _REQUIRED if name not in columns]
     problems += [
@@ -46,14 +42,16 @@ def read_table(path: Path, sweep: SweepConfig) -> "Table":
         for name in columns
         if name not in known
     ]
-    problems += [] if rows or problems else [f"{path}: no line but the head"]
+    problems += [f"{path}: column '{name}' is given twice" for name in sorted(set(columns)) if columns.count(name) > 1]
+    problems += [] if any(rows) or problems else [f"{path}: no line but the head"]
     numbers: list[dict[str, float]] = []
     points: list[dict[str, Any]] = []
-    for i, row in enumerate(rows, start=2):
-        scores, values = {}, {}
-        if None in row:
+    for i, cells in enumerate(rows, start=2):
+        if not cells:
+            continue
+        row, scores, values = dict(zip(columns, cells, strict=False)), dict[str, float](), dict[str, Any]()
+        if len(cells) > len(columns):
             problems.append(f"{path}, line {i}: more cells than the head has columns; is a comma a decimal point?")
-            del row[None]
         for name, text in row.items():
             if not text or name not in known:
                 continue
