@@ -11,8 +11,8 @@ from halora.files import sha256_of
 from halora.hardware.addressing import Role
 from halora.records.recorder import dataset
 from halora.selection.bundle import Bundle, write_bundle
+from halora.selection.bundle_reading import read_bundle
 from halora.selection.claims import Evidence, Origin, asked_scenarios, concluded, priced
-from halora.selection.reading import read_bundle
 from halora.settings.trial import TrialConfig
 from halora.spaces.gates import Gates
 from halora.training.models import plain_base, weights_digest

@@ -13,7 +13,7 @@ from bundles import make_bundle
 
 from halora.errors import UserError
 from halora.selection.bundle import CHECKSUMS_FILE, FILES, write_checksums
-from halora.selection.reading import read_bundle
+from halora.selection.bundle_reading import read_bundle
 
 CASES = 1500
 ODD = [

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from halora.errors import UserError
 from halora.selection.bundle import CHECKSUMS_FILE, FILES, SIGNATURE_FILE, write_checksums
-from halora.selection.reading import read_bundle
+from halora.selection.bundle_reading import read_bundle
 from halora.selection.signature import fits, private_key, public_key, sign
 from halora.selection.verify import verify
 from halora.trial_folder import ADAPTER_WEIGHTS

@@ -1,4 +1,4 @@
-"""Files that are written atomically, whatever happens to their writer; their digests; files of other people."""
+"""Files that are written atomically, whatever happens to their writer; and their digests."""
 
 import errno
 import fcntl
@@ -6,13 +6,12 @@ import hashlib
 import json
 import os
 import secrets
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from halora.errors import UnreachableError, UserError, causes
+from halora.errors import UnreachableError, causes
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _CLOSED = (errno.EROFS, errno.EACCES)
@@ -88,34 +87,3 @@ def sha256_of(path: Path) -> str:
     """SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def check_regular(path: Path, most_bytes: int) -> None:
-    """Refuse links, devices and pipes, which hang or lead elsewhere, and files of more bytes.
-
-    Raises:
-        UserError: It is one of these, or is not there.
-    """
-    try:
-        found = path.lstat()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    if not stat.S_ISREG(found.st_mode):
-        raise UserError(f"{path} is not a regular file")
-    if found.st_size > most_bytes:
-        raise UserError(f"{path} has {found.st_size:,} bytes, more than the {most_bytes:,} that such a file may have")
-
-
-def read_regular(path: Path, most_bytes: int) -> bytes:
-    """The content of a regular file of bounded size, see `check_regular`.
-
-    Raises:
-        UserError: It is none, or too large, or cannot be read.
-    """
-    check_regular(path, most_bytes)
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        with open(descriptor, "rb") as file:
-            return file.read(most_bytes)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None

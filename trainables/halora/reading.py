@@ -5,6 +5,7 @@ Text, JSON, JSON lines, CSV and safetensors; YAML is read by `halora.yaml_files`
 
 import csv
 import json
+import os
 import re
 import stat
 from collections.abc import Iterator, Mapping
@@ -38,6 +39,37 @@ def _stands(name: Any, kind: Any) -> bool:
         return bool(kind(Path(name).stat().st_mode))
     except (OSError, ValueError):  # no such path, one too long, one with a zero byte
         return False
+
+
+def check_regular(path: Path, most_bytes: int) -> None:
+    """Refuse links, devices and pipes, which hang or lead elsewhere, and files of more bytes.
+
+    Raises:
+        UserError: It is one of these, or is not there.
+    """
+    try:
+        found = path.lstat()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    if not stat.S_ISREG(found.st_mode):
+        raise UserError(f"{path} is not a regular file")
+    if found.st_size > most_bytes:
+        raise UserError(f"{path} has {found.st_size:,} bytes, more than the {most_bytes:,} that such a file may have")
+
+
+def read_regular(path: Path, most_bytes: int) -> bytes:
+    """The content of a regular file of bounded size, see `check_regular`.
+
+    Raises:
+        UserError: It is none, or too large, or cannot be read.
+    """
+    check_regular(path, most_bytes)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with open(descriptor, "rb") as file:
+            return file.read(most_bytes)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def read_text(path: Path, where: str, what: str = "text", most_bytes: int = _LARGEST_TEXT) -> str:

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from halora.errors import UserError
-from halora.files import read_regular
+from halora.reading import read_regular
 
 _PURPOSE = b"halora bundle, checksums\n"
 _MOST_BYTES = 16_384

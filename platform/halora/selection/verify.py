@@ -12,12 +12,12 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from halora.errors import UserError
-from halora.files import read_regular
 from halora.hardware.addressing import Role
+from halora.reading import read_regular
 from halora.selection import signature
 from halora.selection.bundle import CHECKSUMS_FILE, FILES, SIGNATURE_FILE, Bundle, most_bytes
+from halora.selection.bundle_reading import differences, read_bundle
 from halora.selection.claims import asked_scenarios, priced
-from halora.selection.reading import differences, read_bundle
 from halora.settings.trial import TrialConfig
 from halora.training.models import BaseModel, plain_base, weights_digest
 

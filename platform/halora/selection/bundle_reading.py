@@ -9,14 +9,15 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from itertools import islice
-from math import isclose, isfinite
+from math import isclose
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from halora.errors import UserError, attempt, shortened
-from halora.files import check_regular, read_regular, sha256_of
+from halora.files import sha256_of
+from halora.reading import check_regular, decoded, parse_json, read_regular
 from halora.records.names import CERTIFICATION_FILE, ROBUSTNESS_FILE, SCORES_FILE
 from halora.selection.bundle import (
     CARD_FILE,
@@ -46,7 +47,6 @@ _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
 _MOST_STRANGE_FILES = 20
 _MOST_DIFFERENCES = 20
 _MOST_EARLIER = 10**6
-_MOST_DIGITS = 18  # of a whole number
 _ROUNDING = 1e-9
 """By which sums in another order differ, relatively."""
 _ANEW = "have it exported anew"
@@ -121,26 +121,8 @@ def read_json(path: Path) -> Any:
     Raises:
         UserError: It is none, or holds what is not a number, or is nested too deep.
     """
-    try:
-        content = read_regular(path, most_bytes(path.name))
-        return json.loads(content, parse_constant=_no_number, parse_float=_finite, parse_int=_bounded)
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path} is not JSON: {shortened(str(error), 200)}") from None
-
-
-def _no_number(text: str) -> Any:
-    raise ValueError(f"{shortened(text, 40)} is not a number, or too large a one")
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    return number if isfinite(number) else _no_number(text)
-
-
-def _bounded(text: str) -> int:
-    return int(text) if len(text) <= _MOST_DIGITS else _no_number(text)
+    most = most_bytes(path.name)
+    return parse_json(decoded(read_regular(path, most), str(path), "JSON"), str(path), most)
 
 
 def _typed(path: Path, kind: Any) -> Any:
