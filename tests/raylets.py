@@ -263,8 +263,10 @@ def raylets(
 
 @contextmanager
 def frozen(pid: int) -> Iterator[None]:
-    """Stop a process (SIGSTOP), and let it go on afterwards if it is still there."""
+    """A process that is stopped (SIGSTOP) while the block runs, and goes on afterwards if it is still there."""
     os.kill(pid, signal.SIGSTOP)
+    while psutil.Process(pid).status() != psutil.STATUS_STOPPED:  # the signal is delivered when it is next scheduled
+        time.sleep(0.01)
     try:
         yield
     finally:

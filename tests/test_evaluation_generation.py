@@ -123,7 +123,7 @@ def test_answers_are_compared_as_numbers_where_they_are():
     assert not same_answer("18", "eighteen")
 
 
-@pytest.mark.parametrize(("pattern", "problem"), [("(", "no regular expression"), (r"(\d)(\d)", "has 2 groups")])
+@pytest.mark.parametrize(("pattern", "problem"), [("(", "not a regular expression"), (r"(\d)(\d)", "has 2 groups")])
 def test_a_bad_pattern_is_refused(pattern, problem):
     with pytest.raises(ValidationError, match=problem):
         EvaluationSettings(answer_pattern=pattern)

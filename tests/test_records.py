@@ -544,7 +544,7 @@ def test_nothing_of_a_long_and_odd_sweep_is_refused(client, store, tiny_models, 
         recorder.finish(interrupted=False)
     assert said == []
     assert not folder.refused_file.exists()
-    run = queries.trial_run(client, "odd", 0)
+    (run,) = _runs(client, sweep, "trial")
     assert run.data.params.keys() == params.keys()
     assert len(run.inputs.dataset_inputs) == 2
     found = {name: value for name, value in run.data.metrics.items() if name.startswith("accuracy.")}

@@ -45,10 +45,13 @@ def write_json(path: Path, content: Any, *, durable: bool = False) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the lock of a file, made where it is not there, while the block runs; others wait for it."""
-    with path.open("a", encoding="utf-8") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    """Hold the lock of a folder while the block runs; others wait for it."""
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(folder)
 
 
 def no_room(error: BaseException) -> bool:

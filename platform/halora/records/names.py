@@ -111,10 +111,6 @@ YIELD_BOUND = "halora.yield_bound"
 REPLACED = "halora.replaced"  # version that was champion before this one
 
 
-_LONGEST_METRIC = 250  # characters, as MLflow takes them
-LONGEST_DATASET = 500
-
-
 def registered_name(model: str, task: str, chip: str, identity: Sequence[str]) -> str:
     """Name of a registered model: one chip's champion never stands in the way of another's.
 
@@ -153,7 +149,8 @@ def metric(name: str) -> str:
     """
     spelled = re.sub(r"[^\w./: -]", "_", name)
     spelled = "/".join(re.sub(r"^\.{1,2}$", "_", part) for part in spelled.split("/") if part)
-    return name if spelled == name and len(name) <= _LONGEST_METRIC else bounded(spelled, _LONGEST_METRIC, of=name)
+    longest = 250  # characters, as MLflow takes them
+    return name if spelled == name and len(name) <= longest else bounded(spelled, longest, of=name)
 
 
 def bounded(name: str, most: int, of: str = "") -> str:

@@ -53,6 +53,7 @@ _STATUS = {
 _REFUSALS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE", "BAD_REQUEST"}
 _MOST_RUNS = 50_000  # MLflow's own limit of one search
 _MOST_PARAMS = 100  # of one request, MLflow's own limit
+_LONGEST_DATASET = 500  # characters of a name, MLflow's own limit
 _LARGEST_BATCH = 900  # metrics; MLflow takes 1000 metrics, params and tags together
 _DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 ANSWERING_S = 12.0
@@ -66,7 +67,7 @@ def open_client(store: Store) -> MlflowClient:
         UnreachableError: It does not answer, or cannot be opened.
     """
     own = not store.server and os.access(store.root, os.W_OK)
-    making = locked(store.root / "mlflow.lock") if own else nullcontext()
+    making = locked(store.root) if own else nullcontext()
     try:
         _ask_first(store)
         with making:  # two at once would both make the tables of a new database
@@ -364,6 +365,6 @@ def _state(run: Run) -> str:
 
 def _dataset_input(dataset: Mapping[str, Any]) -> DatasetInput:
     profile = json.dumps({"rows": int(dataset["rows"])})
-    name = names.bounded(dataset["name"], names.LONGEST_DATASET)
+    name = names.bounded(dataset["name"], _LONGEST_DATASET)
     entry = Dataset(name, dataset["digest"], "halora task", dataset["name"], profile=profile)
     return DatasetInput(entry, [InputTag("mlflow.data.context", dataset["split"])])

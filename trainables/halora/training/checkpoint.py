@@ -60,24 +60,29 @@ class Checkpoint:
         """Write the files into a folder that appears under its name whole; one that is there already stays.
 
         It is of the same step, written before the training was resumed from it, or by a worker that was thought lost.
+        Nor is one written where another worker, ahead by then, took what is there of it for that of a killed one.
         """
-        from safetensors.torch import save_file
-
         if folder.exists():
             return
         scratch = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.partial")
         (scratch / "adapter").mkdir(parents=True)
+        try:
+            self._write_files(scratch, peft_config)
+            scratch.rename(folder)
+        except Exception:
+            overtaken = folder.exists() or not scratch.exists()
+            shutil.rmtree(scratch, ignore_errors=True)
+            if not overtaken:
+                raise
+
+    def _write_files(self, scratch: Path, peft_config: Any) -> None:
+        from safetensors.torch import save_file
+
         peft_config.save_pretrained(scratch / "adapter")
         save_file(self.weights, scratch / "adapter" / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         if self.moments:
             save_file(self.moments, scratch / OPTIMIZER_FILE)
         (scratch / "progress.json").write_text(json.dumps({"step": self.step}), encoding="utf-8")
-        try:
-            scratch.rename(folder)
-        except OSError:
-            shutil.rmtree(scratch, ignore_errors=True)
-            if not folder.exists():  # else another worker was faster
-                raise
 
 
 class TrainedState:
