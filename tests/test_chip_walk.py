@@ -1,11 +1,13 @@
-"""Oracle: physics' sign. Every field of the chip's description says what it does to the energy and to the error of real
-products, or why one of them has no sign; all of them, on every shipped chip, with SmolLM2's weights and tokens.
+"""Oracle: physics' sign. Every field of the chip's description says what it does to the energy, to the time of a
+token, to the area and to the error of real products, or why one of them has no sign; all of them, on every shipped
+chip, with SmolLM2's weights and tokens.
 
 A new field fails `test_every_field_is_declared` until it is in `FIELDS`.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from math import isclose
 from typing import Any, get_args
 
 import pydantic
@@ -14,7 +16,7 @@ import torch
 
 from halora.hardware.addressing import NoiseKey, Role
 from halora.hardware.chip import Chip, load_chip, merge, preset_names
-from halora.hardware.energy import energy_per_token
+from halora.hardware.energy import EnergyBreakdown, energy_per_token
 from halora.hardware.instance import ChipInstance
 from halora.hardware.noise_settings import _model, noise_kinds
 from halora.hardware.rounding import rounded
@@ -53,7 +55,12 @@ class Walk:
         error: Sign of the error's change; likewise.
         why: Why a side is `NONE` or cannot be said.
         where: What the chip is set to besides, so that the field acts.
+        latency: Sign of the change of a token's path, nothing else on the chip and all of it on one die. None where
+            `why` says that none can be said.
+        area: Sign of the area's change; likewise.
         energy_of: Presets whose energy changes the other way, for the reason given.
+        latency_of: Presets whose time changes otherwise, for the reason given.
+        area_of: Presets whose area changes otherwise, for the reason given.
         head: Look at the logits, not at the block's output.
     """
 
@@ -63,12 +70,22 @@ class Walk:
     error: int | None
     why: str = ""
     where: dict[str, Any] = field(default_factory=dict)
+    latency: int | None = NONE
+    area: int | None = NONE
     energy_of: dict[str, int] = field(default_factory=dict)
+    latency_of: dict[str, int] = field(default_factory=dict)
+    area_of: dict[str, int] = field(default_factory=dict)
     head: bool = False
 
 
 FREE = "a property of the cells, not an effort"
 DEAR_CELLS = dict.fromkeys(("neurram-2022", "isaac"), DOWN)  # a product in RRAM takes 3 to 6 times that in SRAM there
+SAME_WAIT = dict.fromkeys(("ideal", "neurram-2022"), NONE)
+"""The LoRA branch is what a token waits for there, at 16 bits, or beside reads of 2 ns, wherever the weights are.
+Of NeuRRAM's layers without one, some are faster in RRAM than an SRAM macro's pass of 20 ns."""
+SERIAL = dict.fromkeys(("cmo-hfox", *(name for name in preset_names() if name.startswith(("halora", "ideal")))), NONE)
+"""They drive all bits at once."""
+AFTER = {"pipeline": {"branch": "after"}}
 OUTSIDE = {"mapping": {"sram": ["*.mlp.*"]}}
 LOGIC = {"mapping": {"digital": ["*.mlp.*"]}}
 QUIET = {
@@ -96,15 +113,32 @@ LABEL = "a name"
 
 FIELDS: dict[str, Walk] = {
     "name": Walk("a", "b", NONE, NONE, LABEL),
-    "mapping.lm_head": Walk(False, True, UP, UP, head=True),
-    "mapping.sram": Walk([], ["*.mlp.*"], UP, DOWN, energy_of=DEAR_CELLS),
-    "mapping.digital": Walk([], ["*.mlp.*"], UP, DOWN),
-    "mapping.sram_fraction": Walk(0.0, 0.5, UP, DOWN, energy_of=DEAR_CELLS),
-    "mapping.ranking": Walk(
-        "depth", ["*.v_proj", "*.k_proj"], None, None, "which layers, not how many", {"mapping": {"sram_fraction": 0.3}}
+    "mapping.lm_head": Walk(False, True, UP, UP, head=True, latency=UP, area=UP),
+    "mapping.sram": Walk([], ["*.mlp.*"], UP, DOWN, energy_of=DEAR_CELLS, latency=DOWN, area=UP, latency_of=SAME_WAIT),
+    "mapping.digital": Walk([], ["*.mlp.*"], UP, DOWN, latency=UP, area=UP),
+    "mapping.sram_fraction": Walk(
+        0.0, 0.5, UP, DOWN, energy_of=DEAR_CELLS, latency=DOWN, area=UP, latency_of={"neurram-2022": UP}
     ),
-    "mapping.outliers.share": Walk(0.0, 0.002, UP, DOWN),
-    "mapping.outliers.by": Walk("column", "weight", UP, DOWN, where={"mapping": {"outliers": {"share": 0.002}}}),
+    "mapping.ranking": Walk(
+        "depth",
+        ["*.v_proj", "*.k_proj"],
+        None,
+        None,
+        "which layers, not how many",
+        {"mapping": {"sram_fraction": 0.3}},
+        latency=None,
+        area=None,
+    ),
+    "mapping.outliers.share": Walk(0.0, 0.002, UP, DOWN, area=UP),
+    "mapping.outliers.by": Walk(
+        "column",
+        "weight",
+        UP,
+        DOWN,
+        where={"mapping": {"outliers": {"share": 0.002}}},
+        area=UP,
+        latency_of={"neurram-2022": DOWN},
+    ),
     "mapping.outliers.weight_bits": Walk(
         2,
         8,
@@ -112,23 +146,24 @@ FIELDS: dict[str, Walk] = {
         None,
         "what rounding takes stays in RRAM, whose full scale bears it",
         {"mapping": {"outliers": {"share": 0.002}}},
+        area=UP,
     ),
-    "mapping.outliers.shares": Walk({}, {"*.mlp.*": 0.002}, UP, DOWN),
+    "mapping.outliers.shares": Walk({}, {"*.mlp.*": 0.002}, UP, DOWN, area=UP),
     "cells.g_min_us": Walk(9.0, 20.0, UP, UP),
     "cells.g_max_us": Walk(15.0, 40.0, UP, DOWN),
     "cells.levels": Walk(4, 64, None, DOWN, "rounding moves the mean conductance either way by a little"),
     "cells.read_voltage_v": Walk(0.03, 0.3, UP, DOWN),
-    "cells.read_time_ns": Walk(0.001, 1.0, UP, DOWN),
+    "cells.read_time_ns": Walk(0.001, 1.0, UP, DOWN, latency=UP),
     "cells.mean_fill": Walk(0.05, 0.9, UP, UP, where={"tile": {"rows": 256}, "wires": {"resistance_ohm": 5.0}}),
     "coding.scale": Walk("tensor_max", "channel_max", UP, DOWN),
     "coding.clip_std": Walk(
         6.0, 2.5, UP, None, "clipping errs and noise falls: least in between", {"coding": {"scale": "tensor_max"}}
     ),
-    "coding.slices": Walk(1, 2, UP, DOWN),
+    "coding.slices": Walk(1, 2, UP, DOWN, latency=UP, area=UP),
     "coding.slice_ratio": Walk(
         2.0, 8.0, None, DOWN, "finite levels fill later slices by what they leave over", {"coding": {"slices": 2}}
     ),
-    "coding.replicas": Walk(1, 4, UP, DOWN),
+    "coding.replicas": Walk(1, 4, UP, DOWN, latency=UP, area=UP),
     "noise[gaussian].kind": Walk("gaussian", "gaussian", NONE, NONE, LABEL, GAUSSIAN),
     "noise[gaussian].sigma": Walk(0.005, 0.02, NONE, UP, FREE, GAUSSIAN),
     "noise[gaussian].reference": Walk("std", "tensor_max", NONE, UP, FREE, GAUSSIAN),
@@ -165,31 +200,55 @@ FIELDS: dict[str, Walk] = {
     "retention.ageing[cmo-relaxation].kind": Walk("cmo-relaxation", "cmo-relaxation", NONE, NONE, LABEL, RELAXED),
     "retention.ageing[cmo-relaxation].strength": Walk(1.0, 10.0, NONE, UP, FREE, RELAXED),
     "retention.ageing[cmo-relaxation].extrapolate": Walk(False, True, NONE, NONE, PERMISSION, RELAXED),
-    "read.averaged": Walk(1, 8, UP, DOWN),
+    "read.averaged": Walk(1, 8, UP, DOWN, latency=UP),
     "read.white_us": Walk(0.0, 2.0, NONE, UP, FREE),
     "read.flicker": Walk(0.0, 0.1, NONE, UP, FREE),
     "read.slow": Walk("none", "cmo", NONE, UP, FREE, merge(QUIET, {"cells": {"g_min_us": 9.0}})),
     "read.thermal": Walk(False, True, NONE, UP, FREE, {"cells": {"read_time_ns": 0.001}}),
-    "dac.input_bits": Walk(4, 8, UP, DOWN),
-    "dac.bits": Walk(8, 1, UP, DOWN, where={"adc": {"bits": 6}}),
+    "dac.input_bits": Walk(4, 8, UP, DOWN, latency=UP, latency_of=SERIAL),
+    "dac.bits": Walk(8, 1, UP, DOWN, where={"adc": {"bits": 6}}, latency=UP),
     "dac.range": Walk("token", "calibrated", NONE, UP, "the digital scale of each token is not priced"),
     "dac.lossless": Walk(False, True, NONE, DOWN, "no chip: the reference of tests", {"dac": {"input_bits": 5}}),
-    "adc.bits": Walk(5, 8, UP, DOWN),
+    "adc.bits": Walk(5, 8, UP, DOWN, latency=UP, area=UP),
     "adc.lossless": Walk(False, True, NONE, DOWN, "no chip: the reference of tests", {"adc": {"bits": 6}}),
     "adc.noise_steps": Walk(0.0, 4.0, NONE, UP, "a property of the converter, not an effort"),
-    "adc.costs": Walk("isaac", "survey", None, NONE, "another source of the same converter's price"),
-    "tile.rows": Walk(64, 512, DOWN, UP),
-    "tile.columns": Walk(64, 512, DOWN, UP, where=TILES),
+    "adc.costs": Walk(
+        "isaac", "survey", None, NONE, "another source of the same converter's price", latency=None, area=None
+    ),
+    "tile.rows": Walk(64, 512, DOWN, UP, latency=DOWN, area=DOWN, latency_of={"isaac": UP}),
+    "tile.columns": Walk(
+        64,
+        512,
+        DOWN,
+        UP,
+        where=TILES,
+        latency=UP,
+        area=DOWN,
+        latency_of={"neurram-2022": NONE},
+        area_of={"neurram-2022": UP},
+    ),
+    "tile.adc_share": Walk(
+        1,
+        64,
+        None,
+        NONE,
+        "converters that are fewer leak less, and for longer; they convert alike",
+        latency=UP,
+        area=DOWN,
+    ),
+    "die.area_mm2": Walk(100.0, 2000.0, DOWN, NONE, "the same bits pass the links", latency=DOWN),
+    "pipeline.branch": Walk("beside", "after", UP, NONE, "the same sum", latency=UP),
     "wires.resistance_ohm": Walk(0.0, 20.0, NONE, UP, "loss in the wires is part of the read energy V^2 G t"),
-    "sram.weight_bits": Walk(4, 8, UP, DOWN, where=OUTSIDE),
-    "sram.input_bits": Walk(4, 8, UP, DOWN, where=OUTSIDE),
-    "digital.weight_bits": Walk(4, 8, UP, DOWN, where=LOGIC),
+    "sram.weight_bits": Walk(4, 8, UP, DOWN, where=OUTSIDE, area=UP),
+    "sram.input_bits": Walk(4, 8, UP, DOWN, where=OUTSIDE | AFTER, latency=UP),
+    "digital.weight_bits": Walk(4, 8, UP, DOWN, where=LOGIC, area=UP),
     "digital.input_bits": Walk(4, 8, UP, DOWN, where=LOGIC),
-    "lora.weight_bits": Walk(3, 8, UP, DOWN, where=QUIET),
-    "lora.input_bits": Walk(3, 8, UP, DOWN, where=QUIET),
-    "attention.bits": Walk(3, 8, UP, DOWN),
-    "boundary.attention": Walk(False, True, UP, NONE, "computed either way"),
-    "boundary.buffers": Walk(False, True, UP, NONE, "moved without error"),
+    "lora.weight_bits": Walk(3, 8, UP, DOWN, where=QUIET, area=UP),
+    "lora.input_bits": Walk(3, 8, UP, DOWN, where=QUIET | AFTER, latency=UP),
+    "attention.bits": Walk(3, 8, UP, DOWN, latency=UP),
+    "boundary.attention": Walk(False, True, UP, NONE, "computed either way", latency=UP),
+    "boundary.buffers": Walk(False, True, UP, NONE, "moved without error", latency=UP),
+    "boundary.leakage": Walk(False, True, UP, NONE, "no part of a product"),
     "boundary.programming": Walk(False, True, UP, NONE, "programmed either way"),
     "boundary.tokens_per_s": Walk(10.0, 1000.0, DOWN, NONE, "how many tokens share a refresh"),
     "boundary.adapter_swap_tokens": Walk(10.0, 1000.0, DOWN, NONE, "loaded without error"),
@@ -219,7 +278,8 @@ def test_every_field_is_declared():
     assert sorted(_fields(Chip)) == sorted(FIELDS)
     for path, walk in FIELDS.items():
         unsigned = [side for side in (walk.energy, walk.error) if side in (NONE, None)]
-        assert bool(unsigned) == bool(walk.why), path
+        unsaid = [side for side in (walk.latency, walk.area) if side is None]
+        assert bool(unsigned + unsaid) == bool(walk.why), path
 
 
 def _set(walk: Walk, path: str, value: Any, base: Any) -> Chip:
@@ -246,27 +306,31 @@ def shape() -> ModelShape:
     return found
 
 
-def _energy_uj(chip: Chip, shape: ModelShape) -> float:
-    targets = LoraSettings().targets
-    return energy_per_token(shape, chip, rank=8, targets=targets, context_tokens=128).total_uj_per_token
+def _priced(chip: Chip, shape: ModelShape) -> EnergyBreakdown:
+    return energy_per_token(shape, chip, rank=8, targets=LoraSettings().targets, context_tokens=128)
 
 
 def _sign(before: float, after: float) -> int:
-    return (after > before) - (after < before)
+    return NONE if isclose(before, after, rel_tol=1e-12) else UP if after > before else DOWN
 
 
 @pytest.mark.parametrize("preset", preset_names())
-def test_every_field_moves_the_energy_as_declared(shape, preset):
+def test_every_field_moves_energy_time_and_area_as_declared(shape, preset):
     wrong = []
     for path, walk in FIELDS.items():
         models = path.startswith(("noise", "retention.ageing")) or "noise" in walk.where
         base = CHIP if models or path == "retention.refresh_interval_s" else {"preset": preset}
-        expected = walk.energy_of.get(preset, walk.energy) if base is not CHIP else walk.energy
-        if expected is None:
-            continue
-        low, high = (_energy_uj(_set(walk, path, value, base), shape) for value in (walk.low, walk.high))
-        if _sign(low, high) != expected:
-            wrong.append(f"{path}: {low:.6g} -> {high:.6g} uJ, declared {_SIGNS[expected]}")
+        name = preset if base is not CHIP else "halora-2026"
+        base = base | {"die": {"area_mm2": 1e6}}  # more dies pass more links besides
+        low, high = (_priced(_set(walk, path, value, base), shape) for value in (walk.low, walk.high))
+        for what, before, after, sign, otherwise in (
+            ("uJ", low.total_uj_per_token, high.total_uj_per_token, walk.energy, walk.energy_of),
+            ("us", low.latency.path_us, high.latency.path_us, walk.latency, walk.latency_of),
+            ("mm2", low.area_mm2, high.area_mm2, walk.area, walk.area_of),
+        ):
+            expected = otherwise.get(name, sign)
+            if expected is not None and _sign(before, after) != expected:
+                wrong.append(f"{path}: {before:.6g} -> {after:.6g} {what}, declared {_SIGNS[expected]}")
     assert not wrong, "\n".join(wrong)
 
 

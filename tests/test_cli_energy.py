@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from halora.hardware.chip import load_chip, preset_names
-from halora.hardware.energy import Phase, energy_per_token
+from halora.hardware.energy import energy_per_token
+from halora.hardware.latency import Phase
 from halora.hardware.shapes import named_shapes
 from halora.settings.training import LoraSettings
 
@@ -28,6 +29,11 @@ STABLE_KEYS = {
     "tokens",
     "chip_hash",
     "area_mm2",
+    "latency_us_per_token",
+    "tokens_per_s",
+    "power_w",
+    "sequences",
+    "dies",
 }
 
 
@@ -50,7 +56,8 @@ def test_totals_of_the_paper(model, published_mj, answer):
 
 
 def test_the_answer_is_the_librarys(answer):
-    said = answer("qwen2.5-0.5b --chip isaac --rank 8 --tokens 100 --phase decode --set adc.bits=6 --set tile.rows=64")
+    arguments = "--chip isaac --rank 8 --tokens 100 --phase decode --sequences 3 --set adc.bits=6 --set tile.rows=64"
+    said = answer(f"qwen2.5-0.5b {arguments}")
     chip = load_chip({"preset": "isaac", "adc": {"bits": 6}, "tile": {"rows": 64}})
     energy = energy_per_token(
         named_shapes()["qwen2.5-0.5b"],
@@ -59,11 +66,17 @@ def test_the_answer_is_the_librarys(answer):
         targets=LoraSettings().targets,
         context_tokens=100,
         phase=Phase.DECODE,
+        sequences=3,
     )
     assert said["components_mj"] == pytest.approx({name: uj * 0.1 for name, uj in energy.components_uj.items()})
     assert (said["phase"], said["tokens"], said["rank"]) == ("decode", 100, 8)
     assert (said["chip_hash"], said["boundary"]) == (chip.content_hash, energy.boundary)
-    assert (said["area_mm2"], said["lora_share"]) == pytest.approx((energy.area_mm2, energy.lora_share))
+    assert said["lora_share"] == pytest.approx(energy.lora_share)
+    told = energy.metrics | {"energy_uj_per_token": said["total_mj"] * 10}
+    assert {name: said.get(name, told[name]) for name in energy.metrics} == pytest.approx(energy.metrics)
+    assert said["path_components_us"] == pytest.approx(energy.latency.components_us)
+    assert (said["path_us"], said["interval_us"]) == pytest.approx((energy.latency.path_us, energy.latency.interval_us))
+    assert (said["bottleneck"], said["dies"]) == (energy.latency.bottleneck, energy.latency.dies)
     assert said["baseline"] == "a100_decode_bw"
 
 
@@ -94,7 +107,7 @@ def test_a_chip_is_read_from_a_file(answer, tmp_path):
 def test_table_and_csv_hold_the_components(halora):
     code, table, err = halora("energy llama-3.2-1b")
     assert (code, err) == (0, "")
-    for shown in ("adc", "softmax", "18.79", "a100_halora_paper", "0.03414", "outside: lm_head", "prefill"):
+    for shown in ("adc", "softmax", "18.86", "a100_halora_paper", "0.03426", "outside: lm_head", "prefill", "13.6"):
         assert shown in table
     code, text, _ = halora("energy llama-3.2-1b --format csv")
     rows = list(csv.DictReader(text.splitlines()))
@@ -113,7 +126,7 @@ def test_a_baseline_of_another_phase_is_remarked_on_stderr(halora):
     ("arguments", "told"),
     [
         (
-            "lama-3.2-1b --chip halora-2025 --baseline a100_int8 --phase prefil --rank -1 --tokens 0",
+            "lama-3.2-1b --chip halora-2025 --baseline a100_int8 --phase prefil --rank -1 --tokens 0 --sequences 0",
             [
                 "no model 'lama-3.2-1b'",
                 "did you mean 'llama-3.2-1b'",
@@ -124,6 +137,7 @@ def test_a_baseline_of_another_phase_is_remarked_on_stderr(halora):
                 "no phase 'prefil'",
                 "--rank: must be 0 or more, got -1",
                 "--tokens: must be 1 or more, got 0",
+                "--sequences: must be 1 or more, got 0",
             ],
         ),
         (
@@ -165,12 +179,13 @@ def test_a_chip_file_that_is_none_is_refused(text, says, halora, tmp_path):
 
 def test_the_table_in_the_documentation_is_true(answer):
     section = DOCS.read_text().partition("## Every knob has two sides")[2]
-    rows = re.findall(r"^\| `(--[^`]+)` \| ([\d.]+) \| ([\d.]+) \| (\d+) \|", section, flags=re.MULTILINE)
+    row = r"^\| `(--[^`]+)` \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| (\d+) \|"
+    rows = re.findall(row, section, flags=re.MULTILINE)
     assert len(rows) > 20
     reference = answer("llama-3.2-1b --chip halora-2026")["total_mj"]
-    for arguments, mj, ratio, mm2 in rows:
+    for arguments, *told in rows:
         said = answer(f"llama-3.2-1b {arguments}")
-        here = (f"{said['total_mj']:.1f}", f"{said['total_mj'] / reference:.2f}", f"{said['area_mm2']:.0f}")
-        assert here == (mj, ratio, mm2), arguments
-    totals = [float(mj) for _, mj, _, _ in rows]
+        energy = (f"{said['total_mj']:.1f}", f"{said['total_mj'] / reference:.2f}")
+        assert [*energy, f"{said['path_us']:.1f}", f"{said['area_mm2']:.0f}"] == told, arguments
+    totals = [float(mj) for _, mj, *_ in rows]
     assert max(totals) / min(totals) > 20

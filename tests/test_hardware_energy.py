@@ -11,7 +11,8 @@ from halora.errors import UserError
 from halora.hardware.baselines import baseline_energy_uj_per_token, baselines, default_baseline, named_baseline
 from halora.hardware.chip import Chip, load_chip, merge
 from halora.hardware.costs import adc_cost, constant_names, energy_constants
-from halora.hardware.energy import Phase, energy_per_token
+from halora.hardware.energy import energy_per_token
+from halora.hardware.latency import Phase
 from halora.hardware.shapes import LinearShape, ModelShape, known_shape, named_shapes
 from halora.settings.training import LoraSettings
 
@@ -19,7 +20,7 @@ PAPER_TARGETS = LoraSettings().targets
 LLAMA_1B, LLAMA_3B = named_shapes()["llama-3.2-1b"], named_shapes()["llama-3.2-3b"]
 C = energy_constants()
 
-BOUNDARY_ONLY = {"attention": False, "buffers": False, "programming": False}
+BOUNDARY_ONLY = {"attention": False, "buffers": False, "programming": False, "leakage": False}
 
 
 def _chip(preset="halora-2026", **overrides) -> Chip:
@@ -215,7 +216,7 @@ def test_counts_agree_with_brute_force():
         "lora": {"weight_bits": 6, "input_bits": 4},
         "attention": {"bits": 4},
         "cells": FITTED_AT,
-        "boundary": {"programming": False},
+        "boundary": {"programming": False, "leakage": False},
     }
     reads = driven = conversions = cells = tiles = 0
     for _, d_out, _, _ in product(range(3), (70, 30), range(2), range(3)):  # blocks, layers, slices, replicas
@@ -240,6 +241,7 @@ def test_counts_agree_with_brute_force():
             "digital": 0,
             "lora_sram": lora_weights * C["sram_mac_fj"] * 6 / 8 * 4 / 8 * 1e-9,
             "outliers": 0,
+            "links": 0,
             "attention": 3
             * 2
             * 11
@@ -269,14 +271,18 @@ def test_a_fraction_moves_at_most_its_share_of_the_weights():
     whole = sum(layer.weights for layer in LLAMA_1B.linear_layers.values())
     moved = _energy(mapping={"sram_fraction": 0.25}).components_uj["sram"] / C["sram_mac_fj"] * 1e9
     assert 0.24 * whole < moved <= 0.25 * whole
-    everything = _energy(mapping={"sram_fraction": 1.0}, rank=0, boundary=BOUNDARY_ONLY)
+    one_die = {"area_mm2": 1e6}
+    everything = _energy(mapping={"sram_fraction": 1.0}, rank=0, boundary=BOUNDARY_ONLY, die=one_die)
     assert everything.total_uj_per_token == pytest.approx(everything.components_uj["sram"])
 
 
 def test_the_boundary_adds_and_drops_components():
     without = _energy(boundary=BOUNDARY_ONLY)
-    assert {"attention", "softmax", "buffers", "programming", "adapter_swap"}.isdisjoint(without.components_uj)
-    assert without.boundary == "linear layers, LoRA; outside: attention, lm_head, buffers, programming, adapter swap"
+    assert {"attention", "softmax", "buffers", "programming", "leakage", "adapter_swap"}.isdisjoint(
+        without.components_uj
+    )
+    outside = "attention, lm_head, buffers, programming, leakage, adapter swap"
+    assert without.boundary == f"linear layers, LoRA; outside: {outside}"
     with_head = _energy(boundary=BOUNDARY_ONLY, mapping={"lm_head": True})
     head_conversions = 128256 * 2048 // 64
     added = with_head.components_uj["adc"] - without.components_uj["adc"]
@@ -350,13 +356,15 @@ def test_every_single_number_a_chip_may_replace_acts():
     wide = {
         "boundary": {"attention": True, "buffers": True, "adapter_swap_tokens": 100},
         "mapping": {"digital": ["*.0.mlp.up_proj"], "sram": ["*.1.mlp.up_proj"]},
+        "pipeline": {"branch": "after"},
     }
     for name in constant_names():
         costs = next((kind for kind in ("survey", "linear") if name.startswith(f"adc_{kind}")), "isaac")
         before, after = (
             _energy(adc={"costs": costs}, costs=changed, **wide) for changed in ({}, {name: C[name] * 0.9})
         )
-        assert (before.components_uj, before.area_mm2) != (after.components_uj, after.area_mm2), name
+        acts_on = [(found.components_uj, found.area_mm2, found.latency) for found in (before, after)]
+        assert acts_on[0] != acts_on[1], name
 
 
 def test_rank_and_targets_cost_energy():
@@ -388,7 +396,7 @@ def test_the_surveys_regression_gives_its_published_figures():
 def test_linear_costs_are_linear():
     one = adc_cost("linear", 1, C)
     for bits in (3, 8, 14):
-        assert adc_cost("linear", bits, C) == pytest.approx((bits * one.conversion_pj, bits * one.area_um2))
+        assert adc_cost("linear", bits, C) == pytest.approx([bits * each for each in one])
 
 
 def test_everything_wrong_is_told_at_once():
@@ -472,14 +480,15 @@ def test_a_baseline_that_is_not_there_is_named():
         baseline_energy_uj_per_token("a100_halora_paper", named_shapes()["qwen3-8b"], _chip(), 512)
 
 
-def test_the_phase_is_stated_and_leaves_the_chips_energy_alone():
+def test_the_phase_is_stated_and_of_the_chips_energy_moves_leakage_alone():
     chip = _chip()
     prefill, decode = (
         energy_per_token(LLAMA_1B, chip, rank=4, targets=PAPER_TARGETS, context_tokens=100, phase=phase)
         for phase in Phase
     )
-    assert prefill.components_uj == decode.components_uj
-    assert prefill.phase.context(100) != decode.phase.context(100)
+    moved = {name for name, uj in prefill.components_uj.items() if decode.components_uj[name] != uj}
+    assert moved == {"leakage"}
+    assert prefill.latency.phase.context(100) != decode.latency.phase.context(100)
 
 
 @pytest.mark.parametrize(

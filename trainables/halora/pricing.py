@@ -1,4 +1,4 @@
-"""What a trial's configuration costs per token."""
+"""What a trial's configuration takes per token: energy and time, and the chip's area."""
 
 from collections.abc import Mapping
 
@@ -10,7 +10,7 @@ from halora.training.models import estimated_shape, model_shape
 def trial_energy(
     config: TrialConfig, *, estimated: bool = False, ranks: Mapping[str, int] | None = None
 ) -> EnergyBreakdown:
-    """Energy per token of a trial's configuration; exact, and free before training.
+    """Energy per token of a trial's configuration with its time and area; exact, and free before training.
 
     Args:
         config: The trial.
@@ -27,4 +27,6 @@ def trial_energy(
         rank=config.lora.rank if ranks is None else ranks,
         targets=config.lora.targets if ranks is None else (),
         context_tokens=config.evaluation.context_tokens,
+        phase=config.evaluation.phase,
+        sequences=config.evaluation.sequences,
     )

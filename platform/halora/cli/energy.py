@@ -12,7 +12,8 @@ from halora.errors import UserError, attempt, nearest
 
 if TYPE_CHECKING:
     from halora.hardware.chip import Chip
-    from halora.hardware.energy import EnergyBreakdown, Phase
+    from halora.hardware.energy import EnergyBreakdown
+    from halora.hardware.latency import Phase
     from halora.hardware.shapes import ModelShape
 
 
@@ -28,6 +29,7 @@ def energy(
     rank: Annotated[int, typer.Option(help="LoRA rank on q, k, v, up and down; 0 for no adapter.")] = 4,
     set_: ChipSetOption = None,
     tokens: Annotated[int, typer.Option(help="Tokens the totals are for, and that each attends to.")] = 512,
+    sequences: Annotated[int, typer.Option(help="Sequences the chip works on at once, for time and power.")] = 1,
     phase: Annotated[str, typer.Option(help="prefill: tokens of a prompt; decode: generated one by one.")] = "prefill",
     baseline: Annotated[
         str | None,
@@ -39,14 +41,14 @@ def energy(
     ] = None,
     form: FormatOption = Format.TABLE,
 ) -> None:
-    """Energy by component, area, and the ratio to a named baseline."""
+    """Energy and time of a token by component, power, area, and the ratio to a named baseline."""
     from halora.hardware.baselines import default_baseline, named_baseline
     from halora.hardware.energy import energy_per_token
     from halora.settings.training import LoraSettings
 
     problems = [
         f"--{option}: must be {least} or more, got {given}"
-        for option, given, least in (("tokens", tokens, 1), ("rank", rank, 0))
+        for option, given, least in (("tokens", tokens, 1), ("rank", rank, 0), ("sequences", sequences, 1))
         if given < least
     ]
     shape = attempt(problems, lambda: _shape(model))
@@ -63,6 +65,7 @@ def energy(
                 rank=max(rank, 0),
                 targets=LoraSettings().targets,
                 context_tokens=max(tokens, 1),
+                sequences=max(sequences, 1),
                 **({"phase": known_phase} if known_phase else {}),
             ),
         )
@@ -72,21 +75,30 @@ def energy(
     assert described is not None
     assert found is not None
 
-    against = against or default_baseline(shape, found.phase)
-    if (stands_for := named_baseline(against).phase) is not found.phase:
-        talk.print(f"note: {against} stands for {stands_for}, not for {found.phase}", markup=False, highlight=False)
+    against = against or default_baseline(shape, found.latency.phase)
+    if (stands_for := named_baseline(against).phase) is not (priced_for := found.latency.phase):
+        talk.print(f"note: {against} stands for {stands_for}, not for {priced_for}", markup=False, highlight=False)
     answer = {"model": model, "chip": described.name, "chip_hash": described.content_hash, "rank": rank}
     _show(answer | _figures(found, tokens) | _comparison(found, against, shape, described, tokens), form)
 
 
 def _figures(found: "EnergyBreakdown", tokens: int) -> dict[str, Any]:
+    from halora.hardware.energy import ENERGY
+
+    latency, metrics = found.latency, found.metrics
     return {
-        "phase": found.phase.value,
+        "phase": latency.phase.value,
         "tokens": tokens,
-        "context": found.phase.context(found.context_tokens),
+        "context": latency.phase.context(latency.context_tokens),
+        "sequences": latency.sequences,
         "boundary": found.boundary,
         "fill": found.fill,
-        "area_mm2": found.area_mm2,
+        **{name: value for name, value in metrics.items() if name != ENERGY},
+        "dies": latency.dies,
+        "path_us": latency.path_us,
+        "path_components_us": dict(latency.components_us),
+        "interval_us": latency.interval_us,
+        "bottleneck": latency.bottleneck,
         "total_mj": found.total_uj_per_token * tokens / 1000,
         "components_mj": {name: value * tokens / 1000 for name, value in found.components_uj.items()},
         "lora_share": found.lora_share,
@@ -98,7 +110,7 @@ def _comparison(
 ) -> dict[str, Any]:
     from halora.hardware.baselines import baseline_energy_uj_per_token, named_baseline
 
-    energy_uj_per_token = baseline_energy_uj_per_token(baseline, shape, chip, found.context_tokens)
+    energy_uj_per_token = baseline_energy_uj_per_token(baseline, shape, chip, found.latency.context_tokens)
     return {
         "baseline": baseline,
         "baseline_description": named_baseline(baseline).description,
@@ -125,7 +137,7 @@ def _shape(model: str) -> "ModelShape":
 
 
 def _phase(name: str) -> "Phase":
-    from halora.hardware.energy import Phase
+    from halora.hardware.latency import Phase
 
     if name not in list(Phase):
         raise UserError(f"--phase: no phase '{name}' ({', '.join(Phase)}){nearest(name, Phase)}")
@@ -155,5 +167,8 @@ def _show(answer: dict[str, Any], form: Format) -> None:
     title = f"{answer['model']} on {answer['chip']}, rank {answer['rank']}, {answer['tokens']} tokens"
     show_rows(rows, form, title)
     if form is Format.TABLE:
-        told = ("components_mj", "model", "chip", "rank", "tokens")
+        waits: dict[str, float] = answer["path_components_us"]
+        path = [{"component": name, "time_us": us, "share": us / answer["path_us"]} for name, us in waits.items()]
+        show_rows(path, form, "path of one token")
+        told = ("components_mj", "path_components_us", "model", "chip", "rank", "tokens")
         show_rows([{"": name, "value": value} for name, value in answer.items() if name not in told], form)

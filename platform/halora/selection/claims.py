@@ -274,8 +274,8 @@ def priced(config: TrialConfig, *, estimated: bool = False) -> EnergyClaim:
     return {
         "energy_uj_per_token": energy.total_uj_per_token,
         "components_uj": dict(energy.components_uj),
-        "phase": str(energy.phase),
-        "context_tokens": energy.context_tokens,
+        "phase": str(energy.latency.phase),
+        "context_tokens": energy.latency.context_tokens,
         "boundary": energy.boundary,
         "fill": energy.fill,
         "baselines_uj_per_token": baseline_energies(config),

@@ -11,7 +11,7 @@ from pydantic import Field, TypeAdapter
 
 from halora.errors import UserError, nearest
 from halora.hardware.chip import Chip
-from halora.hardware.energy import Phase
+from halora.hardware.latency import Phase
 from halora.hardware.shapes import ModelShape, named_shapes
 from halora.strict_model import StrictModel
 

@@ -182,6 +182,22 @@ class Tile(StrictModel):
     """Inputs summed in the analog domain before one conversion."""
     columns: int = Field(ge=8, le=1024)
     """Outputs that share one input driver."""
+    adc_share: int | None = Field(default=None, ge=1, le=1024)
+    """Columns that take turns at one ADC; fewer are faster and take more area. All of a tile when left out."""
+
+
+class Die(StrictModel):
+    """One piece of silicon; what takes more area is spread over several, in the order of the forward pass."""
+
+    area_mm2: float = Field(default=858.0, gt=0, le=1e6)
+    """Largest area of a die; by default what a reticle exposes, 26 mm x 33 mm."""
+
+
+class Pipeline(StrictModel):
+    """What waits for what."""
+
+    branch: Literal["beside", "after"] = "beside"
+    """The LoRA branch and the outliers multiply beside a layer's tiles, or once those are done."""
 
 
 class Wires(StrictModel):
@@ -192,12 +208,14 @@ class Wires(StrictModel):
 
 
 class Boundary(StrictModel):
-    """What the energy totals include besides the mapped linear layers and LoRA."""
+    """What energy and time include besides the mapped linear layers and LoRA."""
 
     attention: bool = True
     """Attention products and softmax."""
     buffers: bool = False
     """Moving inputs and outputs through buffers and network."""
+    leakage: bool = True
+    """Leakage of the chip's area for as long as it works on a token."""
     programming: bool = True
     """Programming the cells, spread over the tokens between two refreshes. Without it write-verify and refreshes are
     free."""
@@ -245,6 +263,8 @@ class Chip(StrictModel):
     adc: Adc
     tile: Tile
     wires: Wires
+    die: Die = Die()
+    pipeline: Pipeline = Pipeline()
     sram: Products = Products()
     """Frozen layers that `mapping` keeps in SRAM macros: a weight scale per output."""
     digital: Products = Products()
@@ -263,7 +283,7 @@ class Chip(StrictModel):
             if name not in constant_names():
                 raise ValueError(f"no constant '{name}'{nearest(name, constant_names())}")
             if value < 0:
-                raise ValueError(f"{name} is an energy or area and cannot be {value:g}")
+                raise ValueError(f"{name} is an energy, area or time and cannot be {value:g}")
         return costs
 
     @model_validator(mode="after")

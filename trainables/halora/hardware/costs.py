@@ -1,4 +1,4 @@
-"""Energy and area of single events, each with its source, from `constants.yaml`."""
+"""Energy, area and time of single events, each with its source, from `constants.yaml`."""
 
 from collections.abc import Mapping
 from functools import cache
@@ -21,10 +21,12 @@ class AdcCost(NamedTuple):
     Attributes:
         conversion_pj: Energy of one conversion, in picojoule.
         area_um2: Area of one converter, in square micrometre.
+        conversion_ns: Time of one conversion, in nanoseconds.
     """
 
     conversion_pj: float
     area_um2: float
+    conversion_ns: float
 
 
 @cache
@@ -41,12 +43,13 @@ def constant_names() -> frozenset[str]:
 
 
 def adc_cost(costs: AdcCosts, bits: int, constants: Mapping[str, Any]) -> AdcCost:
-    """Energy and area of a converter.
+    """Energy, area and time of a converter.
 
     Args:
         costs: `isaac`: the table of Shafiee et al. (ISCA 2016), 4 to 10 bits. `survey`: the regression of
             hwcomponents-adc over Murmann's survey (arXiv 2404.06553), leakage included, `bits` taken as effective
-            ones; optimistic, as it gives the best published designs. `linear`: energy and area per bit.
+            ones; optimistic, as it gives the best published designs. `linear`: energy and area per bit. Time goes with
+            the bits, one comparison each; that of `survey` is the rate asked of it.
         bits: Resolution.
         constants: Values by the names of `constants.yaml`.
 
@@ -57,12 +60,13 @@ def adc_cost(costs: AdcCosts, bits: int, constants: Mapping[str, Any]) -> AdcCos
         case "isaac":
             table: dict[int, float] = constants["adc_isaac_pj"]
             _check_range("isaac", bits, table)
-            return AdcCost(table[bits], constants["adc_isaac_um2"][bits])
+            return AdcCost(table[bits], constants["adc_isaac_um2"][bits], bits * constants["adc_isaac_ns_per_bit"])
         case "survey":
             _check_range("survey", bits, _SURVEY_BITS)
             return _survey_cost(bits, constants["adc_survey_node_nm"], constants["adc_survey_rate_msps"])
         case "linear":
-            return AdcCost(bits * constants["adc_linear_pj_per_bit"], bits * constants["adc_linear_um2_per_bit"])
+            per_bit = (constants[f"adc_linear_{unit}_per_bit"] for unit in ("pj", "um2", "ns"))
+            return AdcCost(*(bits * each for each in per_bit))
         case unknown:
             assert_never(unknown)
 
@@ -83,4 +87,4 @@ def _survey_cost(bits: int, node_nm: float, rate_msps: float) -> AdcCost:
     from hwcomponents_adc import ADC
 
     converter = ADC(n_bits=bits, tech_node=node_nm * 1e-9, throughput=rate_msps * 1e6)
-    return AdcCost(float(converter.get_energy()) * 1e12, float(converter.area) * 1e12)
+    return AdcCost(float(converter.get_energy()) * 1e12, float(converter.area) * 1e12, 1000 / rate_msps)

@@ -1,4 +1,4 @@
-"""Energy per token and area of a model on a chip, as sums of named components.
+"""Energy per token of a model on a chip as a sum of named components, its area, and with its time the power.
 
 Per linear layer d_in x d_out in RRAM, with tiles of R rows and C columns, N_w weight slices, N_rep replicas, N_i input
 cycles of b_d bits and K reads averaged:
@@ -12,38 +12,29 @@ cycles of b_d bits and K reads averaged:
 and r (d_in + d_out) SRAM multiply-accumulates per adapted layer, and those of what `mapping.outliers` keeps in SRAM.
 Digital products cost by their bits of weights and inputs, with which scoring computes them. The output projection
 counts where the mapping puts it on the chip. Counts are exact; a token passes every linear layer once, in prefill and
-in decode. The constants and their sources are in `constants.yaml`. Not modelled: leakage, clocks and control, partial
-sums between tiles, norms and embeddings, host traffic, the probe reads of drift compensation.
+in decode. Time is that of `halora.hardware.latency`; the chip's area leaks for as long as a token takes, shared by the
+sequences that are worked on at once, and what passes from die to die is paid per bit. The constants and their sources
+are in `constants.yaml`. Not modelled: clocks and control, partial sums between tiles, norms and embeddings, host
+traffic, the probe reads of drift compensation, the area of attention and of the keys and values that are kept.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 from math import ceil, log2
 from typing import Any
 
 from halora.errors import UserError, attempt, nearest
 from halora.hardware.chip import Chip
 from halora.hardware.costs import adc_cost, energy_constants
+from halora.hardware.latency import Latency, Phase, link_bits, reads_in_turn, token_latency
 from halora.hardware.mapping import Placement, outlier_count
 from halora.hardware.shapes import LinearShape, ModelShape
 
 _CELLS_PER_WEIGHT = 2  # a differential pair
 
-
-class Phase(StrEnum):
-    """What the tokens are: those of a prompt, or those that are generated one by one."""
-
-    PREFILL = "prefill"
-    DECODE = "decode"
-
-    def context(self, context_tokens: int) -> str:
-        """What `context_tokens` counts in this phase."""
-        match self:
-            case Phase.PREFILL:
-                return f"every token attends to all {context_tokens} of its prompt (non-causal, as the HaLoRA paper)"
-            case Phase.DECODE:
-                return f"every token attends to the {context_tokens} before it, kept in SRAM"
+ENERGY = "energy_uj_per_token"
+COSTS = (ENERGY, "latency_us_per_token", "tokens_per_s", "power_w", "area_mm2")
+"""Names of what follows from a configuration alone, see `EnergyBreakdown.metrics`."""
 
 
 @dataclass(frozen=True)
@@ -52,16 +43,14 @@ class EnergyBreakdown:
 
     Attributes:
         components_uj: Microjoule per token by component.
-        phase: What the tokens are.
-        context_tokens: Number of tokens every token attends to; `phase.context` says which.
+        latency: Its time; the phase and the context that it states are those of the energy.
         boundary: What is included and what is not.
         area_mm2: Area of ADCs, cells and SRAM, in square millimetre; rough.
         fill: Where the fill of the cells comes from: the chip, the weights, or an estimate.
     """
 
     components_uj: Mapping[str, float]
-    phase: Phase
-    context_tokens: int
+    latency: Latency
     boundary: str
     area_mm2: float
     fill: str
@@ -70,6 +59,14 @@ class EnergyBreakdown:
     def total_uj_per_token(self) -> float:
         """Sum of the components, in microjoule per token."""
         return sum(self.components_uj.values())
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What a trial is known to take before it is trained, by the names of `COSTS`."""
+        latency, total_uj = self.latency, self.total_uj_per_token
+        power_w = total_uj * 1e-6 * latency.tokens_per_s
+        values = (total_uj, latency.us_per_token, latency.tokens_per_s, power_w, self.area_mm2)
+        return dict(zip(COSTS, values, strict=True))
 
     @property
     def lora_share(self) -> float:
@@ -95,6 +92,7 @@ def energy_per_token(
     targets: tuple[str, ...] = (),
     context_tokens: int = 512,
     phase: Phase = Phase.PREFILL,
+    sequences: int = 1,
 ) -> EnergyBreakdown:
     """Energy of one token on the chip.
 
@@ -105,17 +103,18 @@ def energy_per_token(
             name, e.g. of an adapter that was made elsewhere.
         targets: Names of the adapted linear layers, e.g. `q_proj`.
         context_tokens: Tokens each token attends to.
-        phase: What the tokens are; the chip takes the same for both, its baselines do not.
+        phase: What the tokens are; the chip's own events are the same for both, its leakage and its baselines are not.
+        sequences: Sequences that are worked on at once.
 
     Raises:
         UserError: With every mistake: ADC bits that the costs do not cover, patterns that match no layer, unknown
-            targets or layers, a negative rank or context.
+            targets or layers, a negative rank, no context or sequence.
     """
     constants = {**energy_constants(), **chip.costs}
     layers = shape.all_layers
     adapted = [name for name, layer in layers.items() if layer.name in targets]
     ranks = rank if isinstance(rank, Mapping) else dict.fromkeys(adapted, rank)
-    problems = _problems(shape, rank, targets, context_tokens)
+    problems = _problems(shape, rank, targets, context_tokens, sequences)
     adc = attempt(problems, lambda: adc_cost(chip.adc.costs, chip.adc.bits, constants))
     places = attempt(problems, lambda: chip.mapping.places(shape.sizes))
     if problems:
@@ -150,15 +149,32 @@ def energy_per_token(
         + chip.lora.weight_bits * lora_weights
         + outliers.bits
     )
-    area_um2 = (
-        counts.tiles * adc.area_um2 + counts.cells * constants["rram_cell_um2"] + sram_bits * constants["sram_bit_um2"]
+    adcs = counts.tiles * ceil(chip.tile.columns / (chip.tile.adc_share or chip.tile.columns))
+    area_um2 = adcs * adc.area_um2 + counts.cells * constants["rram_cell_um2"] + sram_bits * constants["sram_bit_um2"]
+    latency = token_latency(
+        shape,
+        chip,
+        places=places,
+        ranks=ranks,
+        adc=adc,
+        constants=constants,
+        area_mm2=area_um2 * 1e-6,
+        context_tokens=context_tokens,
+        phase=phase,
+        sequences=sequences,
     )
+    if not latency.us_per_token:
+        raise UserError("chip.costs: a token takes no time with these; leave out some of the times that are 0")
+    components["links"] = (latency.dies - 1) * link_bits(shape, chip) * constants["link_pj_per_bit"] * 1e-6
+    if chip.boundary.leakage:
+        leakage_w = area_um2 * 1e-9 * constants["leakage_mw_per_mm2"]
+        components["leakage"] = leakage_w * latency.us_per_token / sequences
     fill = "chip" if chip.cells.mean_fill is not None else shape.fill_source
-    return EnergyBreakdown(components, phase, context_tokens, _describe(chip), area_um2 * 1e-6, fill)
+    return EnergyBreakdown(components, latency, _describe(chip), area_um2 * 1e-6, fill)
 
 
 def _problems(
-    shape: ModelShape, rank: int | Mapping[str, int], targets: tuple[str, ...], context_tokens: int
+    shape: ModelShape, rank: int | Mapping[str, int], targets: tuple[str, ...], context_tokens: int, sequences: int
 ) -> list[str]:
     known = [linear.name for linear in shape.linears]
     problems = [f"targets: the model has no layer '{t}'{nearest(t, known)}" for t in targets if t not in known]
@@ -168,6 +184,8 @@ def _problems(
     problems += [f"{n or 'rank'}: must be 0 or more, got {each}" for n, each in ranks.items() if each < 0]
     if context_tokens < 1:
         problems.append(f"context: must be 1 token or more, got {context_tokens}")
+    if sequences < 1:
+        problems.append(f"sequences: must be 1 or more, got {sequences}")
     return problems
 
 
@@ -186,7 +204,7 @@ def _count(layers: list[LinearShape], chip: Chip) -> _Counts:
 
 def _reads(chip: Chip) -> int:
     """Reads of every pair of cells that one product takes, over all slices and replicas."""
-    return chip.coding.slices * chip.coding.replicas * chip.dac.cycles * chip.read.averaged
+    return chip.coding.copies * reads_in_turn(chip)
 
 
 def _array_fj(layers: Mapping[str, LinearShape], shape: ModelShape, chip: Chip) -> float:
@@ -275,6 +293,7 @@ def _describe(chip: Chip) -> str:
         "lm_head": chip.mapping.lm_head,
         "buffers": boundary.buffers,
         "programming": boundary.programming,
+        "leakage": boundary.leakage,
         "adapter swap": boundary.adapter_swap_tokens is not None,
     }
     inside = ["linear layers", "LoRA", *(part for part, included in parts.items() if included)]

@@ -45,6 +45,8 @@ class Outliers(StrictModel):
 
     def of(self, layer: str) -> "Outliers":
         """The outliers of one layer, by its canonical name."""
+        if not self.shares:
+            return self
         share = next((share for pattern, share in self.shares.items() if fnmatchcase(layer, pattern)), self.share)
         return self.model_copy(update={"share": share, "shares": {}})
 

@@ -5,6 +5,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
+from halora.hardware.latency import Phase
 from halora.strict_model import StrictModel
 
 Scoring = Literal["options", "options_per_byte", "generation"]
@@ -34,7 +35,11 @@ class EvaluationSettings(StrictModel):
     calibration_tokens: int = Field(default=128, ge=8)
     """Training tokens that set the converters' ranges."""
     context_tokens: int = Field(default=512, ge=1)
-    """Tokens each token attends to, for its energy."""
+    """Tokens each token attends to, for its energy and time."""
+    phase: Phase = Phase.PREFILL
+    """What the priced tokens are: `prefill`, those of a prompt of `context_tokens`; `decode`, generated one by one."""
+    sequences: int = Field(default=1, ge=1, le=1_000_000)
+    """Sequences that the chip works on at once, for its time and power."""
 
     @field_validator("noise_strengths")
     @classmethod
