@@ -1,8 +1,9 @@
 """Analytic problems with known fronts, for searchers and rungs: learning curves and noisy chips over test functions.
 
-Energy stands for the first objective of the function, accuracy for one less the second, so that both read as in a real
-sweep. Modelled: curves that saturate, curves that cross (the better the end, the slower the start), chips that shift
-all trials alike and chips that shift each on its own. Not modelled: rows, failures, different speeds.
+Accuracy stands for one less the last objective of the function, energy for the first, and latency for the one between
+where there are three, so that all read as in a real sweep. Modelled: curves that saturate, curves that cross (the
+better the end, the slower the start), chips that shift all trials alike and chips that shift each on its own. Not
+modelled: rows, failures, different speeds.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,7 +13,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from halora.analysis.trials import ACCURACY, objective
 from halora.hardware.addressing import derive_seed
+from halora.hardware.energy import COSTS
 from halora.settings.trial import Goal
 from halora.spaces.language import Distribution, Range
 from halora.spaces.search import Constraint, SearchSettings
@@ -23,11 +26,11 @@ _Point = tuple[float, ...]
 
 @dataclass(frozen=True)
 class TestFunction:
-    """Two objectives to be made small, over a box.
+    """Two or three objectives to be made small, over a box.
 
     Attributes:
         box: Range of each variable.
-        objectives: Both objectives of a point.
+        objectives: All objectives of a point.
         reference: Values of the objectives that hypervolumes are measured from.
         constraints: Values that must not be above 0, by the metric that carries their negative.
     """
@@ -35,8 +38,8 @@ class TestFunction:
     __test__ = False  # no test of pytest's
 
     box: tuple[tuple[float, float], ...]
-    objectives: Callable[[_Point], tuple[float, float]]
-    reference: tuple[float, float]
+    objectives: Callable[[_Point], tuple[float, ...]]
+    reference: tuple[float, ...]
     constraints: Mapping[str, Callable[[_Point], float]]
 
 
@@ -52,11 +55,29 @@ def _dtlz2(x: _Point) -> tuple[float, float]:
     return (1 + g) * cos(x[0] * pi / 2), (1 + g) * sin(x[0] * pi / 2)
 
 
+def _dtlz2_of_three(x: _Point) -> tuple[float, float, float]:
+    """Deb et al., CEC 2002, three objectives."""
+    g = sum((xi - 0.5) ** 2 for xi in x[2:])
+    first, second = x[0] * pi / 2, x[1] * pi / 2
+    return (1 + g) * cos(first) * cos(second), (1 + g) * cos(first) * sin(second), (1 + g) * sin(first)
+
+
+def _dtlz7_of_three(x: _Point) -> tuple[float, float, float]:
+    """Deb et al., CEC 2002, three objectives: the front is in four pieces."""
+    g = 1 + 9 * sum(x[2:]) / (len(x) - 2)
+    return x[0], x[1], (1 + g) * 3 - sum(f * (1 + sin(3 * pi * f)) for f in x[:2])
+
+
 def _bnh(x: _Point) -> tuple[float, float]:
     """Binh and Korn, 1997, the second objective scaled to 0 .. 1."""
     return 4 * x[0] ** 2 + 4 * x[1] ** 2, ((x[0] - 5) ** 2 + (x[1] - 5) ** 2) / 50
 
 
+OF_THREE: Mapping[str, "TestFunction"] = {
+    "dtlz2, three": TestFunction(((0.0, 1.0),) * 6, _dtlz2_of_three, (1.5, 1.5, 1.5), {}),
+    "dtlz7, three": TestFunction(((0.0, 1.0),) * 6, _dtlz7_of_three, (1.1, 1.1, 30.0), {}),
+}
+"""With three objectives."""
 FUNCTIONS: Mapping[str, TestFunction] = {
     "zdt1": TestFunction(((0.0, 1.0),) * 5, _zdt1, (1.1, 4.0), {}),
     "dtlz2": TestFunction(((0.0, 1.0),) * 5, _dtlz2, (1.5, 1.5), {}),
@@ -98,7 +119,8 @@ class AnalyticCurves:
         space: dict[str, Distribution] = {
             f"x{i}": Range(low=low, high=high) for i, (low, high) in enumerate(self.function.box)
         }
-        energy, loss = self.function.reference
+        *costs, loss = self.function.reference
+        names = COSTS[: len(costs)]
         settings = {
             "levels": lambda values: [Goal(self.steps, chip_instances)],
             "settings": SearchSettings(skip_unreachable=False),
@@ -111,15 +133,16 @@ class AnalyticCurves:
             seed=seed,
             trials=trials,
             space=space,
-            energy=lambda values: self.function.objectives(_point(values))[0],
-            reference=(1 - loss, energy),
+            costs=lambda values: dict(zip(names, self.function.objectives(_point(values)), strict=False)),
+            reference=(1 - loss, *costs),
+            objectives=(ACCURACY, *map(objective, names)),
             **settings,
         )
 
-    def true_objectives(self, values: Mapping[str, Any]) -> tuple[float, float]:
-        """Accuracy without noise after the whole training, and energy."""
-        energy, loss = self.function.objectives(_point(values))
-        return 1 - loss, energy
+    def true_objectives(self, values: Mapping[str, Any]) -> tuple[float, ...]:
+        """Accuracy without noise after the whole training, and what is known before it."""
+        *costs, loss = self.function.objectives(_point(values))
+        return 1 - loss, *costs
 
     def step_s(self, values: Mapping[str, Any]) -> float:
         """One second."""
@@ -134,7 +157,7 @@ class AnalyticCurves:
         return {"train_loss": 1 - self._mean(values, step)}
 
     def accuracy(self, values: Mapping[str, Any], step: int, chip: int) -> float:
-        """One less the second objective, less what training has not made good yet, with the chip's noise."""
+        """One less the last objective, less what training has not made good yet, with the chip's noise."""
         if not self.chip_std:
             return self._mean(values, step)
         shared = _normal(self.seed, chip)
@@ -148,12 +171,12 @@ class AnalyticCurves:
         return {"clean_accuracy": self._mean(values, step), **kept}
 
     def _mean(self, values: Mapping[str, Any], step: int) -> float:
-        end = 1 - self.function.objectives(_point(values))[1]
+        end = 1 - self.function.objectives(_point(values))[-1]
         if self.curve == "flat":
             return end
         rate = 4.0
         if self.curve == "crossing":
-            worst = 1 - self.function.reference[1]
+            worst = 1 - self.function.reference[-1]
             quality = min(max((end - worst) / (1 - worst), 0.0), 1.0)
             rate = 12.0 * (1 - quality) + 2.0 * quality
         return end - self.gap * (exp(-rate * step / self.steps) - exp(-rate))

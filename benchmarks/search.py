@@ -2,10 +2,11 @@
 
 Protocol, fixed before the first run:
 
-- Problems: ZDT1 and DTLZ2 with 5 variables and two objectives, and BNH with its two constraints, as in
-  `benchmarks.analytic`, with the reference points given there: (1.1, 4.0), (1.5, 1.5), (140, 1.0) in the objectives
-  that are made small. Hypervolumes are those of noise-free objectives after a whole training, of trials that were
-  trained whole and keep all constraints, whatever the search saw.
+- Problems: ZDT1 and DTLZ2 with 5 variables and two objectives, BNH with its two constraints, and in part A DTLZ2 and
+  DTLZ7 with 6 variables and three objectives, as in `benchmarks.analytic`, with the reference points given there:
+  (1.1, 4.0), (1.5, 1.5), (140, 1.0), (1.5, 1.5, 1.5), (1.1, 1.1, 30) in the objectives that are made small.
+  Hypervolumes are those of noise-free objectives after a whole training, of trials that were trained whole and keep all
+  constraints, whatever the search saw.
 - 20 seeds, numbers 0 to 19, unless a part says otherwise. Shown: median and quartiles.
 - A. Same as Optuna: 80 trials one after the other, no noise, no rungs; our core beside a study of Optuna's asked and
   told directly, with the same sampler at its defaults: once made for the whole study, once made anew for every trial
@@ -42,16 +43,17 @@ from optuna.storages import InMemoryStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from ray.tune.search.optuna import OptunaSearch
 
-from benchmarks.analytic import FUNCTIONS, AnalyticCurves
+from benchmarks.analytic import FUNCTIONS, OF_THREE, AnalyticCurves
 from halora.analysis.front import ranks
 from halora.analysis.front import volume as front_volume
 from halora.analysis.racing import chip_estimates
+from halora.hardware.energy import ENERGY
 from halora.settings.trial import Goal
 from halora.spaces.search import Racing, Sampler, SearchSettings
 from halora.sweep.search.core import DecisionCore
 from halora.sweep.search.problem import Problem
 from halora.sweep.search.samplers import make_sampler
-from halora.sweep.search.study import State, SweepStudy
+from halora.sweep.search.study import State, SweepStudy, directions_of
 from halora.sweep.simulation.simulator import SimulatedClock, simulate
 
 SEEDS = range(20)
@@ -66,9 +68,9 @@ Point = dict[str, Any]
 """Values by the name of the variable."""
 
 
-def hypervolume(points: Iterable[tuple[float, float]], reference: tuple[float, float]) -> float:
-    """Area between points of (accuracy, energy) and the reference."""
-    return front_volume(np.array(list(points)), reference)
+def hypervolume(points: Iterable[Sequence[float]], problem: Problem) -> float:
+    """Area or volume between points, by their objectives, and the problem's reference."""
+    return front_volume(np.array(list(points)), problem.reference, problem.objectives)
 
 
 def feasible(curves: AnalyticCurves, values: dict[str, Any]) -> bool:
@@ -79,7 +81,7 @@ def feasible(curves: AnalyticCurves, values: dict[str, Any]) -> bool:
 def search(problem: Problem, curves: AnalyticCurves, workers: int = WORKERS) -> DecisionCore:
     """Run our core to its end."""
     clock = SimulatedClock()
-    core = DecisionCore(problem, SweepStudy(problem.name, InMemoryStorage()), clock_s=clock)
+    core = DecisionCore(problem, SweepStudy(problem.name, InMemoryStorage(), problem.objectives), clock_s=clock)
     simulate(core, curves, clock, concurrent=workers)
     return core
 
@@ -91,7 +93,7 @@ def values_found(core: DecisionCore, curves: AnalyticCurves) -> list[Point]:
 
 def volume(points: Iterable[Point], problem: Problem, curves: AnalyticCurves) -> float:
     """Hypervolume of the points' true objectives."""
-    return hypervolume((curves.true_objectives(values) for values in points), problem.reference)
+    return hypervolume((curves.true_objectives(values) for values in points), problem)
 
 
 def spread(values: Sequence[float], form: str = ".4f") -> str:
@@ -104,8 +106,8 @@ def same_as_optuna() -> None:
     """Part A."""
     trials = 80
     print(f"\nA. hypervolume after {trials} trials, and violations among {trials * len(MORE_SEEDS)}\n")
-    for function in FUNCTIONS:
-        curves = AnalyticCurves(FUNCTIONS[function], steps=1)
+    for function, tested in (FUNCTIONS | OF_THREE).items():
+        curves = AnalyticCurves(tested, steps=1)
         for name, sampler in _SAMPLERS.items():
             found: dict[str, list[list[Point]]] = {"ours": [], "Optuna": [], "Optuna, seeded as ours": []}
             for seed in MORE_SEEDS:
@@ -138,13 +140,13 @@ def _compare(what: str, found: dict[str, list[list[Point]]], problem: Problem, c
         low, high = np.quantile(np.median(ours[draws], axis=1) / np.median(volumes[draws], axis=1), [0.025, 0.975])
         ratio = np.median(ours) / np.median(volumes)
         told = "" if volumes is ours else f"  ours to it {ratio:.3f} [{low:.3f}, {high:.3f}]"
-        print(f"{what:12} {way:22} {spread(list(volumes))}  violations {broken}{told}", flush=True)
+        print(f"{what:18} {way:22} {spread(list(volumes))}  violations {broken}{told}", flush=True)
 
 
 def _optuna_directly(
     problem: Problem, curves: AnalyticCurves, samplers: Iterable[optuna.samplers.BaseSampler]
 ) -> list[Point]:
-    study = optuna.create_study(directions=["maximize", "minimize"])
+    study = optuna.create_study(directions=directions_of(problem.objectives))
     for study.sampler in samplers:
         trial = study.ask()
         values = {path: trial.suggest_float(path, d.low, d.high) for path, d in problem.space.items()}  # type: ignore[union-attr]
@@ -160,7 +162,7 @@ def fewer_steps() -> None:
     print(f"\nB. steps until the hypervolume that plain (random) has after {budget} steps; 'never' is beyond them\n")
     for function in ("zdt1", "dtlz2"):
         for kind in ("saturating", "crossing"):
-            noise = 0.02 * FUNCTIONS[function].reference[1]
+            noise = 0.02 * FUNCTIONS[function].reference[-1]
             runs: dict[str, list[list[tuple[int, float]]]] = {"plain": [], "random": [], "whole": [], "rungs": []}
             for seed in SEEDS:
                 curves = AnalyticCurves(FUNCTIONS[function], curve=kind, chip_std=noise, seed=seed)
@@ -206,7 +208,7 @@ class _Watch:
     def __init__(self, curves: AnalyticCurves, problem: Problem, budget: int) -> None:
         self._curves, self._problem, self._budget = curves, problem, budget
         self._reached: dict[int, int] = {}
-        self._points: list[tuple[float, float]] = []
+        self._points: list[Sequence[float]] = []
         self.history: list[tuple[int, float]] = [(0, 0.0)]
 
     def began(self, job: Any) -> None:
@@ -235,7 +237,7 @@ class _Watch:
             self.core.request_stop()
         elif job.final:
             self._points.append(self._curves.true_objectives(job.values))
-            self.history.append((steps, hypervolume(self._points, self._problem.reference)))
+            self.history.append((steps, hypervolume(self._points, self._problem)))
 
 
 def _ray_optuna_search(curves: AnalyticCurves, seed: int) -> list[tuple[int, float]]:
@@ -254,9 +256,9 @@ def _ray_optuna_search(curves: AnalyticCurves, seed: int) -> list[tuple[int, flo
         if number >= WORKERS - 1 and running:
             name, values = running.pop(0)
             accuracy = float(np.mean([curves.accuracy(values, curves.steps, chip) for chip in range(4)]))
-            searcher.on_trial_complete(name, {"accuracy": accuracy, "energy": problem.energy(values)})
+            searcher.on_trial_complete(name, {"accuracy": accuracy, "energy": problem.costs(values)[ENERGY]})
             points.append(curves.true_objectives(values))
-            history.append((len(points) * curves.steps, hypervolume(points, problem.reference)))
+            history.append((len(points) * curves.steps, hypervolume(points, problem)))
     return history
 
 

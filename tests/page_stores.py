@@ -131,7 +131,7 @@ def certify_made_up(store: Store, sweep: str, number: int, *, failures: int = 0,
     found = certified_gates(
         point.metrics,
         gates,
-        energy_uj_per_token=energy,
+        costs={"energy_uj_per_token": energy},
         adapter_bytes=len(adapter),
         chips=attempt.chips,
         yield_bound=certificate.bound,

@@ -9,6 +9,7 @@ import pytest
 from halora.analysis.front import ranks
 from halora.analysis.promotion import promotion_order
 from halora.analysis.racing import chip_estimates, front_probabilities, value_of_a_chip
+from halora.analysis.trials import DEFAULT_OBJECTIVES
 
 
 def _beats(a, b):
@@ -49,8 +50,9 @@ def test_promotion_goes_by_rank_then_by_hypervolume_and_junk_comes_last(seed):
     rng = np.random.default_rng(seed)
     accuracy, energy = rng.uniform(0, 1, 20), rng.uniform(1, 5, 20)
     reference = (0.3, 6.0)
-    order = promotion_order(accuracy, energy, reference, most=20)
-    assert all(promotion_order(accuracy, energy, reference, most=k) == order[:k] for k in range(20))
+    table = np.column_stack([accuracy, energy])
+    order = promotion_order(table, DEFAULT_OBJECTIVES, reference, most=20)
+    assert all(promotion_order(table, DEFAULT_OBJECTIVES, reference, most=k) == order[:k] for k in range(20))
     assert sorted(order) == list(range(20))
     useful = [i for i in order if accuracy[i] > 0.3]
     assert order[: len(useful)] == useful
@@ -62,19 +64,20 @@ def test_promotion_goes_by_rank_then_by_hypervolume_and_junk_comes_last(seed):
         kept = [(accuracy[j], energy[j]) for j in front[:k]]
         gains = {j: _area([*kept, (accuracy[j], energy[j])], reference) for j in front[k:]}
         assert gains[i] == pytest.approx(max(gains.values()))
-    cheapest_junk = promotion_order(np.array([0.25, 0.6, 0.7]), np.array([0.1, 2.0, 3.0]), reference, most=3)
+    junk_first = np.array([[0.25, 0.1], [0.6, 2.0], [0.7, 3.0]])
+    cheapest_junk = promotion_order(junk_first, DEFAULT_OBJECTIVES, reference, most=3)
     assert cheapest_junk[-1] == 0
 
 
 def test_the_probability_of_two_trials_is_that_of_a_difference_of_normals():
-    accuracy, error, energy = np.array([0.60, 0.63]), np.array([0.02, 0.03]), np.array([1.0, 2.0])
+    accuracy, error, energy = np.array([0.60, 0.63]), np.array([0.02, 0.03]), np.array([[1.0], [2.0]])
     cheap, dear = front_probabilities(accuracy, error, energy)
     assert cheap == 1.0
     z = 0.03 / (0.02**2 + 0.03**2) ** 0.5
     assert dear == pytest.approx(0.5 * (1 + erf(z / 2**0.5)), abs=0.03)
-    same = front_probabilities(np.array([0.5, 0.5]), np.array([0.01, 0.01]), np.array([1.0, 1.0]))
+    same = front_probabilities(np.array([0.5, 0.5]), np.array([0.01, 0.01]), np.array([[1.0], [1.0]]))
     assert same == pytest.approx([0.5, 0.5], abs=0.04)
-    sure = front_probabilities(np.array([0.5, 0.4, 0.6]), np.zeros(3), np.array([1.0, 2.0, 3.0]))
+    sure = front_probabilities(np.array([0.5, 0.4, 0.6]), np.zeros(3), np.array([[1.0], [2.0], [3.0]]))
     assert sure.tolist() == [1.0, 0.0, 1.0]
 
 
@@ -133,7 +136,7 @@ def test_standard_errors_are_those_of_many_repetitions():
 
 def test_a_chip_is_worth_most_where_it_decides_a_place_or_that_of_another():
     accuracy = np.array([0.60, 0.61, 0.30, 0.90])  # by rising energy: a rival, an undecided, a hopeless, a sure one
-    energy, chips = np.array([1.0, 2.0, 3.0, 4.0]), np.full(4, 4)
+    energy, chips = np.array([[1.0], [2.0], [3.0], [4.0]]), np.full(4, 4)
     rival, undecided, hopeless, sure = value_of_a_chip(accuracy, np.full(4, 0.02), energy, chips)
     assert rival == pytest.approx(undecided, rel=0.1)  # the comparison rests on both alike
     assert max(hopeless, sure) < 0.01 * rival

@@ -138,6 +138,7 @@ def test_the_recorded_names_are_frozen():
             "clean_accuracy_summed.",
         ),
         "ENERGY": "energy_uj_per_token",
+        "COSTS": ("energy_uj_per_token", "latency_us_per_token", "tokens_per_s", "power_w", "area_mm2"),
         "ENERGY_COMPONENT": "energy_uj_per_token.{component}",
         "VIOLATION": "constraint_violation",
         "HYPERVOLUME": "hypervolume",
@@ -186,6 +187,7 @@ def test_a_finished_trial_is_read_back_whole(client, store, sweep, folder, said,
     components = {k: v for k, v in metrics.items() if k.startswith("energy_uj_per_token.")}
     assert sum(components.values()) == pytest.approx(metrics["energy_uj_per_token"], rel=1e-12)
     assert components == {f"energy_uj_per_token.{k}": pytest.approx(v) for k, v in energy.components_uj.items()}
+    assert {name: metrics[name] for name in names.COSTS} == pytest.approx(energy.metrics)
     limits = {"accuracy": 0.5, "accuracy_low": 0.4, "accuracy_high": 0.6}
     assert {name: metrics[name] for name in names.SCORE_METRICS} == SCORES | limits
     prefixes = (*names.TASK_METRICS, names.LEVEL_METRIC)

@@ -65,6 +65,9 @@ def test_a_certificate_states_its_conditions_and_comes_back_from_json():
     assert "other stores are not counted" in first
 
 
+COSTS = {
+    "energy_uj_per_token": 4.0, "latency_us_per_token": 2.0, "tokens_per_s": 5e5, "power_w": 2.0, "area_mm2": 300.0,
+}  # fmt: skip
 SCORES = {
     "accuracy": 0.5625, "accuracy_low": 0.5, "accuracy_high": 0.625, "clean_accuracy": 0.5625, "drop_high": 0.0625,
     "margin": 0.1,
@@ -73,7 +76,7 @@ SCORES = {
 
 def gates_by_name(gates, **changes):
     measured = {
-        "energy_uj_per_token": 4.0, "adapter_bytes": 2_000_000, "chips": 59, "yield_bound": 0.9505,
+        "costs": COSTS, "adapter_bytes": 2_000_000, "chips": 59, "yield_bound": 0.9505,
         "accuracy_at": {0.02: (0.5, 0.4)}, "reload_share": 1.0,
     }  # fmt: skip
     return {
@@ -83,7 +86,8 @@ def gates_by_name(gates, **changes):
 
 ALL_GATES = Gates(
     min_accuracy=0.5, max_drop=0.0625, max_energy_uj_per_token=4.0, max_adapter_kb=2000, max_ci_halfwidth=0.0625,
-    min_chips=59, min_accuracy_at={0.02: 0.4},
+    min_chips=59, min_accuracy_at={0.02: 0.4}, max_latency_us_per_token=2.0, min_tokens_per_s=5e5, max_power_w=2.0,
+    max_area_mm2=300.0,
 )  # fmt: skip
 
 
@@ -93,7 +97,11 @@ def test_a_gate_at_its_threshold_passes_and_beyond_it_fails():
         "no_nan": {"scores": {"margin": nan}},
         "min_accuracy": {"scores": {"accuracy_low": 0.4999, "accuracy_high": 0.6249}},
         "max_drop": {"scores": {"drop_high": 0.063}},
-        "max_energy_uj_per_token": {"energy_uj_per_token": 4.01},
+        "max_energy_uj_per_token": {"costs": COSTS | {"energy_uj_per_token": 4.01}},
+        "max_latency_us_per_token": {"costs": COSTS | {"latency_us_per_token": 2.01}},
+        "min_tokens_per_s": {"costs": COSTS | {"tokens_per_s": 4.9e5}},
+        "max_power_w": {"costs": COSTS | {"power_w": 2.1}},
+        "max_area_mm2": {"costs": COSTS | {"area_mm2": 301.0}},
         "max_adapter_kb": {"adapter_bytes": 2_000_001},
         "max_ci_halfwidth": {"scores": {"accuracy_high": 0.626}},
         "min_chips": {"chips": 58},

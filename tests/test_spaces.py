@@ -67,7 +67,7 @@ _MISTAKES = {
     "derived.training.weight_decay: 'training.step' is neither searched, nor derived before it, nor written in trial",
     "derived.training.gradient_clip: '1 if training.steps else 2': a formula has numbers, names,",
     "derived.training.batch_size: is searched already",
-    "constraints.0: no metric 'energy_mj' (known: energy_uj_per_token, accuracy",
+    "constraints.0: no metric 'energy_mj' (known: energy_uj_per_token, latency_us_per_token",
     "constraints.1: write `METRIC <= NUMBER` or `METRIC >= NUMBER`, got 'accuracy > 0.5'",
     "search.sampler: input should be 'tpe', 'gp', 'nsga2', 'nsga3', 'random' or 'qmc', got 'tpa'",
     "early_stopping.rungs: every rung needs more steps than the one before it, got 4, 4",

@@ -9,12 +9,13 @@ import yaml
 from pydantic import TypeAdapter
 
 from halora.errors import UserError
+from halora.hardware.energy import COSTS, ENERGY
 from halora.records import names
 from halora.spaces.expressions import Expression
 from halora.spaces.language import Categorical, Distribution, Range, grid, size
 from halora.spaces.recipes import RECIPES, first_points
 from halora.spaces.schema import sweep_schema
-from halora.spaces.search import ENERGY, METRICS, Constraint
+from halora.spaces.search import METRICS, Constraint
 from halora.spaces.sweep import SHIPPED, SweepConfig, load_sweep, shipped_sweeps
 from halora.yaml_files import parse_yaml
 
@@ -116,7 +117,7 @@ def test_derived_values_follow_the_searched_ones():
 
 
 def test_constraints_bound_metrics_that_are_recorded():
-    assert set(METRICS) == {ENERGY, *names.SCORE_METRICS}
+    assert set(METRICS) == {*COSTS, *names.SCORE_METRICS}
     upper, lower = Constraint.model_validate(f"{ENERGY} <= 5"), Constraint.model_validate(" accuracy>=0.5 ")
     assert [upper.violation({ENERGY: e}) for e in (4, 5, 7)] == [-1, 0, 2]
     assert [lower.violation({"accuracy": a}) for a in (0.75, 0.5, 0.25)] == [-0.25, 0, 0.25]

@@ -12,6 +12,7 @@ from optuna.distributions import FloatDistribution
 from services import postgres_server
 
 from halora.errors import UnreachableError
+from halora.hardware.energy import ENERGY
 from halora.records.store import SweepFolder
 from halora.sweep.search.study import State, SweepStudy
 from halora.sweep.search.study_storage import STUDY_URL, PatientStorage, storage_of
@@ -29,7 +30,11 @@ def _change(study: SweepStudy) -> list[tuple]:
     """Begin, score and end many trials; what the study then says of them."""
     for i in range(TRIALS):
         number = study.begin(
-            {"x": i / TRIALS}, {"x": FloatDistribution(0, 1)}, float(i), system_attrs={}, constraints={"c": -1.0}
+            {"x": i / TRIALS},
+            {"x": FloatDistribution(0, 1)},
+            {ENERGY: float(i)},
+            system_attrs={},
+            constraints={"c": -1.0},
         )
         study.count_lost_workers(study.trial(number), 1)
         study.scored(study.trial(number), {"accuracy": i / TRIALS, "step": 3})
@@ -120,7 +125,7 @@ def test_what_the_database_refuses_is_told_at_once_with_its_cause(server, monkey
 
 def _begin(study, i):
     space = {"x": FloatDistribution(0, 1)}
-    return study.begin({"x": i / 100}, space, float(i), system_attrs={}, constraints={})
+    return study.begin({"x": i / 100}, space, {ENERGY: float(i)}, system_attrs={}, constraints={})
 
 
 @pytest.mark.parametrize("torn", [b'{"op_code":4,"wor', b"\xff\x00"])

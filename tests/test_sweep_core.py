@@ -165,7 +165,7 @@ def test_values_that_contradict_each_other_are_skipped_with_their_cause(tiny_mod
         "training.schedule.shape: 'step' with 9 stages takes 9 steps to be met, the training has 3"
     )
     assert {trial.energy_uj_per_token for trial in others if trial.skipped} <= {
-        sweep.reference_point.energy_uj_per_token
+        sweep.reference_point["energy_uj_per_token"]
     }
     assert core.counts()["finished"] == 12
 
@@ -305,7 +305,7 @@ def test_quickstart_searches_a_wide_range_of_energies(tmp_path):
         energies.append(job.energy_uj_per_token)
     assert max(energies) / min(energies) >= 1.5
     assert len({round(energy, 3) for energy in energies}) >= 15
-    assert max(energies) < sweep.reference_point.energy_uj_per_token
+    assert max(energies) < sweep.reference_point["energy_uj_per_token"]
 
 
 def test_a_study_in_postgresql_is_the_same(sweep, tmp_path, postgresql, monkeypatch):

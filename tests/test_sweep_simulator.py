@@ -12,6 +12,7 @@ from optuna.storages import InMemoryStorage
 from benchmarks.analytic import FUNCTIONS, AnalyticCurves
 from halora.analysis.front import ranks
 from halora.analysis.racing import chip_estimates, front_probabilities
+from halora.analysis.trials import DEFAULT_OBJECTIVES
 from halora.errors import UserError
 from halora.settings.trial import Goal
 from halora.spaces.search import Budget, Constraint, Racing, SearchSettings
@@ -175,7 +176,7 @@ def test_a_configuration_over_the_energy_constraint_is_never_trained():
     assert len(trained) == 25
     assert max(trial.energy_uj_per_token for trial in trained) <= 0.4
     assert trials[0].state is State.SKIPPED
-    assert trials[0].skipped == "0.9 µJ per token break energy_uj_per_token <= 0.4"
+    assert trials[0].skipped == "0.9 breaks energy_uj_per_token <= 0.4"
     assert all(trial.energy_uj_per_token > 0.4 and not trial.scores for trial in skipped)
     assert all(trial.frozen.constraints[str(bound)] > 0 for trial in skipped)
     assert all(trial.frozen.constraints[str(bound)] <= 0 for trial in trained)
@@ -237,7 +238,7 @@ def test_a_race_spends_its_chips_on_the_undecided():
         assert trial.scores[-1]["accuracy_by_chip"] == expected
     before, _ = _run(_problem(NOISY, trials=20), curves=NOISY)
     estimates = chip_estimates([trial.scores[-1]["accuracy_by_chip"] for trial in before.trials()])
-    chances = front_probabilities(*estimates, np.array([trial.energy_uj_per_token for trial in before.trials()]))
+    chances = front_probabilities(*estimates, np.array([[trial.energy_uj_per_token] for trial in before.trials()]))
     undecided = np.flatnonzero((chances > 0.05) & (chances < 0.95))
     assert any(chips[number] > 4 for number in undecided)
     settled, _ = _run(_problem(trials=20, racing=racing))  # hardly any noise
@@ -257,7 +258,7 @@ def test_budgets_of_steps_and_hours_end_the_search():
 def test_the_sampler_sees_the_best_and_the_latest_of_many_trials():
     core, _ = _run(_problem(trials=150))
     trials = core.trials()
-    history = History(60, worst_accuracy=0.0)
+    history = History(60, DEFAULT_OBJECTIVES, (0.0, 1.1))
     seen = history.seen(trials)
     assert len(seen) <= 60
     shown = {tuple(entry.params.items()) for entry in seen}
@@ -265,13 +266,13 @@ def test_the_sampler_sees_the_best_and_the_latest_of_many_trials():
     best = np.argsort(found, kind="stable")[:30]
     assert {tuple(trials[i].values.items()) for i in best} <= shown
     assert {tuple(trial.values.items()) for trial in trials[-30:]} <= shown
-    assert len(History(400, worst_accuracy=0.0).seen(trials)) == 150
+    assert len(History(400, DEFAULT_OBJECTIVES, (0.0, 1.1)).seen(trials)) == 150
 
 
 def test_the_sampler_sees_what_a_paused_trial_reached_and_what_others_gained_from_there():
     core, _ = _run(_problem(levels=lambda values: LEVELS, reduction_factor=3))
     trials = core.trials()
-    seen = History(200, worst_accuracy=0.0).seen(trials)
+    seen = History(200, DEFAULT_OBJECTIVES, (0.0, 1.1)).seen(trials)
     reached = [[scores["accuracy"] for scores in trial.scores] for trial in trials]
     first, second = ([own[i + 1] - own[i] for own in reached if len(own) > i + 1] for i in (0, 1))
     to_come = {1: np.median(first) + np.median(second), 2: np.median(second), 3: 0.0}

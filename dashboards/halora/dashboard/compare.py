@@ -43,7 +43,9 @@ def routes(site: Site) -> APIRouter:
         reference = common_reference(snapshots)
         rows = compared(snapshots, by, reference)
         chart = fronts_chart({row.name: row.view for row in rows}, reference) if rows else None
-        tasks = sorted({str(p.labels["task"]) for s in snapshots for p in s.view.groups.feasible if "task" in p.labels})
+        tasks = sorted(
+            {str(p.labels["task"]) for s in snapshots for p in s.plain_view.groups.feasible if "task" in p.labels}
+        )
         return site.page(
             request,
             "compare",
@@ -63,7 +65,7 @@ def routes(site: Site) -> APIRouter:
 
 def common_reference(snapshots: list[Snapshot]) -> tuple[float, float]:
     """Accuracy and energy worse than every sweep's own reference point, or as bad."""
-    corners = [snapshot.reference for snapshot in snapshots] or [(0.0, 1.0)]
+    corners = [snapshot.plain_reference for snapshot in snapshots] or [(0.0, 1.0)]
     return min(accuracy for accuracy, _ in corners), max(energy for _, energy in corners)
 
 
@@ -72,11 +74,11 @@ def compared(snapshots: list[Snapshot], by: str, reference: tuple[float, float])
     views: dict[str, FrontView] = {}
     for snapshot in snapshots:
         if by == "sweep":
-            views[snapshot.name] = snapshot.view
+            views[snapshot.name] = snapshot.plain_view
             continue
-        for value in sorted({str(point.labels.get(by, "other")) for point in snapshot.view.groups.feasible}):
+        for value in sorted({str(point.labels.get(by, "other")) for point in snapshot.plain_view.groups.feasible}):
             name = value if len(snapshots) == 1 else f"{snapshot.name}: {value}"
-            own = [p for p in snapshot.view.groups.feasible if str(p.labels.get(by, "other")) == value]
-            views[name] = narrowed(snapshot.view, own)
+            own = [p for p in snapshot.plain_view.groups.feasible if str(p.labels.get(by, "other")) == value]
+            views[name] = narrowed(snapshot.plain_view, own)
     rows = [Compared(name, view, hypervolume(view.members, reference)) for name, view in views.items()]
     return sorted(rows, key=lambda row: -row.volume)[:_MOST]

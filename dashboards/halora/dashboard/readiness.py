@@ -53,7 +53,7 @@ class Readiness:
 
 def readiness(snapshot: Snapshot, point: RecordedTrial) -> Readiness:
     """How a trial's adapter stands."""
-    (standing,) = standings([point], snapshot.sweep.gates)
+    (standing,) = standings([point], snapshot.sweep.gates, objectives=snapshot.view.objectives)
     try:
         attempts = attempts_of(snapshot.folder)
         finished = certifications_of(snapshot.folder)
@@ -68,7 +68,7 @@ def readiness(snapshot: Snapshot, point: RecordedTrial) -> Readiness:
 
 def failed_gates(snapshot: Snapshot, point: RecordedTrial) -> tuple[str, ...]:
     """Why a trial is not a candidate, by the sweep's gates; none for a candidate."""
-    return standings([point], snapshot.sweep.gates)[0].reasons
+    return standings([point], snapshot.sweep.gates, objectives=snapshot.view.objectives)[0].reasons
 
 
 def routes(site: Site) -> APIRouter:

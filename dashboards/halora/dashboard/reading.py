@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from halora.analysis.summary import FrontView, view_front, volumes
-from halora.analysis.trials import ACCURACY, ENERGY, Objective, RecordedTrial
+from halora.analysis.trials import ACCURACY, Objective, RecordedTrial, sweep_objectives
 from halora.errors import UserError
 from halora.evaluation.damage import described
 from halora.records import journal
@@ -18,8 +18,7 @@ from halora.sweep.run.state import is_running, load_sweep_of
 
 _MOST_KEPT = 32
 """Sweeps in memory."""
-CLEAN = (Objective("clean_accuracy", maximise=True), ENERGY)
-NOISY = (ACCURACY, ENERGY)
+CLEAN = Objective("clean_accuracy", maximise=True)
 
 
 class Snapshot:
@@ -55,18 +54,33 @@ class Snapshot:
 
     @cached_property
     def view(self) -> FrontView:
-        """The front of accuracy under noise against energy."""
-        return view_front(self.points, NOISY)
+        """The front over the sweep's objectives."""
+        return view_front(self.points, sweep_objectives(self.sweep))
 
     @cached_property
     def clean_view(self) -> FrontView:
-        """The front of clean accuracy against energy."""
-        return view_front(self.points, CLEAN)
+        """The front with clean accuracy in the place of that under noise."""
+        objectives = self.view.objectives
+        if CLEAN in objectives:
+            return self.view
+        return view_front(self.points, [CLEAN if each == ACCURACY else each for each in objectives])
+
+    @cached_property
+    def plain_view(self) -> FrontView:
+        """The front of accuracy under noise against energy, whatever the sweep's objectives are."""
+        return view_front(self.points)
 
     @property
-    def reference(self) -> tuple[float, float]:
-        """Accuracy and energy that the hypervolume is measured from."""
-        return self.sweep.reference_point.accuracy, self.sweep.reference_point.energy_uj_per_token
+    def plain_reference(self) -> tuple[float, float]:
+        """Accuracy and energy that a hypervolume of `plain_view` is measured from."""
+        point, trials = self.sweep.reference_point, self.plain_view.groups.feasible
+        dearest = max((each.energy_uj_per_token for each in trials), default=1.0)
+        return point.get("accuracy", 0.0), point.get("energy_uj_per_token", dearest)
+
+    @property
+    def reference(self) -> tuple[float, ...]:
+        """Objectives that the hypervolume is measured from."""
+        return self.sweep.reference
 
     @cached_property
     def volumes(self) -> list[float]:

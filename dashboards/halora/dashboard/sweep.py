@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import HTMLResponse, Response
 
-from halora.analysis.charts import Chart, front_chart, hypervolume_chart
+from halora.analysis.charts import Chart, front_charts, hypervolume_chart
 from halora.analysis.front import hypervolume
 from halora.analysis.summary import FrontView, narrowed
 from halora.analysis.trials import RecordedTrial, condition_parts, filtered
@@ -26,6 +26,8 @@ _MOST_FAILURES = 20
 COLUMNS: dict[str, str] = {
     "number": "trial",
     "energy_uj_per_token": "µJ per token",
+    "latency_us_per_token": "µs per token",
+    "area_mm2": "mm²",
     "accuracy": "accuracy",
     "clean_accuracy": "clean",
     "drop": "drop",
@@ -55,7 +57,9 @@ def routes(site: Site) -> APIRouter:
             "direction": sort_direction,
             "why_not": {point.number: failed_gates(snapshot, point) for point in choice.picked},
             "failures": failures(snapshot),
-            "progress": hypervolume_chart(snapshot.volumes) if len(snapshot.volumes) > 1 else None,
+            "progress": hypervolume_chart(snapshot.volumes, snapshot.view.objectives)
+            if len(snapshot.volumes) > 1
+            else None,
         }
         if not is_fragment(request):
             return site.page(request, "sweep", fields=form_fields(snapshot), **content)
@@ -75,7 +79,7 @@ class Choice:
         problems: What is wrong with the constraints.
         view: Front of the trials that qualify.
         finished: Number of finished trials.
-        chart: The front.
+        charts: The front, seen from every side.
         volume: Hypervolume of the front of all trials, and of those that qualify.
         parallel: The searched fields; none where there is nothing to draw.
         rows: Trials of the table's page.
@@ -88,7 +92,7 @@ class Choice:
     problems: list[str]
     view: FrontView
     finished: int
-    chart: Chart | None
+    charts: list[Chart]
     volume: tuple[float, float]
     parallel: ParallelView | None
     rows: list[RecordedTrial]
@@ -117,12 +121,12 @@ def choose(snapshot: Snapshot, query: SweepQuery) -> Choice:
     rows, page, pages = page_of(ordered, query.page, _ROWS)
     shown = {point.number for point in rows}
     conditions = [parts for text in query.conditions if (parts := condition_parts(text))]
-    chart = front_chart(view, others=others, marked=drawn, by=query.colour, most=_MOST_DRAWN) if scored else None
+    charts = front_charts(view, others=others, marked=drawn, by=query.colour, most=_MOST_DRAWN) if scored else []
     return Choice(
         problems=problems,
         view=view,
         finished=snapshot.counts["finished"],
-        chart=chart,
+        charts=charts,
         volume=(_volume(whole, snapshot), _volume(view, snapshot)),
         parallel=parallel_view(scored, view, conditions, query.colour),
         rows=list(rows),

@@ -34,7 +34,7 @@ def _row(site: Site, snapshot: Snapshot) -> dict[str, Any]:
         "snapshot": snapshot,
         "counts": snapshot.counts,
         "best": max((p.accuracy for p in members), default=None),
-        "cheapest": members[0].energy_uj_per_token if members else None,
+        "cheapest": min((p.energy_uj_per_token for p in members), default=None),
         "spark": sparkline(snapshot.volumes),
         "undelivered": undelivered(site.store, snapshot.name),
     }

@@ -10,11 +10,15 @@ from typing import Any
 
 from halora.analysis.figures import METHOD_COLOURS, OTHER_COLOUR
 from halora.analysis.formats import searched_values
+from halora.analysis.front import front
 from halora.analysis.summary import FrontView, SweepSummary
-from halora.analysis.trials import RecordedTrial
+from halora.analysis.trials import ACCURACY, DEFAULT_OBJECTIVES, Objective, RecordedTrial, projections
+from halora.hardware.energy import COSTS
 
 Chart = dict[str, Any]
 """A Plotly figure: `data` and `layout`."""
+Pair = tuple[Objective, Objective]
+"""What is drawn upwards, and what to the right."""
 
 _SYMBOLS = {"lora": "square", "noise_lora": "triangle-up", "halora": "circle"}
 _COMPONENT_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999", "#332288")
@@ -37,69 +41,82 @@ PLAIN_STYLES = (
 """Colours of Okabe and Ito with a shape each."""
 
 
+def front_charts(view: FrontView, **settings: Any) -> list[Chart]:
+    """The front seen from every side: a chart for every two of its objectives, see `front_chart`."""
+    return [front_chart(view, pair, **settings) for pair in projections(view.objectives)]
+
+
 def front_chart(
     view: FrontView,
+    pair: Pair | None = None,
     *,
     others: Sequence[RecordedTrial] = (),
     marked: Sequence[RecordedTrial] = (),
     by: str = "method",
     most: int = _MOST_SHOWN,
 ) -> Chart:
-    """Every feasible trial by energy and accuracy, the front with its intervals, and those that break constraints.
+    """Every feasible trial by two objectives, the front with its intervals, and those that break constraints.
 
     Args:
-        view: A front over an accuracy, which is drawn upwards, and energy.
+        view: A front.
+        pair: What is drawn upwards and what to the right; the first of its projections when left out. The line is the
+            front of these two, whereas marks are filled for trials on the front of all objectives.
         others: Feasible trials that do not take part, drawn pale.
         marked: Trials to draw a ring around.
         by: Label that colour and shape tell apart.
         most: Dominated trials drawn; beyond that the best are.
     """
-    upwards = view.objectives[0].metric
+    pair = pair or projections(view.objectives)[0]
+    upwards, rightwards = pair
+    sign = -1 if upwards.maximise else 1
     members = {point.number for point in view.members}
     styles = label_styles([*view.groups.feasible, *view.groups.violating, *others], by)
     data: list[Chart] = []
     dominated = [p for p in view.groups.feasible if p.number not in members]
-    dominated = sorted(dominated, key=lambda p: -p.metrics[upwards])[:most]
+    dominated = sorted(dominated, key=lambda p: sign * p.metrics[upwards.metric])[:most]
     maybe = [p for p in dominated if view.probability[p.number] >= _UNDECIDED]
     sure = [p for p in dominated if view.probability[p.number] < _UNDECIDED]
     if others:
-        pale = _trials(others[:most], "does not qualify", "", view, _Style(opacity=0.35, size=6, bars=False))
+        pale = _trials(others[:most], "does not qualify", "", view, pair, _Style(opacity=0.35, size=6, bars=False))
         pale["marker"] |= {"symbol": "circle-open", "color": NEUTRAL}
         data.append(pale)
     if view.members:
-        data.append(staircase(view.members, upwards, NEUTRAL))
+        data.append(staircase(front(view.members, pair), pair, NEUTRAL))
     for group, name, style in (
         (sure, "dominated", _Style(opacity=0.5, size=7, bars=False)),
         (maybe, "perhaps on the front", _Style(opacity=0.75, size=9)),
         (view.members, "on the front", _Style(opacity=1.0, size=11, filled=True)),
     ):
         for label, own in by_label(group, by):
-            trace = _trials(own, f"{label}, {name}", label, view, style, styles)
+            trace = _trials(own, f"{label}, {name}", label, view, pair, style, styles)
             trace |= {"legendgroup": escape(label), "showlegend": False}
             data.append(trace)
     for trace in {trace["legendgroup"]: trace for trace in data if "legendgroup" in trace}.values():
         trace |= {"name": trace["legendgroup"], "showlegend": True}  # one entry for a label: its trials on the front
     if view.groups.violating:
         broken = _trials(
-            view.groups.violating[:most], "breaks a constraint", "", view, _Style(opacity=0.8, size=8, bars=False)
+            view.groups.violating[:most], "breaks a constraint", "", view, pair, _Style(opacity=0.8, size=8, bars=False)
         )
         broken["marker"] |= {"symbol": "x-thin", "line": {"width": 2, "color": "#D55E00"}}
         data.append(broken)
     if view.knee:
-        data.append(_ring([view.knee], f"knee: trial {view.knee.number}", upwards, NEUTRAL, 20))
+        data.append(_ring([view.knee], f"knee: trial {view.knee.number}", pair, NEUTRAL, 20))
     if marked:
-        data.append(_ring(marked, "shortlist", upwards, MARK_COLOUR, 26))
-    what = "accuracy under noise (95 % interval)" if upwards == "accuracy" else upwards.replace("_", " ")
-    return _with_room({"data": data, "layout": chart_layout("energy per token (µJ)", what, log_x=True)})
+        data.append(_ring(marked, "shortlist", pair, MARK_COLOUR, 26))
+    what = f"{upwards.words} (95 % interval)" if upwards == ACCURACY else upwards.words
+    layout = chart_layout(rightwards.words, what, log_x=rightwards.metric in COSTS)
+    layout["yaxis"] |= {"type": "log"} if upwards.metric in COSTS else {}
+    return _with_room({"data": data, "layout": layout})
 
 
-def staircase(members: Sequence[RecordedTrial], upwards: str, colour: str) -> Chart:
-    """The border of what a front's members, by rising energy, dominate."""
+def staircase(members: Sequence[RecordedTrial], pair: Pair, colour: str) -> Chart:
+    """The border of what the members of the front over a pair dominate, in the front's order."""
+    upwards, rightwards = pair
     return {
         "type": "scatter",
         "mode": "lines",
-        "x": [p.energy_uj_per_token for p in members],
-        "y": [p.metrics[upwards] for p in members],
+        "x": [p.metrics[rightwards.metric] for p in members],
+        "y": [p.metrics[upwards.metric] for p in members],
         "line": {"shape": "hv", "color": colour, "width": 1},
         "hoverinfo": "skip",
         "showlegend": False,
@@ -111,8 +128,9 @@ def fronts_chart(fronts: Mapping[str, FrontView], reference: tuple[float, float]
     data: list[Chart] = []
     for (name, view), (colour, symbol) in zip(fronts.items(), PLAIN_STYLES * len(fronts), strict=False):
         if view.members:
-            data.append(staircase(view.members, "accuracy", colour))
-            trace = _trials(view.members, name, "", view, _Style(opacity=1.0, size=9, filled=True))
+            data.append(staircase(view.members, DEFAULT_OBJECTIVES, colour))
+            style = _Style(opacity=1.0, size=9, filled=True)
+            trace = _trials(view.members, name, "", view, DEFAULT_OBJECTIVES, style)
             trace["marker"] |= {"color": colour, "symbol": symbol}
             data.append(trace)
     data.append(
@@ -159,7 +177,7 @@ def noise_chart(
             data.append({"type": "scatter", "mode": "lines", "name": f"{escape(method)}, best", **line})
     for p in marked:
         places = _accuracies_over(p, field)
-        ring = _ring([p], f"trial {p.number}", "accuracy", MARK_COLOUR, 18)
+        ring = _ring([p], f"trial {p.number}", DEFAULT_OBJECTIVES, MARK_COLOUR, 18)
         data.append(ring | {"x": [x for x, _ in places], "y": [y for _, y in places]})
     return _with_room({"data": data, "layout": chart_layout(title, "accuracy under noise")})
 
@@ -215,8 +233,9 @@ def importance_chart(summary: SweepSummary) -> Chart:
     return {"data": data, "layout": layout}
 
 
-def hypervolume_chart(volumes: Sequence[float]) -> Chart:
+def hypervolume_chart(volumes: Sequence[float], objectives: Sequence[Objective] = DEFAULT_OBJECTIVES) -> Chart:
     """The hypervolume over finished trials, in the order they ended."""
+    what = " × ".join(each.words for each in objectives)
     colour = "#0072B2"
     line = {
         "type": "scatter",
@@ -226,7 +245,7 @@ def hypervolume_chart(volumes: Sequence[float]) -> Chart:
         "cliponaxis": False,
     }
     data = [{**line, "x": list(range(1, len(volumes) + 1)), "y": list(volumes), "showlegend": False}]
-    layout = chart_layout("trials finished", "hypervolume (accuracy × µJ)")
+    layout = chart_layout("trials finished", f"hypervolume<br>({what})")
     layout["yaxis"] |= {"rangemode": "tozero"}
     layout["xaxis"] |= {"tickformat": "d", "nticks": min(len(volumes) + 2, 12), "rangemode": "nonnegative"}
     return {"data": data, "layout": layout}
@@ -266,12 +285,13 @@ class _Style:
     bars: bool = True
 
 
-def _ring(points: Sequence[RecordedTrial], name: str, upwards: str, colour: str, size: int) -> Chart:
+def _ring(points: Sequence[RecordedTrial], name: str, pair: Pair, colour: str, size: int) -> Chart:
+    upwards, rightwards = pair
     return {
         "type": "scatter",
         "mode": "markers",
-        "x": [p.energy_uj_per_token for p in points],
-        "y": [p.metrics[upwards] for p in points],
+        "x": [p.metrics[rightwards.metric] for p in points],
+        "y": [p.metrics[upwards.metric] for p in points],
         "name": escape(name),
         "marker": {"symbol": "circle-open", "size": size, "color": colour, "line": {"width": 1.5}},
         "hoverinfo": "skip",
@@ -283,24 +303,25 @@ def _trials(
     name: str,
     label: str,
     view: FrontView,
+    pair: Pair,
     style: _Style,
     styles: Mapping[str, tuple[str, str]] = MappingProxyType({}),
 ) -> Chart:
-    upwards = view.objectives[0].metric
+    upwards, rightwards = pair
     colour, symbol = styles.get(label, (OTHER_COLOUR, "diamond"))
     trace: Chart = {
         "type": "scatter",
         "mode": "markers",
         "name": escape(name),
-        "x": [p.energy_uj_per_token for p in points],
-        "y": [p.metrics[upwards] for p in points],
+        "x": [p.metrics[rightwards.metric] for p in points],
+        "y": [p.metrics[upwards.metric] for p in points],
         "customdata": [p.number for p in points],
         "text": [
             f"trial {p.number}, on the front with probability {view.probability.get(p.number, 0):.2f}"
             f"<br>{escape(described(p))[:300]}"
             for p in points
         ],
-        "hovertemplate": "%{text}<br>accuracy %{y:.4f}, %{x:.4g} µJ<extra></extra>",
+        "hovertemplate": f"%{{text}}<br>{upwards.words}: %{{y:.4g}}<br>{rightwards.words}: %{{x:.4g}}<extra></extra>",
         "marker": {
             "symbol": symbol if style.filled else f"{symbol}-open",
             "color": colour,
@@ -308,7 +329,7 @@ def _trials(
         },
         "opacity": style.opacity,
     }
-    if style.bars and upwards == "accuracy":
+    if style.bars and upwards == ACCURACY:
         trace["error_y"] = {
             "type": "data",
             "symmetric": False,

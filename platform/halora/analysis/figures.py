@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from halora.analysis.front import front
 from halora.analysis.layers import by_kind
 from halora.analysis.summary import FrontView
-from halora.analysis.trials import RecordedTrial
+from halora.analysis.trials import ACCURACY, Objective, RecordedTrial, projections
 from halora.hardware.error_curves import ErrorCurve
 
 METHOD_COLOURS = {"lora": "#0072B2", "noise_lora": "#E69F00", "halora": "#009E73"}  # Okabe and Ito
@@ -17,46 +18,59 @@ _SHAPES = {"lora": "s", "noise_lora": "^", "halora": "o"}
 
 
 def front_figure(view: FrontView, title: str) -> Figure:
-    """Accuracy under noise with its intervals against energy; the front is filled and joined by a staircase.
+    """Objectives against each other, accuracy with its intervals; the front is filled.
+
+    Three objectives are seen from three sides. The line is the front of the two that are drawn.
 
     Args:
-        view: The sweep's front over accuracy and energy.
+        view: The sweep's front.
         title: Title of the figure.
     """
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
+    sides = projections(view.objectives)
+    figure = Figure(figsize=(8, 5) if len(sides) == 1 else (6 * len(sides), 5), layout="constrained")
+    figure.suptitle(title, parse_math=False)
+    for axes, side in zip(figure.subplots(1, len(sides), squeeze=False)[0], sides, strict=True):
+        _draw_side(axes, view, *side)
+    return figure
+
+
+def _draw_side(axes: Axes, view: FrontView, upwards: Objective, rightwards: Objective) -> None:
     members, points = view.members, view.groups.feasible
     if members:
-        steps = [[p.energy_uj_per_token for p in members], [p.accuracy for p in members]]
+        line = front(members, (upwards, rightwards))
+        steps = [[p.metrics[each.metric] for p in line] for each in (rightwards, upwards)]
         axes.step(*steps, where="post", color="0.4", linewidth=1, zorder=1)
     on_front = {point.number for point in members}
     for method in dict.fromkeys([*_SHAPES, *(_method(p) for p in points)]):
         for filled in (True, False):
             shown = [p for p in points if _method(p) == method and (p.number in on_front) == filled]
             if shown:
-                _draw_trials(axes, shown, method, filled)
+                _draw_trials(axes, shown, method, filled, (upwards, rightwards))
     for point in members:
-        place = (point.energy_uj_per_token, point.accuracy)
+        place = (point.metrics[rightwards.metric], point.metrics[upwards.metric])
         axes.annotate(str(point.number), place, xytext=(5, 5), textcoords="offset points")
-    axes.set_title(title, parse_math=False)
-    axes.set(xlabel="energy per token (µJ)", ylabel="accuracy under noise (95 % interval)")
+    interval = " (95 % interval)" if upwards == ACCURACY else ""
+    axes.set(xlabel=rightwards.words, ylabel=f"{upwards.words}{interval}")
     if points:
         for text in axes.legend(fontsize="small", loc="best").get_texts():
             text.set_parse_math(False)
     else:
         axes.text(0.5, 0.5, "no finished trial yet", ha="center", transform=axes.transAxes)
-    return figure
 
 
-def _draw_trials(axes: Axes, shown: Sequence[RecordedTrial], method: str, filled: bool) -> None:
+def _draw_trials(
+    axes: Axes, shown: Sequence[RecordedTrial], method: str, filled: bool, pair: tuple[Objective, Objective]
+) -> None:
     colour = METHOD_COLOURS.get(method, OTHER_COLOUR)
+    upwards, rightwards = pair
+    bars = [  # never below 0: rounding can put a limit of an accuracy of 1 on its wrong side
+        [max(p.accuracy - p.metrics.get("accuracy_low", p.accuracy), 0) for p in shown],
+        [max(p.metrics.get("accuracy_high", p.accuracy) - p.accuracy, 0) for p in shown],
+    ]
     axes.errorbar(
-        [p.energy_uj_per_token for p in shown],
-        [p.accuracy for p in shown],
-        yerr=[  # never below 0: rounding can put a limit of an accuracy of 1 on its wrong side
-            [max(p.accuracy - p.metrics.get("accuracy_low", p.accuracy), 0) for p in shown],
-            [max(p.metrics.get("accuracy_high", p.accuracy) - p.accuracy, 0) for p in shown],
-        ],
+        [p.metrics[rightwards.metric] for p in shown],
+        [p.metrics[upwards.metric] for p in shown],
+        yerr=bars if upwards == ACCURACY else None,
         fmt=_SHAPES.get(method, "D"),
         color=colour,
         markerfacecolor=colour if filled else "white",

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from halora.analysis.trials import ACCURACY, Objective
 from halora.analysis.uncertainty import share_on_front
 
 _DRAWS = 2000
@@ -41,43 +42,47 @@ def chip_estimates(accuracy_by_chip: Sequence[Sequence[float]]) -> tuple[np.ndar
     return means, np.sqrt(variances / counts)
 
 
-def front_probabilities(accuracy: np.ndarray, error: np.ndarray, energy: np.ndarray) -> np.ndarray:
-    """Probability that each trial is on the Pareto front; accuracies are normal around theirs, energies exact.
+def front_probabilities(accuracy: np.ndarray, error: np.ndarray, losses: np.ndarray) -> np.ndarray:
+    """Probability that each trial is on the Pareto front; accuracies are normal around theirs, all else is exact.
 
     Args:
         accuracy: Estimated accuracies, (trials,).
         error: Their standard errors, (trials,).
-        energy: Energies, exact, (trials,).
+        losses: The other objectives, exact and smaller the better, (trials, objectives).
 
     Returns:
         Probabilities by 2,000 draws, the same at every call, (trials,).
     """
     draws = _draws(accuracy, error)
-    return share_on_front(np.stack([draws, np.broadcast_to(energy, draws.shape)], axis=2))
+    exact = np.broadcast_to(losses, (len(draws), *losses.shape))
+    aims = [ACCURACY, *(Objective(str(i), maximise=False) for i in range(losses.shape[1]))]
+    return share_on_front(np.concatenate([draws[:, :, None], exact], axis=2), aims)
 
 
-def value_of_a_chip(accuracy: np.ndarray, error: np.ndarray, energy: np.ndarray, chips: np.ndarray) -> np.ndarray:
+def value_of_a_chip(accuracy: np.ndarray, error: np.ndarray, losses: np.ndarray, chips: np.ndarray) -> np.ndarray:
     """How much scoring each trial on one more chip may decide about the front.
 
     A trial's place is undecided by p (1 - p). It rests on its own accuracy and on that of its rival, the most accurate
-    trial that takes less energy; one more chip takes error^2 / (chips + 1) off a variance. Larger is better; no unit.
+    trial that is no worse in anything else; one more chip takes error^2 / (chips + 1) off a variance. Larger is
+    better; no unit.
 
     Args:
         accuracy: Estimated accuracies, (trials,).
         error: Their standard errors, (trials,).
-        energy: Energies, exact, (trials,).
+        losses: The other objectives, exact and smaller the better, (trials, objectives).
         chips: Chips each was scored on, (trials,).
     """
-    probability = front_probabilities(accuracy, error, energy)
+    probability = front_probabilities(accuracy, error, losses)
     undecided = probability * (1 - probability)
-    order = np.argsort(energy, kind="stable")
-    draws = _draws(accuracy[order], error[order])
-    leads = draws >= np.maximum.accumulate(draws, axis=1)
-    leader = np.maximum.accumulate(np.where(leads, np.arange(len(order)), 0), axis=1)
+    draws = _draws(accuracy, error)
     at_stake = undecided.copy()
-    for place in range(1, len(order)):
-        shares = np.bincount(leader[:, place - 1], minlength=len(order)) / _DRAWS
-        at_stake[order] += shares * undecided[order[place]]
+    for trial in np.flatnonzero(undecided):
+        no_worse = (losses <= losses[trial]).all(axis=1)
+        equal = (losses == losses[trial]).all(axis=1)
+        rivals = np.flatnonzero(no_worse & ~(equal & (np.arange(len(losses)) >= trial)))  # of equals the first one
+        if len(rivals):
+            leaders = rivals[draws[:, rivals].argmax(axis=1)]
+            at_stake += undecided[trial] * np.bincount(leaders, minlength=len(losses)) / _DRAWS
     value: np.ndarray = at_stake * error**2 / (chips + 1)
     return value
 

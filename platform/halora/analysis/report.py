@@ -12,6 +12,7 @@ from halora.analysis.summary import SweepSummary
 from halora.analysis.trials import RecordedTrial
 
 _TEMPLATE = "report.html.jinja"
+_SIDES = ("front", "front_2", "front_3")
 _MOST_ROWS = 200
 """Rows of a table; the page says how many it leaves out."""
 
@@ -25,12 +26,12 @@ def render_report(summary: SweepSummary) -> str:
     levels = sorted({level for point in scored for level in point.accuracy_by_level})
     several = charts.noise_chart(scored, "noise_strength", "noise strength of the chip (unit of its model)")
     drawn = {
-        "front": charts.front_chart(view) if scored else None,
+        **dict(zip(_SIDES, charts.front_charts(view) if scored else (), strict=False)),
         "noise_strength": several if len(levels) > 1 else None,
         "noise_db": charts.noise_chart(scored, "noise_db", "realised noise to signal of the weights (dB)"),
         "energy": charts.energy_chart(view),
         "importance": charts.importance_chart(summary),
-        "hypervolume": charts.hypervolume_chart(summary.hypervolume) if summary.hypervolume else None,
+        "hypervolume": charts.hypervolume_chart(summary.hypervolume, view.objectives) if summary.hypervolume else None,
     }
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"number": number, "described": charts.described}
@@ -41,6 +42,7 @@ def render_report(summary: SweepSummary) -> str:
         view=view,
         charts=shown,
         charts_json=script_json(shown),
+        sides=[name for name in _SIDES if name in shown],
         levels=levels,
         plotly=Markup(get_plotlyjs().replace("</script", "<\\/script")),
         most=_MOST_ROWS,
@@ -56,8 +58,9 @@ def _ended(summary: SweepSummary) -> list[RecordedTrial]:
 
 def _ratios(summary: SweepSummary) -> list[dict[str, Any]]:
     """Energy of the front's cheapest, knee and most accurate trial beside the named baselines of its model."""
-    members = summary.front.members
-    chosen = {"cheapest": members[:1], "knee": [k] if (k := summary.front.knee) else [], "most accurate": members[-1:]}
+    members = sorted(summary.front.members, key=lambda point: point.energy_uj_per_token)
+    chosen = {"cheapest": members[:1], "knee": [k] if (k := summary.front.knee) else []}
+    chosen["most accurate"] = [best] if (best := max(members, key=lambda point: point.accuracy, default=None)) else []
     rows = []
     for what, points in chosen.items():
         for point in points:

@@ -4,20 +4,34 @@ import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from math import isfinite
 from typing import Any
 
 from halora.errors import UserError, nearest
+from halora.hardware.energy import COSTS
+from halora.hardware.energy import ENERGY as ENERGY_METRIC
+from halora.spaces.sweep import SweepConfig
 
 LEVEL_METRIC = "accuracy_at."
 """Followed by a strength of noise other than the chip's own: accuracy there."""
 OTHER_ACCURACY = {"accuracy_per_byte": "accuracy per byte", "accuracy_summed": "accuracy, summed"}
 """Accuracy by the way of scoring options that was not asked for, and its name for people; a trial has at most one."""
+WORDS = {
+    "accuracy": "accuracy under noise",
+    "accuracy_worst": "accuracy of the worst chip",
+    ENERGY_METRIC: "energy per token (µJ)",
+    "latency_us_per_token": "time per token (µs)",
+    "tokens_per_s": "tokens per second",
+    "power_w": "power (W)",
+    "area_mm2": "area (mm²)",
+}
+"""Metrics for people, with their units."""
 VIOLATION = "constraint_violation"
 """The metric that says by how much a trial breaks its sweep's constraints, above 0 if it does; or `.NAME` after it."""
 
-_LESS_IS_BETTER = re.compile(r"energy|loss|_std|drop|latency|area|bytes|seconds|violation")
-_MORE_IS_BETTER = re.compile(r"accuracy|margin")
+_LESS_IS_BETTER = re.compile(r"energy|loss|_std|drop|latency|power|area|bytes|seconds|violation")
+_MORE_IS_BETTER = re.compile(r"accuracy|margin|tokens_per_s")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +73,7 @@ class RecordedTrial:
     @property
     def energy_uj_per_token(self) -> float:
         """Energy per token in microjoule."""
-        return self.metrics["energy_uj_per_token"]
+        return self.metrics[ENERGY_METRIC]
 
     @property
     def accuracy_by_level(self) -> dict[float, float]:
@@ -106,9 +120,14 @@ class Objective:
     metric: str
     maximise: bool
 
+    @property
+    def words(self) -> str:
+        """For people, with its unit."""
+        return WORDS.get(self.metric, self.metric.replace("_", " "))
+
 
 ACCURACY = Objective("accuracy", maximise=True)
-ENERGY = Objective("energy_uj_per_token", maximise=False)
+ENERGY = Objective(ENERGY_METRIC, maximise=False)
 DEFAULT_OBJECTIVES = (ACCURACY, ENERGY)
 
 
@@ -126,6 +145,17 @@ def objective(text: str) -> Objective:
     if _MORE_IS_BETTER.search(text):
         return Objective(text, maximise=True)
     raise UserError(f"objective '{text}': say whether more is better, '{text}:max' or '{text}:min'")
+
+
+def projections(objectives: Sequence[Objective]) -> list[tuple[Objective, Objective]]:
+    """Every two of the objectives as what is drawn upwards and what is drawn to the right, scores upwards."""
+    pairs = combinations(objectives, 2)
+    return [(b, a) if a.metric in COSTS and b.metric not in COSTS else (a, b) for a, b in pairs]
+
+
+def sweep_objectives(sweep: SweepConfig) -> tuple[Objective, ...]:
+    """What a sweep's trials are compared by."""
+    return tuple(objective(name) for name in sweep.objectives)
 
 
 def check_objectives(points: Sequence[RecordedTrial], objectives: Sequence[Objective]) -> None:

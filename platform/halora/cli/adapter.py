@@ -63,6 +63,7 @@ def select(
 
     What is not given here is taken from the sweep's `gates`. Exit code 1 if no candidate passes every gate.
     """
+    from halora.analysis.trials import sweep_objectives
     from halora.records.index import read_ledger
     from halora.selection.candidates import standings
     from halora.selection.selecting import select as select_adapter
@@ -88,7 +89,8 @@ def select(
         )
     _tell_chips(place, config, gates)
     if dry_run:
-        show_rows(_standing_rows(standings(points, gates, prefer.value), form), form, f"candidates of {sweep}")
+        ordered = standings(points, gates, prefer.value, sweep_objectives(config))
+        show_rows(_standing_rows(ordered, form), form, f"candidates of {sweep}")
         return
     found = select_adapter(place, config, points, gates, prefer.value, say)
     if form is Format.TABLE:

@@ -34,14 +34,14 @@ def show(
         typer.Option(
             "--objective",
             metavar="METRIC",
-            help="Draw the front over these two or three metrics instead of accuracy and energy_uj_per_token; "
+            help="Draw the front over these two or three metrics instead of the sweep's objectives; "
             "METRIC:max or METRIC:min where the name does not tell which is better.",
         ),
     ] = None,
     form: FormatOption = Format.TABLE,
     store: StoreOption = None,
 ) -> None:
-    """Trials no other trial beats in every objective, by rising energy."""
+    """Trials no other trial beats in every objective, the best in the last objective first."""
     place = open_store(store)
     place.existing(name)
     print_front(name, place, form, everything=all_, conditions=filter_ or (), objectives=objective or ())
@@ -62,11 +62,12 @@ def print_front(
         UserError: A condition or an objective does not fit the recorded trials.
     """
     from halora.analysis.summary import view_front
-    from halora.analysis.trials import DEFAULT_OBJECTIVES, check_objectives, filtered, objective
+    from halora.analysis.trials import check_objectives, filtered, objective, sweep_objectives
     from halora.records.index import read_ledger
+    from halora.sweep.run.state import load_sweep_of
 
     points = read_ledger(store, name).points()
-    aims = [objective(text) for text in objectives] or DEFAULT_OBJECTIVES
+    aims = [objective(text) for text in objectives] or sweep_objectives(load_sweep_of(store.existing(name)))
     check_objectives(points, aims)
     view = view_front(filtered(points, conditions), aims)
     rows = _rows(view, form, everything)

@@ -194,22 +194,23 @@ def list_(form: FormatOption = Format.TABLE, store: StoreOption = None, address:
     """Sweeps of the store, newest last, with the best they found and what MLflow still lacks of them."""
     elsewhere(Cluster.at(address))
     from halora.analysis.front import front
-    from halora.analysis.trials import grouped
+    from halora.analysis.trials import grouped, sweep_objectives
     from halora.records.index import read_ledger
     from halora.records.position import refused, undelivered
-    from halora.sweep.run.state import is_running
+    from halora.sweep.run.state import is_running, load_sweep_of
 
     place = open_store(store)
     rows: list[dict[str, Any]] = []
     for name in place.sweeps():
         try:
             ledger, waiting = read_ledger(place, name), undelivered(place, name)
+            objectives = sweep_objectives(load_sweep_of(place.sweep(name)))
         except UserError as error:
             _tell_unreadable(name, error)
             rows.append({"sweep": name, "state": "unreadable"})
             continue
-        groups = grouped(ledger.points())
-        members = front(groups.feasible)
+        groups = grouped(ledger.points(), objectives)
+        members = front(groups.feasible, objectives)
         rows.append(
             {
                 "sweep": name,
@@ -217,8 +218,8 @@ def list_(form: FormatOption = Format.TABLE, store: StoreOption = None, address:
                 "finished": len(groups.feasible) + len(groups.violating) + len(groups.unscored),
                 "failed": len(groups.failed),
                 "front": len(members),
-                "best_accuracy": members[-1].accuracy if members else None,
-                "lowest_energy_uj_per_token": members[0].energy_uj_per_token if members else None,
+                "best_accuracy": max((point.accuracy for point in members), default=None),
+                "lowest_energy_uj_per_token": min((point.energy_uj_per_token for point in members), default=None),
                 "undelivered": waiting,
                 "refused": len(refused(place.sweep(name))),
             }

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from halora.analysis.trials import LEVEL_METRIC as LEVEL_METRIC
 from halora.analysis.trials import VIOLATION as VIOLATION
+from halora.hardware.energy import COSTS as COSTS
+from halora.hardware.energy import ENERGY as ENERGY
 
 # Tags of parent and child runs.
 SWEEP = "halora.sweep"  # name of the sweep, for people
@@ -75,7 +77,7 @@ TASK_METRICS = (  # followed by the name of a mixture's task
 RUNG_METRIC = "rung_{score}"  # a score at a rung of early stopping; step = optimiser step
 RUNG_SCORES = ("accuracy", "clean_accuracy", "margin")  # and those of BESIDE_METRICS that there are
 FRONT_PROBABILITY = "front_probability"  # step = trials finished so far
-ENERGY = "energy_uj_per_token"
+# COSTS: energy, time, throughput, power and area, known before training.
 ENERGY_COMPONENT = "energy_uj_per_token.{component}"
 # VIOLATION: by how much the sweep's constraints are broken, above 0 they are; or `.NAME` after it for one of them.
 

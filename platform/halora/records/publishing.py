@@ -12,6 +12,7 @@ from halora.analysis.figures import front_figure
 from halora.analysis.importance import importance_of
 from halora.analysis.report import render_report
 from halora.analysis.summary import SweepSummary, view_front, volumes
+from halora.analysis.trials import sweep_objectives
 from halora.errors import UserError
 from halora.evaluation.damage import described
 from halora.files import write_whole
@@ -29,8 +30,7 @@ _RENEWAL_S = 30.0
 
 def summarise(sweep: SweepConfig, ledger: Ledger) -> SweepSummary:
     """A sweep as its report tells it."""
-    view = view_front(ledger.points())
-    corner = sweep.reference_point
+    view = view_front(ledger.points(), sweep_objectives(sweep))
     models = {str(point.labels["model"]) for point in view.groups.feasible if "model" in point.labels}
     return SweepSummary(
         name=sweep.name,
@@ -39,7 +39,7 @@ def summarise(sweep: SweepConfig, ledger: Ledger) -> SweepSummary:
         trials=sweep.trials,
         front=view,
         importance=importance_of(view),
-        hypervolume=volumes(view, (corner.accuracy, corner.energy_uj_per_token)),
+        hypervolume=volumes(view, sweep.reference),
         baselines={
             model: baseline_energies(sweep.resolve({"model": model}), sweep.shape(model)) for model in sorted(models)
         },

@@ -13,7 +13,7 @@ import numpy as np
 
 from halora.analysis.front import front, hypervolume
 from halora.analysis.layers import by_kind
-from halora.analysis.trials import RecordedTrial, grouped
+from halora.analysis.trials import RecordedTrial, grouped, sweep_objectives
 from halora.analysis.uncertainty import front_probability
 from halora.errors import UserError
 from halora.hardware.energy import EnergyBreakdown
@@ -40,6 +40,7 @@ class SweepRecorder:
 
     def __init__(self, folder: SweepFolder, sweep: SweepConfig) -> None:
         self._folder, self._sweep = folder, sweep
+        self._objectives = sweep_objectives(sweep)
         self._journal = Journal(folder.journal_file, sweep.launch)
         self.ledger = Ledger()
         self.ledger.take(read(folder.journal_file)[0])
@@ -53,7 +54,7 @@ class SweepRecorder:
     def begin_trial(self, number: int, config: TrialConfig, params: Mapping[str, Any], energy: EnergyBreakdown) -> None:
         """Record what is known before training: searched values, full configuration, energy by component."""
         if not self.ledger.begun(number):
-            metrics = {names.ENERGY: energy.total_uj_per_token} | {
+            metrics = energy.metrics | {
                 names.ENERGY_COMPONENT.format(component=name): value for name, value in energy.components_uj.items()
             }
             self._write(
@@ -177,20 +178,19 @@ class SweepRecorder:
         done = self.points
         if self.ledger.front_step == len(done):
             return
-        feasible = grouped(done).feasible
-        corner = self._sweep.reference_point
+        feasible = grouped(done, self._objectives).feasible
         metrics = {
-            names.FRONT_SIZE: float(len(front(feasible))),
+            names.FRONT_SIZE: float(len(front(feasible, self._objectives))),
             names.TRIALS_DONE: float(len(done)),
-            names.HYPERVOLUME: hypervolume(feasible, (corner.accuracy, corner.energy_uj_per_token)),
+            names.HYPERVOLUME: hypervolume(feasible, self._sweep.reference, self._objectives),
         }
         self._write("front", None, step=len(done), metrics=metrics)
 
     def _record_probabilities(self) -> None:
         """Record how likely each trial is on the front, where that is not what is recorded."""
         done = self.points
-        feasible = grouped(done).feasible
-        for point, share in zip(feasible, front_probability(feasible), strict=True):
+        feasible = grouped(done, self._objectives).feasible
+        for point, share in zip(feasible, front_probability(feasible, self._objectives), strict=True):
             if point.metrics.get(names.FRONT_PROBABILITY) != share:
                 metrics = {names.FRONT_PROBABILITY: float(share)}
                 self._write("probability", point.number, step=len(done), metrics=metrics)

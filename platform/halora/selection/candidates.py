@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from halora.analysis.front import front, knee_gains
-from halora.analysis.trials import RecordedTrial, grouped
+from halora.analysis.trials import DEFAULT_OBJECTIVES, Objective, RecordedTrial, grouped
 from halora.selection.gates import Gate, search_gates
 from halora.spaces.gates import Gates
 
@@ -32,36 +32,43 @@ class Standing:
         return not self.reasons
 
 
-def standings(points: Sequence[RecordedTrial], gates: Gates, prefer: Preference = "knee") -> list[Standing]:
+def standings(
+    points: Sequence[RecordedTrial],
+    gates: Gates,
+    prefer: Preference = "knee",
+    objectives: Sequence[Objective] = DEFAULT_OBJECTIVES,
+) -> list[Standing]:
     """All trials: candidates first, the preferred ones first among them, then the others by number.
 
-    A trial that another candidate beats in accuracy and energy is a candidate like any other, but comes after those
+    A trial that another candidate beats in all objectives is a candidate like any other, but comes after those
     of the front. `knee` prefers what lies furthest beyond the line through the front's extremes (see
     `halora.analysis.front.knee`), `accuracy` the most accurate, `energy` the cheapest.
     """
-    groups = grouped(points)
+    groups = grouped(points, objectives)
     feasible = {point.number for point in groups.feasible}
     found = {point.number: _standing(point, gates, point.number in feasible) for point in points}
     chosen = [each.point for each in found.values() if each.qualifies]
-    ordered = _ordered(chosen, prefer)
+    ordered = _ordered(chosen, prefer, objectives)
     others = sorted(number for number, each in found.items() if not each.qualifies)
     return [found[point.number] for point in ordered] + [found[number] for number in others]
 
 
-def _ordered(chosen: Sequence[RecordedTrial], prefer: Preference) -> list[RecordedTrial]:
+def _ordered(
+    chosen: Sequence[RecordedTrial], prefer: Preference, objectives: Sequence[Objective]
+) -> list[RecordedTrial]:
     """Candidates from the most preferred to the least, front after front."""
     ordered: list[RecordedTrial] = []
     rest = list(chosen)
     while rest:
-        members = front(rest)
+        members = front(rest, objectives)
         match prefer:
             case "accuracy":
                 members = sorted(members, key=lambda point: -point.accuracy)
             case "knee":
-                gains = dict(zip((point.number for point in members), knee_gains(members), strict=True))
+                gains = dict(zip((point.number for point in members), knee_gains(members, objectives), strict=True))
                 members = sorted(members, key=lambda point: -gains[point.number])
             case "energy":
-                pass  # a front comes by rising energy
+                members = sorted(members, key=lambda point: point.energy_uj_per_token)
         ordered += members
         taken = {point.number for point in members}
         rest = [point for point in rest if point.number not in taken]

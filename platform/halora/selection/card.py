@@ -41,7 +41,9 @@ def model_card(config: TrialConfig, certification: Certification) -> str:
         ),
         "## Energy",
         f"{energy['energy_uj_per_token']:.4g} uJ per token ({energy['phase']}, context of {energy['context_tokens']} "
-        f"tokens; {energy['boundary']}).",
+        f"tokens; {energy['boundary']}). {energy['latency_us_per_token']:.4g} us per token and "
+        f"{energy['tokens_per_s']:.4g} tokens/s with {energy['sequences']} at once, {energy['power_w']:.4g} W, "
+        f"{energy['area_mm2']:.4g} mm2 on {energy['dies']} of its dies.",
         _table(("component", "uJ per token"), ((name, f"{uj:.4g}") for name, uj in energy["components_uj"].items())),
         *_baselines(certification),
         *_robustness(certification.robustness, certificate.min_accuracy),
@@ -53,7 +55,8 @@ def model_card(config: TrialConfig, certification: Certification) -> str:
         f"Digest of the base's weights: `{certification.base_sha256}` (`halora adapter verify` compares it). The chip "
         "is in `chip.json`, what aihwkit-lightning can say of it in `aihwkit-lightning.json`.",
         "## What this does not say",
-        "The chip, its noise and its energy are models: `chip.json` lists the first, `energy.json` what is counted. "
+        "The chip, its noise, its energy and its time are models: `chip.json` lists the first, `energy.json` what is "
+        "counted. "
         "The certificate speaks of chips drawn from this noise model and of these test rows, not of other data; the "
         "rows are taken as they are. Robustness lines rest on few chips each and share no error level.",
     ]

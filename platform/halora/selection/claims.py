@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from pydantic import ConfigDict
 
+from halora.hardware.energy import COSTS
 from halora.pricing import trial_energy
 from halora.records.publishing import baseline_energies
 from halora.selection.certificate import Certificate, yield_lower_bound
@@ -54,12 +55,20 @@ class RobustnessLine:
 
 
 class EnergyClaim(TypedDict):
-    """Energy per token in microjoule: in total, by component, of named baselines; and what it counts."""
+    """What a token takes: energy in microjoule, in total, by component and of named baselines; time in microseconds, of
+    one token's path by component; power in watt, area in square millimetre; and what is counted."""
 
     energy_uj_per_token: float
+    latency_us_per_token: float
+    tokens_per_s: float
+    power_w: float
+    area_mm2: float
     components_uj: dict[str, float]
+    path_components_us: dict[str, float]
     phase: str
     context_tokens: int
+    sequences: int
+    dies: int
     boundary: str
     fill: str
     baselines_uj_per_token: dict[str, float]
@@ -221,7 +230,7 @@ def concluded(evidence: Evidence) -> Certification:
     gates = certified_gates(
         summary,
         asked,
-        energy_uj_per_token=evidence.energy["energy_uj_per_token"],
+        costs={name: dict[str, Any](evidence.energy)[name] for name in COSTS},
         adapter_bytes=evidence.adapter_bytes,
         chips=chips,
         yield_bound=certificate.bound,
@@ -271,11 +280,19 @@ def priced(config: TrialConfig, *, estimated: bool = False) -> EnergyClaim:
         UserError: The model's dimensions are not available.
     """
     energy = trial_energy(config, estimated=estimated)
+    latency, costs = energy.latency, energy.metrics
     return {
-        "energy_uj_per_token": energy.total_uj_per_token,
+        "energy_uj_per_token": costs["energy_uj_per_token"],
+        "latency_us_per_token": costs["latency_us_per_token"],
+        "tokens_per_s": costs["tokens_per_s"],
+        "power_w": costs["power_w"],
+        "area_mm2": costs["area_mm2"],
         "components_uj": dict(energy.components_uj),
-        "phase": str(energy.latency.phase),
-        "context_tokens": energy.latency.context_tokens,
+        "path_components_us": dict(latency.components_us),
+        "phase": str(latency.phase),
+        "context_tokens": latency.context_tokens,
+        "sequences": latency.sequences,
+        "dies": latency.dies,
         "boundary": energy.boundary,
         "fill": energy.fill,
         "baselines_uj_per_token": baseline_energies(config),

@@ -74,7 +74,7 @@ def search_gates(point: RecordedTrial, gates: Gates) -> list[Gate]:
         Gate("no_nan", float(len(strange)), "<=", 0, "metrics"),
         Gate("min_accuracy", accuracy, ">=", gates.min_accuracy),
         *([] if gates.max_drop is None else [Gate("max_drop", clean - accuracy, "<=", gates.max_drop)]),
-        *_energy(point.metrics, gates),
+        *_costs(point.metrics, gates),
     ]
 
 
@@ -82,7 +82,7 @@ def certified_gates(
     scores: Mapping[str, float],
     gates: Gates,
     *,
-    energy_uj_per_token: float,
+    costs: Mapping[str, float],
     adapter_bytes: int,
     chips: int,
     yield_bound: float,
@@ -97,7 +97,7 @@ def certified_gates(
     Args:
         scores: `ChipScores.summary()` of them.
         gates: The bounds.
-        energy_uj_per_token: Energy per token in microjoule.
+        costs: Energy, time, power and area, by the names of `COSTS`.
         adapter_bytes: Size of the adapter's weights as stored.
         chips: Chip instances tried.
         yield_bound: The certificate's lower bound.
@@ -106,10 +106,10 @@ def certified_gates(
         reload_share: How far margins that the sweep recorded are from those of the adapter as read back from the
             records, as a share of what is allowed, see `halora.evaluation.agreement`.
     """
-    measured = {**scores, "energy_uj_per_token": energy_uj_per_token}
+    measured = {**scores, **costs}
     strange = [name for name, value in measured.items() if not isfinite(value)]
     found = [Gate("no_nan", float(len(strange)), "<=", 0, "metrics"), *_accuracies(scores, gates, _over(chips))]
-    found += _energy(measured, gates)
+    found += _costs(costs, gates)
     if gates.max_ci_halfwidth is not None:
         halfwidth = (scores["accuracy_high"] - scores["accuracy_low"]) / 2
         found.append(Gate("max_ci_halfwidth", halfwidth, "<=", gates.max_ci_halfwidth))
@@ -139,7 +139,14 @@ def _accuracies(scores: Mapping[str, float], gates: Gates, over: str) -> Iterato
         yield Gate("max_drop", scores["drop_high"], "<=", gates.max_drop, mean=drop, over=over)
 
 
-def _energy(metrics: Mapping[str, float], gates: Gates) -> Iterator[Gate]:
-    if gates.max_energy_uj_per_token is not None:
-        energy = metrics.get("energy_uj_per_token", nan)
-        yield Gate("max_energy_uj_per_token", energy, "<=", gates.max_energy_uj_per_token, "uJ/token")
+def _costs(metrics: Mapping[str, float], gates: Gates) -> Iterator[Gate]:
+    bounds: tuple[tuple[str, Literal["<=", ">="], float | None, str], ...] = (
+        ("max_energy_uj_per_token", "<=", gates.max_energy_uj_per_token, "uJ/token"),
+        ("max_latency_us_per_token", "<=", gates.max_latency_us_per_token, "us/token"),
+        ("min_tokens_per_s", ">=", gates.min_tokens_per_s, "tokens/s"),
+        ("max_power_w", "<=", gates.max_power_w, "W"),
+        ("max_area_mm2", "<=", gates.max_area_mm2, "mm2"),
+    )
+    for name, comparison, bound, unit in bounds:
+        if bound is not None:
+            yield Gate(name, metrics.get(name[4:], nan), comparison, bound, unit)

@@ -6,7 +6,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from halora.analysis.trials import RecordedTrial
+from halora.analysis.trials import RecordedTrial, sweep_objectives
 from halora.errors import UserError
 from halora.records import names
 from halora.records.store import Store
@@ -55,7 +55,7 @@ def select(
         UserError: Certification is refused, see `certify`.
         UnreachableError: MLflow does not answer.
     """
-    found = tuple(standings(points, gates, prefer))
+    found = tuple(standings(points, gates, prefer, sweep_objectives(sweep)))
     chosen = [standing.point for standing in found if standing.qualifies]
     if not chosen:
         return Selection(found)

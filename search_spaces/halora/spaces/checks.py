@@ -249,6 +249,10 @@ def _level_problems(sweep: "SweepConfig") -> list[str]:
         if rung.chip_instances and rung.chip_instances > own.chip_instances:
             of_trial = f"the {own.chip_instances} of trial.evaluation.chip_instances"
             problems.append(f"{at}.chip_instances: {rung.chip_instances}, more than {of_trial}")
+    if sweep.racing and ("accuracy" not in sweep.objectives or "accuracy_worst" in sweep.objectives):
+        problems.append(
+            "racing: compares accuracies over chips; name accuracy among the objectives, not accuracy_worst"
+        )
     if sweep.racing and sweep.racing.most <= own.chip_instances:
         problems.append(
             f"racing.most: {sweep.racing.most}, but every trial has {own.chip_instances} chip instances already"

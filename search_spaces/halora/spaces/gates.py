@@ -18,6 +18,11 @@ class Gates(StrictModel):
     max_drop: float | None = Field(default=None, ge=0, le=1)
     """Clean accuracy less the mean over chips; certified, the upper end of its 95 % interval."""
     max_energy_uj_per_token: float | None = Field(default=None, gt=0)
+    max_latency_us_per_token: float | None = Field(default=None, gt=0)
+    """Time per token, in the phase and for the sequences of `evaluation`."""
+    min_tokens_per_s: float | None = Field(default=None, gt=0)
+    max_power_w: float | None = Field(default=None, gt=0)
+    max_area_mm2: float | None = Field(default=None, gt=0)
     max_adapter_kb: float | None = Field(default=None, gt=0)
     """Size of the adapter's weights as stored, in units of 1,000 bytes."""
     max_ci_halfwidth: float | None = Field(default=None, gt=0, le=1)

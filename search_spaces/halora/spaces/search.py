@@ -8,13 +8,11 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_serializer, model_validator
 
 from halora.errors import nearest
+from halora.hardware.energy import COSTS
 from halora.strict_model import StrictModel
 
-ENERGY = "energy_uj_per_token"
-"""The objective that is exact, and known before training."""
-
 METRICS = (
-    ENERGY,
+    *COSTS,
     "accuracy",
     "accuracy_low",
     "accuracy_high",
@@ -31,7 +29,7 @@ METRICS = (
     "margin_high",
     "noise_db",
 )
-"""What a constraint can bound."""
+"""What a constraint can bound; costs are exact, and known before training."""
 
 Sampler = Literal["tpe", "gp", "nsga2", "nsga3", "random", "qmc"]
 """`tpe`, `gp`, `nsga2` and `nsga3` are Optuna's; `random` and `qmc`, a scrambled Sobol sequence, see no results."""

@@ -4,9 +4,9 @@ import sys
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, StringConstraints, ValidationError, field_validator
+from pydantic import AfterValidator, Field, StringConstraints, ValidationError, ValidationInfo, field_validator
 
 from halora.errors import UserError, attempt, nearest
 from halora.hardware.chip import Chip, load_chip
@@ -34,6 +34,19 @@ _LEAST: dict[str, Any] = {
     "reference_point": {"accuracy": 0, "energy_uj_per_token": 1},
 }
 """What every sweep has."""
+
+_SCORES = ("accuracy", "accuracy_worst", "clean_accuracy")
+ObjectiveName = Literal[
+    "accuracy",
+    "accuracy_worst",
+    "clean_accuracy",
+    "energy_uj_per_token",
+    "latency_us_per_token",
+    "tokens_per_s",
+    "power_w",
+    "area_mm2",
+]
+"""Scores, which take training, and costs."""
 
 Formula = Annotated[str, AfterValidator(lambda text: formula(text).text)]
 
@@ -81,13 +94,6 @@ class Probe(StrictModel):
     """Chip instances of the search pool."""
     most: int = Field(default=4, ge=1)
     """Most pairs of a base and a chip: the fixed ones, then those of `first`, then choices and named chips."""
-
-
-class ReferencePoint(StrictModel):
-    """Corner that hypervolumes are measured from: worse than any trial worth having."""
-
-    accuracy: float = Field(ge=0, le=1)
-    energy_uj_per_token: float = Field(gt=0)
 
 
 class Resources(StrictModel):
@@ -144,12 +150,43 @@ class SweepConfig(StrictModel):
     early_stopping: EarlyStopping | None = None
     racing: Racing | None = None
     budget: Budget = Budget()
-    reference_point: ReferencePoint
+    objectives: tuple[ObjectiveName, ...] = ("accuracy", "energy_uj_per_token")
+    """Two or three metrics that trials are compared by, one score at least; costs are known before training."""
+    reference_point: dict[ObjectiveName, float]
+    """Corner that hypervolumes are measured from, a value of every objective: worse than any trial worth having."""
     comparison: Comparison | None = None
     probe: Probe | None = Probe()
     """None trains without looking."""
     gates: Gates = Gates()
     """What an adapter of this sweep has to pass before it may be deployed, see `halora adapter select`."""
+
+    @field_validator("objectives")
+    @classmethod
+    def _two_or_three(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(names)) != len(names) or not 2 <= len(names) <= 3:
+            raise ValueError(f"two or three different objectives, got {', '.join(names) or 'none'}")
+        if not set(names) & set(_SCORES):
+            raise ValueError(f"nothing to train for: name one of {', '.join(_SCORES)} among them")
+        return names
+
+    @field_validator("reference_point")
+    @classmethod
+    def _value_of_every_objective(cls, point: dict[str, float], info: ValidationInfo) -> dict[str, float]:
+        wrong = [
+            f"{name}: input should be {'from 0 to 1' if name in _SCORES else 'greater than 0'}, got {value:g}"
+            for name, value in point.items()
+            if not (0 <= value <= 1 if name in _SCORES else value > 0)
+        ]
+        if (names := info.data.get("objectives")) and set(names) != set(point):
+            wrong.append(f"a value of every objective ({', '.join(names)}), got {', '.join(point) or 'none'}")
+        if wrong:
+            raise ValueError("; ".join(wrong))
+        return point
+
+    @property
+    def reference(self) -> tuple[float, ...]:
+        """Values of the reference point, in the order of the objectives."""
+        return tuple(self.reference_point[name] for name in self.objectives)
 
     @property
     def workers(self) -> int:
@@ -236,6 +273,7 @@ def _without_mistakes(data: Mapping[str, Any]) -> SweepConfig:
             return SweepConfig.model_validate(content)
         except ValidationError as error:
             wrong = {str(item["loc"][0]) for item in error.errors(include_url=False)}
+            wrong |= {"objectives"} if "reference_point" in wrong else set()
             content = {key: value for key, value in content.items() if key not in wrong}
             content |= {key: _LEAST[key] for key in wrong & _LEAST.keys()}
 

@@ -15,7 +15,7 @@ from halora.errors import UserError, check_all
 from halora.evaluation.damage import described
 from halora.files import write_json, write_whole
 from halora.pricing import trial_energy
-from halora.records.names import ENERGY, VIOLATION
+from halora.records.names import VIOLATION
 from halora.records.store import Store, SweepFolder
 from halora.spaces.search import total_violation
 from halora.spaces.sweep import SweepConfig
@@ -352,7 +352,7 @@ class _Recording:
             return
         self._files.fetch(job)
         self._to_prune = True
-        metrics = {**report, ENERGY: job.energy_uj_per_token}
+        metrics = {**report, **job.costs}
         violation = total_violation(constraint.violation(metrics) for constraint in self._sweep.constraints)
         scores = {**report, **({VIOLATION: violation} if self._sweep.constraints else {})}
         folder = self._folder.trial(job.number)

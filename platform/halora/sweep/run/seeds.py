@@ -104,8 +104,8 @@ def train_seeds(
 def _job(sweep: SweepConfig, number: int, training: SeedTraining) -> Job:
     config = sweep.resolve(training.described)
     goal = Goal(config.training.steps, chip_instances=0)
-    energy = trial_energy(config).total_uj_per_token
-    return Job(number, training.described, energy, goal, True, f"{number:05d}-seed-{training.seed}")
+    costs = trial_energy(config).metrics
+    return Job(number, training.described, costs, goal, True, f"{number:05d}-seed-{training.seed}")
 
 
 def _claim(sweep: SweepConfig, own: SweepFolder, job: Job) -> None:

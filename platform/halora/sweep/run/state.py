@@ -13,6 +13,7 @@ from uuid import uuid4
 
 from pydantic import ValidationError
 
+from halora.analysis.trials import sweep_objectives
 from halora.errors import UserError
 from halora.files import write_whole
 from halora.records.store import Store, SweepFolder
@@ -91,7 +92,7 @@ def warm_start(sweep: SweepConfig, store: Store) -> list[dict[str, Any]]:
 
 def _study(sweep: SweepConfig, store: Store, say: Callable[[str], None] = lambda text: None) -> SweepStudy:
     """The study of a launch; its name has the identity, so that stores that share a database never meet."""
-    return SweepStudy(f"{sweep.name}-{sweep.launch}", storage_of(store.sweep(sweep.name), say))
+    return SweepStudy(f"{sweep.name}-{sweep.launch}", storage_of(store.sweep(sweep.name), say), sweep_objectives(sweep))
 
 
 def check_not_launched(folder: SweepFolder) -> None:

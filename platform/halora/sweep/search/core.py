@@ -19,10 +19,10 @@ import numpy as np
 
 from halora.analysis.promotion import promotion_order
 from halora.analysis.racing import chip_estimates, front_probabilities, value_of_a_chip
+from halora.hardware.energy import COSTS, ENERGY
 from halora.settings.trial import Goal
 from halora.spaces.language import grid, size
-from halora.spaces.search import ENERGY
-from halora.sweep.search.problem import Problem
+from halora.sweep.search.problem import Problem, worst_scores
 from halora.sweep.search.samplers import BLIND, History, Proposal, make_sampler, propose
 from halora.sweep.search.study import Scores, State, SweepStudy, Trial, point_key
 
@@ -48,7 +48,7 @@ class Job:
     Attributes:
         number: The trial.
         values: Its searched values by dotted path.
-        energy_uj_per_token: Its energy, known before it is trained.
+        costs: Energy, time and what else is known before it is trained, by metric.
         goal: What to bring it to.
         final: Whether its training ends there.
         name: Tells it from the trial's other jobs.
@@ -57,11 +57,16 @@ class Job:
 
     number: int
     values: Mapping[str, Any]
-    energy_uj_per_token: float
+    costs: Mapping[str, float]
     goal: Goal
     final: bool
     name: str
     halvings: int = 0
+
+    @property
+    def energy_uj_per_token(self) -> float:
+        """Its energy per token in microjoule."""
+        return self.costs[ENERGY]
 
 
 class DecisionCore:
@@ -82,7 +87,8 @@ class DecisionCore:
         clock_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self._problem, self._study = problem, study
-        self._history = History(problem.settings.history, problem.reference[0], earlier)
+        self._scores = worst_scores(problem.objectives, problem.reference)
+        self._history = History(problem.settings.history, problem.objectives, problem.reference, earlier)
         self._in_flight: dict[int, Job] = {}
         self._levels: dict[int, Sequence[Goal]] = {}
         self._clock_s, self._looked_s = clock_s, clock_s()
@@ -143,9 +149,9 @@ class DecisionCore:
         Args:
             number: The trial.
             scores: Its metrics, on all chips scored so far; `accuracy_by_chip` in the order of the chips. A trial
-                whose accuracy is not a number has failed.
+                whose accuracy, or another of the objectives, is not a number has failed.
         """
-        if not isfinite(scores["accuracy"]):
+        if not all(isfinite(scores[name]) for name in ("accuracy", *self._scores)):
             self.on_failure(number)
             return
         self._spend_time()
@@ -242,10 +248,9 @@ class DecisionCore:
             quota = (ceil if search_ends else floor)(len(reached) / self._problem.reduction_factor)
             if sum(trial.level > rung for trial in reached) >= quota:
                 continue  # else every newcomer that reorders the best would promote one more
-            accuracy = np.array([trial.scores[rung]["accuracy"] for trial in reached], dtype=float)
-            energy = np.array([trial.energy_uj_per_token for trial in reached])
-            reference = (self._problem.accuracy_floor, self._problem.reference[1])
-            for i in promotion_order(accuracy, energy, reference, quota):
+            table = self._objectives_of([replace(trial, scores=trial.scores[: rung + 1]) for trial in reached])
+            floors = dict.fromkeys(islice(self._scores, 1), self._problem.accuracy_floor)
+            for i in promotion_order(table, self._problem.objectives, self._problem.reference, quota, floors):
                 trial = reached[i]
                 if trial.state is State.PAUSED and trial.level == rung:
                     self._study.head_for(trial, rung + 1)
@@ -264,9 +269,9 @@ class DecisionCore:
             if point_key(proposal.values) in known and len(trials) >= len(self._problem.first):
                 repeated += 1
                 continue
-            energy, refused = self._priced(proposal)
-            reason = refused or self._reason_to_skip(energy, trials)
-            number = self._begin(proposal, energy, reason)
+            costs, refused = self._priced(proposal)
+            reason = refused or self._reason_to_skip(costs, trials)
+            number = self._begin(proposal, costs, reason)
             trials = self._study.trials()
             if not reason:
                 return self._job(trials[number])
@@ -275,7 +280,7 @@ class DecisionCore:
         return self._untried(trials, known)
 
     def _untried(self, trials: Sequence[Trial], known: set[str]) -> Job | None:
-        """A point drawn at random, or the first of a small space, that is new and keeps the constraint on energy."""
+        """A point drawn at random, or the first of a small space, that is new and keeps the constraints on costs."""
         space = self._problem.space
         for draw in range(_RANDOM_DRAWS):
             proposal = propose(space, make_sampler("random", space, self._problem.seed, len(trials), _RE_ASKS + draw))
@@ -287,62 +292,69 @@ class DecisionCore:
                     fixed = propose(space, make_sampler("random", space, 0, 0), fixed=values)
                     if job := self._if_allowed(fixed, known):
                         return job
-        self._study.end("no configuration is left that is new, possible, and keeps the constraint on energy")
+        self._study.end("no configuration is left that is new, possible, and keeps the constraints on costs")
         return None
 
     def _if_allowed(self, proposal: Proposal, known: set[str]) -> Job | None:
-        energy, refused = self._priced(proposal)
-        if point_key(proposal.values) in known or refused or self._over_constraint(energy):
+        costs, refused = self._priced(proposal)
+        if point_key(proposal.values) in known or refused or self._over_constraint(costs):
             return None
-        number = self._begin(proposal, energy, "")
+        number = self._begin(proposal, costs, "")
         return self._job(self._study.trial(number))
 
-    def _priced(self, proposal: Proposal) -> tuple[float, str]:
-        """Energy of a configuration, and why no trial can have it; such a one stands at the reference's energy."""
+    def _priced(self, proposal: Proposal) -> tuple[Mapping[str, float], str]:
+        """Costs of a configuration, and why no trial can have it; such a one stands at those of the reference."""
         try:
-            return self._problem.energy(proposal.values), ""
+            return self._problem.costs(proposal.values), ""
         except ValueError as error:  # of a derived value, or a user's mistake
-            return self._problem.reference[1], str(error)
+            at = zip(self._problem.objectives, self._problem.reference, strict=True)
+            return {each.metric: value for each, value in at if each.metric in COSTS}, str(error)
 
     def _proposal(self, trials: Sequence[Trial], attempt: int) -> Proposal:
         problem, number = self._problem, len(trials)
         sampler = make_sampler(problem.settings.sampler, problem.space, problem.seed, number, attempt)
         first = problem.first[number] if number < len(problem.first) else None
         seen = () if problem.settings.sampler in BLIND else self._history.seen(trials)
-        return propose(problem.space, sampler, seen, fixed=first)
+        return propose(problem.space, sampler, seen, fixed=first, objectives=problem.objectives)
 
-    def _begin(self, proposal: Proposal, energy: float, skipped: str) -> int:
-        constraints = {str(c): c.violation({ENERGY: energy}) for c in self._problem.constraints if c.metric == ENERGY}
+    def _begin(self, proposal: Proposal, costs: Mapping[str, float], skipped: str) -> int:
+        constraints = {str(c): c.violation(costs) for c in self._problem.constraints if c.metric in costs}
         return self._study.begin(
             proposal.values,
             proposal.distributions,
-            energy,
+            costs,
             system_attrs=proposal.system_attrs,
             constraints=constraints,
             skipped=skipped,
         )
 
-    def _reason_to_skip(self, energy: float, trials: Sequence[Trial]) -> str:
-        """Why a configuration of that energy need not be trained; empty if it should be."""
-        if over := self._over_constraint(energy):
+    def _reason_to_skip(self, costs: Mapping[str, float], trials: Sequence[Trial]) -> str:
+        """Why a configuration of these costs need not be trained; empty if it should be."""
+        if over := self._over_constraint(costs):
             return over
         finished = [trial for trial in trials if trial.state is State.FINISHED and trial.violation <= 0]
         if not self._problem.settings.skip_unreachable or len(finished) < _ENOUGH_TRIALS:
             return ""
         reachable = max(float(trial.scores[-1]["clean_accuracy_high"]) for trial in finished)
+        aims = [each for each in self._problem.objectives if each.metric in COSTS]
         for trial in finished:
-            assert trial.accuracy is not None
-            if trial.energy_uj_per_token < energy and trial.accuracy >= reachable:
-                return f"trial {trial.number} has at less energy what clean weights may reach at most, {reachable:.3g}"
+            gains = [(costs[each.metric] - trial.costs[each.metric]) * (-1 if each.maximise else 1) for each in aims]
+            cheaper = min(gains, default=-1.0) >= 0 and any(gains)
+            if cheaper and all(trial.metrics[name] >= reachable for name in self._scores):
+                return f"trial {trial.number} has at less cost what clean weights may reach at most, {reachable:.3g}"
         return ""
 
-    def _over_constraint(self, energy: float) -> str:
-        broken = [str(c) for c in self._problem.constraints if c.metric == ENERGY and c.violation({ENERGY: energy}) > 0]
-        return f"{energy:.4g} µJ per token break {' and '.join(broken)}" if broken else ""
+    def _over_constraint(self, costs: Mapping[str, float]) -> str:
+        broken = [c for c in self._problem.constraints if c.metric in costs and c.violation(costs) > 0]
+        return " and ".join(f"{costs[c.metric]:.4g} breaks {c}" for c in broken)
+
+    def _objectives_of(self, trials: Sequence[Trial]) -> np.ndarray:
+        """Objectives at the last level that each trial reached, (trials, objectives)."""
+        rows = [[trial.metrics[each.metric] for each in self._problem.objectives] for trial in trials]
+        return np.array(rows, dtype=float)
 
     def _tell(self, trial: Trial) -> None:
-        metrics = {**trial.scores[-1], ENERGY: trial.energy_uj_per_token}
-        self._study.tell(trial, {str(each): each.violation(metrics) for each in self._problem.constraints})
+        self._study.tell(trial, {str(each): each.violation(trial.metrics) for each in self._problem.constraints})
 
     def _race(self, trials: Sequence[Trial]) -> Job | None:
         """More chips for the finished trial that may decide most about the front."""
@@ -354,11 +366,13 @@ class DecisionCore:
             return None
         spent = sum(_chips(trial) - self._levels_of(trial)[-1].chip_instances for trial in finished)
         means, errors = chip_estimates([trial.scores[-1]["accuracy_by_chip"] for trial in finished])
-        energies = np.array([trial.energy_uj_per_token for trial in finished])
-        chances = front_probabilities(means, errors, energies)
+        signs = [-1 if each.maximise else 1 for each in self._problem.objectives]
+        besides = [i for i, each in enumerate(self._problem.objectives) if each.metric != "accuracy"]
+        losses = (self._objectives_of(finished) * signs)[:, besides]
+        chances = front_probabilities(means, errors, losses)
         if spent >= racing.extra or (np.minimum(chances, 1 - chances) < _DECIDED).all():
             return None
-        values = value_of_a_chip(means, errors, energies, np.array([_chips(trial) for trial in finished]))
+        values = value_of_a_chip(means, errors, losses, np.array([_chips(trial) for trial in finished]))
         racers = {
             i: values[i]
             for i, trial in enumerate(finished)
@@ -371,7 +385,7 @@ class DecisionCore:
         chips = min(_chips(trial) + racing.at_once, racing.most, _chips(trial) + racing.extra - spent)
         goal = replace(whole, chip_instances=chips, first_chip=_chips(trial))
         name = f"{trial.number:05d}-chips-{chips}"
-        return Job(trial.number, trial.values, trial.energy_uj_per_token, goal, True, name, trial.halvings)
+        return Job(trial.number, trial.values, trial.costs, goal, True, name, trial.halvings)
 
     def estimates(self) -> dict[int, float]:
         """Accuracies of finished trials as the race compares them, by number; none where nothing raced.
@@ -392,8 +406,7 @@ class DecisionCore:
         levels = self._levels_of(trial)
         final = trial.level == len(levels) - 1
         name = f"{trial.number:05d}" if final else f"{trial.number:05d}-rung-{trial.level}"
-        goal, energy = levels[trial.level], trial.energy_uj_per_token
-        return Job(trial.number, trial.values, energy, goal, final, name, trial.halvings)
+        return Job(trial.number, trial.values, trial.costs, levels[trial.level], final, name, trial.halvings)
 
     def _levels_of(self, trial: Trial) -> Sequence[Goal]:
         if trial.number not in self._levels:

@@ -1,4 +1,4 @@
-"""What the decision core searches: a space, energies known beforehand, and the levels a trial climbs."""
+"""What the decision core searches: a space, costs known beforehand, and the levels a trial climbs."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -6,7 +6,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from halora.analysis.trials import DEFAULT_OBJECTIVES, Objective, sweep_objectives
 from halora.errors import UserError
+from halora.hardware.energy import COSTS, ENERGY
 from halora.pricing import trial_energy
 from halora.settings.trial import Goal, TrialConfig
 from halora.spaces.language import Distribution
@@ -18,21 +20,22 @@ from halora.spaces.sweep import SweepConfig
 
 @dataclass(frozen=True)
 class Problem:
-    """A search over two objectives: accuracy, which takes training, and energy, which is computed before it.
+    """A search over two or three objectives: scores, which take training, and costs, which are computed before it.
 
     Attributes:
         name: Name of the sweep.
         seed: Its seed.
         trials: Configurations to try.
         space: Searched fields by path.
-        energy: Energy per token in microjoule of the values of a point; raises `UserError` for one that no trial can
+        costs: What the values of a point take, by the names of `COSTS`; raises `UserError` for one that no trial can
             have.
         levels: Goals a point is brought to in turn, the last one its whole training.
-        reference: Accuracy and energy that hypervolumes are measured from.
+        reference: Objectives that hypervolumes are measured from.
+        objectives: What trials are compared by, one score at least.
         first: Points to try first.
         settings: Sampler and what it sees.
         reduction_factor: A rung promotes one in so many of its trials.
-        accuracy_floor: Trials at or below it rank last at a rung.
+        accuracy_floor: Trials whose first score is at or below it rank last at a rung.
         constraints: Bounds a trial has to keep.
         racing: Extra chip instances, if any.
         budget: What may be spent.
@@ -42,9 +45,10 @@ class Problem:
     seed: int
     trials: int
     space: Mapping[str, Distribution]
-    energy: Callable[[Mapping[str, Any]], float]
+    costs: Callable[[Mapping[str, Any]], Mapping[str, float]]
     levels: Callable[[Mapping[str, Any]], Sequence[Goal]]
-    reference: tuple[float, float]
+    reference: tuple[float, ...]
+    objectives: tuple[Objective, ...] = DEFAULT_OBJECTIVES
     first: Sequence[Mapping[str, Any]] = ()
     settings: SearchSettings = field(default_factory=SearchSettings)
     reduction_factor: float = 1.0
@@ -57,12 +61,13 @@ class Problem:
 def problem_of(sweep: SweepConfig) -> Problem:
     """The search that a sweep file describes."""
     stopping = sweep.early_stopping
-    point = sweep.reference_point
+    objectives = sweep_objectives(sweep)
+    worst = worst_scores(objectives, sweep.reference)
     floor = stopping.accuracy_floor if stopping else None
 
-    def energy(values: Mapping[str, Any]) -> float:
+    def costs(values: Mapping[str, Any]) -> Mapping[str, float]:
         try:
-            return trial_energy(sweep.resolve(values)).total_uj_per_token
+            return trial_energy(sweep.resolve(values)).metrics
         except ValidationError as error:
             raise UserError(describe(error, TrialConfig)) from None
 
@@ -80,27 +85,36 @@ def problem_of(sweep: SweepConfig) -> Problem:
         seed=sweep.seed,
         trials=sweep.trials,
         space=sweep.space,
-        energy=energy,
+        costs=costs,
         levels=levels,
-        reference=(point.accuracy, point.energy_uj_per_token),
+        reference=sweep.reference,
+        objectives=objectives,
         first=first_points(sweep),
         settings=sweep.search,
         reduction_factor=stopping.reduction_factor if stopping else 1.0,
-        accuracy_floor=point.accuracy if floor is None else floor,
+        accuracy_floor=next(iter(worst.values())) if floor is None else floor,
         constraints=sweep.constraints,
         racing=sweep.racing,
         budget=sweep.budget,
     )
 
 
+def worst_scores(objectives: Sequence[Objective], reference: Sequence[float]) -> dict[str, float]:
+    """The reference's values of the objectives that take training, by metric, in their order."""
+    at = zip(objectives, reference, strict=True)
+    return {each.metric: value for each, value in at if each.metric not in COSTS}
+
+
 def free_knobs(sweep: SweepConfig) -> list[str]:
-    """Searched settings of the chip that change no energy the chip counts, so that the search takes them for free."""
+    """Searched settings of the chip that change no cost among the objectives: the search takes them for free."""
     free = []
+    aims = [str(name) for name in sweep.objectives if name in COSTS] or [ENERGY]
     for path, distribution in sweep.space.items():
         if not path.startswith("chip."):
             continue
         condition = distribution.condition(sweep.space)
         trials = [sweep.resolve({**condition, path: value}) for value in distribution.probes]
-        if len({trial_energy(trial, estimated=True).total_uj_per_token for trial in trials}) == 1:
+        costs = (trial_energy(trial, estimated=True).metrics for trial in trials)
+        if len({tuple(each[name] for name in aims) for each in costs}) == 1:
             free.append(path)
     return free

@@ -3,7 +3,7 @@
 A suggestion is a function of (sweep seed, trial number, the trials before it): the sampler is made anew for each, over
 a view of the study held in memory. The view is bounded, so that a suggestion takes as long after 5,000 trials as after
 200; it gives a trial paused or stopped at a rung an accuracy, which the study itself must not, and a configuration that
-was never trained for its energy the worst one. At a rung that is the accuracy reached plus the median gain of those
+was never trained for its costs the worst one. At a rung that is the accuracy reached plus the median gain of those
 that went on: without it whole trainings look better than they are, and the search stays around them.
 """
 
@@ -17,20 +17,21 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import BaseSampler, GPSampler, NSGAIIISampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.storages import InMemoryStorage
-from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from halora.analysis.front import ranks
+from halora.analysis.trials import DEFAULT_OBJECTIVES, Objective
 from halora.hardware.addressing import derive_seed
 from halora.spaces.language import Categorical, Distribution, chosen_values
-from halora.spaces.search import ENERGY, Sampler, total_violation
-from halora.sweep.search.problem import Problem
-from halora.sweep.search.study import Scores, State, Trial
+from halora.spaces.search import Sampler, total_violation
+from halora.sweep.search.problem import Problem, worst_scores
+from halora.sweep.search.study import Scores, State, Trial, directions_of
 
 BLIND: frozenset[Sampler] = frozenset({"random", "qmc"})
 """Samplers that look at no trial."""
 
 _NEVER_SEEN = {State.FAILED}
+_Values = tuple[float, ...]
 _FIXED = "fixed_params"  # Optuna's own note of a point it was told to take
 
 
@@ -54,9 +55,10 @@ def propose(
     sampler: BaseSampler,
     seen: Sequence[FrozenTrial] = (),
     fixed: Mapping[str, Any] | None = None,
+    objectives: Sequence[Objective] = DEFAULT_OBJECTIVES,
 ) -> Proposal:
     """The sampler's next point, given what it sees; fields in `fixed` are taken from there."""
-    view = _View(sampler, seen)
+    view = _View(sampler, seen, objectives)
     if fixed:
         view.enqueue_trial(dict(fixed))
     trial = view.ask()
@@ -100,14 +102,21 @@ class History:
 
     Args:
         limit: How many ended trials it sees at most: half of them the best, by rank, the others the latest.
-        worst_accuracy: Accuracy of a configuration that was never trained.
+        objectives: What they are compared by.
+        reference: Values of the objectives; its scores are those of a configuration that was never trained.
         earlier: Trials of earlier sweeps, seen as if they were the first of this one.
     """
 
-    def __init__(self, limit: int, worst_accuracy: float, earlier: Sequence[Trial] = ()) -> None:
-        self._limit, self._worst = limit, worst_accuracy
+    def __init__(
+        self,
+        limit: int,
+        objectives: Sequence[Objective],
+        reference: Sequence[float],
+        earlier: Sequence[Trial] = (),
+    ) -> None:
+        self._limit, self._objectives, self._worst = limit, objectives, worst_scores(objectives, reference)
         self._earlier = earlier
-        self._entries: dict[tuple[int, int, float | None], FrozenTrial] = {}
+        self._entries: dict[tuple[int, int, _Values | None], FrozenTrial] = {}
 
     def seen(self, trials: Sequence[Trial]) -> list[FrozenTrial]:
         """What the sampler sees of these trials."""
@@ -115,36 +124,41 @@ class History:
         shown = [(1 + place, trial) for place, trial in enumerate(self._earlier)]
         first = 1 + len(shown)
         shown += [(first + trial.number, trial) for trial in trials if trial.state not in _NEVER_SEEN]
-        to_come = _gains_to_come(trials)
-        accuracies = [self._accuracy(trial, to_come) for _, trial in shown]
+        to_come = {name: _gains_to_come(trials, name) for name in self._worst}
+        values = [self._values(trial, to_come) for _, trial in shown]
         latest = range(max(len(shown) - self._limit // 2, 0), len(shown))
-        bounded = sorted({*self._best([trial for _, trial in shown], accuracies), *latest})
-        view = [(*shown[i], accuracies[i]) for i in bounded]
+        bounded = sorted({*self._best([trial for _, trial in shown], values), *latest})
+        view = [(*shown[i], values[i]) for i in bounded]
         self._entries = {(n, len(trial.scores), value): self._entry(n, trial, value) for n, trial, value in view}
         return list(self._entries.values())
 
-    def _accuracy(self, trial: Trial, to_come: Sequence[float]) -> float | None:
-        """The accuracy a trial is taken to end with: at a rung what it reached, and what others gained from there."""
+    def _values(self, trial: Trial, to_come: Mapping[str, Sequence[float]]) -> _Values | None:
+        """The objectives a trial is taken to end with: at a rung what it reached, and what others gained from there."""
         if trial.state is State.SKIPPED:
-            return self._worst
-        if trial.accuracy is None or trial.state is State.FINISHED:
-            return trial.accuracy
-        return trial.accuracy + to_come[len(trial.scores) - 1]
+            known = self._worst | dict(trial.costs)
+        elif not trial.scores:
+            return None
+        elif trial.state is State.FINISHED:
+            known = trial.metrics
+        else:
+            level = len(trial.scores) - 1
+            known = trial.metrics | {name: trial.metrics[name] + gains[level] for name, gains in to_come.items()}
+        return tuple(known[each.metric] for each in self._objectives)
 
-    def _best(self, shown: Sequence[Trial], accuracies: Sequence[float | None]) -> list[int]:
+    def _best(self, shown: Sequence[Trial], values: Sequence[_Values | None]) -> list[int]:
         if len(shown) <= self._limit:
             return list(range(len(shown)))
         valued = [i for i, trial in enumerate(shown) if trial.scores and trial.violation <= 0]
-        table = np.array([(accuracies[i], shown[i].energy_uj_per_token) for i in valued], dtype=float)
-        by_rank = np.argsort(ranks(table), kind="stable")
+        table = np.array([values[i] for i in valued], dtype=float)
+        by_rank = np.argsort(ranks(table, self._objectives), kind="stable")
         return [valued[i] for i in by_rank[: self._limit // 2]]
 
-    def _entry(self, number: int, trial: Trial, accuracy: float | None) -> FrozenTrial:
-        if known := self._entries.get((number, len(trial.scores), accuracy)):
+    def _entry(self, number: int, trial: Trial, values: _Values | None) -> FrozenTrial:
+        if known := self._entries.get((number, len(trial.scores), values)):
             return known
         entry = optuna.create_trial(
-            state=TrialState.RUNNING if accuracy is None else TrialState.COMPLETE,
-            values=None if accuracy is None else [accuracy, trial.energy_uj_per_token],
+            state=TrialState.RUNNING if values is None else TrialState.COMPLETE,
+            values=values,
             params=dict(trial.values),
             distributions=trial.frozen.distributions,
             system_attrs={k: v for k, v in trial.frozen.system_attrs.items() if not k.startswith("constraints")},
@@ -154,11 +168,11 @@ class History:
         return entry
 
 
-def _gains_to_come(trials: Sequence[Trial]) -> list[float]:
-    """Median gain in accuracy from each level to the last, of the trials that went on from it."""
+def _gains_to_come(trials: Sequence[Trial], score: str) -> list[float]:
+    """Median gain in a score from each level to the last, of the trials that went on from it."""
     levels = max((len(trial.scores) for trial in trials), default=0)
     gains = [
-        [t.scores[level + 1]["accuracy"] - t.scores[level]["accuracy"] for t in trials if len(t.scores) > level + 1]
+        [t.scores[level + 1][score] - t.scores[level][score] for t in trials if len(t.scores) > level + 1]
         for level in range(levels)
     ]
     medians = [median(gain) if gain else 0.0 for gain in gains]
@@ -168,9 +182,9 @@ def _gains_to_come(trials: Sequence[Trial]) -> list[float]:
 class _View(optuna.Study):
     """A study in memory that shows given trials beside the one that is asked for."""
 
-    def __init__(self, sampler: BaseSampler, seen: Sequence[FrozenTrial]) -> None:
+    def __init__(self, sampler: BaseSampler, seen: Sequence[FrozenTrial], objectives: Sequence[Objective]) -> None:
         storage = InMemoryStorage()
-        directions = [StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE]
+        directions = directions_of(objectives)
         name = storage.get_study_name_from_id(storage.create_new_study(directions, "view"))
         super().__init__(name, storage, sampler=sampler)
         self._seen = seen
@@ -249,10 +263,11 @@ def fitting_trials(problem: Problem, kept: Sequence[Mapping[str, Any]]) -> list[
 
 
 def _moved_here(problem: Problem, number: int, proposal: Proposal, scores: Scores) -> Trial:
-    energy = problem.energy(proposal.values)
-    constraints = {str(c): c.violation({**scores, ENERGY: energy}) for c in problem.constraints}
+    costs = problem.costs(proposal.values)
+    metrics = {**scores, **costs}
+    constraints = {str(c): c.violation(metrics) for c in problem.constraints}
     frozen = optuna.create_trial(
-        values=[float(scores["accuracy"]), energy],
+        values=[float(metrics[each.metric]) for each in problem.objectives],
         params=proposal.values,
         distributions=proposal.distributions,
         constraints=constraints or None,
@@ -260,7 +275,7 @@ def _moved_here(problem: Problem, number: int, proposal: Proposal, scores: Score
     return Trial(
         number=number,
         values=proposal.values,
-        energy_uj_per_token=energy,
+        costs=costs,
         state=State.FINISHED,
         level=0,
         scores=(scores,),

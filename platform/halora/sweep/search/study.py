@@ -1,14 +1,14 @@
 """The study of a sweep: every trial and all that was decided about it, in Optuna's storage and nowhere else.
 
 A trial's number there is its identity everywhere: in Ray, in MLflow, in its checkpoint folder. Optuna's own states are
-kept true: RUNNING until a trial ends, COMPLETE with both objectives, PRUNED for one that was stopped early or never
+kept true: RUNNING until a trial ends, COMPLETE with all objectives, PRUNED for one that was stopped early or never
 trained for its energy, FAIL. What Optuna has no word for is in the trial's attributes.
 
 Every decision is one write. A trial is finished once its final scores are written; that Optuna has it COMPLETE follows
 from them, so whoever finds it missing tells it then (docs/decisions/021).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
@@ -17,13 +17,16 @@ from typing import Any
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.storages import BaseStorage
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
+from halora.analysis.trials import DEFAULT_OBJECTIVES, Objective
+from halora.hardware.energy import ENERGY
 from halora.spaces.search import total_violation
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
-_ENERGY = "energy_uj_per_token"
+_COSTS = "costs"  # what a trial takes, known before it is trained, by metric
 _LEVEL = "level"  # index of the level a trial heads for
 _SCORES = "scores {index}"  # what a rung gave
 _FINAL_SCORES = "final scores"  # what the last level gave: the trial is finished
@@ -61,7 +64,7 @@ class Trial:
     Attributes:
         number: Its identity in the sweep.
         values: Searched values by dotted path.
-        energy_uj_per_token: Known before it is trained.
+        costs: Energy, time and what else is known before it is trained, by metric.
         state: Where it stands.
         level: Index of the level it heads for or has ended at.
         scores: What each level it reached gave; for a finished trial the last with all chips scored since.
@@ -74,7 +77,7 @@ class Trial:
 
     number: int
     values: Mapping[str, Any]
-    energy_uj_per_token: float
+    costs: Mapping[str, float]
     state: State
     level: int
     scores: tuple[Scores, ...]
@@ -90,6 +93,16 @@ class Trial:
         return point_key(self.values)
 
     @property
+    def energy_uj_per_token(self) -> float:
+        """Its energy per token in microjoule."""
+        return self.costs[ENERGY]
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """Its costs, and its scores at the last level reached."""
+        return {**(self.scores[-1] if self.scores else {}), **self.costs}
+
+    @property
     def told(self) -> bool:
         """Whether Optuna's own record has the trial's end."""
         return self.frozen.state.is_finished()
@@ -98,6 +111,11 @@ class Trial:
     def accuracy(self) -> float | None:
         """Mean accuracy over chips at the last level reached."""
         return float(self.scores[-1]["accuracy"]) if self.scores else None
+
+
+def directions_of(objectives: Sequence[Objective]) -> list[StudyDirection]:
+    """Optuna's word for them."""
+    return [StudyDirection.MAXIMIZE if each.maximise else StudyDirection.MINIMIZE for each in objectives]
 
 
 def point_key(values: Mapping[str, Any]) -> str:
@@ -111,14 +129,16 @@ class SweepStudy:
     Args:
         name: Name of the study.
         storage: Where the study lives; it is created if it is new.
+        objectives: What its trials are told by.
     """
 
-    def __init__(self, name: str, storage: BaseStorage) -> None:
+    def __init__(self, name: str, storage: BaseStorage, objectives: Sequence[Objective] = DEFAULT_OBJECTIVES) -> None:
+        self._objectives = objectives
         try:
             self._study = optuna.load_study(study_name=name, storage=storage)  # writes nothing
         except KeyError:
             self._study = optuna.create_study(
-                study_name=name, storage=storage, directions=["maximize", "minimize"], load_if_exists=True
+                study_name=name, storage=storage, directions=directions_of(objectives), load_if_exists=True
             )
         self._known: dict[int, Trial] = {}
         self._open: dict[int, object] = {}
@@ -155,14 +175,14 @@ class SweepStudy:
         self,
         values: Mapping[str, Any],
         distributions: Mapping[str, BaseDistribution],
-        energy_uj_per_token: float,
+        costs: Mapping[str, float],
         *,
         system_attrs: Mapping[str, Any],
         constraints: Mapping[str, float],
         skipped: str = "",
     ) -> int:
         """Write a new trial, running or skipped, all its values at once; its number."""
-        attrs: dict[str, Any] = {_ENERGY: energy_uj_per_token, _LEVEL: 0}
+        attrs: dict[str, Any] = {_COSTS: dict(costs), _LEVEL: 0}
         if skipped:
             attrs[_SKIPPED] = skipped
         trial = optuna.create_trial(
@@ -207,7 +227,7 @@ class SweepStudy:
         for name, violation in constraints.items():
             if name not in known:
                 opened.set_constraint(name, violation)
-        self._study.tell(trial.number, [trial.scores[-1]["accuracy"], trial.energy_uj_per_token])
+        self._study.tell(trial.number, [trial.metrics[each.metric] for each in self._objectives])
 
     def stopped(self, trial: Trial) -> None:
         """Tell a trial pruned; it carries no values."""
@@ -266,7 +286,7 @@ def _read(frozen: FrozenTrial) -> Trial:
     return Trial(
         number=frozen.number,
         values=frozen.params,
-        energy_uj_per_token=float(attrs[_ENERGY]),
+        costs=attrs[_COSTS],
         state=state,
         level=level,
         scores=scores,
