@@ -106,7 +106,7 @@ def same_as_optuna() -> None:
     """Part A."""
     trials = 80
     print(f"\nA. hypervolume after {trials} trials, and violations among {trials * len(MORE_SEEDS)}\n")
-    for function, tested in (FUNCTIONS | OF_THREE).items():
+    for function, tested in {**FUNCTIONS, **OF_THREE}.items():
         curves = AnalyticCurves(tested, steps=1)
         for name, sampler in _SAMPLERS.items():
             found: dict[str, list[list[Point]]] = {"ours": [], "Optuna": [], "Optuna, seeded as ours": []}

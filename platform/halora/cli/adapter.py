@@ -363,10 +363,13 @@ def _registered_row(adapter: "RegisteredAdapter") -> dict[str, Any]:
 
 
 def _facts(certification: "Certification") -> dict[str, Any]:
+    from halora.hardware.energy import COSTS
+
     certificate = certification.certificate
     facts: dict[str, Any] = {"certificate": certificate.statement(), "yield_bound": round(certificate.bound, 4)}
     facts |= {name: round(value, 4) for name, value in certification.scores.items()}
-    facts["energy_uj_per_token"] = round(certification.energy["energy_uj_per_token"], 4)
+    priced = dict[str, Any](certification.energy)
+    facts |= {name: round(priced[name], 4) for name in COSTS if name in priced}
     facts |= {f"gate {gate.name}": _result(gate.passed) for gate in certification.gates}
     facts["adapter_sha256"] = certification.adapter_sha256[:12]
     return facts

@@ -62,7 +62,7 @@ def train(
             write_json(folder / RESULT_FILE, found[-1].to_json())
     if not found:
         return
-    summary = summary_over_seeds(found) | {"energy_uj_per_token": trial_energy(config).total_uj_per_token}
+    summary = summary_over_seeds(found) | trial_energy(config).metrics
     show_rows(_by_name(summary, form), form, str(output))
     _tell_scope(seeds, config.evaluation.chip_instances)
 
@@ -158,7 +158,7 @@ def evaluate(
     from halora.trial_runner import TrialRunner
 
     ranks = read_saved_lora(folder).ranks if folder else None
-    energy = trial_energy(config, ranks=ranks).total_uj_per_token  # refused before anything is loaded
+    costs = trial_energy(config, ranks=ranks).metrics  # refused before anything is loaded
     runner = TrialRunner()
     found = runner.evaluate(config, folder, first_row=first_row, first_chip=first_chip)
     answer = {
@@ -168,7 +168,7 @@ def evaluate(
         "rows": len(found.row_ids),
         "chip_instances": len(found.chip_seeds),
         **found.summary(),
-        "energy_uj_per_token": energy,
+        **costs,
     }
     if base:
         from halora.evaluation.damage import Damage
