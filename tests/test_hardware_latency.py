@@ -1,6 +1,6 @@
 """Oracles: closed forms, a schedule of reads and conversions played event by event, a flow shop, the published pipeline
-of ISAAC (Shafiee et al., ISCA 2016) and the published throughput of IBM's HERMES (Le Gallo et al., Nature Electronics
-2023)."""
+of ISAAC (Shafiee et al., ISCA 2016), the published throughput of IBM's HERMES (Le Gallo et al., Nature Electronics
+2023), and what AccelForge 1.0.467 printed for its own ISAAC."""
 
 from itertools import pairwise
 
@@ -316,3 +316,31 @@ def test_hermes_published_throughput(phases, published_tops):
     tops = 64 * 2 * 256**2 / product_s * 1e-12
     print(f"HERMES: published {published_tops} TOPS, here {tops:.1f}")
     assert tops == pytest.approx(published_tops, rel=0.25)
+
+
+@pytest.mark.parametrize(
+    ("d_in", "d_out", "their_nj", "their_us", "turns"),
+    [
+        (128, 32, 4.7412304555528816, 0.8, 1),
+        (128, 128, 9.482461005654845, 0.8, 1),
+        (1024, 128, 63.21640455553279, 3.2, 4),
+    ],
+)
+def test_accelforges_isaac_converts_as_often_as_dear_and_as_fast(d_in, d_out, their_nj, their_us, turns):
+    """Its converters' energy is that of conversions and of the leakage of all eight of a tile, for as long as it takes.
+
+    Its inputs have an offset, so eight bits are driven; nine bits of sign and magnitude are as many here.
+    """
+    leakage_nj = (4 * 4.7412304555528816 - 9.482461005654845) / 3 * turns  # of eight converters over 0.8 us a turn
+    conversions = d_in // 128 * d_out * 4 * 8  # row tiles, outputs, slices, cycles
+    per_conversion_pj = (their_nj - leakage_nj) / conversions * 1e3
+    busy_pj = per_conversion_pj + leakage_nj / turns / 8 / (1.28 * 800) * 1e3  # each converts 1,024 times in 0.8 us
+    chip = {
+        "dac": {"input_bits": 9},
+        "adc": {"costs": "survey"},
+        "costs": {"adc_survey_rate_msps": 1280},
+        "boundary": BARE,
+    }
+    found = _priced(_single(d_in, d_out), preset="isaac", **chip)
+    assert found.components_uj["adc"] * 1e6 / conversions == pytest.approx(busy_pj, rel=1e-3)
+    assert found.latency.interval_us == pytest.approx(their_us / turns, rel=1e-3)
