@@ -57,19 +57,9 @@ class PostgresServer:
         if os.geteuid() == 0:
             shutil.chown(self._folder, account)
         self._user = {"user": account} if os.geteuid() == 0 else {}
+        as_owner = ["--username", "halora", "--auth", "trust", "--no-sync", "--encoding", "UTF8"]
         subprocess.run(
-            [
-                initdb,
-                "--pgdata",
-                self._data,
-                "--username",
-                "halora",
-                "--auth",
-                "trust",
-                "--no-sync",
-                "--encoding",
-                "UTF8",
-            ],
+            [initdb, "--pgdata", self._data, *as_owner],
             check=True,
             stdout=subprocess.DEVNULL,
             cwd=self._folder,
