@@ -35,7 +35,7 @@ def required(program: str, found: str | None) -> str:
     """The program's path; a test that has none is skipped, or fails where CI says that it must be there."""
     if found:
         return found
-    reason = f"{program} is not installed; `make services` installs it"
+    reason = f"{program} is not installed; see `make services`"
     if os.environ.get("HALORA_REQUIRE_SERVICES"):
         pytest.fail(reason)
     pytest.skip(reason)
