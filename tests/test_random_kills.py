@@ -20,7 +20,7 @@ _LOST = "resumes from its checkpoint: its worker ended"
 
 @pytest.mark.parametrize(
     ("model", "steps", "every", "kills"),
-    [("llama", 120, 5, 20), ("smollm2-135m-instruct", 24, 4, 10)],
+    [("llama", 48, 3, 16), ("smollm2-135m-instruct", 24, 4, 10)],
 )
 @pytest.mark.parametrize("database", [False, True], ids=["journal", "postgresql"])
 def test_kills_of_drivers_and_workers_lose_and_repeat_nothing(
