@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from recorded_sweeps import begin, finish, generated_journal, made_up_sweep
+from recorded_sweeps import begin, finish, generated_event_log, made_up_sweep
 
 from halora.files import write_json
-from halora.records.index import read_ledger
+from halora.records.index import read_sweep_state
 from halora.records.names import CERTIFICATION_FILE
 from halora.records.recorder import SweepRecorder
 from halora.records.store import Store
@@ -51,7 +51,7 @@ def fill(store: Store, model: str, task: str, stories: Sequence[str] = STORIES) 
         sweep = made_up_sweep(store, name, model, task, reference_point=_CORNER, **more)
         folder = store.sweep(name)
         if name == "large":
-            generated_journal(folder.journal_file, LARGE)
+            generated_event_log(folder.event_log_file, LARGE)
             continue
         recorder = SweepRecorder(folder, sweep)
         _record(name, recorder, sweep, folder.root)
@@ -100,7 +100,7 @@ def certify_made_up(store: Store, sweep: str, number: int, *, failures: int = 0,
         adapter: The adapter's file; without one the certification is only begun, with eight chips scored.
     """
     folder, gates = store.sweep(sweep), Gates(min_accuracy=0.3, min_yield=0.9)
-    point = read_ledger(store, sweep).point(number)
+    point = read_sweep_state(store, sweep).point(number)
     folder.selection.mkdir(exist_ok=True)
     digest = hashlib.sha256(adapter or b"").hexdigest()
     attempt = open_attempt(store, folder, load_sweep_of(folder).launch, number, digest, gates, ("tiny",))

@@ -62,15 +62,15 @@ def finish(recorder: SweepRecorder, folder: Path, number: int, accuracy: float, 
     return recorder.finish_trial(number, 4, SCORES | limits | more, trial / "result.json", trial / "adapter")
 
 
-def generated_journal(
+def generated_event_log(
     path: Path, trials: int, reports: int = 4, seed: int = 0, launch: str = ""
 ) -> list[dict[str, Any]]:
-    """A journal of many finished trials with random scores, written at once; their beginnings and scores."""
+    """An event log of many finished trials with random scores, written at once; their beginnings and scores."""
     rng = np.random.default_rng(seed)
     energies, accuracies = rng.uniform(1, 6, trials).round(2), rng.uniform(0.2, 0.9, trials).round(2)
     kept = []
     begun: dict[str, Any] = {"kind": "state", "trial": None, "state": "running"}
-    lines: list[dict[str, Any]] = [{"journal": "0" * 32, "version": 2, "launch": "0" * 32}, begun]
+    lines: list[dict[str, Any]] = [{"log": "0" * 32, "version": 2, "launch": "0" * 32}, begun]
     for number in range(trials):
         method = ("lora", "noise_lora", "halora")[number % 3]
         labels = {"method": method, "model": "m", "chip": "c", "task": "t", "noise": "gaussian", "noise_strength": 0.01}

@@ -1,4 +1,4 @@
-"""Compares what MLflow's own tables hold of a sweep with the sweep's journal, row by row."""
+"""Compares what MLflow's own tables hold of a sweep with the sweep's event log, row by row."""
 
 import json
 from collections import Counter
@@ -24,20 +24,20 @@ _STATUS = {
 }
 
 
-def journal_entries(path: Path) -> list[dict[str, Any]]:
-    """All entries of a journal but its header."""
+def logged_events(path: Path) -> list[dict[str, Any]]:
+    """All entries of an event log but its header."""
     return [entry for line in path.read_text().splitlines() if "kind" in (entry := json.loads(line))]
 
 
-def differences(database: str, sweep: str, journal: Path) -> list[str]:
-    """What MLflow's database lacks, doubles or has otherwise than the journal; empty if it is exactly the same.
+def differences(database: str, sweep: str, log: Path) -> list[str]:
+    """What MLflow's database lacks, doubles or has otherwise than the event log; empty if it is exactly the same.
 
     Args:
         database: SQLAlchemy URI of MLflow's database.
         sweep: Name of the sweep.
-        journal: Its journal, which names the launch.
+        log: Its event log, which names the launch.
     """
-    launch = json.loads(journal.read_text().partition("\n")[0])["launch"]
+    launch = json.loads(log.read_text().partition("\n")[0])["launch"]
     engine = sqlalchemy.create_engine(database)
     with engine.connect() as connection:
         runs = connection.execute(sqlalchemy.text(_RUNS), {"launch": launch, "sweep": sweep}).all()
@@ -49,7 +49,7 @@ def differences(database: str, sweep: str, journal: Path) -> list[str]:
 
     expected: Counter[tuple[Any, ...]] = Counter()
     states: dict[int | None, dict[str, Any]] = {}
-    for entry in journal_entries(journal):
+    for entry in logged_events(log):
         for name, value in entry.get("metrics", {}).items():
             row = (entry["trial"], name, entry["time_ms"], entry.get("step", 0))
             expected[(*row, "nan" if value != value else float(value))] += 1

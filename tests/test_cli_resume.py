@@ -249,7 +249,7 @@ def _mourning(said):
 def test_twenty_kills_of_drivers_and_workers_lose_and_repeat_nothing(
     store, model, steps, every, tiny_models, tiny_task, tmp_path
 ):
-    """Oracle: the same sweep without kills; MLflow's tables beside the journal; Optuna's own storage."""
+    """Oracle: the same sweep without kills; MLflow's tables beside the event log; Optuna's own storage."""
     names, chance = [f"{model}-{kind}" for kind in ("never-killed", "killed")], random.Random(20)
     for name in names:
         content = with_rungs(name, {"llama": tiny_models.get(model, model)}, tiny_task)
@@ -274,7 +274,7 @@ def test_twenty_kills_of_drivers_and_workers_lose_and_repeat_nothing(
         assert losses == pytest.approx([loss for _, loss in loss_history(store, other)], abs=1e-4)
         assert one.data.metrics["margin"] == pytest.approx(other.data.metrics["margin"], abs=1e-3)
     folder = store / "sweeps" / names[1]
-    assert differences(f"sqlite:///{store / 'mlflow.db'}", names[1], folder / "records.jsonl") == []
+    assert differences(f"sqlite:///{store / 'mlflow.db'}", names[1], folder / "events.jsonl") == []
     journal = optuna.storages.journal.JournalFileBackend(str(folder / "study.journal"))
     study = optuna.load_study(study_name=None, storage=optuna.storages.JournalStorage(journal))
     assert [(trial.number, trial.state.name) for trial in study.trials] == [(i, "COMPLETE") for i in range(12)]
@@ -315,7 +315,7 @@ def test_a_sweep_with_a_storage_goes_on_where_no_file_of_it_is(
     assert training_steps(resumed.stderr, number)[0] > 8  # from its checkpoint
     for run in runs(store, "afar"):
         assert [step for step, _ in loss_history(store, run)] == list(range(4, 25, 4))
-    assert differences(f"sqlite:///{store / 'mlflow.db'}", "afar", store / "sweeps" / "afar" / "records.jsonl") == []
+    assert differences(f"sqlite:///{store / 'mlflow.db'}", "afar", store / "sweeps" / "afar" / "events.jsonl") == []
     assert "best adapter (trial" in resumed.stderr
     kept = {str(file.relative_to(trials)) for file in trials.rglob("*") if file.is_file()}
     assert {name.partition("/")[0] for name in kept if name.endswith("adapter_model.safetensors")} == {

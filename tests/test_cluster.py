@@ -1,6 +1,6 @@
 """Sweeps on a Ray cluster of several nodes, by the real command, with what happens to clusters.
 
-Oracles: the store's own journal, MLflow's tables beside it, Optuna's study; exit codes; the kernel, for what is left.
+Oracles: the store's own event log, MLflow's tables beside it, Optuna's study; exit codes; the kernel, for what is left.
 """
 
 import json

@@ -1,6 +1,6 @@
 """A sweep on a real cluster with PostgreSQL and MLflow as servers of their own, and everything that may go away.
 
-Oracles: the journal, MLflow's tables in PostgreSQL beside it, Optuna's study; the kernel, for what is left.
+Oracles: the event log, MLflow's tables in PostgreSQL beside it, Optuna's study; the kernel, for what is left.
 """
 
 import os

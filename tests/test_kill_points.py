@@ -1,6 +1,6 @@
 """A process that ends at any of its writes. Oracle: the same simulated sweep undisturbed, trial by trial, row by row.
 
-The study, the journal of records and the trials' files are written through three functions of the product. A kill is an
+The study, the event log and the trials' files are written through three functions of the product. A kill is an
 exception in one of them after which none of them writes any more, as after SIGKILL; what was written before stays. So
 each run leaves what a killed process leaves between two writes, and a resume reads nothing else.
 """
@@ -11,10 +11,10 @@ import pytest
 
 from halora import files
 from halora.pricing import trial_energy
-from halora.records.journal import Journal, read
-from halora.records.ledger import Ledger
+from halora.records.event_log import EventLog, read
 from halora.records.recorder import SweepRecorder
 from halora.records.store import Store
+from halora.records.sweep_state import SweepState
 from halora.spaces.sweep import SweepConfig
 from halora.sweep.run.launch import _Recording
 from halora.sweep.run.reconcile import record_as_studied
@@ -42,7 +42,7 @@ class _Axe:
 
     def __init__(self, monkeypatch):
         self.left, self.writes = None, []
-        targets = [(StudyFile, "append_logs"), (Journal, "append"), (files, "write_whole")]
+        targets = [(StudyFile, "append_logs"), (EventLog, "append"), (files, "write_whole")]
         for where, name in [*targets, *((PatientStorage, name) for name in _OF_A_DATABASE)]:
             monkeypatch.setattr(where, name, self._guarded(name, getattr(where, name)))
 
@@ -143,9 +143,9 @@ def _outcome(sweep, store):
         )
         for trial in core.trials()
     ]
-    entries, ledger = read(folder.journal_file)[0], Ledger()
-    ledger.take(entries)
-    points = [(point.number, point.state, point.cause, point.params, point.metrics) for point in ledger.points()]
+    entries, recorded = read(folder.event_log_file)[0], SweepState()
+    recorded.take(entries)
+    points = [(point.number, point.state, point.cause, point.params, point.metrics) for point in recorded.points()]
     rows = Counter(
         (entry["kind"], entry["trial"], entry.get("step"), name, value)
         for entry in entries
@@ -157,7 +157,7 @@ def _outcome(sweep, store):
         "trials": trials,
         "points": points,
         "rows": rows,
-        "state": (ledger.sweep_state, ledger.sweep_metrics),
+        "state": (recorded.sweep_state, recorded.sweep_metrics),
         "spent": (core.steps_taken(), core.counts()),
         "kept": kept,
     }

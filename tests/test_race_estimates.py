@@ -1,4 +1,4 @@
-"""Oracles: the fit of a race by hand, and the journal's own entries."""
+"""Oracles: the fit of a race by hand, and the event log's own entries."""
 
 import json
 
@@ -7,10 +7,10 @@ import pytest
 from recorded_sweeps import SCORES, begin, made_up_sweep
 
 from halora.analysis.summary import view_front
-from halora.records.journal import read
-from halora.records.ledger import Ledger
+from halora.records.event_log import read
 from halora.records.recorder import SweepRecorder
 from halora.records.store import Store
+from halora.records.sweep_state import SweepState
 from halora.selection.candidates import standings
 from halora.spaces.gates import Gates
 
@@ -44,8 +44,8 @@ def test_records_front_and_candidates_take_the_accuracies_of_the_race(sweep):
     assert [point.number for point in view_front(recorder.points).members] == [1, 0]
     recorder.record_estimates({0: 0.42, 1: 0.44})
     recorder.finish(interrupted=False)
-    points = Ledger()
-    points.take(read(folder.journal_file)[0])
+    points = SweepState()
+    points.take(read(folder.event_log_file)[0])
     raced, other = points.points()
     assert (raced.accuracy, other.accuracy) == pytest.approx((0.42, 0.44))
     assert (raced.metrics["accuracy_low"], raced.metrics["drop_high"]) == pytest.approx((0.32, 0.28))
@@ -54,8 +54,8 @@ def test_records_front_and_candidates_take_the_accuracies_of_the_race(sweep):
     assert view.probability[0] < 0.5
     chosen = standings(points.points(), Gates(min_accuracy=0.43))
     assert [each.point.number for each in chosen if each.qualifies] == [1]
-    before = folder.journal_file.read_text().count("estimate")
+    before = folder.event_log_file.read_text().count("estimate")
     _finish(recorder, folder.root, 0, (21, 21, 29, 29))  # the same again, as after a resume
     recorder.record_estimates({0: 0.42, 1: 0.44})
-    assert folder.journal_file.read_text().count("estimate") == before == 1
+    assert folder.event_log_file.read_text().count("estimate") == before == 1
     recorder.close()

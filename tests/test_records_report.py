@@ -11,11 +11,11 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 import pytest
-from recorded_sweeps import begin, finish, generated_journal, made_up_sweep
-from records_audit import differences, journal_entries
+from recorded_sweeps import begin, finish, generated_event_log, made_up_sweep
+from records_audit import differences, logged_events
 from services import browse
 
-from halora.records.index import read_ledger
+from halora.records.index import read_sweep_state
 from halora.records.publishing import publish
 from halora.records.recorder import SweepRecorder
 from halora.records.store import Store
@@ -60,7 +60,7 @@ def _draw(sweep, store, story):
     story(recorder, folder.root)
     recorder.finish(interrupted=False)
     recorder.close()
-    publish(sweep, read_ledger(store, sweep.name), folder.published)
+    publish(sweep, read_sweep_state(store, sweep.name), folder.published)
     page = folder.published / "report.html"
     return page, _Page(page.read_text())
 
@@ -195,7 +195,7 @@ def test_sweep_list_and_report_read_what_is_on_disk(store, sweep, command):
     assert code == 0
     counts = {name: row[name] for name in ("sweep", "state", "finished", "failed")}
     assert counts == {"sweep": "made-up", "state": "finished", "finished": 9, "failed": 2}
-    assert row["undelivered"] == len(journal_entries(store.sweep("made-up").journal_file))
+    assert row["undelivered"] == len(logged_events(store.sweep("made-up").event_log_file))
     assert row["lowest_energy_uj_per_token"] > 0
     (store.sweep("made-up").published / "report.html").unlink()
     code, out, _ = command("sweep report made-up")
@@ -230,17 +230,17 @@ def test_stop_closes_and_delivers_what_a_killed_driver_left(store, sweep, comman
     code, _, err = command("sweep stop made-up")
     assert code == 0, err
     assert "closing and delivering its records" in err
-    assert differences(store.tracking_uri, "made-up", store.sweep("made-up").journal_file) == []
+    assert differences(store.tracking_uri, "made-up", store.sweep("made-up").event_log_file) == []
     (row,) = json.loads(command("sweep list --format json")[1])
     assert (row["state"], row["undelivered"]) == ("interrupted", 0)
-    assert [point.state for point in read_ledger(store, "made-up").points()] == ["interrupted"]
+    assert [point.state for point in read_sweep_state(store, "made-up").points()] == ["interrupted"]
     assert "closing" not in command("sweep stop made-up")[2]
 
 
 def test_the_front_of_ten_thousand_trials_is_that_of_brute_force_within_a_gibibyte(tmp_path, tiny_models, tiny_task):
     store = Store(tmp_path / "store")
     sweep = made_up_sweep(store, "large", tiny_models["llama"], tiny_task)
-    trials = generated_journal(store.sweep(sweep.name).journal_file, 10_000)
+    trials = generated_event_log(store.sweep(sweep.name).event_log_file, 10_000)
     accuracy = np.array([trial["accuracy"] for trial in trials])
     energy = np.array([trial["energy_uj_per_token"] for trial in trials])
     dominated = np.zeros(len(trials), dtype=bool)

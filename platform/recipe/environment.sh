@@ -9,7 +9,7 @@
 #   HALORA_DASHBOARD_PORT    8265
 #   HALORA_CLIENT_PORT       10001, for ray:// addresses
 #   HALORA_ARTIFACTS         folder or URL (s3://, gs://) of MLflow's artifacts (a folder of the state)
-#   HALORA_STORE             folder of journals, studies and pages of the sweeps that run here (a folder of the state)
+#   HALORA_STORE             folder of event logs, studies and pages of the sweeps that run here (a folder of the state)
 #   HALORA_STORAGE           URL of checkpoints, which every node reaches; needed where the nodes share no file system
 #
 # Sets for `halora`: HALORA_TRACKING_URI, HALORA_STUDY_URL, and how to enter MLflow and PostgreSQL.

@@ -16,7 +16,7 @@ from halora.dashboard.reading import Snapshot
 from halora.dashboard.site import Site
 from halora.dashboard.sweep import log_tail
 from halora.errors import UserError
-from halora.records.journal import Entry, entries_of
+from halora.records.event_log import Entry, entries_of
 from halora.records.names import ENERGY, is_score
 from halora.records.publishing import baseline_energies
 from halora.selection.robustness import TIMES_S
@@ -87,7 +87,7 @@ class Card:
 
 def card(snapshot: Snapshot, point: RecordedTrial, ready: Readiness) -> Card:
     """The card of a trial."""
-    entries = entries_of(snapshot.folder.journal_file, point.number)
+    entries = entries_of(snapshot.folder.event_log_file, point.number)
     begin: Entry = next((entry for entry in entries if entry["kind"] == "begin"), {})
     scored: Entry = next((entry for entry in reversed(entries) if entry["kind"] == "scores"), {})
     reports = [(int(entry["step"]), entry["metrics"]) for entry in entries if entry["kind"] == "report"]

@@ -1,4 +1,4 @@
-"""What the process that runs a sweep writes down: every fact goes to the journal once, however often it is told."""
+"""What the process that runs a sweep writes down: every fact goes to the event log once, however often it is told."""
 
 import base64
 import hashlib
@@ -18,10 +18,10 @@ from halora.analysis.uncertainty import front_probability
 from halora.errors import UserError
 from halora.hardware.energy import EnergyBreakdown
 from halora.records import names
-from halora.records.journal import Journal, read
-from halora.records.ledger import Ledger
+from halora.records.event_log import EventLog, read
 from halora.records.provenance import program
 from halora.records.store import SweepFolder
+from halora.records.sweep_state import SweepState
 from halora.settings.trial import TrialConfig
 from halora.spaces.sweep import SweepConfig
 from halora.training.tasks import Split, load_rows
@@ -31,7 +31,7 @@ _MOVES_AGAINST = ("drop_low", "drop_high")
 
 
 class SweepRecorder:
-    """Writes one sweep's journal. Used by the one process that runs the sweep.
+    """Writes one sweep's event log. Used by the one process that runs the sweep.
 
     Args:
         folder: The sweep's folder.
@@ -40,19 +40,19 @@ class SweepRecorder:
 
     def __init__(self, folder: SweepFolder, sweep: SweepConfig) -> None:
         self._folder, self._sweep = folder, sweep
-        self._journal = Journal(folder.journal_file, sweep.launch)
-        self.ledger = Ledger()
-        self.ledger.take(read(folder.journal_file)[0])
+        self._log = EventLog(folder.event_log_file, sweep.launch)
+        self.recorded = SweepState()
+        self.recorded.take(read(folder.event_log_file)[0])
         self._state(None, "running")
 
     @property
     def points(self) -> list[RecordedTrial]:
         """Evaluated trials, by number."""
-        return [point for point in self.ledger.points() if point.state == "finished"]
+        return [point for point in self.recorded.points() if point.state == "finished"]
 
     def begin_trial(self, number: int, config: TrialConfig, params: Mapping[str, Any], energy: EnergyBreakdown) -> None:
         """Record what is known before training: searched values, full configuration, energy by component."""
-        if not self.ledger.begun(number):
+        if not self.recorded.begun(number):
             metrics = {names.ENERGY: energy.total_uj_per_token} | {
                 names.ENERGY_COMPONENT.format(component=name): value for name, value in energy.components_uj.items()
             }
@@ -67,12 +67,12 @@ class SweepRecorder:
                 datasets=_datasets(config),
                 program=program(),
             )
-        if self.ledger.state(number) != "running":
+        if self.recorded.state(number) != "running":
             self._state(number, "running")
 
     def report_step(self, number: int, step: int, metrics: Mapping[str, float]) -> None:
         """Record the training metrics up to an optimiser step; a step that is recorded already is left as it is."""
-        if step not in self.ledger.steps(number):
+        if step not in self.recorded.steps(number):
             training = {name: float(metrics[name]) for name in names.TRAINING_METRICS if name in metrics}
             self._write("report", number, step=step, metrics=training)
 
@@ -83,7 +83,7 @@ class SweepRecorder:
 
     def report_rung(self, number: int, step: int, scores: Mapping[str, float]) -> None:
         """Record the scores at a rung of early stopping; a rung that is recorded already is left as it is."""
-        if step not in self.ledger.rungs(number):
+        if step not in self.recorded.rungs(number):
             told = (*names.RUNG_SCORES, *(name for name in names.BESIDE_METRICS if name in scores))
             reached = {names.RUNG_METRIC.format(score=name): float(scores[name]) for name in told}
             self._write("rung", number, step=step, metrics=reached)
@@ -112,7 +112,7 @@ class SweepRecorder:
             )
         self._state(number, "finished")
         self._record_front()
-        return self.ledger.point(number)
+        return self.recorded.point(number)
 
     def record_estimates(self, accuracies: Mapping[int, float]) -> None:
         """Record the accuracies that a race compares trials by; their intervals move along.
@@ -121,15 +121,15 @@ class SweepRecorder:
         The same estimates again are left as they are.
         """
         for point in self.points:
-            number, measured = point.number, self.ledger.measured(point.number)
+            number, measured = point.number, self.recorded.measured(point.number)
             if not measured:
                 continue
             shift = accuracies.get(number, measured["accuracy"]) - measured["accuracy"]
             moved = {name: min(max(measured[name] + shift, 0.0), 1.0) for name in _MOVES if name in measured}
             moved |= {name: measured[name] - shift for name in _MOVES_AGAINST if name in measured}
-            now = self.ledger.metrics(number)
+            now = self.recorded.metrics(number)
             if any(abs(now[name] - value) > 1e-9 for name, value in moved.items()):
-                self._write("estimate", number, step=self.ledger.scored_step(number), metrics=moved)
+                self._write("estimate", number, step=self.recorded.scored_step(number), metrics=moved)
 
     def mark_finished(self, number: int) -> None:
         """Record that a trial whose scores are recorded is finished."""
@@ -161,7 +161,7 @@ class SweepRecorder:
 
     def finish(self, *, interrupted: bool) -> None:
         """Record that this run of the sweep ended, and with it every trial that is still open."""
-        for point in self.ledger.points():
+        for point in self.recorded.points():
             if point.state == "running":
                 self._state(point.number, "interrupted")
         self._record_front()
@@ -169,13 +169,13 @@ class SweepRecorder:
         self._state(None, "interrupted" if interrupted else "finished")
 
     def close(self) -> None:
-        """Close the journal."""
-        self._journal.close()
+        """Close the event log."""
+        self._log.close()
 
     def _record_front(self) -> None:
         """Record the front's size and volume, once for every number of finished trials."""
         done = self.points
-        if self.ledger.front_step == len(done):
+        if self.recorded.front_step == len(done):
             return
         feasible = grouped(done).feasible
         corner = self._sweep.reference_point
@@ -198,18 +198,18 @@ class SweepRecorder:
     def _scored_so(self, number: int, answers: dict[str, Any] | None, metrics: Mapping[str, float]) -> bool:
         """Whether these scores are recorded: by the answers where there are any, as sums differ by their order."""
         if answers is not None:
-            return self.ledger.answers(number) == answers
-        return metrics.items() <= (self.ledger.metrics(number) | self.ledger.measured(number)).items()
+            return self.recorded.answers(number) == answers
+        return metrics.items() <= (self.recorded.metrics(number) | self.recorded.measured(number)).items()
 
     def _state(self, number: int | None, state: str, cause: str = "") -> None:
         """Record a state on the disk itself: whoever hears of it next may rely on it."""
         self._write("state", number, state=state, cause=cause)
-        self._journal.sync()
+        self._log.sync()
 
     def _write(self, kind: str, number: int | None, **content: Any) -> None:
         entry = {"kind": kind, "trial": number, "time_ms": int(time.time() * 1000), **content}
-        self._journal.append(entry)
-        self.ledger.take([entry])
+        self._log.append(entry)
+        self.recorded.take([entry])
 
     def _within(self, path: Path) -> str:
         return str(path.relative_to(self._folder.root))

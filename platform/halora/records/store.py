@@ -71,7 +71,7 @@ class Store:
 
     @property
     def index_file(self) -> Path:
-        """Cache of what the journals add up to."""
+        """Cache of what the event logs add up to."""
         return self.root / "index.db"
 
     @property
@@ -166,13 +166,13 @@ class SweepFolder:
         return self.root / "curves.csv"
 
     @property
-    def journal_file(self) -> Path:
+    def event_log_file(self) -> Path:
         """Everything learned, in the order it was."""
-        return self.root / "records.jsonl"
+        return self.root / "events.jsonl"
 
     @property
     def sent_file(self) -> Path:
-        """How much of the journal MLflow has."""
+        """How much of the event log MLflow has."""
         return self.root / "sent.json"
 
     @property

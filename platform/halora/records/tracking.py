@@ -1,4 +1,4 @@
-"""Writes a sweep's journal to MLflow: a parent run per sweep, a child run per trial, found again by (launch, number).
+"""Writes a sweep's event log to MLflow: a parent run per sweep, a child run per trial, found again by (launch, number).
 
 Delivering an entry twice leaves what delivering it once does: metrics keep their timestamp, step and value, by which
 MLflow tells rows apart; everything else is looked for before it is made.
@@ -33,7 +33,7 @@ from halora.errors import UnreachableError, UserError
 from halora.evaluation.damage import Damage
 from halora.files import locked
 from halora.records import names
-from halora.records.journal import Entry
+from halora.records.event_log import Entry
 from halora.records.moving import follow
 from halora.records.store import Store
 from halora.spaces.sweep import SweepConfig
@@ -218,7 +218,7 @@ class MlflowSweep:
         """Delete runs that double another or stand for no trial, and deliver again trials that stand otherwise.
 
         Args:
-            entries: The sweep's journal.
+            entries: The sweep's event log.
             states: Where each trial stands by it.
 
         Returns:
@@ -296,7 +296,7 @@ class MlflowSweep:
     def _begin(self, run_id: str, entry: Entry) -> None:
         tags = {names.LABEL.format(label=label): str(value) for label, value in entry["labels"].items()}
         tags |= {names.CHIP_HASH: entry["chip_hash"], names.STATE: "running"}
-        program = entry.get("program", {})  # journals that were begun before it was recorded lack it
+        program = entry.get("program", {})  # event logs that were begun before it was recorded lack it
         told = {names.VERSION: program.get("version"), names.COMMIT: program.get("commit")}
         tags |= {name: value for name, value in told.items() if value}
         self._client.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])

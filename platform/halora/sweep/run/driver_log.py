@@ -51,7 +51,7 @@ class DriverLog:
         with (
             suppress(OSError),
             self._path.open("a", encoding="utf-8") as file,
-        ):  # a full disk stops the sweep by its journal, not by this
+        ):  # a full disk stops the sweep by its event log, not by this
             file.write(line + "\n")
 
 

@@ -208,8 +208,8 @@ def _run(
     workers: AbstractContextManager[Any],
     metrics_port: int | None,
 ) -> Outcome:
-    from halora.records.position import undelivered
-    from halora.records.sender import recording
+    from halora.records.delivery import undelivered
+    from halora.records.exporter import recording
     from halora.sweep.run.metrics import SweepCollector, serving_metrics
 
     folder = store.sweep(sweep.name)
@@ -224,7 +224,7 @@ def _run(
         with (
             recording(store, sweep, watcher.say) as recorder,
             serving_metrics(
-                metrics_port, SweepCollector(sweep.name, recorder.ledger, lambda: undelivered(store, sweep.name))
+                metrics_port, SweepCollector(sweep.name, recorder.recorded, lambda: undelivered(store, sweep.name))
             ),
         ):
             ended = False
@@ -278,7 +278,7 @@ def _train(
     torch.set_num_threads(1)  # the cores are the workers'
     with workers:
         watcher.say(f"{RUNS} on up to {sweep.concurrent * sweep.workers} workers; each loads the model once")
-        unknown = bases(sweep, watcher.say) if recorder.ledger.damage is None else []
+        unknown = bases(sweep, watcher.say) if recorder.recorded.damage is None else []
         run_trials(sweep, folder, core, events, Probing(unknown, watcher.say, recorder.record_damage))
         recorder.record_estimates(core.estimates())
         chosen = contestants(sweep.comparison, events.points()) if sweep.comparison else {}

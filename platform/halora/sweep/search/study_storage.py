@@ -16,7 +16,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from halora.errors import UnreachableError, UserError, causes
-from halora.records.journal import append_line
+from halora.records.event_log import append_line
 from halora.records.store import SweepFolder
 
 STUDY_URL = "HALORA_STUDY_URL"

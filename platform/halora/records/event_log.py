@@ -1,4 +1,4 @@
-"""A sweep's journal: what was learned, one JSON object per line, on disk before anything else hears of it.
+"""A sweep's event log: what was learned, one JSON object per line, on disk before anything else hears of it.
 
 A line that was cut off by a crash is not there; a writer removes it. A process that is killed loses nothing it
 appended; a machine that loses power loses nothing up to the last `sync`.
@@ -17,12 +17,12 @@ from typing import Any
 from halora.errors import UserError
 
 Entry = dict[str, Any]
-"""A line of the journal, with its `kind` and the time `time_ms` it was learned."""
+"""A line of the log, with its `kind` and the time `time_ms` it was learned."""
 
 _VERSION = 2
 
 
-class Journal:
+class EventLog:
     """The writing end, held by the one process that runs the sweep.
 
     Args:
@@ -38,11 +38,11 @@ class Journal:
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         _cut_torn_line(self._file)
         if os.fstat(self._file).st_size == 0:
-            self.append({"journal": uuid.uuid4().hex, "version": _VERSION, "launch": launch})
+            self.append({"log": uuid.uuid4().hex, "version": _VERSION, "launch": launch})
             self.sync()
         elif (written := _header(path)["launch"]) != launch:
             os.close(self._file)
-            raise UserError(f"journal '{path}' is of launch {written}, not of {launch}", "bring the sweep's own back")
+            raise UserError(f"event log '{path}' is of launch {written}, not of {launch}", "bring the sweep's own back")
 
     def append(self, entry: Mapping[str, Any]) -> None:
         """Add a line atomically.
@@ -104,7 +104,7 @@ def read(path: Path, offset: int = 0, limit: int | None = None) -> tuple[list[En
     """Whole entries from a place on, and the place after them.
 
     Args:
-        path: The journal's file.
+        path: The event log's file.
         offset: Byte where an entry begins; 0 for the first.
         limit: Largest number of lines to read.
 
@@ -123,9 +123,9 @@ def read(path: Path, offset: int = 0, limit: int | None = None) -> tuple[list[En
                     entries.append(entry)
                 offset += len(line)
     except OSError as error:
-        raise UserError(f"journal '{path}' cannot be read: {error.strerror}") from None
+        raise UserError(f"event log '{path}' cannot be read: {error.strerror}") from None
     except (ValueError, TypeError):
-        raise UserError(f"journal '{path}' is damaged at byte {offset}", "restore the file from a backup") from None
+        raise UserError(f"event log '{path}' is damaged at byte {offset}", "restore the file from a backup") from None
     return entries, offset
 
 
@@ -147,35 +147,35 @@ def entries_of(path: Path, trial: int) -> list[Entry]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise UserError(f"journal '{path}' cannot be read: {error.strerror}") from None
+        raise UserError(f"event log '{path}' cannot be read: {error.strerror}") from None
     except (ValueError, TypeError, AttributeError):
-        raise UserError(f"journal '{path}' is damaged", "restore the file from a backup") from None
+        raise UserError(f"event log '{path}' is damaged", "restore the file from a backup") from None
     return entries
 
 
 def identity(path: Path) -> str:
-    """What tells this journal from another that was in its place before; empty where there is none.
+    """What tells this event log from another that was in its place before; empty where there is none.
 
     Raises:
-        UserError: It is of another version of the program, or no journal.
+        UserError: It is of another version of the program, or no event log.
     """
-    return _header(path)["journal"]
+    return _header(path)["log"]
 
 
 def _header(path: Path) -> dict[str, str]:
-    """Identities of the journal and of its launch; empty ones where there is none."""
+    """Identities of the event log and of its launch; empty ones where there is none."""
     try:
         with path.open("rb") as file:
             line = file.readline()
         if not line.endswith(b"\n"):
-            return {"journal": "", "launch": ""}
+            return {"log": "", "launch": ""}
         header = json.loads(line)
         if header["version"] == _VERSION:
-            return {name: str(header[name]) for name in ("journal", "launch")}
+            return {name: str(header[name]) for name in ("log", "launch")}
     except FileNotFoundError:
-        return {"journal": "", "launch": ""}
+        return {"log": "", "launch": ""}
     except OSError as error:
-        raise UserError(f"journal '{path}' cannot be read: {error.strerror}") from None
+        raise UserError(f"event log '{path}' cannot be read: {error.strerror}") from None
     except (ValueError, TypeError, KeyError):
-        raise UserError(f"'{path}' is not a journal") from None
-    raise UserError(f"journal '{path}' is of version {header['version']}, this program reads {_VERSION}")
+        raise UserError(f"'{path}' is not an event log") from None
+    raise UserError(f"event log '{path}' is of version {header['version']}, this program reads {_VERSION}")

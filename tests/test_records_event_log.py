@@ -1,4 +1,4 @@
-"""Oracles: the lines of the file itself; a process killed by SIGKILL; a full disk; a ledger of the whole journal."""
+"""Oracles: the lines of the file itself; a process killed by SIGKILL; a full disk; the state of the whole event log."""
 
 import json
 import signal
@@ -9,12 +9,12 @@ import time
 import pytest
 
 from halora.errors import UserError
-from halora.records import journal
-from halora.records.index import read_ledger, recorded_trial
-from halora.records.journal import Journal, entries_of, read
-from halora.records.ledger import Ledger
-from halora.records.position import Position, undelivered
+from halora.records import event_log
+from halora.records.delivery import DeliveryOffset, undelivered
+from halora.records.event_log import EventLog, entries_of, read
+from halora.records.index import read_sweep_state, recorded_trial
 from halora.records.store import Store
+from halora.records.sweep_state import SweepState
 
 _LAUNCH = "a" * 32
 
@@ -32,14 +32,14 @@ def _state(number, state, cause=""):
 
 
 def _write(path, entries):
-    log = Journal(path, _LAUNCH)
+    log = EventLog(path, _LAUNCH)
     for entry in entries:
         log.append(entry)
     log.close()
 
 
 def test_what_is_appended_is_read_back_from_any_place(tmp_path):
-    path = tmp_path / "records.jsonl"
+    path = tmp_path / "events.jsonl"
     written = [
         _begin(0, model="a 'quoted' \"model\"\n<script>", text="\u202eגרסה 🤖 \ud800"),
         _entry("report", 0, step=2, metrics={"train_loss": float("nan"), "train_strength": 0.1 + 0.2}),
@@ -57,8 +57,8 @@ def test_what_is_appended_is_read_back_from_any_place(tmp_path):
     assert [entry["kind"] for entry in read(path, end)[0]] == ["state"]
 
 
-def test_the_entries_of_a_trial_are_those_of_the_whole_journal(tmp_path):
-    path = tmp_path / "records.jsonl"
+def test_the_entries_of_a_trial_are_those_of_the_whole_log(tmp_path):
+    path = tmp_path / "events.jsonl"
     entries = [
         _begin(1, text='"trial":11,'),
         _begin(11),
@@ -80,7 +80,7 @@ def test_the_entries_of_a_trial_are_those_of_the_whole_journal(tmp_path):
 
 @pytest.mark.parametrize("torn", [b'{"kind":"report","trial":0,"st', b'{"kind":"state","trial":0}', b"\xff\x00"])
 def test_a_line_that_a_crash_cut_off_is_not_there(tmp_path, torn):
-    path = tmp_path / "records.jsonl"
+    path = tmp_path / "events.jsonl"
     _write(path, [_begin(0)])
     whole = path.stat().st_size
     with path.open("ab") as file:
@@ -91,28 +91,28 @@ def test_a_line_that_a_crash_cut_off_is_not_there(tmp_path, torn):
 
 
 def test_a_header_that_a_crash_cut_off_is_written_anew(tmp_path):
-    path = tmp_path / "records.jsonl"
-    path.write_text('{"journal":"ab')
-    assert journal.identity(path) == ""
+    path = tmp_path / "events.jsonl"
+    path.write_text('{"log":"ab')
+    assert event_log.identity(path) == ""
     _write(path, [_begin(0)])
-    assert len(journal.identity(path)) == 32
+    assert len(event_log.identity(path)) == 32
     assert len(read(path)[0]) == 1
 
 
-def test_a_journal_is_of_one_launch(tmp_path):
-    _write(tmp_path / "records.jsonl", [_state(0, "running")])
-    assert json.loads((tmp_path / "records.jsonl").read_text().splitlines()[0])["launch"] == _LAUNCH
+def test_a_log_is_of_one_launch(tmp_path):
+    _write(tmp_path / "events.jsonl", [_state(0, "running")])
+    assert json.loads((tmp_path / "events.jsonl").read_text().splitlines()[0])["launch"] == _LAUNCH
     with pytest.raises(UserError, match=f"is of launch {_LAUNCH}, not of {'b' * 32}"):
-        Journal(tmp_path / "records.jsonl", "b" * 32)
-    Journal(tmp_path / "records.jsonl", _LAUNCH).close()
+        EventLog(tmp_path / "events.jsonl", "b" * 32)
+    EventLog(tmp_path / "events.jsonl", _LAUNCH).close()
 
 
 def test_a_process_that_is_killed_loses_nothing_it_appended(tmp_path):
-    path = tmp_path / "records.jsonl"
+    path = tmp_path / "events.jsonl"
     program = f"""
 import itertools, pathlib
-from halora.records.journal import Journal
-log = Journal(pathlib.Path({str(path)!r}), {_LAUNCH!r})
+from halora.records.event_log import EventLog
+log = EventLog(pathlib.Path({str(path)!r}), {_LAUNCH!r})
 for i in itertools.count():
     log.append({{"kind": "report", "trial": 0, "time_ms": i, "step": i, "metrics": {{}}}})
     print(i, flush=True)
@@ -130,11 +130,11 @@ for i in itertools.count():
 
 def test_a_full_disk_leaves_no_half_line(tmp_path):
     """`ulimit -f` stands in for the full disk: a write beyond it is short or fails."""
-    path = tmp_path / "records.jsonl"
+    path = tmp_path / "events.jsonl"
     program = f"""
 import pathlib, resource, signal
-from halora.records.journal import Journal
-log = Journal(pathlib.Path({str(path)!r}), {_LAUNCH!r})
+from halora.records.event_log import EventLog
+log = EventLog(pathlib.Path({str(path)!r}), {_LAUNCH!r})
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 for i in range(100):
@@ -149,20 +149,20 @@ for i in range(100):
     assert path.read_bytes().endswith(b"\n")
 
 
-def test_a_damaged_journal_is_named_with_the_place(tmp_path):
-    path = tmp_path / "records.jsonl"
+def test_a_damaged_log_is_named_with_the_place(tmp_path):
+    path = tmp_path / "events.jsonl"
     _write(path, [_begin(0)])
     size = path.stat().st_size
     with path.open("ab") as file:
         file.write(b"not json\n")
-    with pytest.raises(UserError, match=rf"records\.jsonl' is damaged at byte {size}"):
+    with pytest.raises(UserError, match=rf"events\.jsonl' is damaged at byte {size}"):
         read(path)
-    path.write_text('{"journal": "x", "version": 99}\n')
+    path.write_text('{"log": "x", "version": 99}\n')
     with pytest.raises(UserError, match="is of version 99, this program reads 2"):
-        journal.identity(path)
+        event_log.identity(path)
     path.write_text("[]\n")
-    with pytest.raises(UserError, match="is not a journal"):
-        journal.identity(path)
+    with pytest.raises(UserError, match="is not an event log"):
+        event_log.identity(path)
 
 
 # What the entries add up to.
@@ -187,14 +187,14 @@ _STORY = [
 def _store_with(tmp_path, entries, name="s"):
     store = Store(tmp_path / "store")
     store.sweep(name).root.mkdir(parents=True, exist_ok=True)
-    _write(store.sweep(name).journal_file, entries)
+    _write(store.sweep(name).event_log_file, entries)
     return store
 
 
-def test_a_ledger_tells_where_every_trial_stands():
-    ledger = Ledger()
-    ledger.take(_STORY)
-    first, second = ledger.points()
+def test_a_state_tells_where_every_trial_stands():
+    recorded = SweepState()
+    recorded.take(_STORY)
+    first, second = recorded.points()
     assert (first.number, first.state, first.params, first.labels) == (
         0,
         "finished",
@@ -204,71 +204,71 @@ def test_a_ledger_tells_where_every_trial_stands():
     assert first.metrics == {"energy_uj_per_token": 2.0, "train_loss": 2.0, "accuracy": 0.5}
     assert (first.correct.shape, first.correct.packed) == ((1, 3), b"\xa0")
     assert (second.state, second.cause) == ("failed", "boom")
-    assert ledger.steps(0) == {2, 4}
-    assert (ledger.answers(0)["bits"], ledger.answers(1)) == ("oA==", None)
-    assert (ledger.begun(1), ledger.begun(2)) == (True, False)
-    assert (ledger.front_step, ledger.comparison, ledger.sweep_state) == (1, {"rows": 3}, "finished")
+    assert recorded.steps(0) == {2, 4}
+    assert (recorded.answers(0)["bits"], recorded.answers(1)) == ("oA==", None)
+    assert (recorded.begun(1), recorded.begun(2)) == (True, False)
+    assert (recorded.front_step, recorded.comparison, recorded.sweep_state) == (1, {"rows": 3}, "finished")
 
 
 def test_a_trial_of_very_many_reports_takes_no_more_to_keep_than_one_of_few():
     """Each report costs as much as the first: nothing is copied that grows with them."""
-    sizes, ledgers = [], [Ledger(), Ledger()]
-    for ledger, reports in zip(ledgers, (10, 100_000), strict=True):
-        ledger.take(_entry("report", 0, step=step, metrics={"train_loss": 1.0}) for step in range(reports))
-        sizes.append(len(json.dumps(ledger.contents)))
+    sizes, states = [], [SweepState(), SweepState()]
+    for recorded, reports in zip(states, (10, 100_000), strict=True):
+        recorded.take(_entry("report", 0, step=step, metrics={"train_loss": 1.0}) for step in range(reports))
+        sizes.append(len(json.dumps(recorded.contents)))
     assert sizes[1] - sizes[0] < 10
-    many = ledgers[1]
+    many = states[1]
     assert (len(many.steps(0)), many.last_step(0)) == (100_000, 99_999)
     assert many.steps(0) is many.steps(0)
 
 
 @pytest.mark.parametrize("cut", range(len(_STORY) + 1))
-def test_an_index_that_follows_a_journal_says_what_the_whole_journal_says(tmp_path, cut):
+def test_an_index_that_follows_a_log_says_what_the_whole_log_says(tmp_path, cut):
     store = _store_with(tmp_path, _STORY[:cut])
-    read_ledger(store, "s")
+    read_sweep_state(store, "s")
     _store_with(tmp_path, _STORY[cut:])
-    whole = Ledger()
+    whole = SweepState()
     whole.take(_STORY)
     for _ in range(2):
-        assert read_ledger(store, "s").contents == whole.contents
+        assert read_sweep_state(store, "s").contents == whole.contents
 
 
-def test_an_index_follows_a_journal_that_was_replaced_and_one_that_it_cannot_keep(tmp_path):
+def test_an_index_follows_a_log_that_was_replaced_and_one_that_it_cannot_keep(tmp_path):
     store = _store_with(tmp_path, _STORY)
-    assert len(read_ledger(store, "s").points()) == 2
-    store.sweep("s").journal_file.unlink()
-    assert read_ledger(store, "s").points() == []
+    assert len(read_sweep_state(store, "s").points()) == 2
+    store.sweep("s").event_log_file.unlink()
+    assert read_sweep_state(store, "s").points() == []
     _store_with(tmp_path, _STORY[:2])
-    assert [point.number for point in read_ledger(store, "s").points()] == [0]
+    assert [point.number for point in read_sweep_state(store, "s").points()] == [0]
     store.index_file.write_text("no database at all, and long enough to be looked at as one" * 100)
-    assert [point.number for point in read_ledger(store, "s").points()] == [0]
+    assert [point.number for point in read_sweep_state(store, "s").points()] == [0]
     store.index_file.unlink()
     store.index_file.mkdir()
-    assert [point.number for point in read_ledger(store, "s").points()] == [0]
+    assert [point.number for point in read_sweep_state(store, "s").points()] == [0]
 
 
-def test_two_readers_of_a_growing_journal_do_not_disturb_each_other(tmp_path):
+def test_two_readers_of_a_growing_log_do_not_disturb_each_other(tmp_path):
     store = _store_with(tmp_path, [])
     program = f"""
 import pathlib, time
-from halora.records.index import read_ledger
+from halora.records.index import read_sweep_state
 from halora.records.store import Store
 while not pathlib.Path({str(tmp_path / "stop")!r}).exists():
-    read_ledger(Store(pathlib.Path({str(store.root)!r})), "s")
+    read_sweep_state(Store(pathlib.Path({str(store.root)!r})), "s")
 """
     readers = [subprocess.Popen([sys.executable, "-c", program]) for _ in range(2)]
-    log = Journal(store.sweep("s").journal_file, _LAUNCH)
+    log = EventLog(store.sweep("s").event_log_file, _LAUNCH)
     try:
         for number in range(300):
             log.append(_begin(number))
             log.append(_state(number, "finished"))
             if number % 50 == 0:
                 time.sleep(0.3)
-                assert len(read_ledger(store, "s").points()) == number + 1
+                assert len(read_sweep_state(store, "s").points()) == number + 1
     finally:
         (tmp_path / "stop").touch()
         assert [reader.wait(60) for reader in readers] == [0, 0]
-    points = read_ledger(store, "s").points()
+    points = read_sweep_state(store, "s").points()
     assert [point.number for point in points] == list(range(300))
     assert {point.state for point in points} == {"finished"}
 
@@ -282,15 +282,15 @@ def test_a_trial_that_is_not_there_is_named_with_those_that_are(tmp_path):
         recorded_trial(store, "other", 0)
 
 
-def test_a_position_counts_for_its_journal_and_its_mlflow_only(tmp_path):
+def test_a_position_counts_for_its_log_and_its_mlflow_only(tmp_path):
     store = _store_with(tmp_path, _STORY)
     folder = store.sweep("s")
     assert undelivered(store, "s") == len(_STORY)
-    position = Position(folder, store.server)
-    position.move(read(folder.journal_file, 0, limit=5)[1])
+    offset = DeliveryOffset(folder, store.server)
+    offset.move(read(folder.event_log_file, 0, limit=5)[1])
     assert undelivered(store, "s") == len(_STORY) - 4
-    assert Position(folder, "http://127.0.0.1:1").left() == len(_STORY)
-    folder.journal_file.unlink()
+    assert DeliveryOffset(folder, "http://127.0.0.1:1").left() == len(_STORY)
+    folder.event_log_file.unlink()
     assert undelivered(store, "s") == 0
     _store_with(tmp_path, _STORY[:1])
     assert undelivered(store, "s") == 1
@@ -342,6 +342,6 @@ def test_a_store_lists_the_sweeps_it_holds(tmp_path):
 
 
 def test_lines_are_json_that_other_programs_read(tmp_path):
-    path = tmp_path / "records.jsonl"
+    path = tmp_path / "events.jsonl"
     _write(path, _STORY)
     assert [json.loads(line) for line in path.read_bytes().splitlines()][1:] == _STORY

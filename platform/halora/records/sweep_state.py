@@ -1,11 +1,11 @@
-"""What the entries of a journal add up to: every trial as it stands."""
+"""What the entries of an event log add up to: every trial as it stands."""
 
 import base64
 from collections.abc import Iterable, Set
 from typing import Any
 
 from halora.analysis.trials import Answers, RecordedTrial
-from halora.records.journal import Entry
+from halora.records.event_log import Entry
 
 Content = dict[str, Any]
 """A trial as it stands, in plain JSON."""
@@ -15,7 +15,7 @@ _SWEEP = -1
 """The sweep itself, among the numbers of its trials."""
 
 
-class Ledger:
+class SweepState:
     """A sweep and its trials, built entry by entry.
 
     Args:
