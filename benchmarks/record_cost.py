@@ -23,6 +23,7 @@ from ray.air.integrations.mlflow import MLflowLoggerCallback
 from ray.tune.experiment import Trial
 from recorded_sweeps import begin, generated_event_log
 
+from halora.events import Reported
 from halora.records.exporter import recording
 from halora.records.store import Store
 from halora.spaces.sweep import SweepConfig, load_sweep
@@ -78,7 +79,7 @@ def _ours(folder: Path, steps: int) -> list[float]:
     with recording(store, sweep, print) as recorder:
         begin(recorder, sweep, 0)
         time.sleep(10)  # the exporter makes MLflow's database, as at the start of any first sweep
-        found = _timed(lambda step: recorder.report_step(0, step, _METRICS), steps)
+        found = _timed(lambda step: recorder.record(Reported(trial=0, step=step, metrics=_METRICS)), steps)
         recorder.finish(interrupted=False)
     return found
 

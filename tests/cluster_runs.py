@@ -13,7 +13,7 @@ import psutil
 import pytest
 import yaml
 from raylets import Cluster, Node
-from records_audit import differences
+from records_audit import STATES, differences
 
 HALORA = Path(sys.executable).parent / "halora"
 TRIALS = 4
@@ -137,9 +137,9 @@ def assert_whole(
     entries = _event_log_equal_to_mlflow(store, sweep, database)
     for number in range(trials):
         own = [entry for entry in entries if entry["trial"] == number]
-        assert [e["step"] for e in own if e["kind"] == "report"] == list(range(every, steps + 1, every)), number
-        assert sum(entry["kind"] == "scores" for entry in own) == 1
-        assert [entry["state"] for entry in own if entry["kind"] == "state"][-1] == "finished"
+        assert [e["step"] for e in own if e["kind"] == "reported"] == list(range(every, steps + 1, every)), number
+        assert sum(entry["kind"] == "scored" for entry in own) == 1
+        assert [entry["kind"] for entry in own if entry["kind"] in STATES][-1] == "finished"
     assert {entry["trial"] for entry in entries} == {*range(trials), None}
 
 
@@ -153,7 +153,7 @@ def assert_without_gap(store: Path, sweep: str, every: int) -> None:
     """
     reported: dict[int, list[int]] = {}
     for entry in _event_log_equal_to_mlflow(store, sweep):
-        if entry["kind"] == "report":
+        if entry["kind"] == "reported":
             reported.setdefault(entry["trial"], []).append(entry["step"])
     assert reported
     for number, steps in reported.items():

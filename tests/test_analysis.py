@@ -20,7 +20,6 @@ from halora.analysis.trials import (
     ACCURACY,
     DEFAULT_OBJECTIVES,
     ENERGY,
-    Answers,
     Objective,
     RecordedTrial,
     check_objectives,
@@ -30,6 +29,7 @@ from halora.analysis.trials import (
 )
 from halora.analysis.uncertainty import front_probability
 from halora.errors import UserError
+from halora.events import Answers
 from halora.records.publishing import front_csv
 
 DECIBEL = Objective("noise_db", maximise=False)
@@ -50,7 +50,7 @@ def _point(number, accuracy, energy, margin=0.0, width=0.1, **more):
 
 def _answers(correct, group="g"):
     correct = np.asarray(correct, dtype=bool)
-    return Answers(group, correct.shape, np.packbits(correct).tobytes())
+    return Answers.of(group, correct)
 
 
 def _dominates(one, other, objectives):

@@ -117,7 +117,7 @@ def _check_whole(store, name, count=TRIALS):
             assert run.data.metrics["accuracy"] == pytest.approx(trial.values[0])
             assert run.data.metrics["energy_uj_per_token"] == pytest.approx(trial.values[1])
             assert "front_probability" in run.data.metrics
-        assert run.data.metrics["rung_accuracy"] == pytest.approx(trial.user_attrs["scores 0"]["accuracy"])
+        assert run.data.metrics["rung_accuracy"] == pytest.approx(trial.user_attrs["scores 0"]["metrics"]["accuracy"])
     return trials
 
 
@@ -222,7 +222,7 @@ def test_reconciling_shows_and_mends_what_differs(undisturbed, store, tmp_path):
     client.delete_run(runs[4].info.run_id)
     folder = torn / "sweeps" / "undisturbed"
     with (folder / "events.jsonl").open("a") as log:  # a kill came before the trial's end was written
-        entry = {"kind": "state", "trial": 2, "time_ms": 0, "state": "running", "cause": ""}
+        entry = {"kind": "resumed", "trial": 2, "time_ms": 0}
         log.write(json.dumps(entry) + "\n")
     ended = {number: run.data.tags["halora.state"] for number, run in runs.items()}
     code, out, err = _halora(torn, "doctor", "--reconcile", "--format", "json")

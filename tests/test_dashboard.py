@@ -16,6 +16,7 @@ from starlette.testclient import TestClient
 
 from halora.dashboard.app import create_app
 from halora.dashboard.query import SweepQuery
+from halora.events import Reported
 from halora.records.index import read_sweep_state
 from halora.records.provenance import program
 from halora.records.recorder import SweepRecorder
@@ -396,7 +397,7 @@ def test_a_page_follows_a_running_sweep(tmp_path, tiny_models, tiny_task):
         recorder = SweepRecorder(folder, sweep)
         varied_trial(recorder, sweep, folder.root, 0)
         begin(recorder, sweep, 1)
-        recorder.report_step(1, 6, {"train_loss": 1.25})
+        recorder.record(Reported(trial=1, step=6, metrics={"train_loss": 1.25}))
         page = client.get("/sweeps/zero")
         (poll,) = re.findall(r'hx-get="([^"]*version=[^"]*)" hx-trigger="every 5s"', page.text)
         poll, asked = poll.replace("&amp;", "&"), {"hx-request": "true"}

@@ -10,6 +10,7 @@ from collections import Counter
 import pytest
 
 from halora import files
+from halora.events import Estimated
 from halora.pricing import trial_energy
 from halora.records.event_log import EventLog, read
 from halora.records.recorder import SweepRecorder
@@ -122,12 +123,12 @@ def _drive(sweep, store):
         clock = SimulatedClock()
         core, recorder, trial_files = open_core(sweep, store, clock), SweepRecorder(folder, sweep), TrialFiles(folder)
         try:
-            events = _Recording(sweep, core, recorder, _Quiet(), trial_files, folder)
-            simulate(core, _Curves(), clock, report_every=2, events=events, folder=folder)
+            listener = _Recording(sweep, core, recorder, _Quiet(), trial_files, folder)
+            simulate(core, _Curves(), clock, report_every=2, listener=listener, folder=folder)
             record_as_studied(core.trials(), recorder)
             recorder.record_estimates(core.estimates())
             recorder.finish(interrupted=not core.over)
-            events.prune()
+            listener.prune()
         finally:
             recorder.close()
 
@@ -143,14 +144,14 @@ def _outcome(sweep, store):
         )
         for trial in core.trials()
     ]
-    entries, recorded = read(folder.event_log_file)[0], SweepState()
-    recorded.take(entries)
+    events, recorded = read(folder.event_log_file)[0], SweepState()
+    recorded.take(events)
     points = [(point.number, point.state, point.cause, point.params, point.metrics) for point in recorded.points()]
     rows = Counter(
-        (entry["kind"], entry["trial"], entry.get("step"), name, value)
-        for entry in entries
-        if entry["kind"] != "estimate"  # which says again how trials compare, whenever it is asked
-        for name, value in entry.get("metrics", {}).items()
+        (event.kind, event.trial, getattr(event, "step", None), name, value)
+        for event in events
+        if not isinstance(event, Estimated)  # which says again how trials compare, whenever it is asked
+        for name, value in getattr(event, "metrics", {}).items()
     )
     kept = {str(path.relative_to(folder.root)) for path in (folder.root / "trials").rglob("*") if path.is_file()}
     return {
@@ -189,7 +190,7 @@ def test_a_kill_at_any_write_loses_and_repeats_nothing(sweep, tmp_path, monkeypa
     writes, whole = list(axe.writes), _outcome(sweep, store)
     states = Counter(str(trial[2]) for trial in whole["trials"])
     assert min(states[state] for state in ("finished", "stopped", "skipped")) > 0, states  # all that can become of one
-    assert any(len(trial[3][-1]["accuracy_by_chip"]) > 2 for trial in whole["trials"] if trial[3])  # and the race
+    assert any(len(trial[3][-1].accuracy_by_chip) > 2 for trial in whole["trials"] if trial[3])  # and the race
     assert set(writes) == {"append_logs", "append", "write_whole"}
     assert len(writes) >= 40
     in_study = [at for at in range(1, len(writes)) if {*writes[at - 1 : at + 1]} == {"append_logs"}]

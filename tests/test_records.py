@@ -22,10 +22,12 @@ from records_audit import differences, logged_events
 
 from halora.analysis.front import front, hypervolume
 from halora.errors import UnreachableError, UserError
+from halora.events import Compared, Failed, Interrupted, Reported, Scored, Stopped
 from halora.pricing import trial_energy
 from halora.records import names, queries, registry
 from halora.records.delivery import refused as refused_of
 from halora.records.delivery import undelivered
+from halora.records.event_log import read
 from halora.records.exporter import MlflowExporter, recording
 from halora.records.index import read_sweep_state
 from halora.records.provenance import commit_of, program
@@ -171,9 +173,8 @@ def test_a_finished_trial_is_read_back_whole(client, store, sweep, folder, said,
     with recording(store, sweep, said.append) as recorder:
         config, energy = begin(recorder, sweep, 0)
         for step in (2, 4):
-            recorder.report_step(
-                0, step, {"train_loss": 3.0 / step, "train_strength": 0.01, "step": step, "other": 1.0}
-            )
+            told = {"train_loss": 3.0 / step, "train_strength": 0.01, "other": 1.0}
+            recorder.record(Reported(trial=0, step=step, metrics=told))
         finish(recorder, folder.root, 0, accuracy=0.5, **named, **{"not.of.these": 1.0})
         recorder.finish(interrupted=False)
     assert said == []
@@ -220,7 +221,7 @@ def test_the_noise_of_each_layer_is_recorded_by_kind_and_depth(sweep, folder):
     begin(recorder, sweep, 0)
     finish(recorder, folder.root, 0, accuracy=0.5)
     recorder.close()
-    (scores,) = [entry for entry in logged_events(folder.event_log_file) if entry["kind"] == "scores"]
+    (scores,) = [entry for entry in logged_events(folder.event_log_file) if entry["kind"] == "scored"]
     mean_db = 10 * math.log10((1 + 10**-0.1 + 10**-0.2) / 3)  # over three chips, each 1 dB less than the one before
     assert scores["layer_noise_db"] == {
         "q_proj": [[0, round(-30 + mean_db, 2)], [1, round(-32 + mean_db, 2)]],
@@ -254,7 +255,7 @@ def test_a_trial_has_its_adapter_as_a_logged_model_and_its_rows_as_data_sets(
         for number in (0, 1):
             begin(recorder, sweep, number)
         finish(recorder, folder.root, 0, accuracy=0.5)
-        recorder.fail_trial(1, "boom")
+        recorder.record(Failed(trial=1, cause="boom"))
         recorder.finish(interrupted=False)
     run, failed = (queries.trial_run(client, sweep.name, sweep.launch, number) for number in (0, 1))
     adapter = queries.download_adapter(client, run, tmp_path)
@@ -277,9 +278,9 @@ def test_trials_end_in_mlflow_s_terminal_states(client, store, sweep, folder, sa
         for number in range(5):
             begin(recorder, sweep, number)
         finish(recorder, folder.root, 0, accuracy=0.5)
-        recorder.fail_trial(1, "loss nan at step 3")
-        recorder.interrupt_trial(2)
-        recorder.stop_trial(4)
+        recorder.record(Failed(trial=1, cause="loss nan at step 3"))
+        recorder.record(Interrupted(trial=2))
+        recorder.record(Stopped(trial=4))
         recorder.finish(interrupted=True)  # trial 3 was never heard of again
     states = {point.number: (point.state, point.cause) for point in read_sweep_state(store, sweep.name).points()}
     interrupted = ("interrupted", "")
@@ -305,14 +306,15 @@ def test_a_second_recorder_goes_on_with_the_same_runs_and_repeats_nothing(client
         begin(recorder, sweep, 0, lora__rank=2)
         finish(recorder, folder.root, 0, accuracy=0.4)
         begin(recorder, sweep, 1, lora__rank=8)
-        recorder.report_step(1, 2, {"train_loss": 1.0})
+        recorder.record(Reported(trial=1, step=2, metrics={"train_loss": 1.0}))
         recorder.finish(interrupted=True)
     before = [run.info.run_id for run in _runs(client, sweep, "trial")]
     entries = len(logged_events(folder.event_log_file))
 
     with recording(store, sweep, said.append) as recorder:
         begin(recorder, sweep, 1, lora__rank=8)
-        recorder.report_missed(1, [{"step": 2, "train_loss": 1.0}, {"step": 4, "train_loss": 0.5}])
+        for report in ({"step": 2, "train_loss": 1.0}, {"step": 4, "train_loss": 0.5}):
+            recorder.record(Reported.of(1, report))
         assert {point.number: point.state for point in recorder.recorded.points()} == {0: "finished", 1: "running"}
         finish(recorder, folder.root, 1, accuracy=0.6)
         finish(recorder, folder.root, 0, accuracy=0.4)  # a crash came before the study heard of it: scored again
@@ -321,15 +323,15 @@ def test_a_second_recorder_goes_on_with_the_same_runs_and_repeats_nothing(client
         assert recorder.points[0].accuracy == 0.4
     new = logged_events(folder.event_log_file)[entries:]
     assert [(entry["kind"], entry["trial"]) for entry in new] == [
-        ("state", None),
-        ("state", 1),
-        ("report", 1),
-        ("scores", 1),
-        ("state", 1),
-        ("front", None),
-        ("state", 0),
-        ("probability", 1),
-        ("state", None),
+        ("sweep_started", None),
+        ("resumed", 1),
+        ("reported", 1),
+        ("scored", 1),
+        ("finished", 1),
+        ("front_moved", None),
+        ("finished", 0),
+        ("placed", 1),
+        ("sweep_finished", None),
     ]
     assert [run.info.run_id for run in _runs(client, sweep, "trial")] == before
     (parent,) = _runs(client, sweep, "sweep")
@@ -370,8 +372,9 @@ def test_rungs_and_simulated_scores_are_recorded_once(client, store, sweep, fold
                     "accuracy_per_byte": 0.75,
                     "other": 1.0,
                 }
-                recorder.report_rung(0, step, told)
-            recorder.finish_trial(0, 4, scores, result, None)
+                recorder.record(Scored(trial=0, step=step, metrics=told, accuracy_by_chip=[accuracy], final=False))
+            kept = str(result.relative_to(folder.root))
+            recorder.record(Scored(trial=0, step=4, metrics=scores, accuracy_by_chip=[0.4, 0.6], scores_file=kept))
             recorder.finish(interrupted=False)
     run = queries.trial_run(client, sweep.name, sweep.launch, 0)
     history = client.get_metric_history(run.info.run_id, "rung_accuracy")
@@ -403,13 +406,13 @@ def test_runs_that_mlflow_doubled_lost_or_changed_are_mended(client, store, swee
         3: ["finished"],
         77: ["running"],
     }
-    assert mlflow.repair(logged_events(folder.event_log_file), states) == {
+    assert mlflow.repair(read(folder.event_log_file)[0], states) == {
         0: "a second run is deleted",
         1: "delivered again",
         2: "delivered again",
         77: "its run is deleted",
     }
-    assert mlflow.repair(logged_events(folder.event_log_file), states) == {}
+    assert mlflow.repair(read(folder.event_log_file)[0], states) == {}
     assert mlflow.trial_states() == {number: ["finished"] for number in range(4)}
     assert {doubled.info.run_id, changed.info.run_id, whole.info.run_id} < {
         run.info.run_id for run in _runs(client, sweep, "trial")
@@ -422,7 +425,7 @@ def test_the_parent_run_keeps_the_front(client, store, sweep, folder, said, tmp_
         for number, (accuracy, rank) in enumerate([(0.5, 8), (0.4, 2), (0.3, 4)]):  # the last is dominated
             begin(recorder, sweep, number, lora__rank=rank)
             finish(recorder, folder.root, number, accuracy)
-        recorder.record_comparison(_COMPARISON)
+        recorder.record(Compared(comparison=_COMPARISON))
         recorder.finish(interrupted=False)
         points = recorder.points
     parent = queries.parent_run(client, sweep.name, sweep.launch)
@@ -460,8 +463,10 @@ def test_a_log_sent_again_from_its_beginning_leaves_the_same_rows(client, store,
     with recording(store, sweep, said.append) as recorder:
         for number in range(3):
             begin(recorder, sweep, number)
-            recorder.report_step(number, 2, {"train_loss": float("nan")})
-            recorder.report_step(number, 4, {"train_loss": float("inf") if number == 1 else 0.5})
+            recorder.record(Reported(trial=number, step=2, metrics={"train_loss": float("nan")}))
+            recorder.record(
+                Reported(trial=number, step=4, metrics={"train_loss": float("inf") if number == 1 else 0.5})
+            )
             finish(recorder, folder.root, number, accuracy=0.3 + number / 10)
         recorder.finish(interrupted=False)
     runs = [(run.info.run_id, run.data, run.inputs, run.outputs) for run in _runs(client, sweep, "trial")]
@@ -478,8 +483,8 @@ def test_a_log_sent_again_from_its_beginning_leaves_the_same_rows(client, store,
 def test_what_mlflow_refuses_is_kept_and_told_and_holds_nothing_up(client, store, sweep, folder, said):
     with recording(store, sweep, said.append) as recorder:
         begin(recorder, sweep, 0)
-        recorder._write("report", 0, step=1, metrics={"bad$name": 1.0})
-        recorder.report_step(0, 2, {"train_loss": 1.0})
+        recorder._write(Reported(trial=0, step=1, metrics={"bad$name": 1.0}))
+        recorder.record(Reported(trial=0, step=2, metrics={"train_loss": 1.0}))
         finish(recorder, folder.root, 0, accuracy=0.5)
         begin(recorder, sweep, 1)
         finish(recorder, folder.root, 1, accuracy=0.6)
@@ -487,7 +492,7 @@ def test_what_mlflow_refuses_is_kept_and_told_and_holds_nothing_up(client, store
         recorder.finish(interrupted=False)
     assert [run.info.status for run in _runs(client, sweep, "trial")] == ["FINISHED", "FINISHED"]
     refused = [json.loads(line) for line in folder.refused_file.read_text().splitlines()]
-    assert refused[0]["entry"]["metrics"] == {"bad$name": 1.0}
+    assert refused[0]["event"]["metrics"] == {"bad$name": 1.0}
     assert "Invalid value" in refused[0]["error"]
     assert any("MLflow refused a record of trial 0" in line for line in said)
     assert list(refused_of(folder)) == [0, 1]
@@ -517,7 +522,7 @@ def test_hostile_names_are_recorded_as_they_are(client, store, tiny_models, tiny
     folder = store.sweep("hostile")
     with recording(store, sweep, said.append) as recorder:
         begin(recorder, sweep, 0, model=str(model))
-        recorder.fail_trial(0, f"{name}: no such\nthing" * 1000)
+        recorder.record(Failed(trial=0, cause=f"{name}: no such\nthing" * 1000))
         recorder.finish(interrupted=False)
     assert said == []
     run = queries.trial_run(client, "hostile", sweep.launch, 0)
@@ -581,7 +586,7 @@ def test_a_recorder_leaves_a_torn_log_usable(store, sweep, folder):
     assert not again.recorded.begun(0) or again.recorded.state(0) == "running"
     begin(again, sweep, 0)
     again.close()
-    assert [entry["kind"] for entry in logged_events(folder.event_log_file)].count("begin") == 1
+    assert [entry["kind"] for entry in logged_events(folder.event_log_file)].count("began") == 1
 
 
 # What ends between two requests, and what is no fault of MLflow's.
@@ -634,11 +639,12 @@ def test_a_process_that_ends_after_any_request_loses_and_doubles_nothing(
 ):
     recorder = SweepRecorder(folder, sweep)
     begin(recorder, sweep, 0)
-    recorder.report_step(0, 2, {"train_loss": 1.0})
-    recorder.report_rung(0, 2, {"accuracy": 0.25, "clean_accuracy": 0.5, "margin": -1.0})
+    recorder.record(Reported(trial=0, step=2, metrics={"train_loss": 1.0}))
+    at_rung = {"accuracy": 0.25, "clean_accuracy": 0.5, "margin": -1.0}
+    recorder.record(Scored(trial=0, step=2, metrics=at_rung, accuracy_by_chip=[0.25], final=False))
     finish(recorder, folder.root, 0, accuracy=0.5)
     begin(recorder, sweep, 1)
-    recorder.fail_trial(1, "boom")
+    recorder.record(Failed(trial=1, cause="boom"))
     recorder.finish(interrupted=False)
     recorder.close()
 
@@ -677,7 +683,7 @@ def test_a_double_that_an_ended_process_left_is_removed(client, store, sweep, fo
     (run,) = _runs(client, sweep, "trial")
     double = client.create_run(run.info.experiment_id, tags=run.data.tags)
     with recording(store, sweep, said.append) as recorder:
-        recorder.interrupt_trial(0)
+        recorder.record(Interrupted(trial=0))
         recorder.finish(interrupted=True)
     assert [each.info.run_id for each in _runs(client, sweep, "trial")] == [run.info.run_id]
     assert client.get_run(double.info.run_id).info.lifecycle_stage == "deleted"
@@ -686,14 +692,14 @@ def test_a_double_that_an_ended_process_left_is_removed(client, store, sweep, fo
 def test_a_fault_of_ours_is_told_as_one_and_holds_nothing_up(client, store, sweep, folder, said):
     with recording(store, sweep, said.append) as recorder:
         begin(recorder, sweep, 0)
-        recorder._write("report", 0, step=1, metrics={"train_loss": "not a number"})
-        recorder.report_step(0, 2, {"train_loss": 1.0})
+        recorder._write(Reported(trial=0, step=1, metrics={"train_loss": "not a number"}))
+        recorder.record(Reported(trial=0, step=2, metrics={"train_loss": 1.0}))
         recorder.finish(interrupted=False)
     (told,) = said
     assert told.startswith("a record of trial 0 cannot be delivered, kept in ")
     assert "ValueError: could not convert string to float" in told
     (kept,) = [json.loads(line) for line in folder.refused_file.read_text().splitlines()]
-    assert kept["entry"]["metrics"] == {"train_loss": "not a number"}
+    assert kept["event"]["metrics"] == {"train_loss": "not a number"}
     assert undelivered(store, sweep.name) == 0
     (run,) = _runs(client, sweep, "trial")
     assert run.data.metrics["train_loss"] == 1.0

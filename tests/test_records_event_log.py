@@ -1,6 +1,7 @@
 """Oracles: the lines of the file itself; a process killed by SIGKILL; a full disk; the state of the whole event log."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -9,9 +10,25 @@ import time
 import pytest
 
 from halora.errors import UserError
+from halora.events import (
+    Answers,
+    Began,
+    Compared,
+    Failed,
+    Finished,
+    FrontMoved,
+    OutOfMemory,
+    Reported,
+    Resumed,
+    Scored,
+    Stopped,
+    SweepFinished,
+    SweepStarted,
+    WorkerLost,
+)
 from halora.records import event_log
 from halora.records.delivery import DeliveryOffset, undelivered
-from halora.records.event_log import EventLog, entries_of, read
+from halora.records.event_log import EventLog, events_of, read
 from halora.records.index import read_sweep_state, recorded_trial
 from halora.records.store import Store
 from halora.records.sweep_state import SweepState
@@ -19,88 +36,86 @@ from halora.records.sweep_state import SweepState
 _LAUNCH = "a" * 32
 
 
-def _entry(kind, number, **content):
-    return {"kind": kind, "trial": number, "time_ms": 1000 + len(content), **content}
+def _began(number, **params):
+    known = {"labels": {"method": "lora"}, "metrics": {"energy_uj_per_token": 2.0}, "chip_hash": "c", "config": {}}
+    return Began(trial=number, time_ms=1000, params=params, **known, datasets=[], program={})
 
 
-def _begin(number, **params):
-    return _entry("begin", number, params=params, labels={"method": "lora"}, metrics={"energy_uj_per_token": 2.0})
+def _reported(number, step, **metrics):
+    return Reported(trial=number, time_ms=1000 + step, step=step, metrics=metrics)
 
 
-def _state(number, state, cause=""):
-    return _entry("state", number, state=state, cause=cause)
-
-
-def _write(path, entries):
+def _write(path, events):
     log = EventLog(path, _LAUNCH)
-    for entry in entries:
-        log.append(entry)
+    for event in events:
+        log.append(event)
     log.close()
 
 
 def test_what_is_appended_is_read_back_from_any_place(tmp_path):
     path = tmp_path / "events.jsonl"
     written = [
-        _begin(0, model="a 'quoted' \"model\"\n<script>", text="\u202eגרסה 🤖 \ud800"),
-        _entry("report", 0, step=2, metrics={"train_loss": float("nan"), "train_strength": 0.1 + 0.2}),
-        _state(0, "failed", "loss nan at step 3"),
+        _began(0, model="a 'quoted' \"model\"\n<script>", text="\u202eגרסה 🤖 \ud800"),
+        _reported(0, 2, train_loss=float("nan"), train_strength=0.1 + 0.2),
+        Failed(trial=0, cause="loss nan at step 3"),
     ]
     _write(path, written)
-    entries, end = read(path)
-    assert repr(entries) == repr(written)  # a nan equals nothing
+    events, end = read(path)
+    assert repr(events) == repr(written)  # a nan equals nothing
     assert end == path.stat().st_size
     assert read(path, end) == ([], end)
     first, middle = read(path, 0, limit=2)  # the header is a line as well
     assert repr(first + read(path, middle)[0]) == repr(written)
     assert len(first) == 1
-    _write(path, [_state(0, "running")])
-    assert [entry["kind"] for entry in read(path, end)[0]] == ["state"]
+    _write(path, [Resumed(trial=0)])
+    assert read(path, end)[0] == [Resumed(trial=0)]
 
 
-def test_the_entries_of_a_trial_are_those_of_the_whole_log(tmp_path):
+def test_the_events_of_a_trial_are_those_of_the_whole_log(tmp_path):
     path = tmp_path / "events.jsonl"
-    entries = [
-        _begin(1, text='"trial":11,'),
-        _begin(11),
-        _state(1, "failed"),
-        _begin(111, x={"trial": 11}),
-        _state(11, "x"),
+    events = [
+        _began(1, text='"trial":11,'),
+        _began(11),
+        Failed(trial=1, cause='{"trial": 11}'),
+        _began(111, x={"trial": 11}),
+        Stopped(trial=11),
     ]
-    _write(path, [{"kind": "state", "trial": None, "state": "running"}, *entries])
+    _write(path, [SweepStarted(), *events])
     for number in (1, 11, 111, 2):
-        assert entries_of(path, number) == [entry for entry in entries if entry["trial"] == number]
+        assert events_of(path, number) == [event for event in events if event.trial == number]
     with path.open("a") as file:
-        file.write('{"kind": "state", "trial": 11')  # torn
-    assert len(entries_of(path, 11)) == 2
-    assert entries_of(tmp_path / "none", 11) == []
-    path.write_text('{"trial":11,\n')
-    with pytest.raises(UserError, match="damaged"):
-        entries_of(path, 11)
+        file.write('{"kind": "stopped", "trial": 11')  # torn
+    assert len(events_of(path, 11)) == 2
+    assert events_of(tmp_path / "none", 11) == []
+    for damaged in ('{"trial":11,', '{"kind":"strange","trial":11}', '{"kind":"stopped","trial":11,"why":""}'):
+        path.write_text(f"{damaged}\n")
+        with pytest.raises(UserError, match="damaged"):
+            events_of(path, 11)
 
 
-@pytest.mark.parametrize("torn", [b'{"kind":"report","trial":0,"st', b'{"kind":"state","trial":0}', b"\xff\x00"])
+@pytest.mark.parametrize("torn", [b'{"kind":"reported","trial":0,"st', b'{"kind":"stopped","trial":0}', b"\xff\x00"])
 def test_a_line_that_a_crash_cut_off_is_not_there(tmp_path, torn):
     path = tmp_path / "events.jsonl"
-    _write(path, [_begin(0)])
+    _write(path, [_began(0)])
     whole = path.stat().st_size
     with path.open("ab") as file:
         file.write(torn)
     assert read(path)[1] == whole
-    _write(path, [_state(0, "finished")])
-    assert [entry["kind"] for entry in read(path)[0]] == ["begin", "state"]
+    _write(path, [Finished(trial=0)])
+    assert read(path)[0] == [_began(0), Finished(trial=0)]
 
 
 def test_a_header_that_a_crash_cut_off_is_written_anew(tmp_path):
     path = tmp_path / "events.jsonl"
     path.write_text('{"log":"ab')
     assert event_log.identity(path) == ""
-    _write(path, [_begin(0)])
+    _write(path, [_began(0)])
     assert len(event_log.identity(path)) == 32
     assert len(read(path)[0]) == 1
 
 
 def test_a_log_is_of_one_launch(tmp_path):
-    _write(tmp_path / "events.jsonl", [_state(0, "running")])
+    _write(tmp_path / "events.jsonl", [Resumed(trial=0)])
     assert json.loads((tmp_path / "events.jsonl").read_text().splitlines()[0])["launch"] == _LAUNCH
     with pytest.raises(UserError, match=f"is of launch {_LAUNCH}, not of {'b' * 32}"):
         EventLog(tmp_path / "events.jsonl", "b" * 32)
@@ -111,10 +126,11 @@ def test_a_process_that_is_killed_loses_nothing_it_appended(tmp_path):
     path = tmp_path / "events.jsonl"
     program = f"""
 import itertools, pathlib
+from halora.events import Reported
 from halora.records.event_log import EventLog
 log = EventLog(pathlib.Path({str(path)!r}), {_LAUNCH!r})
 for i in itertools.count():
-    log.append({{"kind": "report", "trial": 0, "time_ms": i, "step": i, "metrics": {{}}}})
+    log.append(Reported(trial=0, time_ms=i, step=i, metrics={{}}))
     print(i, flush=True)
 """
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
@@ -123,7 +139,7 @@ for i in itertools.count():
     said += process.stdout.readlines()
     process.wait()
     said = [int(line) for line in said if line.endswith("\n")]
-    steps = [entry["step"] for entry in read(path)[0]]
+    steps = [event.step for event in read(path)[0]]
     assert steps[: len(said)] == said
     assert len(steps) - len(said) in (0, 1)
 
@@ -133,61 +149,69 @@ def test_a_full_disk_leaves_no_half_line(tmp_path):
     path = tmp_path / "events.jsonl"
     program = f"""
 import pathlib, resource, signal
+from halora.events import Reported
 from halora.records.event_log import EventLog
 log = EventLog(pathlib.Path({str(path)!r}), {_LAUNCH!r})
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 for i in range(100):
     try:
-        log.append({{"kind": "report", "trial": 0, "time_ms": i, "step": i, "metrics": {{}}}})
+        log.append(Reported(trial=0, time_ms=i, step=i, metrics={{}}))
     except OSError:
         print(i)
         break
 """
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert [entry["step"] for entry in read(path)[0]] == list(range(int(run.stdout)))
+    assert [event.step for event in read(path)[0]] == list(range(int(run.stdout)))
     assert path.read_bytes().endswith(b"\n")
 
 
 def test_a_damaged_log_is_named_with_the_place(tmp_path):
     path = tmp_path / "events.jsonl"
-    _write(path, [_begin(0)])
+    _write(path, [_began(0)])
     size = path.stat().st_size
     with path.open("ab") as file:
         file.write(b"not json\n")
     with pytest.raises(UserError, match=rf"events\.jsonl' is damaged at byte {size}"):
         read(path)
+    os.truncate(path, size)
+    with path.open("ab") as file:
+        file.write(b'{"kind":"finished","trial":0,"step":3}\n')  # no such field
+    with pytest.raises(UserError, match=rf"damaged at byte {size}"):
+        read(path)
     path.write_text('{"log": "x", "version": 99}\n')
-    with pytest.raises(UserError, match="is of version 99, this program reads 2"):
+    with pytest.raises(UserError, match="is of version 99, this program reads 3"):
         event_log.identity(path)
     path.write_text("[]\n")
     with pytest.raises(UserError, match="is not an event log"):
         event_log.identity(path)
 
 
-# What the entries add up to.
+# What the events add up to.
 
+_SCORED = {"step": 4, "metrics": {"accuracy": 0.5}, "accuracy_by_chip": [0.5]}
 _STORY = [
-    _state(None, "running"),
-    _begin(0, **{"lora.rank": 4}),
-    _begin(1, **{"lora.rank": 8}),
-    _entry("report", 0, step=2, metrics={"train_loss": 3.0}),
-    _entry("report", 0, step=4, metrics={"train_loss": 2.0}),
-    _entry(
-        "scores", 0, step=4, metrics={"accuracy": 0.5}, correct={"group": "g", "chips": 1, "rows": 3, "bits": "oA=="}
-    ),
-    _state(0, "finished"),
-    _entry("front", None, step=1, metrics={"hypervolume": 0.5}),
-    _state(1, "failed", "boom"),
-    _entry("comparison", None, content={"rows": 3}),
-    _state(None, "finished"),
+    SweepStarted(),
+    _began(0, **{"lora.rank": 4}),
+    _began(1, **{"lora.rank": 8}),
+    _reported(0, 2, train_loss=3.0),
+    WorkerLost(trial=0, cause="its node is gone"),
+    _reported(0, 4, train_loss=2.0),
+    Scored(trial=0, **_SCORED | {"metrics": {"accuracy": 0.25}}, final=False),
+    Scored(trial=0, **_SCORED, answers=Answers("g", 1, 3, "oA==")),
+    Finished(trial=0),
+    FrontMoved(step=1, metrics={"hypervolume": 0.5}),
+    OutOfMemory(trial=1, cause="too many rows"),
+    Failed(trial=1, cause="boom"),
+    Compared(comparison={"rows": 3}),
+    SweepFinished(),
 ]
 
 
-def _store_with(tmp_path, entries, name="s"):
+def _store_with(tmp_path, events, name="s"):
     store = Store(tmp_path / "store")
     store.sweep(name).root.mkdir(parents=True, exist_ok=True)
-    _write(store.sweep(name).event_log_file, entries)
+    _write(store.sweep(name).event_log_file, events)
     return store
 
 
@@ -201,11 +225,11 @@ def test_a_state_tells_where_every_trial_stands():
         {"lora.rank": 4},
         {"method": "lora"},
     )
-    assert first.metrics == {"energy_uj_per_token": 2.0, "train_loss": 2.0, "accuracy": 0.5}
+    assert first.metrics == {"energy_uj_per_token": 2.0, "train_loss": 2.0, "rung_accuracy": 0.25, "accuracy": 0.5}
     assert (first.correct.shape, first.correct.packed) == ((1, 3), b"\xa0")
     assert (second.state, second.cause) == ("failed", "boom")
     assert recorded.steps(0) == {2, 4}
-    assert (recorded.answers(0)["bits"], recorded.answers(1)) == ("oA==", None)
+    assert (recorded.answers(0), recorded.answers(1)) == (Answers("g", 1, 3, "oA=="), None)
     assert (recorded.begun(1), recorded.begun(2)) == (True, False)
     assert (recorded.front_step, recorded.comparison, recorded.sweep_state) == (1, {"rows": 3}, "finished")
 
@@ -214,7 +238,7 @@ def test_a_trial_of_very_many_reports_takes_no_more_to_keep_than_one_of_few():
     """Each report costs as much as the first: nothing is copied that grows with them."""
     sizes, states = [], [SweepState(), SweepState()]
     for recorded, reports in zip(states, (10, 100_000), strict=True):
-        recorded.take(_entry("report", 0, step=step, metrics={"train_loss": 1.0}) for step in range(reports))
+        recorded.take(_reported(0, step, train_loss=1.0) for step in range(reports))
         sizes.append(len(json.dumps(recorded.contents)))
     assert sizes[1] - sizes[0] < 10
     many = states[1]
@@ -260,8 +284,8 @@ while not pathlib.Path({str(tmp_path / "stop")!r}).exists():
     log = EventLog(store.sweep("s").event_log_file, _LAUNCH)
     try:
         for number in range(300):
-            log.append(_begin(number))
-            log.append(_state(number, "finished"))
+            log.append(_began(number))
+            log.append(Finished(trial=number))
             if number % 50 == 0:
                 time.sleep(0.3)
                 assert len(read_sweep_state(store, "s").points()) == number + 1
@@ -344,4 +368,10 @@ def test_a_store_lists_the_sweeps_it_holds(tmp_path):
 def test_lines_are_json_that_other_programs_read(tmp_path):
     path = tmp_path / "events.jsonl"
     _write(path, _STORY)
-    assert [json.loads(line) for line in path.read_bytes().splitlines()][1:] == _STORY
+    lines = [json.loads(line) for line in path.read_bytes().splitlines()][1:]
+    assert [(line["kind"], line["trial"]) for line in lines] == [(event.kind, event.trial) for event in _STORY]
+    assert lines[7] == {
+        **{"kind": "scored", "trial": 0, "time_ms": 0, "step": 4, "metrics": {"accuracy": 0.5}},
+        **{"accuracy_by_chip": [0.5], "answers": {"group": "g", "chips": 1, "rows": 3, "bits": "oA=="}},
+        "layer_noise_db": {},
+    }

@@ -15,6 +15,7 @@ from recorded_sweeps import begin, finish, generated_event_log, made_up_sweep
 from records_audit import differences, logged_events
 from services import browse
 
+from halora.events import Compared, Failed, Reported
 from halora.records.index import read_sweep_state
 from halora.records.publishing import publish
 from halora.records.recorder import SweepRecorder
@@ -83,7 +84,7 @@ def _all_infeasible(recorder, folder, sweep):
 def _all_failed(recorder, folder, sweep):
     for number in range(3):
         begin(recorder, sweep, number)
-        recorder.fail_trial(number, f"{HOSTILE} at step {number}")
+        recorder.record(Failed(trial=number, cause=f"{HOSTILE} at step {number}"))
 
 
 def _not_numbers(recorder, folder, sweep):
@@ -99,7 +100,7 @@ def _many(recorder, folder, sweep):
         values = {"lora__rank": int(rng.choice([2, 4, 8])), "training__method": ("lora", "halora")[number % 2]}
         begin(recorder, sweep, number, chip=chips[number % 2], **values)
         if number in (3, 7):
-            recorder.fail_trial(number, HOSTILE)
+            recorder.record(Failed(trial=number, cause=HOSTILE))
         elif number < 11:
             broken = {"constraint_violation.energy": 0.3} if number == 5 else {}
             finish(recorder, folder, number, float(rng.uniform(0.3, 0.8)), noise_db=-30.0 + number, **broken)
@@ -109,7 +110,9 @@ def _many(recorder, folder, sweep):
         {**cell, "contestant": "untrained", "number": None, "accuracy_gain": None, "margin_gain": None},
         {**cell, "contestant": "best", "number": 4, "accuracy_gain": gain, "margin_gain": gain},
     ]
-    recorder.record_comparison({"reference": "untrained", "rows": 8, "chip_instances": 2, "seeds": 3, "cells": cells})
+    recorder.record(
+        Compared(comparison={"reference": "untrained", "rows": 8, "chip_instances": 2, "seeds": 3, "cells": cells})
+    )
 
 
 @pytest.mark.parametrize(
@@ -225,7 +228,7 @@ def test_trial_show_and_logs_say_what_a_trial_left(store, sweep, command):
 def test_stop_closes_and_delivers_what_a_killed_driver_left(store, sweep, command):
     recorder = SweepRecorder(store.sweep("made-up"), sweep)
     begin(recorder, sweep, 0)
-    recorder.report_step(0, 2, {"train_loss": 1.0})
+    recorder.record(Reported(trial=0, step=2, metrics={"train_loss": 1.0}))
     recorder.close()  # what was written before a kill
     code, _, err = command("sweep stop made-up")
     assert code == 0, err

@@ -16,6 +16,7 @@ from recorded_sweeps import begin, finish, made_up_sweep
 from records_audit import differences
 from services import mlflow_server, postgres
 
+from halora.events import Reported
 from halora.records import queries
 from halora.records.delivery import undelivered
 from halora.records.exporter import recording
@@ -50,7 +51,9 @@ def test_a_server_that_is_killed_costs_only_delay(database, server, store, tiny_
         for number in range(30):
             begin(recorder, sweep, number)
             for step in range(1, 11):
-                recorder.report_step(number, step, {"train_loss": 1 / step, "train_strength": 0.01})
+                recorder.record(
+                    Reported(trial=number, step=step, metrics={"train_loss": 1 / step, "train_strength": 0.01})
+                )
                 time.sleep(0.01)
             finish(recorder, folder.root, number, accuracy=0.3 + number / 100)
             if number == 12:
@@ -82,6 +85,7 @@ def test_a_driver_that_is_killed_three_times_loses_and_doubles_nothing(
         import sys, time
         from pathlib import Path
         sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from halora.events import Reported
         from halora.records.exporter import recording
         from halora.records.store import Store
         from halora.sweep.run.state import load_sweep_of
@@ -94,7 +98,7 @@ def test_a_driver_that_is_killed_three_times_loses_and_doubles_nothing(
                 if recorder.recorded.state(number) != "finished":
                     begin(recorder, sweep, number)
                     for step in range(1, 6):
-                        recorder.report_step(number, step, {{"train_loss": 1 / step}})
+                        recorder.record(Reported(trial=number, step=step, metrics={{"train_loss": 1 / step}}))
                         time.sleep(0.02)
                     finish(recorder, store.sweep(sweep.name).root, number, 0.3 + number / 100)
             recorder.finish(interrupted=False)

@@ -123,7 +123,7 @@ def test_two_stores_that_share_their_servers_never_meet(services, start, halora,
 
     driver = start("one", "sweep", "launch", sweep_file)
     while driver.poll() is None:
-        if logs["one"].exists() and any(e["kind"] == "report" for e in logged_events(logs["one"])):
+        if logs["one"].exists() and any(e["kind"] == "reported" for e in logged_events(logs["one"])):
             driver.send_signal(signal.SIGKILL)
             driver.communicate()
         time.sleep(0.05)

@@ -31,12 +31,12 @@ class DeliveryOffset:
         write_whole(self._folder.sent_file, json.dumps({**self._what, "offset": offset}))
 
     def left(self) -> int:
-        """Number of entries that are not delivered."""
+        """Number of events that are not delivered."""
         return len(event_log.read(self._folder.event_log_file, self.offset)[0])
 
 
 def undelivered(store: Store, sweep: str) -> int:
-    """Number of a sweep's entries that its MLflow lacks."""
+    """Number of a sweep's events that its MLflow lacks."""
     folder = store.sweep(sweep)
     return DeliveryOffset(folder, store.serving(sweep).server).left() if folder.event_log_file.exists() else 0
 
@@ -49,4 +49,4 @@ def refused(folder: SweepFolder) -> dict[int | None, str]:
     if not folder.refused_file.exists():
         return {}
     kept = [json.loads(line) for line in folder.refused_file.read_text(encoding="utf-8").splitlines()]
-    return {each["entry"]["trial"]: str(each["error"]) for each in kept}
+    return {each["event"]["trial"]: str(each["error"]) for each in kept}

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from halora.events import Event
 from halora.files import write_whole
 from halora.records import event_log, tracking
 from halora.records.delivery import DeliveryOffset
@@ -99,7 +100,7 @@ class MlflowExporter(threading.Thread):
                 self._wait(delay)
 
     def finish(self) -> int:
-        """Wait until all is delivered, or until MLflow has not answered for so long; the number of entries left."""
+        """Wait until all is delivered, or until MLflow has not answered for so long; the number of events left."""
         self._gives_up_at = time.monotonic() + _PATIENCE_S
         self._ending.set()
         while self.is_alive():
@@ -131,39 +132,39 @@ class MlflowExporter(threading.Thread):
             self._uploaded = drawn
 
     def _deliver_some(self) -> bool:
-        """Deliver the next entries, if there are any, and remember how far that was."""
-        entries, after = event_log.read(self._folder.event_log_file, self._delivered.offset, _LINES)
+        """Deliver the next events, if there are any, and remember how far that was."""
+        events, after = event_log.read(self._folder.event_log_file, self._delivered.offset, _LINES)
         if after == self._delivered.offset:
             return False
         with self._folder.event_log_file.open("rb") as file:
             os.fsync(file.fileno())  # on this disk before in MLflow
-        by_trial: dict[int | None, list[event_log.Entry]] = {}
-        for entry in entries:
-            by_trial.setdefault(entry["trial"], []).append(entry)
+        by_trial: dict[int | None, list[Event]] = {}
+        for event in events:
+            by_trial.setdefault(event.trial, []).append(event)
         with self._answer_awaited():
             for number, own in by_trial.items():
                 self._deliver(number, own)
         self._delivered.move(after)
         return True
 
-    def _deliver(self, number: int | None, entries: list[event_log.Entry]) -> None:
-        """Deliver entries of one run; where some never can be, all the others, and keep those."""
+    def _deliver(self, number: int | None, events: list[Event]) -> None:
+        """Deliver events of one run; where some never can be, all the others, and keep those."""
         try:
-            self._mlflow.deliver(number, entries)
+            self._mlflow.deliver(number, events)
         except Exception as error:
             if may_pass(error):
                 raise
-            if len(entries) > 1:
-                for entry in entries:
-                    self._deliver(number, [entry])
+            if len(events) > 1:
+                for event in events:
+                    self._deliver(number, [event])
                 return
             what = f"a record of {'the sweep' if number is None else f'trial {number}'}"
             said = f"MLflow refused {what}" if is_refusal(error) else f"{what} cannot be delivered"
-            self._keep_refused({"entry": entries[0], "error": str(error) or first_line(error)})
+            self._keep_refused({"event": events[0].to_json(), "error": str(error) or first_line(error)})
             self._say(f"{said}, kept in {self._folder.refused_file}: {first_line(error)}")
 
     def _keep_refused(self, content: dict[str, Any]) -> None:
-        """Keep an entry and why it was refused, once, however often it is delivered."""
+        """Keep an event and why it was refused, once, however often it is delivered."""
         file, line = self._folder.refused_file, json.dumps(content)
         kept = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
         if line not in kept:

@@ -14,7 +14,7 @@ from halora.records import event_log
 from halora.records.store import Store, SweepFolder
 from halora.records.sweep_state import SweepState
 
-_VERSION = 3
+_VERSION = 4
 _TABLES = """
 create table log (sweep text primary key, identity text not null, offset integer not null) without rowid;
 create table trial (sweep text, number integer, content text not null, primary key (sweep, number)) without rowid;
@@ -77,8 +77,8 @@ def _followed(database: sqlite3.Connection, folder: SweepFolder, identity: str) 
     rows = database.execute("select number, content from trial where sweep = ?", (sweep,))
     recorded = SweepState({number: json.loads(content) for number, content in rows})
     if identity and offset < size:
-        entries, offset = event_log.read(folder.event_log_file, offset)
-        changed = [(sweep, number, json.dumps(recorded.contents[number])) for number in recorded.take(entries)]
+        events, offset = event_log.read(folder.event_log_file, offset)
+        changed = [(sweep, number, json.dumps(recorded.contents[number])) for number in recorded.take(events)]
         database.executemany("replace into trial values (?, ?, ?)", changed)
         database.execute("replace into log values (?, ?, ?)", (sweep, identity, offset))
     return recorded

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 _POLL_S = 0.5
-_LEVELS = {"failed": "error", "lost": "warning"}
+_LEVELS = {"failed": "error"}
 
 
 class Watcher(Protocol):

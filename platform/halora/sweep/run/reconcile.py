@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from halora.errors import UnreachableError, UserError
+from halora.events import Failed, Finished, Interrupted, Stopped
 from halora.records.store import Store
 from halora.sweep.run.state import is_running, load_core, only_driver
 from halora.sweep.search.study import State, Trial
@@ -127,10 +128,10 @@ def _agrees(trial: Trial, state: str) -> bool:
 def _record(trial: Trial, recorder: "SweepRecorder") -> None:
     match trial.state:
         case State.FAILED:
-            recorder.fail_trial(trial.number, "its worker or its driver ended")
+            recorder.record(Failed(trial=trial.number, cause="its worker or its driver ended"))
         case State.STOPPED:
-            recorder.stop_trial(trial.number)
+            recorder.record(Stopped(trial=trial.number))
         case State.RUNNING | State.PAUSED:
-            recorder.interrupt_trial(trial.number)
+            recorder.record(Interrupted(trial=trial.number))
         case State.FINISHED:
-            recorder.mark_finished(trial.number)
+            recorder.record(Finished(trial=trial.number))

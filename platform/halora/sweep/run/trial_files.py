@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from halora.analysis.front import front
 from halora.analysis.trials import RecordedTrial
 from halora.errors import StorageError, UserError
+from halora.events import Reported
 from halora.files import write_whole
 from halora.records.store import SweepFolder
 from halora.storage import TrialStorage, prune_folder
@@ -50,14 +51,15 @@ class TrialFiles:
                 TrialStorage(f"{url}/{number:05d}").put_checkpoint(own)
         write_whole(self._folder.storage_file, url)
 
-    def reports(self, number: int) -> list[dict[str, float]]:
+    def reports(self, number: int) -> list[Reported]:
         """Reports of a trial up to its latest checkpoint.
 
         Raises:
             UserError: The checkpoint is damaged.
             StorageError: The storage cannot be read.
         """
-        return self._place(number).reports() if self._stored else past_reports(self._folder.trial(number))
+        kept = self._place(number).reports() if self._stored else past_reports(self._folder.trial(number))
+        return [Reported.of(number, report) for report in kept]
 
     def provide(self, job: Job) -> None:
         """Before a finished trial races: have its adapter and its scores where any worker finds them.

@@ -19,6 +19,7 @@ from optuna.distributions import BaseDistribution
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
+from halora.events import Scored
 from halora.spaces.search import total_violation
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -34,9 +35,6 @@ _RACED = "raced "  # and a number, of the study: scores of a finished trial on m
 _STOP = "stop_requested"
 _HOURS = "hours"
 _ENDED = "ended"
-
-Scores = Mapping[str, Any]
-"""Metrics of an evaluation, `accuracy_by_chip` among them, and what they were taken at: `step`, `rows`."""
 
 
 class State(StrEnum):
@@ -77,7 +75,7 @@ class Trial:
     energy_uj_per_token: float
     state: State
     level: int
-    scores: tuple[Scores, ...]
+    scores: tuple[Scored, ...]
     skipped: str
     lost_workers: int
     halvings: int
@@ -97,7 +95,7 @@ class Trial:
     @cached_property
     def accuracy(self) -> float | None:
         """Mean accuracy over chips at the last level reached."""
-        return float(self.scores[-1]["accuracy"]) if self.scores else None
+        return float(self.scores[-1].metrics["accuracy"]) if self.scores else None
 
 
 def point_key(values: Mapping[str, Any]) -> str:
@@ -133,7 +131,7 @@ class SweepStudy:
         for name, scores in self._study.user_attrs.items():
             if name.startswith(_RACED):
                 trial = trials[int(name.removeprefix(_RACED))]
-                trials[trial.number] = replace(trial, scores=(*trial.scores[:-1], scores))
+                trials[trial.number] = replace(trial, scores=(*trial.scores[:-1], Scored.from_json(scores)))
         return trials
 
     def trial(self, number: int) -> Trial:
@@ -180,9 +178,9 @@ class SweepStudy:
         """Promote a paused trial."""
         self._opened(trial).set_user_attr(_LEVEL, level)
 
-    def scored(self, trial: Trial, scores: Scores) -> None:
+    def scored(self, trial: Trial, scores: Scored) -> None:
         """Keep what the rung a trial headed for gave; it pauses there."""
-        self._opened(trial).set_user_attr(_SCORES.format(index=trial.level), dict(scores))
+        self._opened(trial).set_user_attr(_SCORES.format(index=trial.level), scores.to_json())
 
     def count_lost_workers(self, trial: Trial, count: int) -> None:
         """Keep how many workers a trial lost since its last report."""
@@ -192,13 +190,13 @@ class SweepStudy:
         """Keep that a trial continues with half its micro-batch."""
         self._opened(trial).set_user_attr(_HALVINGS, trial.halvings + 1)
 
-    def raced(self, trial: Trial, scores: Scores) -> None:
+    def raced(self, trial: Trial, scores: Scored) -> None:
         """Keep a finished trial's scores on more chips."""
-        self._study.set_user_attr(f"{_RACED}{trial.number}", dict(scores))
+        self._study.set_user_attr(f"{_RACED}{trial.number}", scores.to_json())
 
-    def finished(self, trial: Trial, scores: Scores) -> None:
+    def finished(self, trial: Trial, scores: Scored) -> None:
         """Keep the final scores of a trial, which finishes it; `tell` is to follow."""
-        self._opened(trial).set_user_attr(_FINAL_SCORES, dict(scores))
+        self._opened(trial).set_user_attr(_FINAL_SCORES, scores.to_json())
 
     def tell(self, trial: Trial, constraints: Mapping[str, float]) -> None:
         """Have Optuna's own record say that a finished trial is complete, with its objectives and constraints."""
@@ -207,7 +205,7 @@ class SweepStudy:
         for name, violation in constraints.items():
             if name not in known:
                 opened.set_constraint(name, violation)
-        self._study.tell(trial.number, [trial.scores[-1]["accuracy"], trial.energy_uj_per_token])
+        self._study.tell(trial.number, [trial.scores[-1].metrics["accuracy"], trial.energy_uj_per_token])
 
     def stopped(self, trial: Trial) -> None:
         """Tell a trial pruned; it carries no values."""
@@ -278,10 +276,10 @@ def _read(frozen: FrozenTrial) -> Trial:
     )
 
 
-def _scores(attrs: Mapping[str, Any]) -> tuple[Scores, ...]:
-    found: list[Scores] = []
+def _scores(attrs: Mapping[str, Any]) -> tuple[Scored, ...]:
+    found: list[Scored] = []
     while (key := _SCORES.format(index=len(found))) in attrs:
-        found.append(attrs[key])
+        found.append(Scored.from_json(attrs[key]))
     if _FINAL_SCORES in attrs:
-        found.append(attrs[_FINAL_SCORES])
+        found.append(Scored.from_json(attrs[_FINAL_SCORES]))
     return tuple(found)
