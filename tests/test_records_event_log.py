@@ -373,5 +373,4 @@ def test_lines_are_json_that_other_programs_read(tmp_path):
     assert lines[7] == {
         **{"kind": "scored", "trial": 0, "time_ms": 0, "step": 4, "metrics": {"accuracy": 0.5}},
         **{"accuracy_by_chip": [0.5], "answers": {"group": "g", "chips": 1, "rows": 3, "bits": "oA=="}},
-        "layer_noise_db": {},
     }

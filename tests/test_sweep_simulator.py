@@ -13,7 +13,7 @@ from benchmarks.analytic import FUNCTIONS, AnalyticCurves
 from halora.analysis.front import ranks
 from halora.analysis.racing import chip_estimates, front_probabilities
 from halora.errors import UserError
-from halora.events import Scored
+from halora.events import Reported, Scored
 from halora.settings.trial import Goal
 from halora.spaces.search import Budget, Constraint, Racing, SearchSettings
 from halora.spaces.sweep import load_sweep
@@ -113,20 +113,15 @@ def _disturbed(problem, storage, kills, seed):
     class Crash(Exception):
         pass
 
-    class Events:
+    class Listener:
         left = None
 
         def began(self, job):
             self._count()
 
-        def reported(self, job, report):
+        def told(self, job, event):
+            assert isinstance(event, Reported | Scored), event
             self._count()
-
-        def evaluated(self, job, report):
-            self._count()
-
-        def failed(self, job, cause):
-            raise AssertionError(cause)
 
         def _count(self):
             if self.left is not None:
@@ -134,12 +129,12 @@ def _disturbed(problem, storage, kills, seed):
                 if self.left < 0:
                     raise Crash
 
-    events = Events()
+    listener = Listener()
     while True:
-        events.left = chance.randrange(40) if kills else None
+        listener.left = chance.randrange(40) if kills else None
         kills -= 1
         try:
-            return _run(problem, storage, events=events, report_every=3)[0]
+            return _run(problem, storage, listener=listener, report_every=3)[0]
         except Crash:
             continue
 

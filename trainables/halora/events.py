@@ -8,7 +8,7 @@ reads the log adds them up. In JSON an event is its `kind`, its `trial` and its 
 import base64
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from functools import cached_property
 from typing import Any, ClassVar, Self, cast
 
@@ -48,6 +48,10 @@ class Answers:
         return base64.b64decode(self.bits)
 
 
+def _default(each: Field[Any]) -> Any:
+    return each.default if each.default_factory is MISSING else each.default_factory()
+
+
 _KINDS: dict[str, type["_Event"]] = {}
 
 
@@ -72,7 +76,7 @@ class _Event:
     def to_json(self) -> dict[str, Any]:
         """Kind, trial and fields, those left at their default apart, in plain JSON."""
         own = {each.name: getattr(self, each.name) for each in fields(self)}
-        told = {each.name: own[each.name] for each in fields(self) if own[each.name] != each.default}
+        told = {each.name: own[each.name] for each in fields(self) if own[each.name] != _default(each)}
         if isinstance(told.get("answers"), Answers):
             told["answers"] = asdict(told["answers"])
         return {"kind": self.kind, "trial": own["trial"], "time_ms": self.time_ms} | told

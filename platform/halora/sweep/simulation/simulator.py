@@ -113,7 +113,7 @@ def simulate(
         if due.scored:
             scored = _scored(curves, job, due.step)
             if folder:
-                _write(folder, job, RESULT_FILE, scored.to_json())
+                _write(folder, job, RESULT_FILE, {**scored.metrics, "accuracy_by_chip": scored.accuracy_by_chip})
             running.take(key, scored)
         else:
             report = Reported(trial=job.number, step=due.step, metrics=curves.report(job.values, due.step))
