@@ -187,7 +187,7 @@ def _history(curves: AnalyticCurves, seed: int, name: str, budget: int) -> list[
         trials=10_000 if rungs else WHOLE_TRIALS,
         seed=seed,
         chip_instances=RUNGS[-1].chip_instances,
-        levels=lambda values: RUNGS if rungs else RUNGS[-1:],
+        goals=lambda values: RUNGS if rungs else RUNGS[-1:],
         reduction_factor=3,
         settings=SearchSettings(sampler="random" if name == "random" else "tpe", skip_unreachable=False),
     )

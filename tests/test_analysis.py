@@ -415,7 +415,7 @@ def _summary(points, **more):
 def test_a_trial_stands_at_every_strength_of_noise_it_was_scored_at():
     others = {"accuracy_at.0.02": 0.4, "accuracy_at.0.005": 0.6}
     point = _point(0, 0.5, 1.0, labels={"noise_strength": 0.01}, metrics=others)
-    assert point.accuracy_by_level == {0.005: 0.6, 0.01: 0.5, 0.02: 0.4}
+    assert point.accuracy_by_strength == {0.005: 0.6, 0.01: 0.5, 0.02: 0.4}
     (markers,) = charts.noise_chart([point], "noise_strength", "level")["data"]
     assert (markers["x"], markers["y"]) == ([0.005, 0.01, 0.02], [0.6, 0.5, 0.4])
 

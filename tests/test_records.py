@@ -85,7 +85,7 @@ def test_the_recorded_names_are_frozen():
         "VERSION": "halora.version",
         "COMMIT": "halora.commit",
         "STATE": "halora.state",
-        "LEVEL_METRIC": "accuracy_at.",
+        "STRENGTH_METRIC": "accuracy_at.",
         "RUNG_METRIC": "rung_{score}",
         "RUNG_SCORES": ("accuracy", "clean_accuracy", "margin"),
         "FRONT_PROBABILITY": "front_probability",
@@ -189,7 +189,7 @@ def test_a_finished_trial_is_read_back_whole(client, store, sweep, folder, said,
     assert components == {f"energy_uj_per_token.{k}": pytest.approx(v) for k, v in energy.components_uj.items()}
     limits = {"accuracy": 0.5, "accuracy_low": 0.4, "accuracy_high": 0.6}
     assert {name: metrics[name] for name in names.SCORE_METRICS} == SCORES | limits
-    prefixes = (*names.TASK_METRICS, names.LEVEL_METRIC)
+    prefixes = (*names.TASK_METRICS, names.STRENGTH_METRIC)
     assert {name: value for name, value in metrics.items() if name.startswith(prefixes)} == {
         "accuracy.arc-easy": 0.25,
         "clean_accuracy./rows/my _own_-1bba51f3": 0.75,

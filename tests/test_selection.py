@@ -189,7 +189,7 @@ def test_robustness_is_asked_over_noise_time_and_kinds():
 
 def test_a_chip_without_ageing_says_nothing_over_time():
     chip = load_chip("halora-2026")
-    lines = scenarios(chip, levels=[0.03])
+    lines = scenarios(chip, strengths=[0.03])
     assert [line.reason for line in lines if line.group == "time"] == ["the chip's description has no ageing"]
     assert [line.name for line in lines if line.group == "noise"] == [
         f"gaussian {level}" for level in (0.005, 0.01, 0.02, 0.03)

@@ -326,7 +326,7 @@ def test_a_trial_that_ended_keeps_what_a_race_needs_and_no_more(base, tmp_path):
         (worker / "result.json").write_text(json.dumps({"of": job.number}))
         TrialStorage(folder.trial_url(job.number)).put_checkpoint(worker)
         TrialStorage(folder.trial_url(job.number)).put_result(worker, 4, 2)
-        kept_as = {"level": 0, "scores": (), "skipped": "", "lost_workers": 0, "halvings": 0, "violation": 0.0}
+        kept_as = {"rung": 0, "scores": (), "skipped": "", "lost_workers": 0, "halvings": 0, "violation": 0.0}
         energy, frozen = job.energy_uj_per_token, create_trial(value=0.0)
         trials.append(Trial(job.number, {}, energy, state=state, frozen=frozen, **kept_as))
         if state is State.FINISHED:

@@ -1,4 +1,4 @@
-"""Oracles: the study read afresh, arithmetic on the levels, the same search undisturbed, the table's own lines."""
+"""Oracles: the study read afresh, arithmetic on the goals, the same search undisturbed, the table's own lines."""
 
 import csv
 import random
@@ -25,7 +25,7 @@ from halora.sweep.simulation.table import read_table
 
 CURVES = AnalyticCurves(FUNCTIONS["zdt1"], curve="saturating", chip_std=0.02)
 NOISY = AnalyticCurves(FUNCTIONS["zdt1"], chip_std=0.8)
-LEVELS = [Goal(3, 2), Goal(9, 2), Goal(27, 4)]
+GOALS = [Goal(3, 2), Goal(9, 2), Goal(27, 4)]
 
 
 def _problem(curves=CURVES, *, trials=30, sampler="random", **changes):
@@ -54,7 +54,7 @@ def test_without_rungs_every_trial_is_trained_whole():
 
 @pytest.mark.parametrize("factor", [3, 2])
 def test_rungs_let_the_share_that_ranks_best_go_on(factor):
-    core, _ = _run(_problem(levels=lambda values: LEVELS, reduction_factor=factor))
+    core, _ = _run(_problem(goals=lambda values: GOALS, reduction_factor=factor))
     trials = core.trials()
     reached = [[trial for trial in trials if len(trial.scores) > rung] for rung in range(3)]
     assert len(reached[0]) == 30
@@ -62,7 +62,7 @@ def test_rungs_let_the_share_that_ranks_best_go_on(factor):
         assert len(reached[rung + 1]) in (len(reached[rung]) // factor, ceil(len(reached[rung]) / factor))
     assert {trial.state for trial in trials} == {State.FINISHED, State.STOPPED}
     assert [t.state is State.FINISHED for t in trials] == [len(t.scores) == 3 for t in trials]
-    assert core.steps_taken() == sum(LEVELS[len(trial.scores) - 1].steps for trial in trials)
+    assert core.steps_taken() == sum(GOALS[len(trial.scores) - 1].steps for trial in trials)
     for trial in trials:
         assert [scores.step for scores in trial.scores] == [3, 9, 27][: len(trial.scores)]
         assert [len(scores.accuracy_by_chip) for scores in trial.scores] == [2, 2, 4][: len(trial.scores)]
@@ -72,7 +72,7 @@ def test_rungs_let_the_share_that_ranks_best_go_on(factor):
 
 def _after_a_full_rung(**changes):
     """Trials of a search whose first rung fills before any goes on, and the numbers promoted from it."""
-    core = DecisionCore(_problem(levels=lambda values: LEVELS, **changes), SweepStudy("sim", InMemoryStorage()))
+    core = DecisionCore(_problem(goals=lambda values: GOALS, **changes), SweepStudy("sim", InMemoryStorage()))
     jobs = []
     while job := core.suggest():
         jobs.append(job)
@@ -82,7 +82,7 @@ def _after_a_full_rung(**changes):
         core.take(Scored(trial=job.number, step=3, metrics=metrics, accuracy_by_chip=by_chip, final=False))
     promoted = []
     while job := core.suggest():
-        assert job.goal == LEVELS[1]
+        assert job.goal == GOALS[1]
         promoted.append(job.number)
     return core.trials(), promoted
 
@@ -139,12 +139,12 @@ def _disturbed(problem, storage, kills, seed):
             continue
 
 
-@pytest.mark.parametrize("levels", [[Goal(27, 4)], LEVELS])
+@pytest.mark.parametrize("goals", [[Goal(27, 4)], GOALS])
 @pytest.mark.parametrize("sampler", ["random", "qmc", "tpe"])
-def test_crashes_at_random_moments_lose_and_repeat_nothing(levels, sampler, tmp_path):
+def test_crashes_at_random_moments_lose_and_repeat_nothing(goals, sampler, tmp_path):
     journal = optuna.storages.journal.JournalFileBackend(str(tmp_path / "journal"))
     problem = _problem(
-        levels=lambda values: levels, reduction_factor=3, sampler=sampler, racing=Racing(extra=10, most=12)
+        goals=lambda values: goals, reduction_factor=3, sampler=sampler, racing=Racing(extra=10, most=12)
     )
     core = _disturbed(problem, optuna.storages.JournalStorage(journal), kills=20, seed=3)
     fresh = optuna.load_study(study_name="sim", storage=optuna.storages.JournalStorage(journal))
@@ -152,11 +152,11 @@ def test_crashes_at_random_moments_lose_and_repeat_nothing(levels, sampler, tmp_
     assert [trial.number for trial in fresh.trials] == list(range(30))
     assert core.over
     for trial in core.trials():
-        assert [scores.step for scores in trial.scores] == [level.steps for level in levels][: len(trial.scores)]
+        assert [scores.step for scores in trial.scores] == [goal.steps for goal in goals][: len(trial.scores)]
     undisturbed, _ = _run(problem)
     if sampler != "tpe":  # suggestions by number alone
         assert [trial.values for trial in core.trials()] == [trial.values for trial in undisturbed.trials()]
-    if len(levels) == 1 and sampler != "tpe":
+    if len(goals) == 1 and sampler != "tpe":
         chips = [[len(t.scores[-1].accuracy_by_chip) for t in c.trials()] for c in (core, undisturbed)]
         assert chips[0] == chips[1]
 
@@ -265,7 +265,7 @@ def test_the_sampler_sees_the_best_and_the_latest_of_many_trials():
 
 
 def test_the_sampler_sees_what_a_paused_trial_reached_and_what_others_gained_from_there():
-    core, _ = _run(_problem(levels=lambda values: LEVELS, reduction_factor=3))
+    core, _ = _run(_problem(goals=lambda values: GOALS, reduction_factor=3))
     trials = core.trials()
     seen = History(200, worst_accuracy=0.0).seen(trials)
     reached = [[scores.metrics["accuracy"] for scores in trial.scores] for trial in trials]

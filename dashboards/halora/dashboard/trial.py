@@ -189,10 +189,10 @@ def _sweep_charts(snapshot: Snapshot, point: RecordedTrial, trial: TrialConfig) 
     named = baseline_energies(trial, shape) if shape else {}
     groups = snapshot.view.groups
     scored = [*groups.feasible, *groups.violating]
-    levels = {level for each in scored for level in each.accuracy_by_level}
+    strengths = {strength for each in scored for strength in each.accuracy_by_strength}
     field, title = (
         ("noise_strength", "noise strength of the chip (unit of its model)")
-        if len(levels) > 1
+        if len(strengths) > 1
         else ("noise_db", "noise to signal of the weights (dB)")
     )
     shown = sorted(scored, key=lambda each: -each.accuracy)[:1000]

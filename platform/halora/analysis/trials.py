@@ -10,7 +10,7 @@ from typing import Any
 from halora.errors import UserError, nearest
 from halora.events import Answers
 
-LEVEL_METRIC = "accuracy_at."
+STRENGTH_METRIC = "accuracy_at."
 """Followed by a strength of noise other than the chip's own: accuracy there."""
 OTHER_ACCURACY = {"accuracy_per_byte": "accuracy per byte", "accuracy_summed": "accuracy, summed"}
 """Accuracy by the way of scoring options that was not asked for, and its name for people; a trial has at most one."""
@@ -63,10 +63,10 @@ class RecordedTrial:
         return self.metrics["energy_uj_per_token"]
 
     @property
-    def accuracy_by_level(self) -> dict[float, float]:
+    def accuracy_by_strength(self) -> dict[float, float]:
         """Accuracy by strength of the chip's programming noise: its own, and others it was scored at."""
-        at = len(LEVEL_METRIC)
-        found = {float(name[at:]): value for name, value in self.metrics.items() if name.startswith(LEVEL_METRIC)}
+        at = len(STRENGTH_METRIC)
+        found = {float(name[at:]): value for name, value in self.metrics.items() if name.startswith(STRENGTH_METRIC)}
         own = self.labels.get("noise_strength")
         if isinstance(own, int | float) and "accuracy" in self.metrics:
             found[float(own)] = self.accuracy

@@ -307,14 +307,14 @@ def _print_plan(sweep: "SweepConfig") -> None:
     print(to_yaml(sweep.model_dump(mode="json", exclude_defaults=True, exclude=found)))
     rows = [
         {
-            "level": f"rung {i}" if i + 1 < len(planned.levels) else "whole",
-            "steps": each.level.steps,
-            "rows": each.level.rows or "all",
-            "chips": each.level.chip_instances,
+            "goal": f"rung {i}" if i + 1 < len(planned.goals) else "whole",
+            "steps": each.goal.steps,
+            "rows": each.goal.rows or "all",
+            "chips": each.goal.chip_instances,
             "trials": each.trials,
             "minutes each": each.seconds / 60,
         }
-        for i, each in enumerate(planned.levels)
+        for i, each in enumerate(planned.goals)
     ]
     show_rows(rows, Format.TABLE)
     gib = planned.memory_bytes / 2**30

@@ -239,7 +239,7 @@ def _contradictions(bundle: Bundle) -> Iterator[str]:
         where = f"{ROBUSTNESS_FILE}: '{name}'" if name else SCORES_FILE
         if name and (one.row_ids != scores.row_ids or one.chip_seeds != chips):
             yield f"{where} is not of the certified rows and the first {len(chips)} certified chips"
-        if one.levels:
+        if one.strengths:
             yield f"{where} has other strengths of noise, at which nothing is certified"
         if config.evaluation.scoring != "generation" and not one.answers_follow_margins:
             yield f"{where} contradicts itself: right answers are not those of positive margins"

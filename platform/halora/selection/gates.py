@@ -117,8 +117,8 @@ def certified_gates(
         found.append(Gate("max_adapter_kb", adapter_bytes / 1000, "<=", gates.max_adapter_kb, "kB"))
     over = _over(min(gates.robustness_chips, chips))
     found += [
-        Gate(f"min_accuracy_at_{level:g}", accuracy_at[level][1], ">=", least, mean=accuracy_at[level][0], over=over)
-        for level, least in gates.min_accuracy_at.items()
+        Gate(f"min_accuracy_at_{at:g}", accuracy_at[at][1], ">=", least, mean=accuracy_at[at][0], over=over)
+        for at, least in gates.min_accuracy_at.items()
     ]
     return [
         *found,

@@ -82,7 +82,7 @@ def sweep_problems(sweep: "SweepConfig", data: Mapping[str, Any]) -> list[str]:
         return problems
     of_derived = _derived_range_problems(sweep)
     plain = sweep.model_copy(update={"derived": {}}) if of_derived else sweep
-    return [*problems, *_level_problems(plain), *of_derived, *_energy_problems(plain)]
+    return [*problems, *_rung_problems(plain), *of_derived, *_energy_problems(plain)]
 
 
 def _mapping(given: Any) -> dict[str, Any]:
@@ -234,7 +234,7 @@ def _probes(space: _Space, path: str) -> Iterator[tuple[Any, dict[str, Any]]]:
         yield value, point
 
 
-def _level_problems(sweep: "SweepConfig") -> list[str]:
+def _rung_problems(sweep: "SweepConfig") -> list[str]:
     """Rungs that are no smaller than the whole trial, and a race that adds nothing."""
     own = sweep.resolve({}).evaluation
     steps = sweep.space.get("training.steps")

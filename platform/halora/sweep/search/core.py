@@ -1,6 +1,6 @@
 """The decision core: what to do next, and what to make of a report. It knows no Ray; its only state is the study.
 
-It hands out jobs. A job brings one trial to one level: to a rung, to the end of its training, or, in a race, to more
+It hands out jobs. A job brings one trial to one goal: to a rung, to the end of its training, or, in a race, to more
 chips. A trial that reaches a rung pauses there with its checkpoint, and is promoted once it is among the best of the
 rung (asynchronous successive halving, Li et al., MLSys 2020, with non-dominated ranks as in Schmucker et al., 2021), by
 a new job that any worker may carry out. Every decision is written to the study before it is acted on, so that a new
@@ -44,7 +44,7 @@ class Decision(StrEnum):
 
 @dataclass(frozen=True)
 class Job:
-    """A trial to bring to a level.
+    """A trial to bring to a goal.
 
     Attributes:
         number: The trial.
@@ -85,7 +85,7 @@ class DecisionCore:
         self._problem, self._study = problem, study
         self._history = History(problem.settings.history, problem.reference[0], earlier)
         self._in_flight: dict[int, Job] = {}
-        self._levels: dict[int, Sequence[Goal]] = {}
+        self._goals: dict[int, Sequence[Goal]] = {}
         self._clock_s, self._looked_s = clock_s, clock_s()
         self._over, self._completed = False, False
         self._out_of_race: set[int] = set()
@@ -217,7 +217,7 @@ class DecisionCore:
 
     def steps_unstopped(self) -> int:
         """Optimiser steps that the trials begun so far take where none is stopped at a rung."""
-        return sum(self._levels_of(trial)[-1].steps for trial in self.trials() if trial.state is not State.SKIPPED)
+        return sum(self._goals_of(trial)[-1].steps for trial in self.trials() if trial.state is not State.SKIPPED)
 
     def _unfinished(self, trials: Sequence[Trial]) -> Job | None:
         for trial in trials:
@@ -227,19 +227,19 @@ class DecisionCore:
 
     def _promotion(self, trials: Sequence[Trial], *, search_ends: bool = False) -> Job | None:
         """The best paused trial of the highest rung that has one among those to go on."""
-        for rung in sorted({trial.level for trial in trials if trial.state is State.PAUSED}, reverse=True):
+        for rung in sorted({trial.rung for trial in trials if trial.state is State.PAUSED}, reverse=True):
             reached = [t for t in trials if len(t.scores) > rung and t.state is not State.FAILED]
             quota = (ceil if search_ends else floor)(len(reached) / self._problem.reduction_factor)
-            if sum(trial.level > rung for trial in reached) >= quota:
+            if sum(trial.rung > rung for trial in reached) >= quota:
                 continue  # else every newcomer that reorders the best would promote one more
             accuracy = np.array([trial.scores[rung].metrics["accuracy"] for trial in reached], dtype=float)
             energy = np.array([trial.energy_uj_per_token for trial in reached])
             reference = (self._problem.accuracy_floor, self._problem.reference[1])
             for i in promotion_order(accuracy, energy, reference, quota):
                 trial = reached[i]
-                if trial.state is State.PAUSED and trial.level == rung:
+                if trial.state is State.PAUSED and trial.rung == rung:
                     self._study.head_for(trial, rung + 1)
-                    return self._job(replace(trial, level=rung + 1))
+                    return self._job(replace(trial, rung=rung + 1))
         return None
 
     def _new(self, trials: Sequence[Trial]) -> Job | None:
@@ -342,7 +342,7 @@ class DecisionCore:
         finished = self._racers(trials)
         if not finished:
             return None
-        spent = sum(_chips(trial) - self._levels_of(trial)[-1].chip_instances for trial in finished)
+        spent = sum(_chips(trial) - self._goals_of(trial)[-1].chip_instances for trial in finished)
         means, errors = chip_estimates([trial.scores[-1].accuracy_by_chip for trial in finished])
         energies = np.array([trial.energy_uj_per_token for trial in finished])
         chances = front_probabilities(means, errors, energies)
@@ -357,7 +357,7 @@ class DecisionCore:
         if not racers:
             return None
         trial = finished[max(racers, key=racers.__getitem__)]
-        whole = self._levels_of(trial)[-1]
+        whole = self._goals_of(trial)[-1]
         chips = min(_chips(trial) + racing.at_once, racing.most, _chips(trial) + racing.extra - spent)
         goal = replace(whole, chip_instances=chips, first_chip=_chips(trial))
         name = f"{trial.number:05d}-chips-{chips}"
@@ -379,16 +379,16 @@ class DecisionCore:
         return [trial for trial in trials if trial.state is State.FINISHED and trial.violation <= 0]
 
     def _job(self, trial: Trial) -> Job:
-        levels = self._levels_of(trial)
-        final = trial.level == len(levels) - 1
-        name = f"{trial.number:05d}" if final else f"{trial.number:05d}-rung-{trial.level}"
-        goal, energy = levels[trial.level], trial.energy_uj_per_token
+        goals = self._goals_of(trial)
+        final = trial.rung == len(goals) - 1
+        name = f"{trial.number:05d}" if final else f"{trial.number:05d}-rung-{trial.rung}"
+        goal, energy = goals[trial.rung], trial.energy_uj_per_token
         return Job(trial.number, trial.values, energy, goal, final, name, trial.halvings)
 
-    def _levels_of(self, trial: Trial) -> Sequence[Goal]:
-        if trial.number not in self._levels:
-            self._levels[trial.number] = self._problem.levels(trial.values)
-        return self._levels[trial.number]
+    def _goals_of(self, trial: Trial) -> Sequence[Goal]:
+        if trial.number not in self._goals:
+            self._goals[trial.number] = self._problem.goals(trial.values)
+        return self._goals[trial.number]
 
     def _within_budget(self, trials: Sequence[Trial]) -> bool:
         budget = self._problem.budget

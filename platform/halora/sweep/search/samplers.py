@@ -156,18 +156,18 @@ class History:
 
 
 def _gains_to_come(trials: Sequence[Trial]) -> list[float]:
-    """Median gain in accuracy from each level to the last, of the trials that went on from it."""
-    levels = max((len(trial.scores) for trial in trials), default=0)
+    """Median gain in accuracy from each goal to the last, of the trials that went on from it."""
+    reached = max((len(trial.scores) for trial in trials), default=0)
     gains = [
         [
-            t.scores[level + 1].metrics["accuracy"] - t.scores[level].metrics["accuracy"]
+            t.scores[rung + 1].metrics["accuracy"] - t.scores[rung].metrics["accuracy"]
             for t in trials
-            if len(t.scores) > level + 1
+            if len(t.scores) > rung + 1
         ]
-        for level in range(levels)
+        for rung in range(reached)
     ]
     medians = [median(gain) if gain else 0.0 for gain in gains]
-    return [sum(medians[level:]) for level in range(levels)]
+    return [sum(medians[rung:]) for rung in range(reached)]
 
 
 class _View(optuna.Study):
@@ -267,7 +267,7 @@ def _moved_here(problem: Problem, number: int, proposal: Proposal, scores: Score
         values=proposal.values,
         energy_uj_per_token=energy,
         state=State.FINISHED,
-        level=0,
+        rung=0,
         scores=(scores,),
         skipped="",
         lost_workers=0,

@@ -25,9 +25,9 @@ from halora.spaces.search import total_violation
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 _ENERGY = "energy_uj_per_token"
-_LEVEL = "level"  # index of the level a trial heads for
+_RUNG = "rung"  # index of the goal a trial heads for
 _SCORES = "scores {index}"  # what a rung gave
-_FINAL_SCORES = "final scores"  # what the last level gave: the trial is finished
+_FINAL_SCORES = "final scores"  # what the last goal gave: the trial is finished
 _SKIPPED = "skipped"  # why a trial was never trained
 _LOST = "lost_workers"  # that a trial lost since its last report
 _HALVINGS = "halvings"  # of its micro-batch
@@ -41,7 +41,7 @@ class State(StrEnum):
     """Where a trial stands."""
 
     RUNNING = "running"
-    """Begun, and heading for its next level; its process may have ended."""
+    """Begun, and heading for its next goal; its process may have ended."""
     PAUSED = "paused"
     """At a rung, until it is promoted or the search ends."""
     FINISHED = "finished"
@@ -61,8 +61,8 @@ class Trial:
         values: Searched values by dotted path.
         energy_uj_per_token: Known before it is trained.
         state: Where it stands.
-        level: Index of the level it heads for or has ended at.
-        scores: What each level it reached gave; for a finished trial the last with all chips scored since.
+        rung: Index of the goal it heads for or has ended at; all but the last are rungs.
+        scores: What each goal it reached gave; for a finished trial the last with all chips scored since.
         skipped: Why it was never trained, else empty.
         lost_workers: How many ended under it since its last report.
         halvings: How often its micro-batch was halved, as it ran out of memory.
@@ -74,7 +74,7 @@ class Trial:
     values: Mapping[str, Any]
     energy_uj_per_token: float
     state: State
-    level: int
+    rung: int
     scores: tuple[Scored, ...]
     skipped: str
     lost_workers: int
@@ -94,7 +94,7 @@ class Trial:
 
     @cached_property
     def accuracy(self) -> float | None:
-        """Mean accuracy over chips at the last level reached."""
+        """Mean accuracy over chips at the last goal reached."""
         return float(self.scores[-1].metrics["accuracy"]) if self.scores else None
 
 
@@ -140,7 +140,7 @@ class SweepStudy:
 
     def _look_at(self, frozen: FrozenTrial) -> None:
         attrs = frozen.user_attrs
-        seen = (len(attrs), attrs[_LEVEL], attrs.get(_LOST), attrs.get(_HALVINGS))
+        seen = (len(attrs), attrs[_RUNG], attrs.get(_LOST), attrs.get(_HALVINGS))
         if frozen.state.is_finished():
             self._open.pop(frozen.number, None)
         elif self._open.get(frozen.number) == seen:
@@ -160,7 +160,7 @@ class SweepStudy:
         skipped: str = "",
     ) -> int:
         """Write a new trial, running or skipped, all its values at once; its number."""
-        attrs: dict[str, Any] = {_ENERGY: energy_uj_per_token, _LEVEL: 0}
+        attrs: dict[str, Any] = {_ENERGY: energy_uj_per_token, _RUNG: 0}
         if skipped:
             attrs[_SKIPPED] = skipped
         trial = optuna.create_trial(
@@ -174,13 +174,13 @@ class SweepStudy:
         self._study.add_trial(trial)
         return self._study.get_trials(deepcopy=False)[-1].number
 
-    def head_for(self, trial: Trial, level: int) -> None:
+    def head_for(self, trial: Trial, rung: int) -> None:
         """Promote a paused trial."""
-        self._opened(trial).set_user_attr(_LEVEL, level)
+        self._opened(trial).set_user_attr(_RUNG, rung)
 
     def scored(self, trial: Trial, scores: Scored) -> None:
         """Keep what the rung a trial headed for gave; it pauses there."""
-        self._opened(trial).set_user_attr(_SCORES.format(index=trial.level), scores.to_json())
+        self._opened(trial).set_user_attr(_SCORES.format(index=trial.rung), scores.to_json())
 
     def count_lost_workers(self, trial: Trial, count: int) -> None:
         """Keep how many workers a trial lost since its last report."""
@@ -251,7 +251,7 @@ class SweepStudy:
 def _read(frozen: FrozenTrial) -> Trial:
     attrs = frozen.user_attrs
     scores = _scores(attrs)
-    level = int(attrs.get(_LEVEL, 0))
+    rung = int(attrs.get(_RUNG, 0))
     match frozen.state:
         case TrialState.FAIL:
             state = State.FAILED
@@ -260,13 +260,13 @@ def _read(frozen: FrozenTrial) -> Trial:
         case _ if _FINAL_SCORES in attrs:
             state = State.FINISHED
         case _:
-            state = State.PAUSED if len(scores) > level else State.RUNNING
+            state = State.PAUSED if len(scores) > rung else State.RUNNING
     return Trial(
         number=frozen.number,
         values=frozen.params,
         energy_uj_per_token=float(attrs[_ENERGY]),
         state=state,
-        level=level,
+        rung=rung,
         scores=scores,
         skipped=str(attrs.get(_SKIPPED, "")),
         lost_workers=int(attrs.get(_LOST, 0)),
