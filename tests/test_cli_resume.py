@@ -298,7 +298,7 @@ def test_a_sweep_with_a_storage_goes_on_where_no_file_of_it_is(
     for folder in scratch:
         folder.mkdir()
     monkeypatch.setenv("TMPDIR", str(scratch[0]))
-    with background(store, "sweep", "launch", path, "--storage", "s3://bucket/sweeps/") as driver:
+    with background(store, "sweep", "launch", path, "--checkpoint-url", "s3://bucket/sweeps/") as driver:
         driver.wait_for("step 8/24")
         family = driver.family()
         driver.process.kill()

@@ -151,12 +151,12 @@ MISTAKES = {
         "head_start_ray_commands: mlflow.sh, postgresql.sh, ray-head.sh; each needs the one before",
     ),
     "no autoscaling": (
-        [([START, 2], f"HALORA_STORAGE=s3://b/t {RECIPE}/ray-head.sh")],
+        [([START, 2], f"HALORA_CHECKPOINT_URL=s3://b/t {RECIPE}/ray-head.sh")],
         "head_start_ray_commands[2]: without --autoscaling-config=~/ray_bootstrap_config.yaml no node is ever added",
     ),
     "no storage": (
         [([START, 2], f"{RECIPE}/ray-head.sh --autoscaling-config=~/ray_bootstrap_config.yaml")],
-        "head_start_ray_commands[2]: HALORA_STORAGE is not set; nodes of a cloud share no disk",
+        "head_start_ray_commands[2]: HALORA_CHECKPOINT_URL is not set; nodes of a cloud share no disk",
     ),
     "another port": (
         [(["worker_start_ray_commands", 0], f"{RECIPE}/ray-worker.sh $RAY_HEAD_IP:6380")],

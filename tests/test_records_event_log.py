@@ -87,7 +87,7 @@ def test_the_events_of_a_trial_are_those_of_the_whole_log(tmp_path):
         file.write('{"kind": "stopped", "trial": 11')  # torn
     assert len(events_of(path, 11)) == 2
     assert events_of(tmp_path / "none", 11) == []
-    for damaged in ('{"trial":11,', '{"kind":"strange","trial":11}', '{"kind":"stopped","trial":11,"why":""}'):
+    for damaged in ('{"trial":11,', '{"kind":"unheard_of","trial":11}', '{"kind":"stopped","trial":11,"why":""}'):
         path.write_text(f"{damaged}\n")
         with pytest.raises(UserError, match="damaged"):
             events_of(path, 11)

@@ -116,9 +116,9 @@ def test_a_gate_tells_value_threshold_and_unit_and_no_number_fails():
     assert Gate.from_json(found["max_drop"].to_json()) == found["max_drop"]
     alone = gates_by_name(ALL_GATES, chips=1)
     assert alone["min_accuracy"].over == alone["min_accuracy_at_0.02"].over == "rows of one chip"
-    strange = Gate("min_accuracy", nan, ">=", 0.4)
-    assert not strange.passed
-    assert not Gate.from_json(strange.to_json()).passed
+    non_finite = Gate("min_accuracy", nan, ">=", 0.4)
+    assert not non_finite.passed
+    assert not Gate.from_json(non_finite.to_json()).passed
 
 
 def test_what_the_search_recorded_is_enough_for_its_gates():

@@ -174,11 +174,11 @@ def test_values_that_contradict_each_other_are_skipped_with_their_cause(tiny_mod
 
 def test_the_journal_holds_how_trials_ended(sweep, store):
     core = open_core(sweep, store)
-    good, bad, strange = core.suggest(), core.suggest(), core.suggest()
+    good, bad, non_finite = core.suggest(), core.suggest(), core.suggest()
     core.take(core.judged(_scores(good, 0.75)))
     core.take(Failed(trial=bad.number, cause="boom"))
-    judged = core.judged(_scores(strange, float("nan")))
-    assert judged == Failed(trial=strange.number, cause="its accuracy is nan, not a number")
+    judged = core.judged(_scores(non_finite, float("nan")))
+    assert judged == Failed(trial=non_finite.number, cause="its accuracy is nan, not a number")
     core.take(judged)
     journal = optuna.storages.journal.JournalFileBackend(str(store.sweep("core").study_file))
     study = optuna.load_study(study_name=None, storage=optuna.storages.JournalStorage(journal))

@@ -69,7 +69,7 @@ def unwritable(error: BaseException) -> UnreachableError | None:
         if no_room(each):
             return UnreachableError(
                 f"no space is left on the disk: {where} cannot be written",
-                "make room and repeat the command; a sweep goes on with `halora sweep resume`",
+                "make room and repeat the command; `halora sweep resume` continues a sweep",
             )
         if _is_one_of(_CLOSED, each) or "attempt to write a readonly database" in str(each):  # SQLite's
             said = each.strerror if isinstance(each, OSError) else str(each).strip().splitlines()[-1][:300]

@@ -4,7 +4,7 @@ A trial's place is `URL/NUMBER`. A checkpoint is a folder `step-NNNNNN-ID` below
 manifest of names, sizes and SHA-256 digests that is written last: a folder without its manifest, or with files that are
 not as it says, is not a checkpoint. ID is drawn for every upload, so that two workers that both believe the trial is
 theirs never write into one folder, and an upload removes only checkpoints of earlier steps than its own: whichever ends
-last, and however long it was frozen, the furthest checkpoint stays. `result-STEPS-CHIPS.json` are the scores at a goal,
+last, and however long it hung, the furthest checkpoint stays. `result-STEPS-CHIPS.json` are the scores at a goal,
 one object each.
 """
 
@@ -48,7 +48,7 @@ def check_storage(url: str) -> None:
     try:
         UrlFolder(url, retries_s=()).check_writable()
     except StorageError as error:
-        next_step = "name another with --storage; its credentials come from the environment"
+        next_step = "name another with --checkpoint-url; its credentials come from the environment"
         raise StorageError(error.problems, next_step) from None
 
 

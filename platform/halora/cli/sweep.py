@@ -12,10 +12,10 @@ import typer
 from halora.cli.arguments import SweepArgument, SweepSetOption, overrides_from
 from halora.cli.comparison import print_comparison
 from halora.cli.output import (
+    CheckpointUrlOption,
     Format,
     FormatOption,
     ServerOption,
-    StorageOption,
     StoreOption,
     SweepProgress,
     open_store,
@@ -77,7 +77,7 @@ def launch(
     ] = False,
     store: StoreOption = None,
     tracking_uri: ServerOption = None,
-    storage: StorageOption = None,
+    checkpoint_url: CheckpointUrlOption = None,
     address: AddressOption = None,
     wheel: WheelOption = None,
     follow: FollowOption = None,
@@ -97,7 +97,7 @@ def launch(
     overrides = overrides_from(set_)
     overrides |= {key: value for key, value in (("name", name), ("seed", seed)) if value is not None}
     config = load_sweep(sweep, overrides)
-    place = open_store(store, tracking_uri, storage)
+    place = open_store(store, tracking_uri, checkpoint_url)
     _tell_free_knobs(config)
     if dry_run:
         _print_plan(config)
@@ -117,7 +117,7 @@ def resume(
     name: NameArgument,
     store: StoreOption = None,
     tracking_uri: ServerOption = None,
-    storage: StorageOption = None,
+    checkpoint_url: CheckpointUrlOption = None,
     address: AddressOption = None,
     wheel: WheelOption = None,
     follow: FollowOption = None,
@@ -129,7 +129,7 @@ def resume(
     cluster = Cluster.at(address, wheel)
     detached(cluster, name, follow)
 
-    place = open_store(store, tracking_uri, storage)
+    place = open_store(store, tracking_uri, checkpoint_url)
     config, core = load_core(name, place)
 
     from halora.sweep.run import launch as launching

@@ -132,8 +132,8 @@ def bundle_at(place: str) -> Iterator[Path]:
         there = source.files()
         if len(there) > _MOST_FILES:
             raise UserError(f"{place}: no bundle: it has {len(there):,} files")
-        if strange := [name for name in there if not is_below(name)]:
-            raise UserError([f"{place}: {name} is not part of a bundle" for name in strange])
+        if foreign := [name for name in there if not is_below(name)]:
+            raise UserError([f"{place}: {name} is not part of a bundle" for name in foreign])
         if CHECKSUMS_FILE in there:
             for name in there:
                 path = folder / name

@@ -131,16 +131,16 @@ def _space_problems(
     for path in space:
         problems = by_path.setdefault(path, [])
         conditions = readable[path].when if path in readable else {}
-        strange = [name for name in conditions if name not in searched_before]
+        unknown = [name for name in conditions if name not in searched_before]
         searched_before.append(path)
         if path not in known_paths:
             problems.append(f"space.{path}: a trial has no such field{nearest(path, known_paths)}")
         elif path in _FIXED:
             problems.append(f"space.{path}: cannot be searched, every trial has the same; set trial.{path}")
-        elif strange:
+        elif unknown:
             problems += [
                 f"space.{path}.when: '{name}' is not searched before it{nearest(name, searched_before)}"
-                for name in strange
+                for name in unknown
             ]
         elif path in readable:
             never = _condition_problems(readable, path)

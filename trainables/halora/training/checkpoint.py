@@ -1,7 +1,7 @@
 """Checkpoints of a training: a standard PEFT folder, the optimiser's moments and the step.
 
 There is no state of a random generator in them: everything random is a function of (seed, step). They hold whole
-tensors in float32, so a run goes on at another ZeRO stage or with another number of workers.
+tensors in float32, so a run resumes at another ZeRO stage or with another number of workers.
 """
 
 import json

@@ -239,9 +239,10 @@ def _scripts(config: dict[str, Any]) -> Iterator[str]:
         if call.script == "ray-head.sh":
             if BOOTSTRAP not in call.arguments:
                 yield f"{call.path}: without {BOOTSTRAP} no node is ever added"
-            if _provider(config) != "local" and "://" not in call.settings.get("HALORA_STORAGE", ""):
-                given = call.settings.get("HALORA_STORAGE") or "not set"
-                yield f"{call.path}: HALORA_STORAGE is {given}; nodes of a cloud share no disk, so name a URL (s3://, gs://)"
+            if _provider(config) != "local" and "://" not in call.settings.get("HALORA_CHECKPOINT_URL", ""):
+                given = call.settings.get("HALORA_CHECKPOINT_URL") or "not set"
+                why = "nodes of a cloud share no disk, so name a URL (s3://, gs://)"
+                yield f"{call.path}: HALORA_CHECKPOINT_URL is {given}; {why}"
 
 
 def _ports(config: dict[str, Any]) -> Iterator[str]:

@@ -93,7 +93,7 @@ def launch(
     store.check_writable()
     check_not_launched(folder)
     training = (
-        lambda: _check_workers(sweep, store, cluster, store.storage),
+        lambda: _check_workers(sweep, store, cluster, store.checkpoint_url),
         lambda: check_rows(sweep),
         lambda: check_rows_left(sweep),
     )
@@ -148,7 +148,7 @@ def resume(
     if folder.curves_file.exists():
         return _run(sweep, store.serving(name), watcher, nullcontext(), metrics_port)
     check_unchanged(sweep)
-    _check_workers(sweep, store, cluster, store.storage or folder.storage_url)
+    _check_workers(sweep, store, cluster, store.checkpoint_url or folder.checkpoint_url)
     return _run(sweep, store.serving(name), watcher, _workers(sweep, cluster), metrics_port)
 
 
@@ -165,7 +165,7 @@ def probe(sweep: SweepConfig, store: Store, watcher: Watcher, *, cluster: Cluste
         UserError: A model cannot be loaded, or rows cannot be scored.
         UnreachableError: The storage or the cluster does not answer, or one of its nodes could not run a trial.
     """
-    _check_workers(sweep, store, cluster, store.storage)
+    _check_workers(sweep, store, cluster, store.checkpoint_url)
     from halora.sweep.cluster.session import ray_session
     from halora.sweep.run.executor import score_on_workers  # imports Ray and torch
     from halora.trial_runner import ScoringJob
@@ -220,8 +220,8 @@ def _run(
         core = open_core(sweep, store, clock) if simulated else open_core(sweep, store, say=watcher.say)
         core.request_stop(False)
         files = TrialFiles(folder)
-        if store.storage and not simulated:
-            files.keep_at(store.storage, sweep.launch, core.unfinished)
+        if store.checkpoint_url and not simulated:
+            files.keep_at(store.checkpoint_url, sweep.launch, core.unfinished)
         with (
             recording(store, sweep, watcher.say) as recorder,
             serving_metrics(

@@ -81,8 +81,8 @@ def train_seeds(
 
     own = folder.comparison
     own.root.mkdir(exist_ok=True)
-    if folder.storage_url:
-        write_whole(own.storage_file, f"{folder.storage_url}-comparison")
+    if folder.checkpoint_url:
+        write_whole(own.checkpoint_url_file, f"{folder.checkpoint_url}-comparison")
     jobs = [_job(sweep, number, training) for number, training in enumerate(trainings)]
     for job in jobs:
         _claim(sweep, own, job)
@@ -218,7 +218,7 @@ class _Telling:
             except UserError as error:
                 raise StorageError(error.problems, error.next_step) from None
             if not there:
-                raise StorageError(f"storage '{self._own.storage_url}' lacks the adapter of training {job.number}")
+                raise StorageError(f"storage '{self._own.checkpoint_url}' lacks the adapter of training {job.number}")
             place.remove()
 
     def _tell(self, job: Job, text: str) -> None:

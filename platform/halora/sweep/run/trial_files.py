@@ -39,7 +39,7 @@ class TrialFiles:
             UserError: A checkpoint is damaged.
             StorageError: One of the two places cannot be read or written.
         """
-        before = self._folder.storage_url
+        before = self._folder.checkpoint_url
         url = f"{base_url}/{self._folder.name}-{launch}"
         if url == before:
             return
@@ -49,7 +49,7 @@ class TrialFiles:
                 self._place(number).fetch_checkpoint(own)
             if latest_checkpoint(own):
                 TrialStorage(f"{url}/{number:05d}").put_checkpoint(own)
-        write_whole(self._folder.storage_file, url)
+        write_whole(self._folder.checkpoint_url_file, url)
 
     def reports(self, number: int) -> list[Reported]:
         """Reports of a trial up to its latest checkpoint.
@@ -91,7 +91,7 @@ class TrialFiles:
         except UserError as error:
             raise StorageError(error.problems, error.next_step) from None
         if not (adapter and scores):
-            raise StorageError(f"storage '{self._folder.storage_url}' lacks what trial {job.number} left there")
+            raise StorageError(f"storage '{self._folder.checkpoint_url}' lacks what trial {job.number} left there")
 
     def prune(self, trials: Sequence[Trial], points: Sequence[RecordedTrial], *, settled: bool) -> None:
         """Remove what nobody needs again of trials that ended; to be repeated, which does no harm.
@@ -123,13 +123,13 @@ class TrialFiles:
 
     def _stored_trials(self) -> set[int]:
         """Numbers of the trials that have anything in the storage."""
-        url = self._folder.storage_url
+        url = self._folder.checkpoint_url
         names = UrlFolder(url, retries_s=()).files() if url else {}
         return {int(name.partition("/")[0]) for name in names}
 
     @property
     def _stored(self) -> bool:
-        return bool(self._folder.storage_url)
+        return bool(self._folder.checkpoint_url)
 
     def _place(self, number: int) -> TrialStorage:
         return TrialStorage(self._folder.trial_url(number))

@@ -4,7 +4,7 @@ It hands out jobs. A job brings one trial to one goal: to a rung, to the end of 
 chips. A trial that reaches a rung pauses there with its checkpoint, and is promoted once it is among the best of the
 rung (asynchronous successive halving, Li et al., MLSys 2020, with non-dominated ranks as in Schmucker et al., 2021), by
 a new job that any worker may carry out. Every decision is written to the study before it is acted on, so that a new
-core goes on where another ended.
+core continues where another ended.
 """
 
 import time
