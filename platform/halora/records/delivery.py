@@ -28,7 +28,9 @@ class DeliveryOffset:
     def move(self, offset: int) -> None:
         """Remember that all before is delivered."""
         self.offset = offset
-        write_whole(self._folder.sent_file, json.dumps({**self._what, "offset": offset}))
+        write_whole(
+            self._folder.sent_file, json.dumps({**self._what, "offset": offset}), durable=False
+        )  # else some is delivered again
 
     def left(self) -> int:
         """Number of events that are not delivered."""

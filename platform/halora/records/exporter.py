@@ -20,6 +20,7 @@ from halora.records.publishing import Publisher
 from halora.records.recorder import SweepRecorder
 from halora.records.store import Store, SweepFolder
 from halora.records.tracking import MlflowSweep, first_line, is_refusal, is_silence, may_pass
+from halora.retries import backoff_s
 from halora.spaces.sweep import SweepConfig
 
 _LINES = 500
@@ -52,6 +53,10 @@ def recording(store: Store, sweep: SweepConfig, say: Callable[[str], None]) -> I
             )
 
 
+def _waits_s() -> Iterator[float]:
+    return backoff_s(2 * _PAUSE_S, _LONGEST_DELAY_S)
+
+
 class MlflowExporter(threading.Thread):
     """Delivers an event log.
 
@@ -77,7 +82,7 @@ class MlflowExporter(threading.Thread):
 
     def run(self) -> None:
         """Deliver until the event log is closed and all of it is delivered, or time is up."""
-        delay = _PAUSE_S
+        delay, waits_s = _PAUSE_S, _waits_s()
         while True:
             ending = self._ending.is_set()  # before the event log is read, so that nothing comes after
             self._draw(ending)
@@ -89,11 +94,11 @@ class MlflowExporter(threading.Thread):
                         self._mlflow.remove_duplicates()
                         return
                 self._answered()
-                delay = _PAUSE_S
+                delay, waits_s = _PAUSE_S, _waits_s()
             except Exception as error:  # MLflow, requests and SQLAlchemy raise many kinds
                 self._not_delivered(error)
                 moved = False
-                delay = min(2 * delay, _LONGEST_DELAY_S)
+                delay = next(waits_s)
             if time.monotonic() > self._gives_up_at:
                 return
             if not moved:

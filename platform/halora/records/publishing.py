@@ -54,11 +54,16 @@ def publish(sweep: SweepConfig, recorded: SweepState, folder: Path) -> None:
     summary = summarise(sweep, recorded)
     rows = summary.front.rows()
     folder.mkdir(exist_ok=True)
-    write_whole(folder / names.FRONT_JSON, json.dumps(rows, indent=1, allow_nan=False))
-    write_whole(folder / names.FRONT_CSV, front_csv(rows))
-    write_whole(folder / names.REPORT_FILE, render_report(summary))
-    scored = len(summary.front.groups.feasible)
-    front_figure(summary.front, f"{sweep.name}: {scored} trials").savefig(folder / names.FRONT_PNG)
+    picture, scored = io.BytesIO(), len(summary.front.groups.feasible)
+    front_figure(summary.front, f"{sweep.name}: {scored} trials").savefig(picture, format="png")
+    files: dict[str, str | bytes] = {
+        names.FRONT_JSON: json.dumps(rows, indent=1, allow_nan=False),
+        names.FRONT_CSV: front_csv(rows),
+        names.REPORT_FILE: render_report(summary),
+        names.FRONT_PNG: picture.getvalue(),
+    }
+    for name, content in files.items():
+        write_whole(folder / name, content, durable=False)  # drawn anew from the event log at any time
 
 
 class Publisher:

@@ -116,7 +116,7 @@ def launch(
             if store.server:
                 write_whole(new.server_file, store.server)
             if curves:
-                new.curves_file.write_bytes(curves.read_bytes())
+                write_whole(new.curves_file, curves.read_bytes())
             if earlier:
                 write_json(new.warm_start_file, earlier)
             write_sweep(new, sweep)

@@ -176,4 +176,4 @@ def _keep_report(folder: SweepFolder, job: Job, report: Reported) -> None:
 def _write(folder: SweepFolder, job: Job, name: str, content: Any) -> None:
     path = folder.trial(job.number) / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, content)
+    write_json(path, content, durable=False)  # simulated again at no loss
