@@ -101,11 +101,11 @@ def main() -> None:
             for share_in_sram in size.shares:
                 config = _config(model, chip, share_in_sram, others, size)
                 scores = runner.evaluate(config, trained(method), first_row=_FIRST_ROW)
-                right = [scores.noisy_correct, *scores.level_correct]
-                levels = [config.chip.noise.level, *others]
+                right = [scores.noisy_correct, *scores.strength_correct]
+                strengths = [config.chip.noise.level, *others]
                 said = [
-                    f"{level:g}: {found.mean:.3f} [{found.low:.3f}, {found.high:.3f}]"
-                    for level, found in zip(levels, (share(np.array(each)) for each in right), strict=True)
+                    f"{strength:g}: {found.mean:.3f} [{found.low:.3f}, {found.high:.3f}]"
+                    for strength, found in zip(strengths, (share(np.array(each)) for each in right), strict=True)
                 ]
                 figures = f"{fmean(scores.noise_db):.1f} | {fmean(scores.clean_correct):.3f} | {'; '.join(said)}"
                 print(f"| {model} | {method} | {name} | {share_in_sram:g} | {figures} |", flush=True)

@@ -222,7 +222,7 @@ def test_a_sweep_with_a_storage_goes_on_where_no_file_of_it_is(
     for folder in scratch:
         folder.mkdir()
     monkeypatch.setenv("TMPDIR", str(scratch[0]))
-    with background(store, "sweep", "launch", path, "--storage", "s3://bucket/sweeps/") as driver:
+    with background(store, "sweep", "launch", path, "--checkpoint-url", "s3://bucket/sweeps/") as driver:
         driver.wait_for("step 8/24")
         family = driver.family()
         driver.process.kill()
@@ -239,7 +239,7 @@ def test_a_sweep_with_a_storage_goes_on_where_no_file_of_it_is(
     assert training_steps(resumed.stderr, number)[0] > 8  # from its checkpoint
     for run in runs(store, "afar"):
         assert [step for step, _ in loss_history(store, run)] == list(range(4, 25, 4))
-    assert differences(f"sqlite:///{store / 'mlflow.db'}", "afar", store / "sweeps" / "afar" / "records.jsonl") == []
+    assert differences(f"sqlite:///{store / 'mlflow.db'}", "afar", store / "sweeps" / "afar" / "events.jsonl") == []
     assert "best adapter (trial" in resumed.stderr
     kept = {str(file.relative_to(trials)) for file in trials.rglob("*") if file.is_file()}
     assert {name.partition("/")[0] for name in kept if name.endswith("adapter_model.safetensors")} == {

@@ -117,7 +117,7 @@ def _check_whole(store, name, count=TRIALS):
             assert run.data.metrics["accuracy"] == pytest.approx(trial.values[0])
             assert run.data.metrics["energy_uj_per_token"] == pytest.approx(trial.values[1])
             assert "front_probability" in run.data.metrics
-        assert run.data.metrics["rung_accuracy"] == pytest.approx(trial.user_attrs["scores 0"]["accuracy"])
+        assert run.data.metrics["rung_accuracy"] == pytest.approx(trial.user_attrs["scores 0"]["metrics"]["accuracy"])
     return trials
 
 
@@ -146,7 +146,7 @@ def _kill_and_resume(store, name, launch, kills, seed):
     while True:
         process = _start(store, *arguments)
         if killed < kills:
-            recorded = store / "sweeps" / name / "records.jsonl"
+            recorded = store / "sweeps" / name / "events.jsonl"
             until = _lines(recorded) + chance.randint(1, 20)  # in facts, as a machine's speed is its own
             while _lines(recorded) < until and process.poll() is None:
                 time.sleep(chance.uniform(0, 0.01))
@@ -169,7 +169,7 @@ def _lines(path):
 def _check_disturbed(store, name, whole, count=TRIALS):
     trials = _check_whole(store, name, count)
     assert [trial.params for trial in trials] == [trial.params for trial in study_of(store, whole).trials]
-    assert differences(f"sqlite:///{store / 'mlflow.db'}", name, store / "sweeps" / name / "records.jsonl") == []
+    assert differences(f"sqlite:///{store / 'mlflow.db'}", name, store / "sweeps" / name / "events.jsonl") == []
     code, out, _ = _halora(store, "sweep", "status", name, "--format", "json")
     (row,) = json.loads(out)
     assert (code, row["finished"] + row["stopped"], row["unfinished"], row["waiting"]) == (0, count, 0, 0)
@@ -185,7 +185,7 @@ def test_sigterm_ends_a_sweep_as_ctrl_c_does(undisturbed, store, files):
     """What a batch system sends: nothing is left open, and the records are delivered."""
     path, table = files("terminated", trials=400)
     process = _start(store, "sweep", "launch", path, "--simulate", table)
-    while _lines(store / "sweeps" / "terminated" / "records.jsonl") < 20:
+    while _lines(store / "sweeps" / "terminated" / "events.jsonl") < 20:
         assert process.poll() is None
         time.sleep(0.05)
     process.terminate()
@@ -195,8 +195,8 @@ def test_sigterm_ends_a_sweep_as_ctrl_c_does(undisturbed, store, files):
     assert "Traceback" not in err
     assert {run.info.status for run in _runs(store, "terminated")[0]} <= {"KILLED", "FINISHED"}
     assert [run.info.status for run in _runs(store, "terminated", "sweep")[0]] == ["KILLED"]
-    journal = store / "sweeps" / "terminated" / "records.jsonl"
-    assert differences(f"sqlite:///{store / 'mlflow.db'}", "terminated", journal) == []
+    log = store / "sweeps" / "terminated" / "events.jsonl"
+    assert differences(f"sqlite:///{store / 'mlflow.db'}", "terminated", log) == []
 
 
 @pytest.mark.parametrize("ignored", [False, True], ids=["terminal", "nohup"])
@@ -220,8 +220,8 @@ def test_a_lost_terminal_ends_a_sweep_as_ctrl_c_does_unless_it_is_to_be_ignored(
         preexec_fn=in_terminal,
     )
     os.close(terminal)
-    journal = store / "sweeps" / name / "records.jsonl"
-    while _lines(journal) < 20:
+    log = store / "sweeps" / name / "events.jsonl"
+    while _lines(log) < 20:
         assert process.poll() is None
         if not ignored and select.select([leader], [], [], 0.05)[0]:
             os.read(leader, 65536)
@@ -230,7 +230,7 @@ def test_a_lost_terminal_ends_a_sweep_as_ctrl_c_does_unless_it_is_to_be_ignored(
     state = "FINISHED" if ignored else "KILLED"
     assert [run.info.status for run in _runs(store, name, "sweep")[0]] == [state]
     assert {run.info.status for run in _runs(store, name)[0]} <= {state, "FINISHED"}
-    assert differences(f"sqlite:///{store / 'mlflow.db'}", name, journal) == []
+    assert differences(f"sqlite:///{store / 'mlflow.db'}", name, log) == []
 
 
 @pytest.mark.slow
@@ -261,14 +261,14 @@ def test_reconciling_shows_and_mends_what_differs(undisturbed, store, tmp_path):
     double = client.create_run(runs[1].info.experiment_id, tags=runs[1].data.tags)
     client.delete_run(runs[4].info.run_id)
     folder = torn / "sweeps" / "undisturbed"
-    with (folder / "records.jsonl").open("a") as journal:  # a kill came before the trial's end was written
-        entry = {"kind": "state", "trial": 2, "time_ms": 0, "state": "running", "cause": ""}
-        journal.write(json.dumps(entry) + "\n")
+    with (folder / "events.jsonl").open("a") as log:  # a kill came before the trial's end was written
+        entry = {"kind": "resumed", "trial": 2, "time_ms": 0}
+        log.write(json.dumps(entry) + "\n")
     ended = {number: run.data.tags["halora.state"] for number, run in runs.items()}
     code, out, err = _halora(torn, "doctor", "--reconcile", "--format", "json")
     assert code == 0, err
     rows = {row["trial"]: row for row in json.loads(out)}
-    told = {number: (row["study"], row["journal"], row["mlflow"], row["fixed"]) for number, row in rows.items()}
+    told = {number: (row["study"], row["event_log"], row["mlflow"], row["fixed"]) for number, row in rows.items()}
     assert told == {
         0: (ended[0], ended[0], "running", "delivered again"),
         1: (ended[1], ended[1], f"{ended[1]}, running", "a second run is deleted"),

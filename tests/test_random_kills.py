@@ -58,7 +58,7 @@ def test_kills_of_drivers_and_workers_lose_and_repeat_nothing(
             assert one.data.metrics.get(score) == pytest.approx(other.data.metrics.get(score), abs=1e-3), score
     assert _budget(store, names[1]) == _budget(store, names[0])
     assert _front(store, names[1]) == _front(store, names[0])
-    records = store / "sweeps" / names[1] / "records.jsonl"
+    records = store / "sweeps" / names[1] / "events.jsonl"
     assert differences(f"sqlite:///{store / 'mlflow.db'}", names[1], records) == []
     trials, undisturbed = (study_of(store, name).trials for name in reversed(names))
     assert [(trial.number, trial.state) for trial in trials] == [(trial.number, trial.state) for trial in undisturbed]

@@ -63,7 +63,7 @@ def select(
 
     What is not given here is taken from the sweep's `gates`. Exit code 1 if no candidate passes every gate.
     """
-    from halora.records.index import read_ledger
+    from halora.records.index import read_sweep_state
     from halora.selection.candidates import standings
     from halora.selection.selecting import select as select_adapter
     from halora.sweep.run.state import load_sweep_of
@@ -78,7 +78,7 @@ def select(
     }
     asked = {name: value for name, value in asked.items() if value is not None}
     gates = _gates(config, overrides_from(set_, example="max_drop=0.1") | asked)
-    points = read_ledger(place, sweep).points()
+    points = read_sweep_state(place, sweep).points()
     if not points:
         raise UserError(f"sweep '{sweep}' has no trial yet")
     if not gates.min_accuracy:

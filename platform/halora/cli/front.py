@@ -63,9 +63,9 @@ def print_front(
     """
     from halora.analysis.summary import view_front
     from halora.analysis.trials import DEFAULT_OBJECTIVES, check_objectives, filtered, objective
-    from halora.records.index import read_ledger
+    from halora.records.index import read_sweep_state
 
-    points = read_ledger(store, name).points()
+    points = read_sweep_state(store, name).points()
     aims = [objective(text) for text in objectives] or DEFAULT_OBJECTIVES
     check_objectives(points, aims)
     view = view_front(filtered(points, conditions), aims)

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from halora.evaluation.chips import ChipScores
 
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
-_MOST_STRANGE_FILES = 20
+_MOST_FOREIGN_FILES = 20
 _MOST_DIFFERENCES = 20
 _MOST_EARLIER = 10**6
 _ROUNDING = 1e-9
@@ -80,15 +80,15 @@ def _file_problems(folder: Path) -> Iterator[str]:
     if not (folder / CHECKSUMS_FILE).is_file():
         yield f"no bundle: it has no {CHECKSUMS_FILE}"
         return
-    strange = 0
+    foreign = 0
     for place, folders, files in os.walk(folder):
         for name in sorted(files + [each for each in folders if (Path(place) / each).is_symlink()]):
             inside = (Path(place) / name).relative_to(folder).as_posix()
             if inside not in (*FILES, CHECKSUMS_FILE, SIGNATURE_FILE):
                 what = "a pickle, which can run code" if inside.endswith(_PICKLES) else "not part of a bundle"
                 yield f"{inside} is {what}"
-                strange += 1
-                if strange == _MOST_STRANGE_FILES:
+                foreign += 1
+                if foreign == _MOST_FOREIGN_FILES:
                     return
     digests = _checksums(folder / CHECKSUMS_FILE)
     if digests.keys() != set(FILES):
@@ -239,7 +239,7 @@ def _contradictions(bundle: Bundle) -> Iterator[str]:
         where = f"{ROBUSTNESS_FILE}: '{name}'" if name else SCORES_FILE
         if name and (one.row_ids != scores.row_ids or one.chip_seeds != chips):
             yield f"{where} is not of the certified rows and the first {len(chips)} certified chips"
-        if one.levels:
+        if one.strengths:
             yield f"{where} has other strengths of noise, at which nothing is certified"
         if config.evaluation.scoring != "generation" and not one.answers_follow_margins:
             yield f"{where} contradicts itself: right answers are not those of positive margins"

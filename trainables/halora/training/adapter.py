@@ -33,8 +33,8 @@ def attach(base: BaseModel, lora: LoraSettings, seed: int) -> Any:
     from peft import LoraConfig, get_peft_model
 
     names = {name.rpartition(".")[2] for name, _ in base.causal_lm.named_modules()}
-    if strange := [target for target in lora.targets if target not in names]:
-        raise UserError(f"model '{base.name}' has no layers named {', '.join(strange)}", "fix lora.targets")
+    if unknown := [target for target in lora.targets if target not in names]:
+        raise UserError(f"model '{base.name}' has no layers named {', '.join(unknown)}", "fix lora.targets")
     torch.manual_seed(derive_seed("adapter", seed))
     config = LoraConfig(
         r=lora.rank,

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from halora.errors import UserError, attempt, nearest
+from halora.files import sync_folder
 from halora.hardware.chip import Chip
 from halora.hardware.fill import layer_fill
 from halora.hardware.mapping import LM_HEAD
@@ -325,6 +326,7 @@ def _embedded_folder(model: str, dtype: Dtype = "fp32") -> Path:
             _save_with_outliers(_embedded_folder(model.removesuffix("-outliers")), scratch)
         else:
             _save_from_gguf(Path(spec.submodule_search_locations[0]), scratch)
+        sync_folder(scratch)
         try:
             scratch.rename(folder)
         except OSError:
