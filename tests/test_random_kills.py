@@ -14,13 +14,13 @@ import yaml
 from commands import background, halora, loss_history, runs, study_of, with_rungs
 from records_audit import differences
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(10800)]
 _LOST = "resumes from its checkpoint: its worker ended"
 
 
 @pytest.mark.parametrize(
     ("model", "steps", "every", "kills"),
-    [("llama", 48, 3, 16), ("smollm2-135m-instruct", 24, 4, 10)],
+    [("llama", 48, 3, 10), ("smollm2-135m-instruct", 24, 4, 6)],
 )
 @pytest.mark.parametrize("database", [False, True], ids=["journal", "postgresql"])
 def test_kills_of_drivers_and_workers_lose_and_repeat_nothing(
