@@ -1,16 +1,9 @@
 """Fixtures shared by all tests: tiny random models of every supported architecture, and a tiny task."""
 
-import importlib.util
 import json
 import os
-import pwd
 import shlex
-import shutil
-import signal
-import socket
-import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
-from services import S3Server, s3_server
+from services import S3Server, postgres, s3_server
 
 torch.set_num_threads(1)
 
@@ -119,40 +112,10 @@ def tiny_trial(tiny_models: dict[str, str], tiny_task: str) -> Callable[..., Any
 
 
 @pytest.fixture(scope="session")
-def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """SQLAlchemy's address of a PostgreSQL server of its own on a free loopback port; skips where there is none."""
-    programs = [shutil.which(name) for name in ("initdb", "postgres")]
-    if None in programs or importlib.util.find_spec("psycopg") is None:
-        pytest.skip("PostgreSQL or psycopg is not installed")
-    folder = tmp_path_factory.mktemp("postgresql")
-    as_user: dict[str, Any] = {}
-    if os.getuid() == 0:  # the server refuses to run as root
-        owner = pwd.getpwnam("postgres")
-        os.chown(folder, owner.pw_uid, owner.pw_gid)
-        for parent in folder.parents[:3]:
-            parent.chmod(0o755)
-        as_user = {"user": owner.pw_uid, "group": owner.pw_gid, "extra_groups": []}
-    initialise = [programs[0], "-D", folder / "data", "-U", "postgres", "-A", "trust", "-N"]
-    subprocess.run(list(map(str, initialise)), check=True, capture_output=True, cwd="/", **as_user)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    serve = [programs[1], "-D", folder / "data", "-h", "127.0.0.1", "-p", port, "-k", folder, "-F"]
-    server = subprocess.Popen(list(map(str, serve)), stderr=subprocess.DEVNULL, cwd="/", **as_user)
-    try:
-        end = time.monotonic() + 120
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                break
-            except OSError:
-                assert server.poll() is None
-                assert time.monotonic() < end
-                time.sleep(0.1)
-        yield f"postgresql+psycopg://postgres@127.0.0.1:{port}/postgres"
-    finally:
-        server.send_signal(signal.SIGINT)  # its fast shutdown
-        server.wait(60)
+def postgresql() -> Iterator[str]:
+    """SQLAlchemy's address of a PostgreSQL server with an empty database."""
+    with postgres() as uri:
+        yield uri
 
 
 @pytest.fixture(scope="session")

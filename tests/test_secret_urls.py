@@ -134,7 +134,7 @@ def test_no_secret_of_a_url_is_in_any_file_or_line_of_a_sweep(simulated, halora,
                 patch.setenv(name, url)
                 refused(f"sweep launch {simulated} --store {store}", 2)
     assert not store.exists()
-    monkeypatch.setenv("HALORA_STUDY_URL", postgresql.replace("postgres@", "postgres:hush@"))
+    monkeypatch.setenv("HALORA_STUDY_URL", postgresql.replace("halora@", "halora:hush@"))
     for arguments in (f"launch {simulated}", "status", "resume s", "report s"):
         refused(f"sweep {arguments} --store {store}", 0)
     monkeypatch.setenv("HALORA_STUDY_URL", "postgresql+psycopg://u:hush@127.0.0.1:9/db")
