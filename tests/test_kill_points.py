@@ -116,7 +116,7 @@ def sweep(tiny_models, tiny_task):
     return SweepConfig.model_validate(content | {"constraints": bounds})
 
 
-def _drive(sweep, store):
+def _drive(sweep, store, curves=None):
     """What a launch and a resume do with a simulated sweep, but for the delivery to MLflow."""
     folder = store.sweep(sweep.name)
     with only_driver(folder):
@@ -124,7 +124,7 @@ def _drive(sweep, store):
         core, recorder, trial_files = open_core(sweep, store, clock), SweepRecorder(folder, sweep), TrialFiles(folder)
         try:
             listener = _Recording(sweep, core, recorder, _Quiet(), trial_files, folder)
-            simulate(core, _Curves(), clock, report_every=2, listener=listener, folder=folder)
+            simulate(core, curves or _Curves(), clock, report_every=2, listener=listener, folder=folder)
             record_as_studied(core.trials(), recorder)
             recorder.record_estimates(core.estimates())
             recorder.finish(interrupted=not core.over)
@@ -180,6 +180,28 @@ def _killed_and_resumed(axe, sweep, store, at):
     assert not is_running(store.sweep(sweep.name))
     _drive(sweep, store)
     return _outcome(sweep, store)
+
+
+class _Diverging(_Curves):
+    """The largest rank ends without an accuracy."""
+
+    def accuracy(self, values, step, chip):
+        return float("nan") if values["lora.rank"] == 8 else super().accuracy(values, step, chip)
+
+
+def test_a_trial_without_an_accuracy_has_failed_for_study_and_records_alike(sweep, tmp_path):
+    """The records once called it finished."""
+    store = _place(tmp_path, "diverging")
+    trial = sweep.trial | {"evaluation": {"chip_instances": 1, "rows": 4}}
+    plain = {"constraints": (), "early_stopping": None, "racing": None, "trial": trial}
+    _drive(sweep.model_copy(update=plain), store, _Diverging())
+    outcome = _outcome(sweep, store)
+    failed = {number for number, values, state, *_ in outcome["trials"] if state == "failed"}
+    assert failed == {number for number, values, *_ in outcome["trials"] if values["lora.rank"] == 8}
+    assert failed
+    recorded = {number: (state, cause) for number, state, cause, *_ in outcome["points"]}
+    told = ("failed", "its accuracy is nan, not a number")
+    assert {number for number, state in recorded.items() if state == told} == failed
 
 
 @pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.slow)])

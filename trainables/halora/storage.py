@@ -102,7 +102,8 @@ class TrialStorage:
         return self._looked_for(lambda: self._fetch_newest(folder, moments))
 
     def _fetch_newest(self, folder: Path, moments: bool) -> bool:
-        scratch = folder / f".fetched.{secrets.token_hex(4)}.partial"
+        scratch = folder / ".fetched.partial"  # one process at a time fetches into a folder
+        shutil.rmtree(scratch, ignore_errors=True)  # of one that was killed
         try:
             name, manifest = self._newest()
             for file in manifest:
