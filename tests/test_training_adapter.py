@@ -10,13 +10,14 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
+from tiny_families import FAMILIES
 from training_runs import run_losses
 from transformers import AutoModelForCausalLM
 
 from halora.errors import UserError
 from halora.hardware.addressing import NoiseKey, Role
+from halora.hardware.families import LINEAR_NAMES
 from halora.hardware.noise import programmed_weight
-from halora.settings.training import LINEAR_NAMES
 from halora.training.adapter import attach, attach_saved, detach, regulariser
 from halora.training.adapter_config import read_lora_config
 from halora.training.rram import ChipInstance
@@ -103,7 +104,7 @@ def runner() -> TrialRunner:
     return TrialRunner()
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("architecture", FAMILIES)
 def test_a_branch_computed_with_its_layer_is_peft_s(runner, tiny_trial, architecture):
     """Outputs and all gradients of every adapted layer, on noisy weights made again in the backward."""
     config = tiny_trial(architecture, lora={"variant": "rslora"})

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from tiny_families import FAMILIES
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
@@ -15,9 +16,9 @@ from halora.hardware.addressing import NoiseKey, Role
 from halora.hardware.chip import load_chip
 from halora.hardware.converter_model import fit_converters
 from halora.hardware.converters import ExactReads, tilewise_product
+from halora.hardware.families import LINEAR_NAMES
 from halora.hardware.instance import ChipInstance
 from halora.hardware.noise import Programming, noise_to_signal_db, programmed_weight
-from halora.settings.training import LINEAR_NAMES
 from halora.training.models import load_base
 from halora.training.rram import RramLinear, install
 
@@ -39,7 +40,7 @@ def _logits(model: nn.Module) -> torch.Tensor:
     return model(input_ids=TOKENS).logits
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("architecture", FAMILIES)
 def test_a_programmed_model_computes_with_the_noisy_weights(tiny_models, architecture):
     base = load_base(tiny_models[architecture], "fp32")
     array = install(base.causal_lm)
