@@ -44,7 +44,7 @@ def _logits(model: nn.Module) -> torch.Tensor:
 def test_a_programmed_model_computes_with_the_noisy_weights(tiny_models, architecture):
     base = load_base(tiny_models[architecture], "fp32")
     array = install(base.causal_lm)
-    assert len(array.layers) == 2 * 7 + 1  # the output projection, here off the chip
+    assert [layer.name for layer in array.layers] == [*base.shape.all_layers]
     plain = _plain(tiny_models[architecture])
     frozen = {name: tensor.clone() for name, tensor in base.causal_lm.state_dict().items()}
     torch.testing.assert_close(_logits(base.causal_lm), _logits(plain), rtol=0, atol=1e-5)
@@ -52,6 +52,7 @@ def test_a_programmed_model_computes_with_the_noisy_weights(tiny_models, archite
     array.program(INSTANCE)
     noisy = _logits(base.causal_lm)
     db = array.noise_db()
+    assert list(db) == [*base.shape.linear_layers]  # not the output projection, here off the chip
     for name, linear in _linears(plain).items():
         key = replace(INSTANCE.key, module=name, purpose="programming")
         programmed = programmed_weight(linear.weight.data, CHIP, key, 0.05)
