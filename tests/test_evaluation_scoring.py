@@ -52,7 +52,7 @@ def test_one_pass_scores_every_option_as_a_sequence_of_its_own(tiny_models, tiny
 
 
 @pytest.mark.parametrize("converters", ["exact", "statistical"])
-@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "phi3", "gemma3_text"])
 def test_scores_on_a_chip_do_not_depend_on_the_batch(tiny_models, tiny_task, architecture, converters):
     chip = load_chip({"preset": "halora-2026", "adc": {"bits": 6}, "noise": {"sigma": 0.05}, "read": {"white_us": 0.4}})
     base = load_base(tiny_models[architecture], "fp32")

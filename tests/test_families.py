@@ -21,6 +21,7 @@ from halora.hardware.energy import energy_per_token
 from halora.hardware.families import FAMILIES, Family, adapted
 from halora.hardware.fill import estimated_fill
 from halora.hardware.shapes import ModelShape
+from halora.selection import bundle_reading
 from halora.settings.training import LoraSettings
 from halora.training.adapter import attach, detach, lora_pairs
 from halora.training.batches import lay_out, pack_answer
@@ -128,6 +129,15 @@ def test_targets_mean_the_same_weights_in_every_family(targets, separate, fused)
     assert adapted(["w_pack", "q_proj"], ["w_pack"]) == ("w_pack",)  # somebody else's layer
 
 
+def test_a_bundle_s_adapter_sits_where_its_trial_asks_for_it():
+    asked = LoraSettings().targets
+    for stored in (asked, ("qkv_proj", "gate_up_proj", "down_proj")):
+        assert bundle_reading._as_asked([*stored], asked) == sorted(asked)
+    for stored in (asked[:-1], (*asked, "o_proj"), ("qkv_proj", "down_proj")):
+        assert bundle_reading._as_asked([*stored], asked) == sorted(stored)
+    assert bundle_reading._as_asked("all-linear", asked) == "all-linear"
+
+
 def test_targets_of_no_family_are_refused():
     with pytest.raises(ValidationError, match=r"targets must be some of q_proj, .*, gate_up_proj; got w_pack"):
         LoraSettings(targets=("q_proj", "w_pack"))
@@ -228,7 +238,7 @@ def test_a_fused_layer_is_as_full_as_its_parts_are_on_average():
 
 
 def test_rows_that_would_rotate_the_others_of_their_batch_are_refused(tiny_models):
-    """`longrope` takes other frequencies for a whole batch once its longest row is beyond what it was first trained with."""
+    """`longrope` rotates a whole batch otherwise once one of its rows is longer than the first training's."""
     base = load_base(tiny_models["phi3"], "fp32")
     rows = [Row("short", "one", (" two",), 0), Row("long", "one " * 30, (" two",), 0)]
     longrope = {"rope_type": "longrope", "original_max_position_embeddings": 20}

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny_families import FAMILIES
+from tiny_families import FEWER
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
@@ -40,7 +40,7 @@ def _logits(model: nn.Module) -> torch.Tensor:
     return model(input_ids=TOKENS).logits
 
 
-@pytest.mark.parametrize("architecture", FAMILIES)
+@pytest.mark.parametrize("architecture", FEWER)
 def test_a_programmed_model_computes_with_the_noisy_weights(tiny_models, architecture):
     base = load_base(tiny_models[architecture], "fp32")
     array = install(base.causal_lm)

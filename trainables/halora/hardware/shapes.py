@@ -1,5 +1,6 @@
 """The dimensions of a model that its energy depends on: known by name, or read from a `config.json`. No download."""
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -14,6 +15,8 @@ from halora.hardware.families import LINEARS, adapted, family_of, parts_of
 from halora.hardware.fill import LayerFill, estimated_fill
 from halora.hardware.mapping import LM_HEAD
 from halora.reading import is_file, read_object
+
+_TUNING = re.compile(r"-(instruct|base|it|pt)$")  # endings of hub ids, of models of the same dimensions
 
 
 @dataclass(frozen=True)
@@ -141,13 +144,12 @@ def known_shape(model: str) -> ModelShape | None:
     """Dimensions of a model that needs neither download nor conversion: a known name or hub id, or a `config.json`.
 
     Raises:
-        UserError: The file is not a configuration of a dense LLaMA or Qwen model.
+        UserError: The file is not a configuration of a model of a declared family.
     """
     if model in named_shapes():
         return named_shapes()[model]
-    hub_id = model.lower().removesuffix("-instruct")
     for name, entry in _known_models().items():
-        if entry["hub"].lower().removesuffix("-instruct") == hub_id:
+        if _TUNING.sub("", entry["hub"].lower()) == _TUNING.sub("", model.lower()):
             return named_shapes()[name]
     return _read_shape(Path(model)) if is_file(model) else None
 
@@ -159,7 +161,7 @@ def _read_shape(path: Path) -> ModelShape:
     except UserError as error:
         raise UserError([f"model '{path}': {problem}" for problem in error.problems]) from None
     except KeyError as error:
-        raise UserError(f"model '{path}' has no {error}; the config.json of a LLaMA or Qwen model has") from None
+        raise UserError(f"model '{path}' has no {error}; the config.json of such a model has") from None
 
 
 @cache
