@@ -3,9 +3,10 @@
 import json
 import os
 import shlex
+import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 from services import S3Server, postgres, s3_server
+from tiny_families import FAMILIES, tiny_model
 
 torch.set_num_threads(1)
 
@@ -21,58 +23,36 @@ VOCABULARY = 49152
 _COLOURS = {"grass": "green", "snow": "white", "coal": "black", "blood": "red", "the sea": "blue"}
 
 
-def _architectures() -> dict[str, Any]:
-    from transformers import (
-        LlamaConfig,
-        LlamaForCausalLM,
-        Qwen2Config,
-        Qwen2ForCausalLM,
-        Qwen3Config,
-        Qwen3ForCausalLM,
-    )
+class _TinyModels(Mapping[str, str]):
+    """Folder of a family's tiny model with SmolLM2's tokenizer, made when it is asked for."""
 
-    return {
-        "llama": (LlamaConfig, LlamaForCausalLM),
-        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-    }
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __getitem__(self, family: str) -> str:
+        from transformers import AutoTokenizer
+
+        from halora.training.models import find_model
+
+        folder, tokenizer = self._folder / family, self._folder / "tokenizer"
+        if not tokenizer.exists():
+            AutoTokenizer.from_pretrained(find_model("smollm2-135m-instruct")).save_pretrained(tokenizer)
+        if not folder.exists():
+            shutil.copytree(tokenizer, folder)
+            tiny_model(family, VOCABULARY).save_pretrained(folder)
+        return str(folder)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(FAMILIES)
+
+    def __len__(self) -> int:
+        return len(FAMILIES)
 
 
 @pytest.fixture(scope="session")
-def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Folder of a random two-layer model, with SmolLM2's tokenizer, by architecture name."""
-    from transformers import AutoTokenizer
-
-    from halora.training.models import find_model
-
-    tokenizer = AutoTokenizer.from_pretrained(find_model("smollm2-135m-instruct"))
-    folders = {}
-    for name, (config_class, model_class) in _architectures().items():
-        torch.manual_seed(0)
-        config = config_class(
-            vocab_size=VOCABULARY,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=8,
-            initializer_range=0.2,
-            max_position_embeddings=512,
-            tie_word_embeddings=True,
-            bos_token_id=1,
-            eos_token_id=2,
-        )
-        model = model_class(config)
-        with torch.no_grad():
-            for parameter_name, parameter in model.named_parameters():
-                if parameter_name.endswith("bias"):  # zero by default, which would hide a lost bias
-                    parameter.normal_(std=0.2)
-        folder = tmp_path_factory.mktemp("models") / name
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        folders[name] = str(folder)
-    return folders
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, str]:
+    """Folder of a random two-layer model, with SmolLM2's tokenizer, by the name of its family."""
+    return _TinyModels(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +74,7 @@ def tiny_task(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def tiny_trial(tiny_models: dict[str, str], tiny_task: str) -> Callable[..., Any]:
+def tiny_trial(tiny_models: Mapping[str, str], tiny_task: str) -> Callable[..., Any]:
     """A function that makes the `TrialConfig` of a short training, by default of the tiny LLaMA model under noise.
 
     Its keyword arguments are settings of the training; `architecture`, `chip`, `lora`, `evaluation` and `seed` are the

@@ -12,8 +12,8 @@ import pytest
 from halora.evaluation.chips import ChipScores
 from halora.evaluation.intervals import share
 from halora.hardware.addressing import Role
+from halora.hardware.families import LINEAR_NAMES
 from halora.records.names import BESIDE_METRICS
-from halora.settings.training import LINEAR_NAMES
 from halora.trial_folder import adapter_folder
 from halora.trial_runner import TrialRunner, task_rows
 

@@ -7,7 +7,7 @@ file names is opened. Whatever follows from settings and scores is computed anew
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from math import isclose
 from pathlib import Path
@@ -17,6 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from halora.errors import UserError, attempt, shortened
 from halora.files import sha256_of
+from halora.hardware.families import adapted
 from halora.reading import check_regular, decoded, parse_json, read_regular
 from halora.records.names import CERTIFICATION_FILE, ROBUSTNESS_FILE, SCORES_FILE
 from halora.selection.bundle import (
@@ -289,14 +290,21 @@ def _adapter_problems(stored: Mapping[str, Any], bundle: Bundle) -> Iterator[str
         "use_dora": lora.variant == "dora",
         "base_model_name_or_path": bundle.certification.base,
     }
-    targets = stored["target_modules"]
-    found = {**stored, "target_modules": sorted(targets) if isinstance(targets, list) else targets}
+    found = {**stored, "target_modules": _as_asked(stored["target_modules"], lora.targets)}
     for key, value in wanted.items():
         if found.get(key, False) != value:
             yield f"{ADAPTER_CONFIG}: {key} is {_told(found.get(key))}, {TRIAL_FILE} says {_told(value)}"
     for key in ("rank_pattern", "alpha_pattern", "exclude_modules", "layers_to_transform", "layers_pattern"):
         if stored.get(key):
             yield f"{ADAPTER_CONFIG}: {key} is {_told(stored[key])}, which {TRIAL_FILE} does not say"
+
+
+def _as_asked(stored: Any, targets: Sequence[str]) -> Any:
+    """Stored names of adapted layers, sorted; those that were asked for where the stored ones are what they mean."""
+    if not isinstance(stored, list) or not all(isinstance(name, str) for name in stored):
+        return stored
+    meant = set(adapted(stored, targets)) == set(stored) and all(adapted(stored, [target]) for target in targets)
+    return sorted(targets if meant else stored)
 
 
 def _card_problems(path: Path, expected: str) -> Iterator[str]:

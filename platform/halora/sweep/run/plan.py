@@ -139,7 +139,8 @@ def _scoring_flops(config: TrialConfig, goal: Goal) -> float:
 def _memory_bytes(config: TrialConfig) -> float:
     shape, training = model_shape(config.model), config.training
     weights, width = _weights(shape), 2 if training.dtype == "bf16" else 4
-    adapted = [linear for linear in shape.linears if linear.name in config.lora.targets]
+    names = shape.adapted(config.lora.targets)
+    adapted = [linear for linear in shape.linears if linear.name in names]
     adapter = shape.layers * sum(config.lora.rank * (linear.in_features + linear.out_features) for linear in adapted)
     micro_batch = training.batch_size / (training.gradient_accumulation * training.workers)
     tokens = max(micro_batch, 1) * _tokens_per_row(config, "train")
