@@ -155,7 +155,7 @@ def attend_rounded_alone(
         query: `(batch, heads, tokens, dim)`.
         key: `(batch, groups, seen, dim)`: what a cache holds, and these tokens last.
         value: As `key`.
-        mask: True, or 0 to be added to a score, where a token sees another, `(batch, 1, tokens, seen)`; causal for none.
+        mask: True, or 0 to add to a score, where a token sees another, `(batch, 1, tokens, seen)`; causal for none.
         scaling: Of the scores.
         bits: Below 16.
 
