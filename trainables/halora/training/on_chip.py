@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from halora.errors import UserError
 from halora.hardware.addressing import canonical_name
-from halora.hardware.chip import Chip, Products
+from halora.hardware.chip import Products
 from halora.hardware.converters import reads_are_exact
 from halora.hardware.instance import ChipInstance
 from halora.hardware.rounding import AS_IT_IS, rounded
@@ -54,13 +54,12 @@ def on_chip(
             another kind than LoRA, or a chip lies under it already.
     """
     causal_lm, chip = _causal_lm(model), instance.chip
-    _check(causal_lm, model, chip)
+    chip.mapping.places(shape_of(model).sizes)
     with ExitStack() as undo:
+        array = undo.enter_context(layers_of(model))
         if chip.attention.bits < AS_IT_IS:
             undo.callback(causal_lm.set_attn_implementation, causal_lm.config._attn_implementation)
             use_row_attention(causal_lm)
-        array = install(causal_lm)
-        undo.callback(array.remove_from, causal_lm)
         parts = {name: _SramLinear(part, chip.lora, name) for name, part in _lora_parts(causal_lm).items()}
         for name, part in parts.items():
             undo.callback(causal_lm.set_submodule, name, causal_lm.get_submodule(name))
@@ -93,21 +92,34 @@ def _causal_lm(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _check(causal_lm: Any, model: Any, chip: Chip) -> None:
-    """Refuse what a chip cannot be put under, see `on_chip`."""
-    config = getattr(causal_lm, "config", None)
-    if config is None or not hasattr(causal_lm, "set_attn_implementation"):
+def shape_of(model: Any) -> ModelShape:
+    """Dimensions of a loaded model.
+
+    Raises:
+        UserError: Its family is not modelled, or its weights are quantised.
+    """
+    config = getattr(_causal_lm(model), "config", None)
+    if config is None or not hasattr(_causal_lm(model), "set_attn_implementation"):
         raise UserError(f"a {type(model).__name__} is no causal language model of transformers")
     described = config.to_dict()
     if described.get("quantization_config"):
         raise UserError("the model is quantised; a chip programs plain weights", "load it without quantisation")
     try:
-        shape = ModelShape.from_config(described)
+        return ModelShape.from_config(described)
     except KeyError as error:
         raise UserError(f"the model's configuration has no {error}") from None
     except UserError as error:
         raise UserError([f"the model cannot be put on a chip: {problem}" for problem in error.problems]) from None
-    chip.mapping.places(shape.sizes)
+
+
+@contextmanager
+def layers_of(model: Any) -> Iterator[RramArray]:
+    """The linear layers of a loaded model as a chip can hold them, while the block runs; no chip lies under it yet.
+
+    Raises:
+        UserError: See `on_chip`.
+    """
+    shape, causal_lm = shape_of(model), _causal_lm(model)
     modules = dict(causal_lm.named_modules())
     if any(isinstance(module, RramLinear) for module in modules.values()):
         raise UserError("a chip instance lies under the model already", "leave the block around it first")
@@ -119,6 +131,11 @@ def _check(causal_lm: Any, model: Any, chip: Chip) -> None:
     linears = {canonical_name(name) for name, module in modules.items() if isinstance(module, nn.Linear)}
     if missing := [name for name in shape.linear_layers if name not in linears]:
         raise UserError(f"the model has no plain linear layer '{missing[0]}', and {len(missing)} of them in all")
+    array = install(causal_lm)
+    try:
+        yield array
+    finally:
+        array.remove_from(causal_lm)
 
 
 def _peft_configs(model: Any) -> Mapping[str, Any]:
