@@ -65,9 +65,7 @@ class Chip:
         """
         from halora.api.energy import model_energy
 
-        return model_energy(
-            model, lambda: self.description, rank=rank, tokens=tokens, phase=phase, baseline=baseline
-        )
+        return model_energy(model, lambda: self.description, rank=rank, tokens=tokens, phase=phase, baseline=baseline)
 
     def noise(self, model: Any = None) -> "Noise":
         """Errors of cells and weights as the chip's models state them, or the realised noise of a model's layers.

@@ -88,7 +88,7 @@ class Noise:
         return about | {"model": self.model, "layers": list(self.rows), "mean_db": self.mean_db}
 
     def figure(self) -> "Figure | None":
-        """Errors stated and drawn, of a ramp of weights or the model's first layer in RRAM; none if there is no layer."""
+        """Errors stated and drawn, of a ramp of weights or the model's first layer in RRAM; none without one."""
         if self._drawn is None:
             return None
         name, weight = self._drawn

@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def noisy(model: Any, chip: Any = "halora-2026", instance: int = 0, *, calibration: "Tensor | None" = None) -> Iterator[Any]:
+def noisy(
+    model: Any, chip: Any = "halora-2026", instance: int = 0, *, calibration: "Tensor | None" = None
+) -> Iterator[Any]:
     """Have a model compute as it would on a chip instance while the block runs; then it is what it was, bit for bit.
 
     Works for whatever calls the model's forward: scoring, `generate`, a harness. No gradient reaches the frozen
