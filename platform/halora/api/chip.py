@@ -36,7 +36,7 @@ class Chip:
         overrides: Mapping[str, Any] | None = None,
     ) -> None:
         given = source.description.model_dump(mode="json") if isinstance(source, Chip) else source
-        self.description = _described(str(given) if isinstance(given, Path) else given, overrides or {})
+        self.description: hardware.Chip = _described(str(given) if isinstance(given, Path) else given, overrides or {})
 
     @property
     def name(self) -> str:

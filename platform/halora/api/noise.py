@@ -108,7 +108,7 @@ def chip_noise(chip: Chip, model: Any = None) -> Noise:
         if chip.mapping.outliers.occur:
             ratios["without_outliers_db"] = _realised_db(array, with_mapping(chip, outliers=Outliers()))
         first = next((layer for layer in array.layers if layer.name in ratios["noise_db"]), None)
-        drawn = first and (first.name, first.split(chip)[0].detach().float().cpu())
+        drawn = None if first is None else (first.name, first.split(chip)[0].detach().float().cpu())
     rows = [{"layer": name, **{what: _finite(of[name]) for what, of in ratios.items()}} for name in ratios["noise_db"]]
     means = {what: _finite(mean_db(of.values())) for what, of in ratios.items()}
     return Noise(chip, named(model), rows, means, drawn)

@@ -51,7 +51,7 @@ def show(
     """
     problems: list[str] = []
     described = attempt(problems, lambda: chip_from(chip, set_))
-    _check_model(problems, model, described and described.description)
+    _check_model(problems, model, None if described is None else described.description)
     problems += _picture_problems(picture)
     if problems:
         raise UserError(problems)
