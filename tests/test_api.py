@@ -80,7 +80,9 @@ def _surface():
 
 
 def test_the_surface_is_the_one_that_is_written_down():
-    assert _surface() == SURFACE.read_text().splitlines(), "if this is meant: tests/surface.txt, and a line in CHANGELOG.md"
+    assert _surface() == SURFACE.read_text().splitlines(), (
+        "if this is meant: tests/surface.txt, and a line in CHANGELOG.md"
+    )
     assert dir(surface) == surface.__all__
     with pytest.raises(AttributeError, match="no attribute 'Chop'"):
         surface.Chop  # noqa: B018

@@ -1,6 +1,6 @@
 """One adapter, or an untrained base, scored on chip instances outside a sweep, by the code that a sweep runs."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from halora.trial_folder import ADAPTER_WEIGHTS, TRIAL_FILE, adapter_folder
 if TYPE_CHECKING:
     from halora.evaluation.chips import ChipScores
     from halora.evaluation.damage import Damage
+    from halora.evaluation.harness import HarnessScore
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,59 @@ def evaluated(
         scored, name = runner.scored_rows(config, first_row), f"{config.model} on {config.chip.name}"
         damage = Damage.of(name, found, scored, config.evaluation.scoring)
     return Evaluation(folder, config, found, energy, damage)
+
+
+def evaluated_by_harness(
+    adapter: Path,
+    tasks: Sequence[str],
+    *,
+    chip: str | Path | None = None,
+    instances: int | None = None,
+    documents: int | None = None,
+    first_chip: int = 0,
+    overrides: Mapping[str, Any] | None = None,
+    base: bool = False,
+    say: Callable[[str], None] = lambda text: None,
+) -> "list[HarnessScore]":
+    """Score an adapter, or the untrained base, by tasks of lm-evaluation-harness; see `evaluated`.
+
+    Args:
+        adapter: A trial's folder, a PEFT folder or a bundle; with `base` also a trial's file or a sweep.
+        tasks: Names of the harness's tasks, or paths of their YAML files.
+        chip: A preset's name or a YAML file; the trial's where left out.
+        instances: Number of chip instances.
+        documents: Documents of each task; all where left out.
+        first_chip: Number of the first chip instance of the search pool.
+        overrides: Other values of the trial, by dotted path.
+        base: Score the untrained base alone.
+        say: Told of the progress.
+
+    Raises:
+        UserError: `lm-eval` is not installed, there is no such task, or as `evaluated`.
+    """
+    from halora.evaluation.harness import check_tasks, harness_scores
+
+    check_tasks(tasks)
+    given = {"chip": chip and str(chip), "evaluation.chip_instances": instances}
+    values = {path: value for path, value in given.items() if value is not None} | dict(overrides or {})
+    folder, config = base_alone(adapter, values) if base else adapter_and_trial(adapter, values)
+
+    from halora.trial_runner import TrialRunner
+
+    runner, settings = TrialRunner(), config.evaluation
+    calibration_rows = runner.training_rows(config, settings.calibration_tokens)
+    with runner.adapted(config, folder) as (model, array):
+        return harness_scores(
+            model,
+            array,
+            config.chip,
+            calibration_rows,
+            settings,
+            tasks,
+            documents=documents,
+            first_chip=first_chip,
+            say=say,
+        )
 
 
 def base_alone(where: Path, overrides: Mapping[str, Any]) -> tuple[None, TrialConfig]:

@@ -136,17 +136,31 @@ def evaluate(
         str | None, typer.Option(help="A preset's name or a YAML file; default: the trial's.", show_default=False)
     ] = None,
     task: Annotated[str | None, typer.Option(help="Default: the trial's.", show_default=False)] = None,
-    instances: Annotated[int | None, typer.Option(min=1, help="Number of chip instances.", show_default=False)] = None,
+    instances: Annotated[
+        int | None, typer.Option("--instances", "--chips", min=1, help="Number of chip instances.", show_default=False)
+    ] = None,
     rows: Annotated[int | None, typer.Option(min=2, help="Number of validation rows.", show_default=False)] = None,
     first_chip: Annotated[int, typer.Option(min=0, help="Number of the first chip instance of the search pool.")] = 0,
     first_row: Annotated[int, typer.Option(min=0, help="Validation rows to leave out.")] = 0,
     base: Annotated[
         bool, typer.Option("--base", help="Score the untrained base alone: what the chip does to it before training.")
     ] = False,
+    lm_eval: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TASK[,TASK]",
+            help="Score by tasks of lm-evaluation-harness instead: its names, or YAML files; --rows limits their "
+            "documents.",
+            show_default=False,
+        ),
+    ] = None,
     set_: SetOption = None,
     form: FormatOption = Format.TABLE,
 ) -> None:
     """Score an adapter, or the untrained base, on chip instances of the search pool, by its trial or as told here."""
+    if lm_eval is not None:
+        _evaluate_by_harness(adapter, lm_eval, chip, task, instances, rows, first_chip, first_row, base, set_, form)
+        return
     from halora.api.evaluation import evaluated
 
     found = evaluated(
@@ -165,6 +179,42 @@ def evaluate(
     show_rows(_by_name(found.to_json(), form), form)
     if len(found.scores.chip_seeds) == 1:
         say("one chip: the intervals are over rows alone, and say nothing about other chips")
+
+
+def _evaluate_by_harness(
+    adapter: Path,
+    tasks: str,
+    chip: str | None,
+    task: str | None,
+    instances: int | None,
+    documents: int | None,
+    first_chip: int,
+    first_row: int,
+    base: bool,
+    set_: list[str] | None,
+    form: Format,
+) -> None:
+    from halora.api.evaluation import evaluated_by_harness
+
+    if first_row:
+        raise UserError("--first-row does not go with --lm-eval", "the harness takes a task's first documents")
+    overrides = overrides_from(set_, example="chip.adc.bits=6") | ({} if task is None else {"task": task})
+    found = evaluated_by_harness(
+        adapter,
+        [name for name in tasks.split(",") if name],
+        chip=chip,
+        instances=instances,
+        documents=documents,
+        first_chip=first_chip,
+        overrides=overrides,
+        base=base,
+        say=say,
+    )
+    rows = [each.to_json() for each in found]
+    if form is not Format.JSON:
+        for row in rows:
+            row["by_chip"] = " ".join(f"{value:.4g}" for value in row["by_chip"])
+    show_rows(rows, form)
 
 
 def _by_name(values: dict[str, Any], form: Format) -> list[dict[str, Any]]:
