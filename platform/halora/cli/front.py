@@ -42,9 +42,7 @@ def show(
     store: StoreOption = None,
 ) -> None:
     """Trials no other trial beats in every objective, by rising energy."""
-    place = open_store(store)
-    place.existing(name)
-    print_front(name, place, form, everything=all_, conditions=filter_ or (), objectives=objective or ())
+    print_front(name, open_store(store), form, everything=all_, conditions=filter_ or (), objectives=objective or ())
 
 
 def print_front(
@@ -61,14 +59,10 @@ def print_front(
     Raises:
         UserError: A condition or an objective does not fit the recorded trials.
     """
-    from halora.analysis.summary import view_front
-    from halora.analysis.trials import DEFAULT_OBJECTIVES, check_objectives, filtered, objective
-    from halora.records.index import read_sweep_state
+    from halora.api.front import Front
+    from halora.api.store import Store as Surface
 
-    points = read_sweep_state(store, name).points()
-    aims = [objective(text) for text in objectives] or DEFAULT_OBJECTIVES
-    check_objectives(points, aims)
-    view = view_front(filtered(points, conditions), aims)
+    view = Front(Surface(store), name, objectives, conditions).view
     rows = _rows(view, form, everything)
     if rows or form is not Format.TABLE:
         feasible = len(view.groups.feasible)

@@ -30,6 +30,7 @@ from halora.records.store import Store
 from halora.sweep.cluster.cluster import Cluster
 
 if TYPE_CHECKING:
+    from halora.api.sweep import Sweep
     from halora.spaces.sweep import SweepConfig
     from halora.sweep.run.launch import Outcome
 
@@ -84,8 +85,6 @@ def launch(
     metrics_port: MetricsPortOption = None,
 ) -> None:
     """Run a sweep to its end, on this machine or in a cluster, and print its front. SWEEP `-` is read from stdin."""
-    from halora.spaces.sweep import load_sweep
-
     cluster = Cluster.at(address, wheel)
     if simulate and cluster.address:
         raise UserError("--simulate takes results from a table of this machine", "leave --address out")
@@ -94,22 +93,19 @@ def launch(
     if probe or not dry_run:
         detached(cluster, name or Path(sweep).stem, dry_run or follow, sweep)
 
-    overrides = overrides_from(set_)
-    overrides |= {key: value for key, value in (("name", name), ("seed", seed)) if value is not None}
-    config = load_sweep(sweep, overrides)
-    place = open_store(store, tracking_uri, checkpoint_url)
-    _tell_free_knobs(config)
+    from halora.api.store import Store as Surface
+    from halora.api.sweep import Sweep
+
+    overrides, place = overrides_from(set_), open_store(store, tracking_uri, checkpoint_url)
+    described = Sweep(sweep, overrides, name=name, seed=seed, store=Surface(place)).validate()
+    _tell_free_knobs(described.config)
     if dry_run:
-        _print_plan(config)
+        _print_plan(described.config)
         if probe:
-            _probe(config, place, cluster)
+            _probe(described.config, place, cluster)
         return
-
-    from halora.sweep.run import launch as launching
-
-    with SweepProgress(config.trials) as progress:
-        outcome = launching.launch(config, place, progress, simulate, cluster=cluster, metrics_port=metrics_port)
-    _close(config.name, place, outcome)
+    outcome = described.launch(simulate, address=address, wheel=wheel, metrics_port=metrics_port)
+    _close(described.name, place, outcome)
 
 
 @app.command()
@@ -124,20 +120,9 @@ def resume(
     metrics_port: MetricsPortOption = None,
 ) -> None:
     """Resume a sweep: unfinished trials from their checkpoints, then the rest, and records MLflow lacks."""
-    from halora.sweep.run.state import load_core
-
-    cluster = Cluster.at(address, wheel)
-    detached(cluster, name, follow)
-
+    detached(Cluster.at(address, wheel), name, follow)
     place = open_store(store, tracking_uri, checkpoint_url)
-    config, core = load_core(name, place)
-
-    from halora.sweep.run import launch as launching
-
-    with SweepProgress(config.trials) as progress:
-        counts = core.counts()
-        progress.already_ended(counts["finished"], counts["failed"])
-        outcome = launching.resume(name, place, progress, cluster=cluster, metrics_port=metrics_port)
+    outcome = _launched(name, place).resume(address=address, wheel=wheel, metrics_port=metrics_port)
     _close(name, place, outcome)
 
 
@@ -145,16 +130,13 @@ def resume(
 def stop(name: NameArgument, store: StoreOption = None, address: AddressOption = None) -> None:
     """Ask a running sweep to pause its trials at their next report, and to end; close the records of a killed one."""
     elsewhere(Cluster.at(address))
-    from halora.sweep.run.state import is_running, load_core
-
     place = open_store(store)
-    _, core = load_core(name, place)
-    if not is_running(place.sweep(name)):
-        talk.print(f"sweep '{name}' is not running", markup=False)
-        _close_records(name, place)
+    if _launched(name, place).stop():
+        left = f"sweep '{name}' ends after the next reports; resume it with: halora sweep resume {name}"
+        talk.print(left, markup=False)
         return
-    core.request_stop()
-    talk.print(f"sweep '{name}' ends after the next reports; resume it with: halora sweep resume {name}", markup=False)
+    talk.print(f"sweep '{name}' is not running", markup=False)
+    _close_records(name, place)
 
 
 @app.command()
@@ -167,22 +149,15 @@ def status(
     """Trials of sweeps by state."""
     elsewhere(Cluster.at(address))
     from halora.spaces.sweep import shipped_sweeps
-    from halora.sweep.run.state import is_running, load_core
 
     place = open_store(store)
     rows: list[dict[str, Any]] = []
     for each in [name] if name else place.sweeps():
         try:
-            config, core = load_core(each, place)
-            counts = core.counts()
+            rows.append(_launched(each, place).status())
         except UserError as error:
             _tell_unreadable(each, error, alone=name is not None)
             rows.append({"sweep": each, "state": "unreadable"})
-            continue
-        running = is_running(place.sweep(each))
-        ended = counts["waiting"] == counts["unfinished"] == 0
-        state = "running" if running else "ended" if ended else "interrupted"
-        rows.append({"sweep": each, "state": state, "trials": config.trials, **counts})
     if rows or form is not Format.TABLE:
         show_rows(rows, form)
     else:
@@ -279,11 +254,22 @@ def report(name: NameArgument, store: StoreOption = None, address: AddressOption
 @app.command()
 def validate(sweep: SweepArgument, set_: SweepSetOption = None) -> None:
     """Check a sweep file; all errors are reported together."""
-    from halora.spaces.sweep import load_sweep
+    from halora.api.sweep import Sweep
 
-    config = load_sweep(sweep, overrides_from(set_))
+    config = Sweep(sweep, overrides_from(set_)).validate().config
     _tell_free_knobs(config)
     talk.print(f"{sweep}: valid, {config.trials} trials over {len(config.space)} searched fields", markup=False)
+
+
+def _launched(name: str, place: Store) -> "Sweep":
+    """A sweep of the store.
+
+    Raises:
+        UserError: There is none of that name.
+    """
+    from halora.api.store import Store as Surface
+
+    return Surface(place).sweep(name)
 
 
 def _tell_free_knobs(sweep: "SweepConfig") -> None:

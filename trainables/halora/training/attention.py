@@ -128,12 +128,15 @@ def _row_attention(
     **others: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """What `transformers` asks of an attention: query (1, heads, tokens, dim) -> (1, tokens, heads, dim)."""
+    bits = getattr(module, _BITS, AS_IT_IS)
     if row_layout is None:
+        if bits < AS_IT_IS:
+            return attend_rounded_alone(query, key, value, attention_mask, scaling, bits), None
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
     row_layout = row_layout.within(sliding_window)
-    if (bits := getattr(module, _BITS, AS_IT_IS)) < AS_IT_IS:
+    if bits < AS_IT_IS:
         return attend_rounded(query, key, value, row_layout, scaling, bits), None
     attend = attend_on_cpu if query.device.type == "cpu" else _attend
     return attend(query, key, value, row_layout, scaling), None
@@ -150,6 +153,11 @@ def set_attention_bits(modules: Iterable[nn.Module], bits: int) -> None:
         setattr(module, _BITS, bits)
 
 
+def forget_attention_bits(module: nn.Module) -> None:
+    """Leave nothing of `set_attention_bits` behind."""
+    vars(module).pop(_BITS, None)
+
+
 def attend_rounded(query: Tensor, key: Tensor, value: Tensor, layout: RowLayout, scaling: float, bits: int) -> Tensor:
     """Attention as digital macros compute it, without a gradient: what is multiplied has `bits` bits.
 
@@ -159,17 +167,43 @@ def attend_rounded(query: Tensor, key: Tensor, value: Tensor, layout: RowLayout,
 
     Shapes are those of `attend_on_cpu`; `bits` is below 16.
     """
-    groups = key.shape[1]
     q, k, v = (_padded(rounded(states, bits, dim=-1), layout).float() for states in (query, key, value))
-    rows, heads, longest, dim = q.shape
-    q = q.view(rows, groups, heads // groups, longest, dim).mul_(scaling)
-    scores = (q @ k[:, :, None].transpose(-1, -2)).masked_fill_(~layout.visible[:, None], -torch.inf)
+    return _end_to_end(_rounded_softmax(q, k, v, layout.visible, scaling, bits), layout).to(query.dtype)
+
+
+def attend_rounded_alone(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, bits: int
+) -> Tensor:
+    """The same for sequences that are not packed, as `transformers` lays them out, with or without a cache.
+
+    Args:
+        query: `(batch, heads, tokens, dim)`.
+        key: `(batch, groups, seen, dim)`: what a cache holds, and these tokens last.
+        value: As `key`.
+        mask: True, or 0 to add to a score, where a token sees another, `(batch, 1, tokens, seen)`; causal for none.
+        scaling: Of the scores.
+        bits: Below 16.
+
+    Returns:
+        `(batch, tokens, heads, dim)` in the query's dtype.
+    """
+    if mask is None:
+        tokens, seen = query.shape[2], key.shape[2]
+        mask = torch.ones(tokens, seen, dtype=torch.bool, device=query.device).tril(seen - tokens)[None, None]
+    visible = mask if mask.dtype == torch.bool else mask == 0
+    q, k, v = (rounded(states, bits, dim=-1).float() for states in (query, key, value))
+    return _rounded_softmax(q, k, v, visible, scaling, bits).transpose(1, 2).contiguous().to(query.dtype)
+
+
+def _rounded_softmax(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scaling: float, bits: int) -> Tensor:
+    """Attention (rows, heads, tokens, dim) of float32 states, by softmax weights of so many bits."""
+    (rows, heads, tokens, dim), groups = q.shape, k.shape[1]
+    q = q.reshape(rows, groups, heads // groups, tokens, dim) * scaling
+    scores = (q @ k[:, :, None].transpose(-1, -2)).masked_fill_(~visible[:, None], -torch.inf)
     scores.sub_(scores.amax(dim=-1, keepdim=True).nan_to_num_(neginf=0.0))
-    steps = 2**bits - 1
-    weights = scores.exp_().mul_(steps).round_()
+    weights = scores.exp_().mul_(2**bits - 1).round_()
     total = weights.sum(dim=-1, keepdim=True).clamp_min_(1.0)  # 0 where no token stands
-    found = (weights @ v[:, :, None]).div_(total).view(rows, heads, longest, dim)
-    return _end_to_end(found, layout).to(query.dtype)
+    return (weights @ v[:, :, None]).div_(total).view(rows, heads, tokens, dim)
 
 
 def _padded(states: Tensor, layout: RowLayout) -> Tensor:

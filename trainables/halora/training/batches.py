@@ -67,21 +67,27 @@ def encode(row: Row, tokenizer: Any, only: int | None = None) -> tuple[list[int]
         UserError: An option has no tokens, or the prompt has none and the tokenizer no token to begin with.
     """
     texts = row.options if only is None else row.options[only : only + 1]
-    pieces = [row.prompt, *(row.prompt + text for text in texts)]
-    alone, *wholes = (tokenizer(text, add_special_tokens=False).input_ids for text in pieces)
-    shared = sum(1 for _ in takewhile(lambda ids: len(set(ids)) == 1, zip(alone, *wholes, strict=False)))
-    prompt, options = alone[:shared], [whole[shared:] for whole in wholes]
-    opening = _opening(tokenizer)
-    if prompt[: len(opening)] != opening:  # a chat template may have written it already
-        prompt = opening + prompt
-    if not prompt:
-        first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-        prompt = [] if first is None else [first]
+    prompt, options = encode_texts(row.prompt, texts, tokenizer)
     if not prompt or not all(options) or not all(texts):
         raise UserError(f"row '{row.row_id}' has an empty prompt or option")
     if len(row.options) == 1 and tokenizer.eos_token_id is not None:
         options = [[*options[0], tokenizer.eos_token_id]]
     return prompt, options
+
+
+def encode_texts(prompt: str, texts: Sequence[str], tokenizer: Any) -> tuple[list[int], list[list[int]]]:
+    """Token ids of a prompt and of each text that may follow it, see `encode`; empty where nothing is left."""
+    pieces = [prompt, *(prompt + text for text in texts)]
+    alone, *wholes = (tokenizer(text, add_special_tokens=False).input_ids for text in pieces)
+    shared = sum(1 for _ in takewhile(lambda ids: len(set(ids)) == 1, zip(alone, *wholes, strict=False)))
+    first, options = alone[:shared], [whole[shared:] for whole in wholes]
+    opening = _opening(tokenizer)
+    if first[: len(opening)] != opening:  # a chat template may have written it already
+        first = opening + first
+    if not first:
+        begins = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        first = [] if begins is None else [begins]
+    return first, options
 
 
 @lru_cache(maxsize=4)
@@ -100,15 +106,16 @@ def _opening(tokenizer: Any) -> list[int]:
 
 def pack(row: Row, tokenizer: Any) -> PackedRow:
     """Lay a row out with all of its options."""
-    return _pack(row.row_id, *encode(row, tokenizer), row.answer)
+    return pack_tokens(row.row_id, *encode(row, tokenizer), row.answer)
 
 
 def pack_answer(row: Row, tokenizer: Any) -> PackedRow:
     """Lay a row out with its right option only."""
-    return _pack(row.row_id, *encode(row, tokenizer, only=row.answer), 0)
+    return pack_tokens(row.row_id, *encode(row, tokenizer, only=row.answer), 0)
 
 
-def _pack(row_id: str, prompt: list[int], options: list[list[int]], answer: int) -> PackedRow:
+def pack_tokens(row_id: str, prompt: list[int], options: list[list[int]], answer: int = 0) -> PackedRow:
+    """Lay out what is tokens already."""
     tokens, segments, positions = list(prompt), [0] * len(prompt), list(range(len(prompt)))
     sources: list[int] = []
     for index, option in enumerate(options):
