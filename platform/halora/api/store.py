@@ -24,8 +24,7 @@ class Store:
     Args:
         folder: Its folder, or itself as the commands take it; `$HALORA_STORE`, or `./halora-store`.
         tracking_uri: MLflow server or database to record in; `$HALORA_TRACKING_URI`, or a SQLite file in the store.
-        checkpoint_url: Path or URL for the trials' checkpoints, which every worker reaches; `$HALORA_CHECKPOINT_URL`, or
-            the store.
+        checkpoint_url: Path or URL for checkpoints, which every worker reaches; `$HALORA_CHECKPOINT_URL`, or the store.
 
     Attributes:
         place: The same, as the commands take it.
