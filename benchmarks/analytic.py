@@ -122,7 +122,7 @@ class AnalyticCurves:
         *costs, loss = self.function.reference
         names = COSTS[: len(costs)]
         settings = {
-            "levels": lambda values: [Goal(self.steps, chip_instances)],
+            "goals": lambda values: [Goal(self.steps, chip_instances)],
             "settings": SearchSettings(skip_unreachable=False),
             "accuracy_floor": 1 - loss - self.gap,
             "constraints": [Constraint.model_validate(f"{metric} >= 0") for metric in self.function.constraints],

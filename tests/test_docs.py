@@ -21,7 +21,7 @@ from halora.spaces.sweep import load_sweep, load_trial
 from halora.training.tasks import load_rows
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("adding-a-noise-model", "adding-a-chip", "adding-a-task", "adding-a-search-space")
+PAGES = ("adding-a-noise-model", "adding-a-chip", "adding-a-task", "adding-a-search-space", "python")
 TEXTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md")
 FENCE = re.compile(r"^```(\w+)(?: (\S+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 

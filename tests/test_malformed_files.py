@@ -161,7 +161,7 @@ def _override(data: st.DataObject, folder: Path) -> None:
 def _chip(data: st.DataObject, folder: Path) -> None:
     preset = data.draw(st.sampled_from(preset_names()))
     content = (PRESETS / f"{preset}.yaml").read_text(encoding="utf-8")
-    chip = chip_from(_written(folder / "chip.yaml", _text(data, content)), None)
+    chip = chip_from(_written(folder / "chip.yaml", _text(data, content)), None).description
     json.dumps(chip.model_dump(mode="json"), allow_nan=False).encode()
 
 

@@ -21,7 +21,9 @@ from halora.analysis.summary import view_front
 from halora.analysis.trials import DEFAULT_OBJECTIVES, RecordedTrial, objective, projections
 from halora.dashboard.app import create_app
 from halora.errors import UserError
+from halora.events import FrontMoved
 from halora.records import names
+from halora.records.event_log import read
 from halora.records.publishing import publish
 from halora.records.recorder import SweepRecorder
 from halora.records.store import Store
@@ -89,10 +91,10 @@ def test_optuna_s_own_record_has_all_three_objectives():
 
 def test_rungs_promote_by_all_three():
     levels = [Goal(9, 1), Goal(27, 1)]
-    core = _run(_problem(levels=lambda values: levels, reduction_factor=3))
+    core = _run(_problem(goals=lambda values: levels, reduction_factor=3))
     trials = core.trials()
     assert sum(trial.state is State.FINISHED for trial in trials) == 10
-    table = np.array([[t.scores[0]["accuracy"], *t.costs.values()] for t in trials])
+    table = np.array([[t.scores[0].metrics["accuracy"], *t.costs.values()] for t in trials])
     problem = _problem()
     kept = promotion_order(table, THREE, problem.reference, 10)
     promoted = [trial.number for trial in trials if len(trial.scores) == 2]
@@ -102,7 +104,7 @@ def test_rungs_promote_by_all_three():
 def test_rungs_on_two_objectives_are_what_they_were_with_a_third_that_never_varies():
     two = AnalyticCurves(FUNCTIONS["zdt1"], curve="saturating")
     levels = [Goal(3, 1), Goal(9, 1), Goal(27, 1)]
-    settings = {"levels": lambda values: levels, "reduction_factor": 3, "trials": 40}
+    settings = {"goals": lambda values: levels, "reduction_factor": 3, "trials": 40}
     plain = two.problem("two", settings=SearchSettings(sampler="random", skip_unreachable=False), **settings)
     costs, reference = plain.costs, (*plain.reference, 2.0)
     third = two.problem("three", settings=plain.settings, **settings)
@@ -120,7 +122,7 @@ def test_a_race_decides_places_in_three_objectives():
     noisy = AnalyticCurves(OF_THREE["dtlz2, three"], chip_std=0.3)
     racing = Racing(extra=20, most=8, at_once=2)
     core = _run(_problem(noisy, trials=15, chip_instances=3, racing=racing), noisy)
-    chips = [len(trial.scores[-1]["accuracy_by_chip"]) for trial in core.trials()]
+    chips = [len(trial.scores[-1].accuracy_by_chip) for trial in core.trials()]
     assert sum(chips) - 45 == 20
     assert max(chips) <= 8
 
@@ -303,7 +305,7 @@ def test_objectives_that_make_no_sense_are_refused(changes, told):
 
 
 def test_records_report_page_and_command_line_go_by_the_sweeps_objectives(
-    tmp_path, tiny_models, tiny_task, halora_json
+    tmp_path, tiny_models, tiny_task, halora, halora_json
 ):
     store = Store(tmp_path / "store")
     store.check_writable()
@@ -323,18 +325,21 @@ def test_records_report_page_and_command_line_go_by_the_sweeps_objectives(
     members = [point.number for point in front(points, THREE)]
     assert sorted(members) == [0, 1, 2]
     assert sorted(point.number for point in front(points)) == [0, 2]  # the second is on the front for its time
-    lines = [json.loads(line) for line in folder.journal_file.read_text().splitlines()]
-    volumes = [line["metrics"][names.HYPERVOLUME] for line in lines if line.get("kind") == "front"]
+    events, _ = read(folder.event_log_file)
+    volumes = [event.metrics[names.HYPERVOLUME] for event in events if isinstance(event, FrontMoved)]
     assert volumes[-1] == pytest.approx(hypervolume(points, (0.0, 6.0, 20.0), THREE))
     recorder.close()
 
-    publish(sweep, recorder.ledger, folder.published)
+    publish(sweep, recorder.recorded, folder.published)
     rows = json.loads((folder.published / "front.json").read_text())
     assert sorted(row["number"] for row in rows if row["on_front"]) == sorted(members)
     assert set(THREE_NAMES) <= rows[0].keys()
     page = (folder.published / "report.html").read_text()
     for told in ('id="front"', 'id="front_2"', 'id="front_3"', "beats it in all three", "time per token (µs)"):
         assert told in page
+    code, table, _ = halora(f"front show three --store {store.root}")
+    assert code == 0
+    assert "3 of 4 finished trials" in table
     shown = halora_json(f"front show three --store {store.root}")
     assert sorted(row["trial"] for row in shown) == sorted(members)
     assert {*THREE_NAMES} <= shown[0].keys()

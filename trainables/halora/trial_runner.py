@@ -5,8 +5,8 @@ Durable state is the trial's own folder: `trial.json`, `step-NNNNNN/` checkpoint
 """
 
 import os
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
@@ -124,9 +124,7 @@ class TrialRunner:
         settings = config.evaluation
         rows = self.scored_rows(config, first_row, split)
         calibration_rows = self.training_rows(config, settings.calibration_tokens)
-        base, array = self.base(config)
-        peft_model = attach_saved(base, adapter, config.chip.lora.weight_bits) if adapter else None
-        try:
+        with self.adapted(config, adapter) as (base, array):
             return evaluate(
                 base,
                 array,
@@ -138,6 +136,14 @@ class TrialRunner:
                 series=series,
                 first_chip=first_chip,
             )
+
+    @contextmanager
+    def adapted(self, config: TrialConfig, adapter: Path | None) -> Iterator[tuple[BaseModel, RramArray]]:
+        """The trial's base with a stored adapter attached, at the chip's precision, while the block runs."""
+        base, array = self.base(config)
+        peft_model = attach_saved(base, adapter, config.chip.lora.weight_bits) if adapter else None
+        try:
+            yield base, array
         finally:
             array.clear()
             if peft_model is not None:

@@ -23,11 +23,11 @@ def render_report(summary: SweepSummary) -> str:
 
     view = summary.front
     scored = [*view.groups.feasible, *view.groups.violating]
-    levels = sorted({level for point in scored for level in point.accuracy_by_level})
+    strengths = sorted({strength for point in scored for strength in point.accuracy_by_strength})
     several = charts.noise_chart(scored, "noise_strength", "noise strength of the chip (unit of its model)")
     drawn = {
         **dict(zip(_SIDES, charts.front_charts(view) if scored else (), strict=False)),
-        "noise_strength": several if len(levels) > 1 else None,
+        "noise_strength": several if len(strengths) > 1 else None,
         "noise_db": charts.noise_chart(scored, "noise_db", "realised noise to signal of the weights (dB)"),
         "energy": charts.energy_chart(view),
         "importance": charts.importance_chart(summary),
@@ -43,7 +43,7 @@ def render_report(summary: SweepSummary) -> str:
         charts=shown,
         charts_json=script_json(shown),
         sides=[name for name in _SIDES if name in shown],
-        levels=levels,
+        strengths=strengths,
         plotly=Markup(get_plotlyjs().replace("</script", "<\\/script")),
         most=_MOST_ROWS,
         ratios=_ratios(summary),

@@ -63,36 +63,21 @@ def select(
 
     What is not given here is taken from the sweep's `gates`. Exit code 1 if no candidate passes every gate.
     """
-    from halora.analysis.trials import sweep_objectives
-    from halora.records.index import read_ledger
-    from halora.selection.candidates import standings
-    from halora.selection.selecting import select as select_adapter
-    from halora.sweep.run.state import load_sweep_of
+    from halora.api.adapter import Choice
 
-    place = open_store(store).serving(sweep)
-    config = load_sweep_of(place.existing(sweep))
     asked = {
         "min_accuracy": min_accuracy,
         "max_energy_uj_per_token": max_energy,
         "min_yield": yield_,
         "confidence": confidence,
     }
-    asked = {name: value for name, value in asked.items() if value is not None}
-    gates = _gates(config, overrides_from(set_, example="max_drop=0.1") | asked)
-    points = read_ledger(place, sweep).points()
-    if not points:
-        raise UserError(f"sweep '{sweep}' has no trial yet")
-    if not gates.min_accuracy:
-        raise UserError(
-            "gates.min_accuracy: 0, which every chip reaches; a certificate says something only above it",
-            f"halora adapter select {sweep} --min-accuracy 0.5, or set gates.min_accuracy in the sweep file",
-        )
-    _tell_chips(place, config, gates)
+    asked = overrides_from(set_, example="max_drop=0.1") | {k: value for k, value in asked.items() if value is not None}
+    choice = Choice.of(open_store(store), sweep, asked)
+    _tell_chips(choice.place, choice.sweep, choice.gates)
     if dry_run:
-        ordered = standings(points, gates, prefer.value, sweep_objectives(config))
-        show_rows(_standing_rows(ordered, form), form, f"candidates of {sweep}")
+        show_rows(_standing_rows(choice.standings(prefer.value), form), form, f"candidates of {sweep}")
         return
-    found = select_adapter(place, config, points, gates, prefer.value, say)
+    found = choice.certify(prefer.value, say)
     if form is Format.TABLE:
         show_rows(_standing_rows(found.standings, form), form, f"candidates of {sweep}")
         for certification in found.certifications:
@@ -217,11 +202,11 @@ def export(
     tracking_uri: ServerOption = None,
 ) -> None:
     """Write a registered adapter as a bundle: PEFT files, chip, energy, certificate, model card, checksums."""
-    from halora.records.registry import find_adapter
-    from halora.selection.bundle import FILES, export_to
+    from halora.api.adapter import Adapter
+    from halora.api.store import Store as Surface
+    from halora.selection.bundle import FILES
 
-    _, client = _client(store, tracking_uri)
-    export_to(client, find_adapter(client, adapter), output, sign)
+    Adapter(adapter, store=Surface(open_store(store, tracking_uri))).export(output, sign=sign)
     check = f"halora adapter verify {output}{' --key KEY.pub' if sign else ''}"
     say(f"{len(FILES) + 1 + bool(sign)} files in '{output}'; check them anywhere with: {check}")
 
@@ -263,18 +248,6 @@ def verify(
     show_rows(rows, form)
     if any(check.passed is False for check in checks):
         raise typer.Exit(1)
-
-
-def _gates(sweep: "SweepConfig", asked: dict[str, Any]) -> "Gates":
-    from pydantic import ValidationError
-
-    from halora.spaces.gates import Gates
-    from halora.spaces.mistakes import describe
-
-    try:
-        return Gates.model_validate(sweep.gates.model_dump() | asked)
-    except ValidationError as error:
-        raise UserError([f"gates.{problem}" for problem in describe(error, Gates)]) from None
 
 
 def _client(folder: Path | None, server: str | None) -> "tuple[Store, MlflowClient]":

@@ -1,5 +1,7 @@
 """What several commands take: `--set`, and a chip."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -7,7 +9,7 @@ import typer
 from halora.errors import UserError
 
 if TYPE_CHECKING:
-    from halora.hardware.chip import Chip
+    from halora.api.chip import Chip
 
 ChipOption = Annotated[str, typer.Option(help="A preset's name, or the path of a YAML file.")]
 ChipSetOption = Annotated[
@@ -46,14 +48,21 @@ def chip_from(name: str, settings: list[str] | None) -> "Chip":
     Raises:
         UserError: With every mistake.
     """
-    from pydantic import ValidationError
+    from halora.api.chip import Chip
 
-    from halora.hardware.chip import Chip, expand_chip
-    from halora.spaces.language import with_values
-    from halora.spaces.mistakes import describe
+    return Chip(name, overrides_from(settings, example="adc.bits=6"))
 
-    overrides = overrides_from(settings, example="adc.bits=6")
+
+@contextmanager
+def told_as_options(*arguments: str) -> Iterator[None]:
+    """Tell mistakes in these arguments of a function by the options that they are typed with.
+
+    Raises:
+        UserError: The one that the block raises, so told.
+    """
     try:
-        return Chip.model_validate(with_values(expand_chip(name), overrides))
-    except ValidationError as error:
-        raise UserError([f"chip.{problem}" for problem in describe(error, Chip)]) from None
+        yield
+    except UserError as error:
+        names = tuple(f"{argument}:" for argument in arguments)
+        told = [f"--{problem}" if problem.startswith(names) else problem for problem in error.problems]
+        raise type(error)(told, error.next_step) from None

@@ -42,9 +42,7 @@ def show(
     store: StoreOption = None,
 ) -> None:
     """Trials no other trial beats in every objective, the best in the last objective first."""
-    place = open_store(store)
-    place.existing(name)
-    print_front(name, place, form, everything=all_, conditions=filter_ or (), objectives=objective or ())
+    print_front(name, open_store(store), form, everything=all_, conditions=filter_ or (), objectives=objective or ())
 
 
 def print_front(
@@ -61,15 +59,10 @@ def print_front(
     Raises:
         UserError: A condition or an objective does not fit the recorded trials.
     """
-    from halora.analysis.summary import view_front
-    from halora.analysis.trials import check_objectives, filtered, objective, sweep_objectives
-    from halora.records.index import read_ledger
-    from halora.sweep.run.state import load_sweep_of
+    from halora.api.front import Front
+    from halora.api.store import Store as Surface
 
-    points = read_ledger(store, name).points()
-    aims = [objective(text) for text in objectives] or sweep_objectives(load_sweep_of(store.existing(name)))
-    check_objectives(points, aims)
-    view = view_front(filtered(points, conditions), aims)
+    view = Front(Surface(store), name, objectives, conditions).view
     rows = _rows(view, form, everything)
     if rows or form is not Format.TABLE:
         feasible = len(view.groups.feasible)

@@ -12,10 +12,10 @@ import typer
 from halora.cli.arguments import SweepArgument, SweepSetOption, overrides_from
 from halora.cli.comparison import print_comparison
 from halora.cli.output import (
+    CheckpointUrlOption,
     Format,
     FormatOption,
     ServerOption,
-    StorageOption,
     StoreOption,
     SweepProgress,
     open_store,
@@ -30,6 +30,7 @@ from halora.records.store import Store
 from halora.sweep.cluster.cluster import Cluster
 
 if TYPE_CHECKING:
+    from halora.api.sweep import Sweep
     from halora.spaces.sweep import SweepConfig
     from halora.sweep.run.launch import Outcome
 
@@ -77,15 +78,13 @@ def launch(
     ] = False,
     store: StoreOption = None,
     tracking_uri: ServerOption = None,
-    storage: StorageOption = None,
+    checkpoint_url: CheckpointUrlOption = None,
     address: AddressOption = None,
     wheel: WheelOption = None,
     follow: FollowOption = None,
     metrics_port: MetricsPortOption = None,
 ) -> None:
     """Run a sweep to its end, on this machine or in a cluster, and print its front. SWEEP `-` is read from stdin."""
-    from halora.spaces.sweep import load_sweep
-
     cluster = Cluster.at(address, wheel)
     if simulate and cluster.address:
         raise UserError("--simulate takes results from a table of this machine", "leave --address out")
@@ -94,22 +93,19 @@ def launch(
     if probe or not dry_run:
         detached(cluster, name or Path(sweep).stem, dry_run or follow, sweep)
 
-    overrides = overrides_from(set_)
-    overrides |= {key: value for key, value in (("name", name), ("seed", seed)) if value is not None}
-    config = load_sweep(sweep, overrides)
-    place = open_store(store, tracking_uri, storage)
-    _tell_free_knobs(config)
+    from halora.api.store import Store as Surface
+    from halora.api.sweep import Sweep
+
+    overrides, place = overrides_from(set_), open_store(store, tracking_uri, checkpoint_url)
+    described = Sweep(sweep, overrides, name=name, seed=seed, store=Surface(place)).validate()
+    _tell_free_knobs(described.config)
     if dry_run:
-        _print_plan(config)
+        _print_plan(described.config)
         if probe:
-            _probe(config, place, cluster)
+            _probe(described.config, place, cluster)
         return
-
-    from halora.sweep.run import launch as launching
-
-    with SweepProgress(config.trials) as progress:
-        outcome = launching.launch(config, place, progress, simulate, cluster=cluster, metrics_port=metrics_port)
-    _close(config.name, place, outcome)
+    outcome = described.launch(simulate, address=address, wheel=wheel, metrics_port=metrics_port)
+    _close(described.name, place, outcome)
 
 
 @app.command()
@@ -117,27 +113,16 @@ def resume(
     name: NameArgument,
     store: StoreOption = None,
     tracking_uri: ServerOption = None,
-    storage: StorageOption = None,
+    checkpoint_url: CheckpointUrlOption = None,
     address: AddressOption = None,
     wheel: WheelOption = None,
     follow: FollowOption = None,
     metrics_port: MetricsPortOption = None,
 ) -> None:
     """Resume a sweep: unfinished trials from their checkpoints, then the rest, and records MLflow lacks."""
-    from halora.sweep.run.state import load_core
-
-    cluster = Cluster.at(address, wheel)
-    detached(cluster, name, follow)
-
-    place = open_store(store, tracking_uri, storage)
-    config, core = load_core(name, place)
-
-    from halora.sweep.run import launch as launching
-
-    with SweepProgress(config.trials) as progress:
-        counts = core.counts()
-        progress.already_ended(counts["finished"], counts["failed"])
-        outcome = launching.resume(name, place, progress, cluster=cluster, metrics_port=metrics_port)
+    detached(Cluster.at(address, wheel), name, follow)
+    place = open_store(store, tracking_uri, checkpoint_url)
+    outcome = _launched(name, place).resume(address=address, wheel=wheel, metrics_port=metrics_port)
     _close(name, place, outcome)
 
 
@@ -145,16 +130,13 @@ def resume(
 def stop(name: NameArgument, store: StoreOption = None, address: AddressOption = None) -> None:
     """Ask a running sweep to pause its trials at their next report, and to end; close the records of a killed one."""
     elsewhere(Cluster.at(address))
-    from halora.sweep.run.state import is_running, load_core
-
     place = open_store(store)
-    _, core = load_core(name, place)
-    if not is_running(place.sweep(name)):
-        talk.print(f"sweep '{name}' is not running", markup=False)
-        _close_records(name, place)
+    if _launched(name, place).stop():
+        left = f"sweep '{name}' ends after the next reports; resume it with: halora sweep resume {name}"
+        talk.print(left, markup=False)
         return
-    core.request_stop()
-    talk.print(f"sweep '{name}' ends after the next reports; resume it with: halora sweep resume {name}", markup=False)
+    talk.print(f"sweep '{name}' is not running", markup=False)
+    _close_records(name, place)
 
 
 @app.command()
@@ -167,22 +149,15 @@ def status(
     """Trials of sweeps by state."""
     elsewhere(Cluster.at(address))
     from halora.spaces.sweep import shipped_sweeps
-    from halora.sweep.run.state import is_running, load_core
 
     place = open_store(store)
     rows: list[dict[str, Any]] = []
     for each in [name] if name else place.sweeps():
         try:
-            config, core = load_core(each, place)
-            counts = core.counts()
+            rows.append(_launched(each, place).status())
         except UserError as error:
             _tell_unreadable(each, error, alone=name is not None)
             rows.append({"sweep": each, "state": "unreadable"})
-            continue
-        running = is_running(place.sweep(each))
-        ended = counts["waiting"] == counts["unfinished"] == 0
-        state = "running" if running else "ended" if ended else "interrupted"
-        rows.append({"sweep": each, "state": state, "trials": config.trials, **counts})
     if rows or form is not Format.TABLE:
         show_rows(rows, form)
     else:
@@ -195,26 +170,26 @@ def list_(form: FormatOption = Format.TABLE, store: StoreOption = None, address:
     elsewhere(Cluster.at(address))
     from halora.analysis.front import front
     from halora.analysis.trials import grouped, sweep_objectives
-    from halora.records.index import read_ledger
-    from halora.records.position import refused, undelivered
+    from halora.records.delivery import refused, undelivered
+    from halora.records.index import read_sweep_state
     from halora.sweep.run.state import is_running, load_sweep_of
 
     place = open_store(store)
     rows: list[dict[str, Any]] = []
     for name in place.sweeps():
         try:
-            ledger, waiting = read_ledger(place, name), undelivered(place, name)
+            recorded, waiting = read_sweep_state(place, name), undelivered(place, name)
             objectives = sweep_objectives(load_sweep_of(place.sweep(name)))
         except UserError as error:
             _tell_unreadable(name, error)
             rows.append({"sweep": name, "state": "unreadable"})
             continue
-        groups = grouped(ledger.points(), objectives)
+        groups = grouped(recorded.points(), objectives)
         members = front(groups.feasible, objectives)
         rows.append(
             {
                 "sweep": name,
-                "state": "running" if is_running(place.sweep(name)) else ledger.sweep_state,
+                "state": "running" if is_running(place.sweep(name)) else recorded.sweep_state,
                 "finished": len(groups.feasible) + len(groups.violating) + len(groups.unscored),
                 "failed": len(groups.failed),
                 "front": len(members),
@@ -267,24 +242,35 @@ def report(name: NameArgument, store: StoreOption = None, address: AddressOption
     """Draw a sweep's report, one page that opens without a network, and print its path."""
     elsewhere(Cluster.at(address))
     from halora.records import names
-    from halora.records.index import read_ledger
+    from halora.records.index import read_sweep_state
     from halora.records.publishing import publish
     from halora.sweep.run.state import load_sweep_of
 
     place = open_store(store)
     folder = place.existing(name)
-    publish(load_sweep_of(folder), read_ledger(place, name), folder.published)
+    publish(load_sweep_of(folder), read_sweep_state(place, name), folder.published)
     print(folder.published / names.REPORT_FILE)
 
 
 @app.command()
 def validate(sweep: SweepArgument, set_: SweepSetOption = None) -> None:
     """Check a sweep file; all errors are reported together."""
-    from halora.spaces.sweep import load_sweep
+    from halora.api.sweep import Sweep
 
-    config = load_sweep(sweep, overrides_from(set_))
+    config = Sweep(sweep, overrides_from(set_)).validate().config
     _tell_free_knobs(config)
     talk.print(f"{sweep}: valid, {config.trials} trials over {len(config.space)} searched fields", markup=False)
+
+
+def _launched(name: str, place: Store) -> "Sweep":
+    """A sweep of the store.
+
+    Raises:
+        UserError: There is none of that name.
+    """
+    from halora.api.store import Store as Surface
+
+    return Surface(place).sweep(name)
 
 
 def _tell_free_knobs(sweep: "SweepConfig") -> None:
@@ -308,14 +294,14 @@ def _print_plan(sweep: "SweepConfig") -> None:
     print(to_yaml(sweep.model_dump(mode="json", exclude_defaults=True, exclude=found)))
     rows = [
         {
-            "level": f"rung {i}" if i + 1 < len(planned.levels) else "whole",
-            "steps": each.level.steps,
-            "rows": each.level.rows or "all",
-            "chips": each.level.chip_instances,
+            "goal": f"rung {i}" if i + 1 < len(planned.goals) else "whole",
+            "steps": each.goal.steps,
+            "rows": each.goal.rows or "all",
+            "chips": each.goal.chip_instances,
             "trials": each.trials,
             "minutes each": each.seconds / 60,
         }
-        for i, each in enumerate(planned.levels)
+        for i, each in enumerate(planned.goals)
     ]
     show_rows(rows, Format.TABLE)
     gib = planned.memory_bytes / 2**30
@@ -341,11 +327,11 @@ def _probe(sweep: "SweepConfig", store: Store, cluster: Cluster) -> None:
 
 def _close_records(name: str, store: Store) -> None:
     """Close and deliver the records that a killed sweep left."""
-    from halora.records.index import read_ledger
-    from halora.records.position import undelivered
+    from halora.records.delivery import undelivered
+    from halora.records.index import read_sweep_state
     from halora.sweep.run.reconcile import close_records
 
-    if undelivered(store, name) or any(point.state == "running" for point in read_ledger(store, name).points()):
+    if undelivered(store, name) or any(point.state == "running" for point in read_sweep_state(store, name).points()):
         talk.print("closing and delivering its records", markup=False)
         with SweepProgress(0) as progress:
             close_records(name, store, progress.say)
@@ -353,7 +339,7 @@ def _close_records(name: str, store: Store) -> None:
 
 def _close(name: str, store: Store, outcome: "Outcome") -> None:
     from halora.cli.front import print_front
-    from halora.records.position import refused
+    from halora.records.delivery import refused
 
     talk.print()
     print_front(name, store, Format.TABLE)

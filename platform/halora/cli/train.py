@@ -136,56 +136,85 @@ def evaluate(
         str | None, typer.Option(help="A preset's name or a YAML file; default: the trial's.", show_default=False)
     ] = None,
     task: Annotated[str | None, typer.Option(help="Default: the trial's.", show_default=False)] = None,
-    instances: Annotated[int | None, typer.Option(min=1, help="Number of chip instances.", show_default=False)] = None,
+    instances: Annotated[
+        int | None, typer.Option("--instances", "--chips", min=1, help="Number of chip instances.", show_default=False)
+    ] = None,
     rows: Annotated[int | None, typer.Option(min=2, help="Number of validation rows.", show_default=False)] = None,
     first_chip: Annotated[int, typer.Option(min=0, help="Number of the first chip instance of the search pool.")] = 0,
     first_row: Annotated[int, typer.Option(min=0, help="Validation rows to leave out.")] = 0,
     base: Annotated[
         bool, typer.Option("--base", help="Score the untrained base alone: what the chip does to it before training.")
     ] = False,
+    lm_eval: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TASK[,TASK]",
+            help="Score by tasks of lm-evaluation-harness instead: its names, or YAML files; --rows limits their "
+            "documents.",
+            show_default=False,
+        ),
+    ] = None,
     set_: SetOption = None,
     form: FormatOption = Format.TABLE,
 ) -> None:
     """Score an adapter, or the untrained base, on chip instances of the search pool, by its trial or as told here."""
-    overrides: dict[str, Any] = {"chip": chip, "task": task}
-    overrides |= {"evaluation.chip_instances": instances, "evaluation.rows": rows}
-    overrides = {path: value for path, value in overrides.items() if value is not None}
-    overrides |= overrides_from(set_, example="chip.adc.bits=6")
-    folder, config = _base_alone(adapter, overrides) if base else _adapter_and_trial(adapter, overrides)
+    if lm_eval is not None:
+        _evaluate_by_harness(adapter, lm_eval, chip, task, instances, rows, first_chip, first_row, base, set_, form)
+        return
+    from halora.api.evaluation import evaluated
 
-    from halora.pricing import trial_energy
-    from halora.training.saved_lora import read_saved_lora
-    from halora.trial_runner import TrialRunner
-
-    ranks = read_saved_lora(folder).ranks if folder else None
-    costs = trial_energy(config, ranks=ranks).metrics  # refused before anything is loaded
-    runner = TrialRunner()
-    found = runner.evaluate(config, folder, first_row=first_row, first_chip=first_chip)
-    answer = {
-        "adapter": str(folder) if folder else None,
-        "chip": config.chip.name,
-        "chip_hash": config.chip.content_hash,
-        "rows": len(found.row_ids),
-        "chip_instances": len(found.chip_seeds),
-        **found.summary(),
-        **costs,
-    }
-    if base:
-        from halora.evaluation.damage import Damage
-
-        rows_scored = runner.scored_rows(config, first_row)
-        damage = Damage.of(f"{config.model} on {config.chip.name}", found, rows_scored, config.evaluation.scoring)
-        answer |= {
-            "chance": damage.chance,
-            "lost": damage.lost,
-            "worst_layer": damage.worst[0][0] if damage.worst else None,
-            "worst_layer_noise_db": damage.worst[0][1] if damage.worst else None,
-            "layers_overwhelmed": damage.overwhelmed,
-        }
-        say(damage.warning or damage.said)
-    show_rows(_by_name(answer, form), form)
-    if len(found.chip_seeds) == 1:
+    found = evaluated(
+        adapter,
+        chip=chip,
+        task=task,
+        instances=instances,
+        rows=rows,
+        first_chip=first_chip,
+        first_row=first_row,
+        overrides=overrides_from(set_, example="chip.adc.bits=6"),
+        base=base,
+    )
+    if found.damage:
+        say(found.damage.warning or found.damage.said)
+    show_rows(_by_name(found.to_json(), form), form)
+    if len(found.scores.chip_seeds) == 1:
         say("one chip: the intervals are over rows alone, and say nothing about other chips")
+
+
+def _evaluate_by_harness(
+    adapter: Path,
+    tasks: str,
+    chip: str | None,
+    task: str | None,
+    instances: int | None,
+    documents: int | None,
+    first_chip: int,
+    first_row: int,
+    base: bool,
+    set_: list[str] | None,
+    form: Format,
+) -> None:
+    from halora.api.evaluation import evaluated_by_harness
+
+    if first_row:
+        raise UserError("--first-row does not go with --lm-eval", "the harness takes a task's first documents")
+    overrides = overrides_from(set_, example="chip.adc.bits=6") | ({} if task is None else {"task": task})
+    found = evaluated_by_harness(
+        adapter,
+        [name for name in tasks.split(",") if name],
+        chip=chip,
+        instances=instances,
+        documents=documents,
+        first_chip=first_chip,
+        overrides=overrides,
+        base=base,
+        say=say,
+    )
+    rows = [each.to_json() for each in found]
+    if form is not Format.JSON:
+        for row in rows:
+            row["by_chip"] = " ".join(f"{value:.4g}" for value in row["by_chip"])
+    show_rows(rows, form)
 
 
 def _by_name(values: dict[str, Any], form: Format) -> list[dict[str, Any]]:
@@ -196,62 +225,14 @@ def _by_name(values: dict[str, Any], form: Format) -> list[dict[str, Any]]:
 
 
 def _check_output(output: Path, config: "TrialConfig") -> None:
+    from halora.api.evaluation import described_trial
     from halora.trial_folder import TRIAL_FILE
 
     described = output / TRIAL_FILE
     if output.exists() and not output.is_dir():
         raise UserError(f"--output '{output}' is a file", "name a folder")
     if described.is_file():
-        if _described(described) != config.model_dump(mode="json"):
+        if described_trial(described) != config.model_dump(mode="json"):
             raise UserError(f"'{output}' holds another trial", "name another folder, or repeat that trial's settings")
     elif output.is_dir() and any(output.iterdir()):
         raise UserError(f"--output '{output}' is not empty and holds no trial", "name an empty or new folder")
-
-
-def _base_alone(where: Path, overrides: dict[str, Any]) -> tuple[None, "TrialConfig"]:
-    """No adapter, and the trial that a run's folder, an adapter's, a trial's file or a sweep tells of.
-
-    Raises:
-        UserError: It tells of none, or of a wrong one.
-    """
-    from halora.spaces.sweep import load_trial, trial_from
-    from halora.trial_folder import TRIAL_FILE
-
-    if not where.is_dir():
-        return None, load_trial(str(where), overrides)
-    if (where / TRIAL_FILE).is_file():
-        return None, trial_from(_described(where / TRIAL_FILE), str(where), overrides)
-    return None, _adapter_and_trial(where, overrides)[1]
-
-
-def _adapter_and_trial(adapter: Path, overrides: dict[str, Any]) -> tuple[Path, "TrialConfig"]:
-    """The folder of the weights, and the trial that made them as far as it is known.
-
-    Raises:
-        UserError: There is no adapter, or too little is known of its trial.
-    """
-    from halora.spaces.sweep import trial_from
-    from halora.training.adapter_config import ADAPTER_CONFIG
-    from halora.training.saved_lora import read_saved_lora
-    from halora.trial_folder import ADAPTER_WEIGHTS, TRIAL_FILE, adapter_folder
-
-    folder = adapter_folder(adapter) or adapter
-    if not (folder / ADAPTER_WEIGHTS).is_file() or not (folder / ADAPTER_CONFIG).is_file():
-        raise UserError(
-            f"no adapter in '{adapter}': neither a trial's folder nor {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}"
-        )
-    trials = [parent / TRIAL_FILE for parent in (folder, *folder.parents[:2]) if (parent / TRIAL_FILE).is_file()]
-    if trials:
-        return folder, trial_from(_described(trials[0]), str(adapter), overrides)
-    saved = read_saved_lora(folder)
-    lora = {"rank": saved.rank, "targets": saved.targets, "variant": saved.variant}
-    described = {"lora": lora | {"alpha_over_rank": saved.alpha / saved.rank}, "training": {"steps": 0}}
-    if saved.base:
-        described["model"] = saved.base
-    return folder, trial_from(described, str(adapter), overrides)
-
-
-def _described(trial: Path) -> dict[str, Any]:
-    from halora.reading import read_object
-
-    return read_object(trial, f"'{trial}'")

@@ -1,4 +1,4 @@
-"""A sweep file: read, checked whole, and refused with every mistake at once."""
+"""A sweep file: read, checked whole, and refused with all errors together."""
 
 import sys
 from collections.abc import Mapping
@@ -237,7 +237,21 @@ def load_sweep(name_or_path: str, overrides: Mapping[str, Any] | None = None) ->
         UserError: With every mistake found: unknown keys, values out of range, searched fields that do not exist,
             points outside the space, a model or task that does not exist.
     """
-    data, problems = _overridden(_read(name_or_path), overrides or {})
+    return sweep_from(_read(name_or_path), name_or_path, overrides)
+
+
+def sweep_from(content: Mapping[str, Any], where: str, overrides: Mapping[str, Any] | None = None) -> SweepConfig:
+    """Check the content of a sweep file; `where` is told with its mistakes.
+
+    Args:
+        content: The content.
+        where: What it is called.
+        overrides: See `load_sweep`.
+
+    Raises:
+        UserError: With every mistake found.
+    """
+    data, problems = _overridden(dict(content), overrides or {})
     data = {key: value for key, value in described(data).items() if key not in _OF_A_LAUNCH}
     sweep: SweepConfig | None = None
     try:
@@ -250,7 +264,7 @@ def load_sweep(name_or_path: str, overrides: Mapping[str, Any] | None = None) ->
     problems += sweep_problems(right, data)
     if problems:
         raise UserError(
-            [f"{name_or_path}: {problem}" for problem in dict.fromkeys(problems)],
+            [f"{where}: {problem}" for problem in dict.fromkeys(problems)],
             "fix the file and run again",
         )
     assert sweep is not None

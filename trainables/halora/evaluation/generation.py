@@ -24,24 +24,52 @@ def generate(base: BaseModel, array: RramArray, rows: Sequence[Row], batch_size:
     return [base.tokenizer.decode(ids, skip_special_tokens=True) for ids in tokens]
 
 
-@torch.no_grad()
 def greedy_tokens(
     base: BaseModel, array: RramArray, rows: Sequence[Row], batch_size: int, max_new_tokens: int
 ) -> list[list[int]]:
-    """The most likely token after every prompt, and after it the next, up to an end token or `max_new_tokens`."""
+    """What `continued` writes after the prompt of every row."""
+    prompts = [(row.row_id, encode(row, base.tokenizer, only=row.answer)[0]) for row in rows]
+    return continued(base, array, prompts, batch_size, max_new_tokens)
+
+
+@torch.no_grad()
+def continued(
+    base: BaseModel,
+    array: RramArray,
+    prompts: Sequence[tuple[str, list[int]]],
+    batch_size: int,
+    max_new_tokens: int,
+    until: Sequence[str] = (),
+) -> list[list[int]]:
+    """The most likely token after every prompt, and after it the next, up to an end token or `max_new_tokens`.
+
+    Args:
+        base: The model and its tokenizer.
+        array: Its layers.
+        prompts: Id of the row, which addresses the noise of its reads, and tokens of each.
+        batch_size: Prompts of one pass.
+        max_new_tokens: Most tokens after a prompt.
+        until: Texts that end one as well.
+    """
     ends = end_tokens(base)
-    prompts = [encode(row, base.tokenizer, only=row.answer)[0] for row in rows]
-    by_length = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
-    written: list[list[int]] = [[] for _ in rows]
-    for start in range(0, len(rows), batch_size):
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i][1]))
+    written: list[list[int]] = [[] for _ in prompts]
+
+    def ended(i: int) -> bool:
+        if written[i][-1] in ends:
+            return True
+        text = base.tokenizer.decode(written[i]) if until else ""
+        return any(stop in text for stop in until)
+
+    for start in range(0, len(prompts), batch_size):
         going = by_length[start : start + batch_size]
         for _ in range(max_new_tokens):
-            batch = lay_out([_to_go_on(rows[i].row_id, prompts[i] + written[i]) for i in going])
+            batch = lay_out([_to_go_on(prompts[i][0], prompts[i][1] + written[i]) for i in going])
             with array.reading(batch.rows, batch.predicting):
                 tokens = batch.logits(base.causal_lm).argmax(dim=-1).tolist()
             for i, token in zip(going, tokens, strict=True):
                 written[i].append(token)
-            going = [i for i in going if written[i][-1] not in ends]
+            going = [i for i in going if not ended(i)]
             if not going:
                 break
     return written

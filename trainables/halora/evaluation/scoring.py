@@ -4,27 +4,52 @@ The scores equal those of one sequence per option. Summed, they favour short opt
 less so.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from halora.training.batches import PackedRow, encode, lay_out
+from halora.training.batches import Batch, PackedRow, encode, lay_out
 from halora.training.rram import RramArray
 from halora.training.tasks import Row
 
 
-@torch.no_grad()
 def option_scores(causal_lm: Any, array: RramArray, rows: Sequence[PackedRow], batch_size: int) -> list[list[float]]:
     """Log-likelihood in nats of every option of every row, in the order given."""
+    found = option_sums(array, rows, batch_size, lambda batch: batch.log_likelihoods(causal_lm)[:, None])
+    return [[log_likelihood for (log_likelihood,) in of_row] for of_row in found]
+
+
+@torch.no_grad()
+def option_sums(
+    array: RramArray, rows: Sequence[PackedRow], batch_size: int, of_targets: Callable[[Batch], Tensor]
+) -> list[list[list[float]]]:
+    """Sums over the tokens of every option of every row, in the order given, `[row][option][figure]`.
+
+    Args:
+        array: The layers that are read.
+        rows: Rows with their options.
+        batch_size: Rows of one pass.
+        of_targets: Figures of a batch's option tokens, `(targets, figures)`.
+    """
     by_length = sorted(range(len(rows)), key=lambda i: len(rows[i].tokens))
-    scores: list[list[float]] = [[] for _ in rows]
+    found: list[list[list[float]]] = [[] for _ in rows]
     for start in range(0, len(rows), batch_size):
         indices = by_length[start : start + batch_size]
-        batch = _score_batch(causal_lm, array, [rows[i] for i in indices])
-        for i, row_scores in zip(indices, batch, strict=True):
-            scores[i] = row_scores
-    return scores
+        batch = lay_out([rows[i] for i in indices])
+        with array.reading(batch.rows, batch.predicting):
+            figures = of_targets(batch)
+        of_target = iter(figures.tolist())
+        for i in indices:
+            options = rows[i].segments[rows[i].prompt_length :]
+            sums = [[0.0] * figures.shape[1] for _ in range(max(options))]
+            for option in options:
+                sums[option - 1] = [
+                    total + value for total, value in zip(sums[option - 1], next(of_target), strict=True)
+                ]
+            found[i] = sums
+    return found
 
 
 @torch.no_grad()
@@ -58,17 +83,3 @@ def per_byte(scores: Sequence[float], options: Sequence[str]) -> list[float]:
 def margin(scores: Sequence[float], answer: int) -> float:
     """Score of the right option less the best wrong one, in nats; positive when the row is answered rightly."""
     return scores[answer] - max(score for i, score in enumerate(scores) if i != answer)
-
-
-def _score_batch(causal_lm: Any, array: RramArray, rows: Sequence[PackedRow]) -> list[list[float]]:
-    batch = lay_out(rows)
-    with array.reading(batch.rows, batch.predicting):
-        log_likelihoods = iter(batch.log_likelihoods(causal_lm).tolist())
-    scores = []
-    for row in rows:
-        options = row.segments[row.prompt_length :]
-        row_scores = [0.0] * max(options)
-        for option in options:
-            row_scores[option - 1] += next(log_likelihoods)
-        scores.append(row_scores)
-    return scores

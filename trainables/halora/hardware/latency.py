@@ -34,7 +34,12 @@ from halora.hardware.costs import AdcCost
 from halora.hardware.mapping import Placement, outlier_count
 from halora.hardware.shapes import LinearShape, ModelShape
 
-_AT_ONCE = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+_AT_ONCE = (
+    ("q_proj", "k_proj", "v_proj", "qkv_proj"),
+    ("o_proj",),
+    ("gate_proj", "up_proj", "gate_up_proj"),
+    ("down_proj",),
+)
 """Layers of a block by stage; attention follows the first."""
 
 
@@ -147,8 +152,7 @@ def token_latency(
     for waited_for in _slowest(shape, stages):
         for name, ns in waited_for.path_ns.items():
             path[name] += ns
-    for name, stage in around.items():
-        path[name] = stage.total_ns * shape.layers
+    path |= {name: stage.total_ns for name, stage in around.items()}
     dies = max(ceil(area_mm2 / chip.die.area_mm2), 1)
     crossing_ns = link_bits(shape, chip) * constants["link_ps_per_bit"] * 1e-3
     path["links"] = (dies - 1) * (constants["link_ns"] + crossing_ns)
@@ -260,13 +264,15 @@ def _moving(layer: LinearShape, chip: Chip, constants: Mapping[str, Any]) -> tup
 
 
 def _attention(shape: ModelShape, chip: Chip, constants: Mapping[str, Any], context_tokens: int) -> dict[str, _Stage]:
-    """Attention products and softmax of one block."""
+    """Attention products and softmax: the path through all blocks, the interval that of the block that sees most."""
     if not chip.boundary.attention:
         return {}
-    macs = shape.attention_macs_per_context_token // shape.layers * context_tokens
-    scores = shape.heads * context_tokens
-    times_ns = {
-        "attention": macs * constants["attention_mac_ps"] * chip.attention.bits / 8 * 1e-3,
-        "softmax": scores * constants["softmax_element_ps"] * 1e-3,
+    attended = shape.attended(context_tokens)
+    widest = max(min(context_tokens, window or context_tokens) for window in shape.windows or (None,))
+    element_ns = {
+        "attention": 2 * shape.head_dim * constants["attention_mac_ps"] * chip.attention.bits / 8 * 1e-3,
+        "softmax": constants["softmax_element_ps"] * 1e-3,
     }
-    return {name: _Stage({name: ns}, ns) for name, ns in times_ns.items()}
+    return {
+        name: _Stage({name: shape.heads * attended * ns}, shape.heads * widest * ns) for name, ns in element_ns.items()
+    }

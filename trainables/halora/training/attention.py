@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from halora.hardware.families import parts_of
 from halora.hardware.rounding import AS_IT_IS, rounded
 
 _NAME = "halora_rows"
@@ -27,14 +28,16 @@ class RowLayout:
     Attributes:
         places: Per token, `row * longest + position in the row`, `(tokens,)`.
         visible: Whether a token (third axis) sees another (last), `(rows, 1, longest, longest)`.
+        positions: Per token, its position in the sequence it stands for, `(tokens,)`.
     """
 
     places: Tensor
     visible: Tensor
+    positions: Tensor
 
     def arguments(self, device: torch.device) -> dict[str, Any]:
         """What a model with row attention is to be called with, next to tokens and positions."""
-        layout = RowLayout(self.places.to(device), self.visible.to(device))
+        layout = RowLayout(self.places.to(device), self.visible.to(device), self.positions.to(device))
         return {"attention_mask": layout.visible, "row_layout": layout}
 
     @property
@@ -46,6 +49,26 @@ class RowLayout:
     def hidden(self) -> Tensor:
         """What is added to the scores so that they see what is visible, `(rows, 1, longest, longest)`, float32."""
         return torch.zeros(self.visible.shape).masked_fill_(~self.visible, torch.finfo(torch.float32).min)
+
+    def within(self, window: int | None) -> "RowLayout":
+        """The same rows, where a token sees none that is `window` positions or more before it; made once."""
+        if window is None or window > self._last_position:
+            return self
+        if window not in self._windowed:
+            rows, _, longest, _ = self.visible.shape
+            block = self.positions.new_zeros(self.num_places).index_copy(0, self.places, self.positions)
+            block = block.view(rows, 1, longest)
+            near = block[..., :, None] - block[..., None, :] < window
+            self._windowed[window] = RowLayout(self.places, self.visible & near, self.positions)
+        return self._windowed[window]
+
+    @cached_property
+    def _last_position(self) -> int:
+        return int(self.positions.max())
+
+    @cached_property
+    def _windowed(self) -> dict[int, "RowLayout"]:
+        return {}
 
     def by_head(self, heads: int) -> "HeadOrder":
         """The order in which the states of so many heads are in a block; made once."""
@@ -100,15 +123,20 @@ def _row_attention(
     attention_mask: Tensor | None,
     *,
     scaling: float,
+    sliding_window: int | None = None,
     row_layout: RowLayout | None = None,
     **others: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """What `transformers` asks of an attention: query (1, heads, tokens, dim) -> (1, tokens, heads, dim)."""
+    bits = getattr(module, _BITS, AS_IT_IS)
     if row_layout is None:
+        if bits < AS_IT_IS:
+            return attend_rounded_alone(query, key, value, attention_mask, scaling, bits), None
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
-    if (bits := getattr(module, _BITS, AS_IT_IS)) < AS_IT_IS:
+    row_layout = row_layout.within(sliding_window)
+    if bits < AS_IT_IS:
         return attend_rounded(query, key, value, row_layout, scaling, bits), None
     attend = attend_on_cpu if query.device.type == "cpu" else _attend
     return attend(query, key, value, row_layout, scaling), None
@@ -116,13 +144,18 @@ def _row_attention(
 
 def is_attention(module: nn.Module) -> bool:
     """Whether it is the attention of a decoder block."""
-    return hasattr(module, "q_proj") and hasattr(module, "k_proj")
+    return any("q_proj" in parts_of(name) for name, _ in module.named_children())
 
 
 def set_attention_bits(modules: Iterable[nn.Module], bits: int) -> None:
     """Have these attentions compute with so many bits where rows are packed, see `attend_rounded`; 16: as they are."""
     for module in modules:
         setattr(module, _BITS, bits)
+
+
+def forget_attention_bits(module: nn.Module) -> None:
+    """Leave nothing of `set_attention_bits` behind."""
+    vars(module).pop(_BITS, None)
 
 
 def attend_rounded(query: Tensor, key: Tensor, value: Tensor, layout: RowLayout, scaling: float, bits: int) -> Tensor:
@@ -134,17 +167,43 @@ def attend_rounded(query: Tensor, key: Tensor, value: Tensor, layout: RowLayout,
 
     Shapes are those of `attend_on_cpu`; `bits` is below 16.
     """
-    groups = key.shape[1]
     q, k, v = (_padded(rounded(states, bits, dim=-1), layout).float() for states in (query, key, value))
-    rows, heads, longest, dim = q.shape
-    q = q.view(rows, groups, heads // groups, longest, dim).mul_(scaling)
-    scores = (q @ k[:, :, None].transpose(-1, -2)).masked_fill_(~layout.visible[:, None], -torch.inf)
+    return _end_to_end(_rounded_softmax(q, k, v, layout.visible, scaling, bits), layout).to(query.dtype)
+
+
+def attend_rounded_alone(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, bits: int
+) -> Tensor:
+    """The same for sequences that are not packed, as `transformers` lays them out, with or without a cache.
+
+    Args:
+        query: `(batch, heads, tokens, dim)`.
+        key: `(batch, groups, seen, dim)`: what a cache holds, and these tokens last.
+        value: As `key`.
+        mask: True, or 0 to add to a score, where a token sees another, `(batch, 1, tokens, seen)`; causal for none.
+        scaling: Of the scores.
+        bits: Below 16.
+
+    Returns:
+        `(batch, tokens, heads, dim)` in the query's dtype.
+    """
+    if mask is None:
+        tokens, seen = query.shape[2], key.shape[2]
+        mask = torch.ones(tokens, seen, dtype=torch.bool, device=query.device).tril(seen - tokens)[None, None]
+    visible = mask if mask.dtype == torch.bool else mask == 0
+    q, k, v = (rounded(states, bits, dim=-1).float() for states in (query, key, value))
+    return _rounded_softmax(q, k, v, visible, scaling, bits).transpose(1, 2).contiguous().to(query.dtype)
+
+
+def _rounded_softmax(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scaling: float, bits: int) -> Tensor:
+    """Attention (rows, heads, tokens, dim) of float32 states, by softmax weights of so many bits."""
+    (rows, heads, tokens, dim), groups = q.shape, k.shape[1]
+    q = q.reshape(rows, groups, heads // groups, tokens, dim) * scaling
+    scores = (q @ k[:, :, None].transpose(-1, -2)).masked_fill_(~visible[:, None], -torch.inf)
     scores.sub_(scores.amax(dim=-1, keepdim=True).nan_to_num_(neginf=0.0))
-    steps = 2**bits - 1
-    weights = scores.exp_().mul_(steps).round_()
+    weights = scores.exp_().mul_(2**bits - 1).round_()
     total = weights.sum(dim=-1, keepdim=True).clamp_min_(1.0)  # 0 where no token stands
-    found = (weights @ v[:, :, None]).div_(total).view(rows, heads, longest, dim)
-    return _end_to_end(found, layout).to(query.dtype)
+    return (weights @ v[:, :, None]).div_(total).view(rows, heads, tokens, dim)
 
 
 def _padded(states: Tensor, layout: RowLayout) -> Tensor:

@@ -67,21 +67,27 @@ def encode(row: Row, tokenizer: Any, only: int | None = None) -> tuple[list[int]
         UserError: An option has no tokens, or the prompt has none and the tokenizer no token to begin with.
     """
     texts = row.options if only is None else row.options[only : only + 1]
-    pieces = [row.prompt, *(row.prompt + text for text in texts)]
-    alone, *wholes = (tokenizer(text, add_special_tokens=False).input_ids for text in pieces)
-    shared = sum(1 for _ in takewhile(lambda ids: len(set(ids)) == 1, zip(alone, *wholes, strict=False)))
-    prompt, options = alone[:shared], [whole[shared:] for whole in wholes]
-    opening = _opening(tokenizer)
-    if prompt[: len(opening)] != opening:  # a chat template may have written it already
-        prompt = opening + prompt
-    if not prompt:
-        first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-        prompt = [] if first is None else [first]
+    prompt, options = encode_texts(row.prompt, texts, tokenizer)
     if not prompt or not all(options) or not all(texts):
         raise UserError(f"row '{row.row_id}' has an empty prompt or option")
     if len(row.options) == 1 and tokenizer.eos_token_id is not None:
         options = [[*options[0], tokenizer.eos_token_id]]
     return prompt, options
+
+
+def encode_texts(prompt: str, texts: Sequence[str], tokenizer: Any) -> tuple[list[int], list[list[int]]]:
+    """Token ids of a prompt and of each text that may follow it, see `encode`; empty where nothing is left."""
+    pieces = [prompt, *(prompt + text for text in texts)]
+    alone, *wholes = (tokenizer(text, add_special_tokens=False).input_ids for text in pieces)
+    shared = sum(1 for _ in takewhile(lambda ids: len(set(ids)) == 1, zip(alone, *wholes, strict=False)))
+    first, options = alone[:shared], [whole[shared:] for whole in wholes]
+    opening = _opening(tokenizer)
+    if first[: len(opening)] != opening:  # a chat template may have written it already
+        first = opening + first
+    if not first:
+        begins = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        first = [] if begins is None else [begins]
+    return first, options
 
 
 @lru_cache(maxsize=4)
@@ -100,15 +106,16 @@ def _opening(tokenizer: Any) -> list[int]:
 
 def pack(row: Row, tokenizer: Any) -> PackedRow:
     """Lay a row out with all of its options."""
-    return _pack(row.row_id, *encode(row, tokenizer), row.answer)
+    return pack_tokens(row.row_id, *encode(row, tokenizer), row.answer)
 
 
 def pack_answer(row: Row, tokenizer: Any) -> PackedRow:
     """Lay a row out with its right option only."""
-    return _pack(row.row_id, *encode(row, tokenizer, only=row.answer), 0)
+    return pack_tokens(row.row_id, *encode(row, tokenizer, only=row.answer), 0)
 
 
-def _pack(row_id: str, prompt: list[int], options: list[list[int]], answer: int) -> PackedRow:
+def pack_tokens(row_id: str, prompt: list[int], options: list[list[int]], answer: int = 0) -> PackedRow:
+    """Lay out what is tokens already."""
     tokens, segments, positions = list(prompt), [0] * len(prompt), list(range(len(prompt)))
     sources: list[int] = []
     for index, option in enumerate(options):
@@ -145,20 +152,26 @@ class Batch:
 
     def hidden(self, causal_lm: Any) -> Tensor:
         """The decoder's last hidden state, `(1, tokens, width)`."""
-        device = next(causal_lm.parameters()).device
-        hidden: Tensor = causal_lm.get_decoder()(
-            input_ids=self.input_ids.to(device),
-            position_ids=self.position_ids.to(device),
-            **self.row_layout.arguments(device),
-            use_cache=False,
-        ).last_hidden_state
+        hidden: Tensor = causal_lm.get_decoder()(**self._inputs(causal_lm)).last_hidden_state
         return hidden
 
     def logits(self, causal_lm: Any) -> Tensor:
-        """Logits where a target is predicted, and nowhere else, `(targets, vocabulary)`."""
-        hidden = self.hidden(causal_lm)[:, self.sources]
-        logits: Tensor = causal_lm.get_output_embeddings()(hidden)[0].float()
-        return logits
+        """Logits where a target is predicted, and nowhere else, `(targets, vocabulary)`.
+
+        The model's own, so that they are scaled or capped where its family does so.
+        """
+        inputs = self._inputs(causal_lm)
+        logits: Tensor = causal_lm(**inputs, logits_to_keep=self.sources.to(inputs["input_ids"].device)).logits
+        return logits[0].float()
+
+    def _inputs(self, causal_lm: Any) -> dict[str, Any]:
+        device = next(causal_lm.parameters()).device
+        return {
+            "input_ids": self.input_ids.to(device),
+            "position_ids": self.position_ids.to(device),
+            **self.row_layout.arguments(device),
+            "use_cache": False,
+        }
 
     def log_likelihoods(self, causal_lm: Any) -> Tensor:
         """Log-likelihood of every target in nats, `(targets,)`."""
@@ -174,11 +187,12 @@ def lay_out(rows: Sequence[PackedRow]) -> Batch:
     for i, row in enumerate(rows):
         segments[i, : lengths[i]] = torch.tensor(row.segments)
     starts = accumulate(lengths[:-1], initial=0)
+    positions = torch.tensor([position for row in rows for position in row.positions])
     return Batch(
         rows=[(row.row_id, length) for row, length in zip(rows, lengths, strict=True)],
         input_ids=torch.tensor([[token for row in rows for token in row.tokens]]),
-        position_ids=torch.tensor([[position for row in rows for position in row.positions]]),
-        row_layout=RowLayout((segments != _PADDING).flatten().nonzero()[:, 0], _visible(segments)),
+        position_ids=positions[None],
+        row_layout=RowLayout((segments != _PADDING).flatten().nonzero()[:, 0], _visible(segments), positions),
         sources=torch.tensor(
             [start + source for row, start in zip(rows, starts, strict=True) for source in row.sources]
         ),

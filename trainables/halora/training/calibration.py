@@ -1,6 +1,7 @@
 """Calibration: how every layer's converters are set, on the inputs that the clean model gives them."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Literal
 
@@ -28,26 +29,41 @@ def calibrate(
     """How every layer in RRAM is read, its converters set on the first tokens of `rows`; empty for perfect reads."""
     if reads_are_exact(chip):
         return {}
-    places = array.places(chip)
-    reads: dict[str, Reads] = {}
     taken: list[PackedRow] = []
     for row in rows:
         taken.append(pack_answer(row, base.tokenizer))
         if sum(len(row.tokens) for row in taken) >= num_tokens:
             break
-    batch = lay_out(taken)
-
-    def fit(layer: RramLinear, x: Tensor) -> None:
-        if places[layer.name] is not Placement.RRAM:
-            return
-        fitted = ExactReads.calibrated if converters == "exact" else fit_converters
-        reads[layer.name] = fitted(x[0, :num_tokens].float(), layer.split(chip)[0].float(), chip)
-
-    with array.watching_inputs(fit):
+    batch, reads = lay_out(taken), dict[str, Reads]()
+    with setting_converters(array, chip, converters, reads, num_tokens):
         hidden = batch.hidden(base.causal_lm)
         if chip.mapping.lm_head:
             base.causal_lm.get_output_embeddings()(hidden)
     return reads
+
+
+def setting_converters(
+    array: RramArray, chip: Chip, converters: ConverterMode, reads: dict[str, Reads], num_tokens: int
+) -> AbstractContextManager[None]:
+    """While it is entered, set how a layer in RRAM is read when it gets its first input, before it is read.
+
+    Args:
+        array: The layers.
+        chip: Their chip.
+        converters: See `ConverterMode`.
+        reads: Filled, by name of the layer; what it holds already stays.
+        num_tokens: Tokens of the input to set a layer's converters on at most.
+    """
+    places = array.places(chip)
+    fitted = ExactReads.calibrated if converters == "exact" else fit_converters
+
+    @torch.no_grad()
+    def fit(layer: RramLinear, x: Tensor) -> None:
+        if layer.name not in reads and places[layer.name] is Placement.RRAM:
+            seen = x.flatten(0, -2)[:num_tokens].float()
+            reads[layer.name] = fitted(seen, layer.split(chip)[0].float(), chip)
+
+    return array.watching_inputs(fit)
 
 
 @torch.no_grad()

@@ -23,13 +23,13 @@ from halora.hardware.chip import Chip, Products, Tile
 from halora.hardware.converter_model import ConverterModel
 from halora.hardware.converters import ExactReads
 from halora.hardware.draws import coarse_normal
+from halora.hardware.families import LINEAR_NAMES, forward_order
 from halora.hardware.instance import ChipInstance
 from halora.hardware.mapping import LM_HEAD, Outliers, Placement
 from halora.hardware.noise import Programming, noise_to_signal_db
 from halora.hardware.outliers import SideMatrix, side_matrix
 from halora.hardware.rounding import AS_IT_IS, rounded
-from halora.settings.training import LINEAR_NAMES
-from halora.training.attention import is_attention, set_attention_bits
+from halora.training.attention import forget_attention_bits, is_attention, set_attention_bits
 from halora.training.fused import Branch, FrozenLinear
 
 Reads = ExactReads | ConverterModel
@@ -46,6 +46,7 @@ class _Wiring:
     reads: Mapping[str, Reads] = field(default_factory=dict)
     rows: Sequence[tuple[str, int]] = ()  # being read: id, number of tokens
     predicting: Sequence[tuple[str, int]] = ()  # the same for the output projection, which reads some tokens only
+    forward: str = ""  # names a forward pass of rows that nobody has named
     digital: bool = False  # whether products outside RRAM have the chip's precision
     workspace: Tensor | None = None  # of the largest weight regenerated so far
 
@@ -215,25 +216,35 @@ class RramLinear(FrozenLinear):
         return reads.read(product, driven, self._read_noise(product))
 
     def _read_noise(self, like: Tensor) -> Tensor:
-        """Standard normal draws of one read, shaped (1, tokens, out_features); the same for a row in any batch."""
-        instance = self._wiring.instance
+        """Standard normal draws of one read, shaped as the product; the same for a row in any batch if it is named."""
+        instance, outputs = self._wiring.instance, like.shape[-1]
         rows = self._wiring.predicting if self.name == LM_HEAD else self._wiring.rows
+        read, longest = like.shape[:-1].numel(), like.shape[-2]
+        if self._wiring.forward:
+            rows = [(f"{self._wiring.forward}, row {i}", longest) for i in range(read // longest)]
         assert instance is not None
-        assert sum(tokens for _, tokens in rows) == like.shape[1], "name the rows read with RramArray.reading"
+        assert sum(tokens for _, tokens in rows) == read, "name the rows read with RramArray.reading"
         draws = [
-            coarse_normal(instance.key.at(module=self.name, purpose="read", example=row_id), (tokens, like.shape[2]))
+            coarse_normal(instance.key.at(module=self.name, purpose="read", example=row_id), (tokens, outputs))
             for row_id, tokens in rows
         ]
-        return torch.from_numpy(np.concatenate(draws)).to(like.device)[None]
+        return torch.from_numpy(np.concatenate(draws)).to(like.device).view(like.shape)
 
 
 class RramArray:
     """All RRAM layers of one base model."""
 
-    def __init__(self, layers: Sequence[RramLinear], wiring: _Wiring, attentions: Sequence[nn.Module] = ()) -> None:
+    def __init__(
+        self,
+        layers: Sequence[RramLinear],
+        wiring: _Wiring,
+        attentions: Sequence[nn.Module] = (),
+        replaced: Mapping[str, nn.Module] | None = None,
+    ) -> None:
         self.layers = layers
         self._wiring = wiring
         self._attentions = attentions
+        self._replaced = replaced or {}
 
     def program(
         self,
@@ -269,7 +280,7 @@ class RramArray:
             else:
                 layer.reprogram()
         self._wiring.instance = instance
-        self._wiring.reads = reads or {}
+        self._wiring.reads = {} if reads is None else reads  # which may grow
         self._wiring.regenerate = regenerate
         set_attention_bits(self._attentions, instance.chip.attention.bits if digital else AS_IT_IS)
 
@@ -309,6 +320,18 @@ class RramArray:
         finally:
             self._wiring.rows = self._wiring.predicting = ()
 
+    def name_forward(self, name: str) -> None:
+        """Name the forward pass that is about to begin, whose rows have no names of their own."""
+        self._wiring.forward = name
+
+    def remove_from(self, causal_lm: Any) -> None:
+        """Take the chip away, and give the model back the very layers that `install` replaced."""
+        self.clear()
+        for module in self._attentions:
+            forget_attention_bits(module)
+        for name, layer in self._replaced.items():
+            causal_lm.set_submodule(name, layer)
+
     @contextmanager
     def watching_inputs(self, seen: Callable[[RramLinear, Tensor], None]) -> Iterator[None]:
         """Call `seen(layer, input)` for every layer read inside the block."""
@@ -329,6 +352,8 @@ class RramArray:
 def install(causal_lm: Any) -> RramArray:
     """Make every linear layer of the decoder blocks, and the output projection, one that a chip can hold, in place.
 
+    They are in the order of the forward pass, in which modules need not be: so a chip's mapping ranks them.
+
     Raises:
         UserError: The model has no linear layer with a known name.
     """
@@ -336,7 +361,7 @@ def install(causal_lm: Any) -> RramArray:
     linears = {
         name: module
         for name, module in causal_lm.named_modules()
-        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in (*LINEAR_NAMES, LM_HEAD)
+        if isinstance(module, nn.Linear) and canonical_name(name).rpartition(".")[2] in (*LINEAR_NAMES, LM_HEAD)
     }
     if not linears:
         raise UserError(f"the model has no linear layers named {', '.join(LINEAR_NAMES)}")
@@ -345,4 +370,6 @@ def install(causal_lm: Any) -> RramArray:
         layer = RramLinear(linear, canonical_name(name), wiring)
         causal_lm.set_submodule(name, layer)
         layers.append(layer)
-    return RramArray(layers, wiring, [module for module in causal_lm.modules() if is_attention(module)])
+    layers.sort(key=lambda layer: forward_order(layer.name))
+    attentions = [module for module in causal_lm.modules() if is_attention(module)]
+    return RramArray(layers, wiring, attentions, linears)

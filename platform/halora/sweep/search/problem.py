@@ -1,4 +1,4 @@
-"""What the decision core searches: a space, costs known beforehand, and the levels a trial climbs."""
+"""What the decision core searches: a space, costs known beforehand, and the goals a trial is brought to."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,7 +29,7 @@ class Problem:
         space: Searched fields by path.
         costs: What the values of a point take, by the names of `COSTS`; raises `UserError` for one that no trial can
             have.
-        levels: Goals a point is brought to in turn, the last one its whole training.
+        goals: Goals a point is brought to in turn, the last one its whole training.
         reference: Objectives that hypervolumes are measured from.
         objectives: What trials are compared by, one score at least.
         first: Points to try first.
@@ -46,7 +46,7 @@ class Problem:
     trials: int
     space: Mapping[str, Distribution]
     costs: Callable[[Mapping[str, Any]], Mapping[str, float]]
-    levels: Callable[[Mapping[str, Any]], Sequence[Goal]]
+    goals: Callable[[Mapping[str, Any]], Sequence[Goal]]
     reference: tuple[float, ...]
     objectives: tuple[Objective, ...] = DEFAULT_OBJECTIVES
     first: Sequence[Mapping[str, Any]] = ()
@@ -71,7 +71,7 @@ def problem_of(sweep: SweepConfig) -> Problem:
         except ValidationError as error:
             raise UserError(describe(error, TrialConfig)) from None
 
-    def levels(values: Mapping[str, Any]) -> list[Goal]:
+    def goals(values: Mapping[str, Any]) -> list[Goal]:
         config = sweep.resolve(values)
         own = config.evaluation
         rungs = [
@@ -86,7 +86,7 @@ def problem_of(sweep: SweepConfig) -> Problem:
         trials=sweep.trials,
         space=sweep.space,
         costs=costs,
-        levels=levels,
+        goals=goals,
         reference=sweep.reference,
         objectives=objectives,
         first=first_points(sweep),

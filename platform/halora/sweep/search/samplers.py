@@ -21,11 +21,12 @@ from optuna.trial import FrozenTrial, TrialState
 
 from halora.analysis.front import ranks
 from halora.analysis.trials import DEFAULT_OBJECTIVES, Objective
+from halora.events import Scored
 from halora.hardware.addressing import derive_seed
 from halora.spaces.language import Categorical, Distribution, chosen_values
 from halora.spaces.search import Sampler, total_violation
 from halora.sweep.search.problem import Problem, worst_scores
-from halora.sweep.search.study import Scores, State, Trial, directions_of
+from halora.sweep.search.study import State, Trial, directions_of
 
 BLIND: frozenset[Sampler] = frozenset({"random", "qmc"})
 """Samplers that look at no trial."""
@@ -169,14 +170,14 @@ class History:
 
 
 def _gains_to_come(trials: Sequence[Trial], score: str) -> list[float]:
-    """Median gain in a score from each level to the last, of the trials that went on from it."""
-    levels = max((len(trial.scores) for trial in trials), default=0)
+    """Median gain in a score from each goal to the last, of the trials that went on from it."""
+    reached = max((len(trial.scores) for trial in trials), default=0)
     gains = [
-        [t.scores[level + 1][score] - t.scores[level][score] for t in trials if len(t.scores) > level + 1]
-        for level in range(levels)
+        [t.scores[rung + 1].metrics[score] - t.scores[rung].metrics[score] for t in trials if len(t.scores) > rung + 1]
+        for rung in range(reached)
     ]
     medians = [median(gain) if gain else 0.0 for gain in gains]
-    return [sum(medians[level:]) for level in range(levels)]
+    return [sum(medians[rung:]) for rung in range(reached)]
 
 
 class _View(optuna.Study):
@@ -242,7 +243,7 @@ def _between(low: float, high: float, u: float, log: bool) -> float:
 def kept_of(trials: Sequence[Trial]) -> list[dict[str, Any]]:
     """What another sweep needs to start warm from these trials, in plain JSON: values and scores of finished ones."""
     return [
-        {"values": dict(trial.values), "scores": dict(trial.scores[-1])}
+        {"values": dict(trial.values), "scores": trial.scores[-1].to_json()}
         for trial in trials
         if trial.state is State.FINISHED
     ]
@@ -258,13 +259,13 @@ def fitting_trials(problem: Problem, kept: Sequence[Mapping[str, Any]]) -> list[
         except ValueError:
             continue
         if proposal.values == values:
-            found.append(_moved_here(problem, len(found), proposal, earlier["scores"]))
+            found.append(_moved_here(problem, len(found), proposal, Scored.from_json(earlier["scores"])))
     return found
 
 
-def _moved_here(problem: Problem, number: int, proposal: Proposal, scores: Scores) -> Trial:
+def _moved_here(problem: Problem, number: int, proposal: Proposal, scores: Scored) -> Trial:
     costs = problem.costs(proposal.values)
-    metrics = {**scores, **costs}
+    metrics = {**scores.metrics, **costs}
     constraints = {str(c): c.violation(metrics) for c in problem.constraints}
     frozen = optuna.create_trial(
         values=[float(metrics[each.metric]) for each in problem.objectives],
@@ -277,7 +278,7 @@ def _moved_here(problem: Problem, number: int, proposal: Proposal, scores: Score
         values=proposal.values,
         costs=costs,
         state=State.FINISHED,
-        level=0,
+        rung=0,
         scores=(scores,),
         skipped="",
         lost_workers=0,

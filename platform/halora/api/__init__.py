@@ -1,0 +1,1 @@
+"""What `import halora` gives, and the command line is a client of."""
