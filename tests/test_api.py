@@ -301,7 +301,7 @@ def test_an_adapter_in_a_folder_is_scored_as_the_command_scores_it(tiny_models, 
     found = surface.Adapter(tmp_path / "adapter").evaluate(instances=2, rows=4, overrides={"chip.adc.bits": 7})
     told = halora_json(f"evaluate {tmp_path / 'adapter'} --instances 2 --rows 4 --set chip.adc.bits=7")
     assert [found.to_json()] == told
-    assert found.metrics["energy_uj_per_token"] == found.uj_per_token
+    assert found.metrics["energy_uj_per_token"] == found.costs["energy_uj_per_token"]
     with pytest.raises(surface.UserError, match="is not registered, and a bundle holds a certificate"):
         surface.Adapter(tmp_path / "adapter").export(tmp_path / "other")
     with pytest.raises(surface.UserError, match="is not a trial of a store"):

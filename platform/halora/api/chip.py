@@ -49,14 +49,22 @@ class Chip:
         return self.description.content_hash
 
     def energy(
-        self, model: Any, *, rank: int = 4, tokens: int = 512, phase: str = "prefill", baseline: str | None = None
+        self,
+        model: Any,
+        *,
+        rank: int = 4,
+        tokens: int = 512,
+        sequences: int = 1,
+        phase: str = "prefill",
+        baseline: str | None = None,
     ) -> "ModelEnergy":
-        """Energy by component, area, and the ratio to a named baseline; the model's weights are not needed.
+        """Energy and time by component, power, area, and the ratio to a named baseline, without the model's weights.
 
         Args:
             model: A known model (`llama-3.2-1b`, ...), a folder, a `config.json`, a hub id, or a loaded model.
             rank: LoRA rank on q, k, v, up and down; 0 for no adapter.
             tokens: Tokens the totals are for, and that each attends to.
+            sequences: Sequences that the chip works on at once, for time and power.
             phase: `prefill`: tokens of a prompt; `decode`: generated one by one.
             baseline: What to compare with; the paper's figure where it has one, else one of the phase.
 
@@ -65,7 +73,15 @@ class Chip:
         """
         from halora.api.energy import model_energy
 
-        return model_energy(model, lambda: self.description, rank=rank, tokens=tokens, phase=phase, baseline=baseline)
+        return model_energy(
+            model,
+            lambda: self.description,
+            rank=rank,
+            tokens=tokens,
+            sequences=sequences,
+            phase=phase,
+            baseline=baseline,
+        )
 
     def noise(self, model: Any = None) -> "Noise":
         """Errors of cells and weights as the chip's models state them, or the realised noise of a model's layers.
