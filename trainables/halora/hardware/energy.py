@@ -178,8 +178,8 @@ def _problems(
     shape: ModelShape, rank: int | Mapping[str, int], targets: tuple[str, ...], context_tokens: int, sequences: int
 ) -> list[str]:
     known = [linear.name for linear in shape.linears]
-    strange = [target for target in targets if not shape.adapted([target])]
-    problems = [f"targets: the model has no layer '{t}'{nearest(t, known)}" for t in strange]
+    unknown = [target for target in targets if not shape.adapted([target])]
+    problems = [f"targets: the model has no layer '{t}'{nearest(t, known)}" for t in unknown]
     layers = shape.all_layers
     ranks = rank if isinstance(rank, Mapping) else {"": rank}
     problems += [f"adapter: the model has no layer '{n}'{nearest(n, layers)}" for n in ranks if n and n not in layers]
