@@ -252,7 +252,7 @@ def test_a_table_has_the_same_columns_whatever_is_in_it(tmp_path, tiny_models, t
     empty = surface.Store(place).to_pandas()
     fixed = [*IDENTITY, *LABELS, *METRICS]
     assert (list(empty.columns), len(empty)) == (fixed, 0)
-    assert set(METRICS) == {names.ENERGY, *names.SCORE_METRICS}
+    assert set(METRICS) == {*names.COSTS, *names.SCORE_METRICS}
     assert LABELS == names.LABELS
     assert not place.root.exists()
     for name, number in (("one", 2), ("two", 1)):
