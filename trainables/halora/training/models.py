@@ -106,7 +106,7 @@ def estimated_shape(model: str) -> ModelShape:
     Loads no torch.
 
     Raises:
-        UserError: The model is not available, its weights are quantised, or it is not of the LLaMA or Qwen family.
+        UserError: The model is not available, its weights are quantised, or it is not of a declared family.
     """
     source = find_model(model)
     if is_folder(source):
