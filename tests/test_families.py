@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from pydantic import ValidationError
 from tiny_families import FAMILIES as TINY
 from tiny_families import tiny_config
+from training_runs import run_losses
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 
 from halora.errors import UserError
@@ -29,6 +30,7 @@ from halora.training.fused import FrozenNorm
 from halora.training.models import load_base
 from halora.training.prompts import prepared_rows
 from halora.training.tasks import Row, load_rows
+from halora.trial_runner import TrialRunner
 
 DIMENSIONS = {
     "hidden_size": 32,
@@ -183,6 +185,15 @@ def test_a_clean_step_has_the_loss_and_the_gradients_of_plain_peft(tiny_models, 
         assert another.abs().max() > 0
         torch.testing.assert_close(one, another, rtol=1e-3, atol=1e-3 * float(another.abs().max()))
     detach(ours)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["olmo3", "phi3", "gemma3_text"])
+def test_noisy_losses_are_the_same_in_shards_and_with_blocks_computed_again(tiny_trial, tmp_path, family):
+    settings = {"steps": 3, "schedule": {"redraw_steps": 2}}
+    plain = run_losses(TrialRunner(), tiny_trial(family, **settings), tmp_path / "plain")
+    sparing = tiny_trial(family, zero_stage=3, activation_checkpointing=True, **settings)
+    assert run_losses(TrialRunner(), sparing, tmp_path / "sparing") == pytest.approx(plain, abs=1e-4)
 
 
 def _log_likelihoods(model: torch.nn.Module, row) -> torch.Tensor:

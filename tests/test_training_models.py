@@ -15,7 +15,9 @@ from transformers import AutoModelForCausalLM
 from halora.errors import UserError
 from halora.hardware.shapes import known_shape
 from halora.training.models import estimated_shape, find_model, load_base, model_shape
+from halora.training.prompts import prepared_rows
 from halora.training.rram import install
+from halora.training.tasks import Row
 
 _ASK_HUB = """
 import time
@@ -176,6 +178,21 @@ def test_tokens_beyond_the_embedding_are_told(tiny_models, tmp_path):
     told = r"token '<new>' is number 49152, but the embedding has 49152 rows; resize it \(`resize_token_embeddings`\)"
     with pytest.raises(UserError, match=told):
         model_shape(str(folder))
+
+
+def test_a_text_model_takes_the_tokenizer_of_its_family_that_knows_images(tiny_models, tmp_path):
+    """Gemma 3's of 1B and less have no row for `<image_soft_token>`, number 262144 in all its tokenizers."""
+    folder = Path(shutil.copytree(tiny_models["gemma3_text"], tmp_path / "model"))
+    described = json.loads((folder / "tokenizer.json").read_text())
+    added = {"id": 49152, "content": "<image_soft_token>", "special": True, "lstrip": False, "rstrip": False}
+    described["added_tokens"].append(added | {"normalized": False, "single_word": False})
+    (folder / "tokenizer.json").write_text(json.dumps(described))
+    base = load_base(str(folder), "fp32")
+    row = Row("a", "What is <image_soft_token>?", (" This",), 0)
+    with pytest.raises(
+        UserError, match=r"row 'a' of task '' has '<image_soft_token>', which model .* no embedding for"
+    ):
+        prepared_rows([row], base, "plain")
 
 
 def test_missing_or_damaged_weights_are_told(tiny_models, tmp_path):

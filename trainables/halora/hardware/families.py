@@ -152,6 +152,7 @@ class Family:
         sliding: Its windows; none where every token sees all before it.
         statistics: Whose measured weights estimate the fill of its cells, see `weight_statistics.yaml`.
         defaults: Dimensions of a configuration that does not state them, as `transformers` has them.
+        foreign_tokens: Tokens of its tokenizers that its embedding has no rows for: those of images.
     """
 
     name: str
@@ -163,6 +164,7 @@ class Family:
     sliding: Sliding | None = None
     statistics: str = "smollm2"
     defaults: Mapping[str, int] = field(default_factory=dict)
+    foreign_tokens: tuple[str, ...] = ()
 
     @property
     def settings(self) -> set[str]:
@@ -283,6 +285,7 @@ FAMILIES: Mapping[str, Family] = {
                 settings={"sliding_window_pattern": 6},
             ),
             defaults={"head_dim": 256, "num_key_value_heads": 4},
+            foreign_tokens=("<image_soft_token>",),
         ),
     )
 }

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from halora.errors import UserError
-from halora.hardware.families import LINEARS, adapted, family_of, parts_of
+from halora.hardware.families import FAMILIES, LINEARS, adapted, family_of, parts_of
 from halora.hardware.fill import LayerFill, estimated_fill
 from halora.hardware.mapping import LM_HEAD
 from halora.reading import is_file, read_object
@@ -90,6 +90,11 @@ class ModelShape:
     def adapted(self, targets: Iterable[str]) -> tuple[str, ...]:
         """Names of its linear layers that an adapter's targets mean, see `halora.hardware.families.adapted`."""
         return adapted([linear.name for linear in self.linears], targets)
+
+    @property
+    def foreign_tokens(self) -> tuple[str, ...]:
+        """Tokens that its tokenizer may know and its embedding has no row for, see `Family.foreign_tokens`."""
+        return FAMILIES[self.dimensions["model_type"]].foreign_tokens if self.dimensions else ()
 
     @property
     def linear_layers(self) -> dict[str, LinearShape]:

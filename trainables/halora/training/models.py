@@ -107,7 +107,7 @@ def estimated_shape(model: str) -> ModelShape:
     Loads no torch.
 
     Raises:
-        UserError: The model is not available, its weights are quantised, or it is not of the LLaMA or Qwen family.
+        UserError: The model is not available, its weights are quantised, or it is not of a declared family.
     """
     source = find_model(model)
     if is_folder(source):
@@ -157,7 +157,7 @@ def check_folder(model: str, folder: Path, shape: ModelShape) -> None:
         if len(wrong) > _SHOWN_WEIGHTS:
             problems.append(f"and {len(wrong) - _SHOWN_WEIGHTS} weights more")
     if is_file(path := folder / "tokenizer.json"):
-        last = attempt(problems, lambda: _last_token(path))
+        last = attempt(problems, lambda: _last_token(path, shape.foreign_tokens))
         if last and last[1] >= shape.vocabulary:
             problems.append(
                 f"token '{last[0]}' is number {last[1]}, but the embedding has {shape.vocabulary} rows; "
@@ -167,15 +167,15 @@ def check_folder(model: str, folder: Path, shape: ModelShape) -> None:
         raise UserError([f"model '{model}': {problem}" for problem in problems])
 
 
-def _last_token(path: Path) -> tuple[str, int] | None:
-    """The token of the largest number in a `tokenizer.json`; none where it does not list its tokens."""
+def _last_token(path: Path, left_out: Sequence[str]) -> tuple[str, int] | None:
+    """The token of the largest number in a `tokenizer.json`, but for some; none where it does not list its tokens."""
     described = read_object(path, path.name, most_bytes=_LARGEST_TOKENIZER)
     inner, added = described.get("model"), described.get("added_tokens")
     vocabulary = inner.get("vocab") if isinstance(inner, Mapping) else None
     named = list(vocabulary.items()) if isinstance(vocabulary, Mapping) else []
     listed = [each for each in added if isinstance(each, Mapping)] if isinstance(added, list) else []
     named += [(each.get("content"), each.get("id")) for each in listed]
-    numbered = [(str(token), number) for token, number in named if isinstance(number, int)]
+    numbered = [(str(token), n) for token, n in named if isinstance(n, int) and token not in left_out]
     return max(numbered, key=lambda each: each[1], default=None)
 
 

@@ -22,10 +22,20 @@ def prepared_rows(
         new_tokens: Tokens that are to be generated after each prompt.
 
     Raises:
-        UserError: The tokenizer has no chat template, or rows have more tokens than the model has positions; all of
-            them are told.
+        UserError: The tokenizer has no chat template, or rows have tokens of images, or more than the model has
+            positions; all of them are told.
     """
     ready = chat_rows(rows, base.tokenizer) if prompt_format == "chat" else list(rows)
+    foreign = base.shape.foreign_tokens
+    refuse_rows(
+        [
+            f"row '{row.row_id}' of task '{row.task}' has '{token}', which model '{base.name}' has no embedding for"
+            for row in ready
+            for token in foreign
+            if any(token in text for text in (row.prompt, *row.options))
+        ],
+        "drop these rows",
+    )
     limit = _most_tokens(base.causal_lm.config)
     if limit is not None:
         lengths = ((row, _num_tokens(row, base.tokenizer, new_tokens, limit)) for row in ready)
