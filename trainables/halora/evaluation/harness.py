@@ -238,7 +238,7 @@ def _harness_model() -> type[Any]:
             totals = []
             for request in requests:
                 (first, *_), (tokens,) = encode_texts("", [request.args[0]], self._base.tokenizer)
-                windows = get_rolling_token_windows(tokens, first, self._longest - 1, 1)
+                windows = get_rolling_token_windows(tokens, first, self._longest, 1)
                 packed = [
                     pack_tokens(f"{_row_id(request)}, window {i}", context, [continuation])
                     for i, (context, continuation) in enumerate(map(make_disjoint_window, windows))
