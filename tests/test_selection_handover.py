@@ -88,10 +88,9 @@ def test_what_a_format_has_no_place_for_is_refused(adapted, tiny_models, tmp_pat
     with pytest.raises(UserError, match="no place for DoRA"):
         hand_over(folder, tmp_path / "adapter.gguf", "gguf", tiny_models["llama"])
     assert not (tmp_path / "adapter.gguf").exists()
+    described = folder / "adapter_config.json"
+    described.write_text(described.read_text().replace(tiny_models["llama"], ""))
     with pytest.raises(UserError, match="does not say which base model"):
-        (folder / "adapter_config.json").write_text(
-            (folder / "adapter_config.json").read_text().replace(tiny_models["llama"], "")
-        )
         surface.Adapter(folder).export(tmp_path / "peft", format="peft")
     with pytest.raises(UserError, match="exists"):
         hand_over(folder, folder, "peft", tiny_models["llama"])
