@@ -28,13 +28,11 @@ def init(
 
     if file.suffix not in (".yaml", ".yml") or file.exists() or not file.parent.is_dir():
         raise UserError(f"'{file}' exists, or is no new .yaml file in a folder", "name a new one")
-    chosen = [
-        given or (typer.prompt(what, default=default, err=True) if sys.stdin.isatty() else default)
-        for what, given, default in (
-            ("model", model, "smollm2-135m-instruct"),
-            ("task", task, "arc-easy"),
-            ("chip", chip, "halora-2026"),
-        )
-    ]
-    write_whole(file, starting_file(*chosen, name=name))
+
+    def asked(what: str, given: str | None, default: str) -> str:
+        return given or (typer.prompt(what, default=default, err=True) if sys.stdin.isatty() else default)
+
+    model = asked("model", model, "smollm2-135m-instruct")
+    task = asked("task", task, "arc-easy")
+    write_whole(file, starting_file(model, task, asked("chip", chip, "halora-2026"), name))
     say(f"written: '{file}'; next: halora sweep launch {file} --dry-run")

@@ -26,7 +26,7 @@ MERGED = (
 
 
 def hand_over(adapter: Path, place: Path, form: HandOver, base: str) -> None:
-    """Write an adapter for another tool, whole or not at all.
+    """Write an adapter for another tool, atomically.
 
     Args:
         adapter: Folder of the adapter, as PEFT stores it.

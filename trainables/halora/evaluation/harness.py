@@ -113,7 +113,7 @@ def harness_scores(
         say: Told of the progress.
 
     Raises:
-        UserError: See `check_tasks`; or a task's data cannot be had, or it asks for what is not decoded here.
+        UserError: See `check_tasks`; or a task's data are not available, or it asks for what is not decoded here.
     """
     from lm_eval.evaluator import simple_evaluate
 
