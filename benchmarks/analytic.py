@@ -100,7 +100,7 @@ class AnalyticCurves:
         }
         energy, loss = self.function.reference
         settings = {
-            "levels": lambda values: [Goal(self.steps, chip_instances)],
+            "goals": lambda values: [Goal(self.steps, chip_instances)],
             "settings": SearchSettings(skip_unreachable=False),
             "accuracy_floor": 1 - loss - self.gap,
             "constraints": [Constraint.model_validate(f"{metric} >= 0") for metric in self.function.constraints],

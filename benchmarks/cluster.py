@@ -120,6 +120,7 @@ def run_plain(folder: Path, address: str, trials: int) -> None:
     from ray import tune
     from ray.tune.search.optuna import OptunaSearch
 
+    from halora.events import Reported, Scored
     from halora.heartbeat import Heartbeats
     from halora.settings.trial import Goal
     from halora.spaces.sweep import load_sweep
@@ -133,9 +134,10 @@ def run_plain(folder: Path, address: str, trials: int) -> None:
         """The trainable, told by Tune what to search; it reports once, as every report has to hold the accuracy."""
 
         def step(self) -> dict[str, Any]:
-            while (report := super().step())["stage"] == "training":
+            while isinstance(event := super().step()["event"], Reported):
                 pass
-            return report
+            assert isinstance(event, Scored), event
+            return {"accuracy": event.metrics["accuracy"], "done": True}
 
         def _begin(self, config: dict[str, Any]) -> None:
             trial = sweep.resolve({"training.learning_rate": config["learning_rate"]})
@@ -168,7 +170,6 @@ def run_plain(folder: Path, address: str, trials: int) -> None:
         ),
     ).fit()
     assert not results.errors
-    assert all(result.metrics["stage"] == "evaluated" for result in results)
     ray.kill(heartbeats)
 
 

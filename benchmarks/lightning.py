@@ -21,7 +21,7 @@ from benchmarks.harness import interleave, parser, record, save, use_threads
 from benchmarks.ways import CLEAN, SIGMA, OurSteps, trial
 from halora.selection.lightning import PACKAGE
 from halora.settings.trial import TrialConfig
-from halora.training.models import cache_dir, extensions_dir
+from halora.training.models import extensions_dir
 from halora.training.rram import RramLinear
 from halora.trial_runner import TrialRunner
 
@@ -32,7 +32,7 @@ def main() -> None:
     """Measure and save, in the environment that has the package."""
     arguments = parser(__doc__).parse_args()
     if find_spec("aihwkit_lightning") is None:
-        python = str(_environment() / "bin" / "python")
+        python = str(environment() / "bin" / "python")
         os.environ["TORCH_EXTENSIONS_DIR"] = str(extensions_dir())  # what DeepSpeed built serves there too
         os.execv(python, [python, "-m", "benchmarks.lightning", *sys.argv[1:]])
     use_threads(arguments.threads)
@@ -82,14 +82,13 @@ def check_equal_losses() -> None:
     assert isclose(ours, other, rel_tol=_TOLERANCE), f"losses on clean weights: ours {ours}, lightning {other}"
 
 
-def environment_folder() -> Path:
-    """Where the environment with the package is, or will be."""
-    return cache_dir() / "benchmarks" / PACKAGE
+def environment() -> Path:
+    """The environment with the package, below ours, made on first use.
 
-
-def _environment() -> Path:
-    """The environment with the package, made on first use."""
-    folder = environment_folder()
+    Raises:
+        CalledProcessError: The package cannot be installed.
+    """
+    folder = Path(sys.prefix) / "benchmarks" / PACKAGE
     ready = folder / "ready"
     if not ready.exists():
         venv.create(folder, clear=True, symlinks=True)

@@ -12,6 +12,7 @@ takes half an hour. A core without bfloat16 instructions is several times faster
 
 import argparse
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
@@ -48,14 +49,14 @@ def _config(
 
 def _cells() -> Iterator[tuple[str, str, str, dict[str, Any], tuple[float, ...]]]:
     """Base, adapter, name of the chip, the chip, and further strengths: the rows of the table, most wanted first."""
+    for model in (_SMOLLM2, _TWIN):
+        for preset in ("cmo-hfox", "neurram-2022"):
+            yield model, _UNTRAINED, preset, {"preset": preset}, ()
     for preset, (own, *others) in _READINGS.items():
         chip = {"preset": preset, "noise": {"sigma": own}}
         for method in _METHODS:
             yield _SMOLLM2, method, preset, chip, tuple(others)
         yield _TWIN, _UNTRAINED, preset, chip, tuple(others)
-    for model in (_SMOLLM2, _TWIN):
-        for preset in ("cmo-hfox", "neurram-2022"):
-            yield model, _UNTRAINED, preset, {"preset": preset}, ()
 
 
 def _trained(runner: TrialRunner, method: str, dtype: str, folder: Path) -> Path | None:
@@ -93,18 +94,18 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|")
     runner = TrialRunner()
     with TemporaryDirectory() as scratch:
-        adapters = {method: _trained(runner, method, size.dtype, Path(scratch) / method) for method in size.methods}
+        trained = cache(lambda method: _trained(runner, method, size.dtype, Path(scratch) / method))
         for model, method, name, chip, others in _cells():
             if method not in size.methods:
                 continue
             for share_in_sram in size.shares:
                 config = _config(model, chip, share_in_sram, others, size)
-                scores = runner.evaluate(config, adapters[method], first_row=_FIRST_ROW)
-                right = [scores.noisy_correct, *scores.level_correct]
-                levels = [config.chip.noise.level, *others]
+                scores = runner.evaluate(config, trained(method), first_row=_FIRST_ROW)
+                right = [scores.noisy_correct, *scores.strength_correct]
+                strengths = [config.chip.noise.level, *others]
                 said = [
-                    f"{level:g}: {found.mean:.3f} [{found.low:.3f}, {found.high:.3f}]"
-                    for level, found in zip(levels, (share(np.array(each)) for each in right), strict=True)
+                    f"{strength:g}: {found.mean:.3f} [{found.low:.3f}, {found.high:.3f}]"
+                    for strength, found in zip(strengths, (share(np.array(each)) for each in right), strict=True)
                 ]
                 figures = f"{fmean(scores.noise_db):.1f} | {fmean(scores.clean_correct):.3f} | {'; '.join(said)}"
                 print(f"| {model} | {method} | {name} | {share_in_sram:g} | {figures} |", flush=True)

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from mlflow import MlflowClient
 from mlflow.store.tracking.dbmodels.models import SqlLatestMetric, SqlMetric, SqlParam, SqlRun, SqlTag
-from recorded_sweeps import generated_journal
+from recorded_sweeps import generated_event_log
 from sqlalchemy import create_engine, insert
 from starlette.testclient import TestClient
 
@@ -25,7 +25,7 @@ from benchmarks.harness import Record, Way, Work, interleave, parser, record, sa
 from halora.analysis.trials import RecordedTrial
 from halora.dashboard.app import create_app
 from halora.records import names
-from halora.records.index import read_ledger
+from halora.records.index import read_sweep_state
 from halora.records.store import Store
 from halora.spaces.sweep import SHIPPED
 
@@ -50,8 +50,8 @@ def _measured(store: Store, trials: int, rounds: int) -> list[Record]:
     folder = store.sweep(_SWEEP)
     folder.root.mkdir(parents=True)
     folder.sweep_file.write_text((SHIPPED / f"{_SWEEP}.yaml").read_text(encoding="utf-8"), encoding="utf-8")
-    generated_journal(folder.journal_file, trials)
-    points = read_ledger(store, _SWEEP).points()  # makes the index, as a sweep leaves it
+    generated_event_log(folder.event_log_file, trials)
+    points = read_sweep_state(store, _SWEEP).points()  # makes the index, as a sweep leaves it
     seconds = interleave({"MLflow": searched(store, points), **_pages(store, trials)}, rounds)
     other = seconds.pop("MLflow")
     return [

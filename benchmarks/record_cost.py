@@ -1,7 +1,7 @@
 """What recording a training report costs the loop that runs the trials, and how fast a front of many trials is shown.
 
 Three ways record the same four metrics of one step, each in a SQLite store of its own: the sweep's recorder, with its
-sender at work; Ray's MLflowLoggerCallback; MLflow's `log_metric`, once for each metric. The time is that of the call,
+exporter at work; Ray's MLflowLoggerCallback; MLflow's `log_metric`, once for each metric. The time is that of the call,
 as the trial waits for it. docs/lab.md has the result.
 
     python benchmarks/record_cost.py
@@ -21,9 +21,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from mlflow import MlflowClient
 from ray.air.integrations.mlflow import MLflowLoggerCallback
 from ray.tune.experiment import Trial
-from recorded_sweeps import begin, generated_journal
+from recorded_sweeps import begin, generated_event_log
 
-from halora.records.sender import recording
+from halora.events import Reported
+from halora.records.exporter import recording
 from halora.records.store import Store
 from halora.spaces.sweep import SweepConfig, load_sweep
 
@@ -77,8 +78,8 @@ def _ours(folder: Path, steps: int) -> list[float]:
     store.sweep(sweep.name).sweep_file.write_text("name: quickstart\n", encoding="utf-8")
     with recording(store, sweep, print) as recorder:
         begin(recorder, sweep, 0)
-        time.sleep(10)  # the sender makes MLflow's database, as at the start of any first sweep
-        found = _timed(lambda step: recorder.report_step(0, step, _METRICS), steps)
+        time.sleep(10)  # the exporter makes MLflow's database, as at the start of any first sweep
+        found = _timed(lambda step: recorder.record(Reported(trial=0, step=step, metrics=_METRICS)), steps)
         recorder.finish(interrupted=False)
     return found
 
@@ -109,7 +110,7 @@ def _reading(folder: Path, trials: int) -> None:
     place = store.sweep(sweep.name)
     place.root.mkdir(parents=True)
     place.sweep_file.write_text("name: quickstart\n", encoding="utf-8")
-    generated_journal(place.journal_file, trials)
+    generated_event_log(place.event_log_file, trials)
     arguments = ["front", "show", sweep.name, "--store", str(store.root)]
     print(f"\n{'front show':<22}{'seconds':>12}{'MiB':>12}   ({trials} trials)")
     for name in ("cold", "warm", "warm again"):

@@ -46,9 +46,10 @@ from benchmarks.analytic import FUNCTIONS, AnalyticCurves
 from halora.analysis.front import ranks
 from halora.analysis.front import volume as front_volume
 from halora.analysis.racing import chip_estimates
+from halora.events import Failed, JobEvent, Reported, Scored
 from halora.settings.trial import Goal
 from halora.spaces.search import Racing, Sampler, SearchSettings
-from halora.sweep.search.core import DecisionCore
+from halora.sweep.search.core import DecisionCore, Job
 from halora.sweep.search.problem import Problem
 from halora.sweep.search.samplers import make_sampler
 from halora.sweep.search.study import State, SweepStudy
@@ -186,7 +187,7 @@ def _history(curves: AnalyticCurves, seed: int, name: str, budget: int) -> list[
         trials=10_000 if rungs else WHOLE_TRIALS,
         seed=seed,
         chip_instances=RUNGS[-1].chip_instances,
-        levels=lambda values: RUNGS if rungs else RUNGS[-1:],
+        goals=lambda values: RUNGS if rungs else RUNGS[-1:],
         reduction_factor=3,
         settings=SearchSettings(sampler="random" if name == "random" else "tpe", skip_unreachable=False),
     )
@@ -194,7 +195,7 @@ def _history(curves: AnalyticCurves, seed: int, name: str, budget: int) -> list[
     clock = SimulatedClock()
     core = DecisionCore(problem, SweepStudy("b", InMemoryStorage()), clock_s=clock)
     watch.core = core
-    simulate(core, curves, clock, concurrent=WORKERS, events=watch)
+    simulate(core, curves, clock, concurrent=WORKERS, listener=watch)
     return watch.history
 
 
@@ -209,26 +210,14 @@ class _Watch:
         self._points: list[tuple[float, float]] = []
         self.history: list[tuple[int, float]] = [(0, 0.0)]
 
-    def began(self, job: Any) -> None:
+    def began(self, job: Job) -> None:
         """Nothing."""
 
-    def reported(self, job: Any, report: Any) -> None:
-        """Nothing."""
-
-    def failed(self, job: Any, cause: str) -> None:
-        """Never."""
-        raise AssertionError(cause)
-
-    def lost(self, job: Any, cause: str) -> None:
-        """Never."""
-        raise AssertionError(cause)
-
-    def out_of_memory(self, job: Any, cause: str) -> None:
-        """Never."""
-        raise AssertionError(cause)
-
-    def evaluated(self, job: Any, report: Any) -> None:
+    def told(self, job: Job, event: JobEvent) -> None:
         """Count."""
+        if isinstance(event, Reported):
+            return
+        assert isinstance(event, Scored), event
         self._reached[job.number] = job.goal.steps
         steps = sum(self._reached.values())
         if steps > self._budget:
@@ -301,7 +290,7 @@ def _identified(seed: int, chips: int, race: Racing | None) -> float:
     trials = search(problem, curves).trials()
     energy = np.array([trial.energy_uj_per_token for trial in trials])
     true = np.array([curves.true_objectives(trial.values)[0] for trial in trials])
-    by_chip = [trial.scores[-1]["accuracy_by_chip"] for trial in trials]
+    by_chip = [trial.scores[-1].accuracy_by_chip for trial in trials]
     assert sum(map(len, by_chip)) <= 240
     estimated = chip_estimates(by_chip)[0]
     return _f1(*(ranks(np.column_stack([accuracy, energy])) == 0 for accuracy in (estimated, true)))
@@ -336,7 +325,7 @@ def long_studies() -> None:
                 job = core.suggest()
                 asks.append((time.perf_counter() - wall, time.process_time() - processor))
                 assert job is not None
-                core.on_failure(job.number)
+                core.take(Failed(trial=job.number, cause="not trained"))
             told, of_it = (spread([1000 * ask[clock] for ask in asks[1:]], ".1f") for clock in (0, 1))
             print(f"  an ask that looks at {history} of them: {told} ms, processor time {of_it} ms", flush=True)
     volumes: dict[int, list[float]] = {50: [], 100: [], 200: [], 10_000: []}

@@ -93,7 +93,8 @@ def register_padded_attention() -> None:
 
     def layout(*arguments: Any, **settings: Any) -> RowLayout:
         visible = sdpa_mask(*arguments, **settings | {"allow_is_causal_skip": False})
-        return RowLayout(torch.arange(visible.shape[0] * visible.shape[2]), visible)
+        places = torch.arange(visible.shape[0] * visible.shape[2])
+        return RowLayout(places, visible, places % visible.shape[2])
 
     AttentionInterface.register(PADDED_ATTENTION, attend)
     AttentionMaskInterface.register(PADDED_ATTENTION, layout)

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from halora.hardware.families import LINEAR_NAMES
 from halora.hardware.mapping import LM_HEAD
-from halora.settings.training import LINEAR_NAMES
 from halora.training.models import plain_base
 
 MAGNITUDES, PEAKS, MOST = 24, 6, 2**22

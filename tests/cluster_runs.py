@@ -13,7 +13,7 @@ import psutil
 import pytest
 import yaml
 from raylets import Cluster, Node
-from records_audit import differences
+from records_audit import STATES, differences
 
 HALORA = Path(sys.executable).parent / "halora"
 TRIALS = 4
@@ -124,7 +124,7 @@ def worker_of(node: Node) -> psutil.Process:
 def assert_whole(
     store: Path, sweep: str, trials: int = TRIALS, steps: int = 60, every: int = 3, database: str = ""
 ) -> None:
-    """Every trial is finished exactly once, its reports without gap, and MLflow has all the journal has.
+    """Every trial is finished exactly once, its reports without gap, and MLflow has all the event log has.
 
     Args:
         store: The store.
@@ -134,17 +134,17 @@ def assert_whole(
         every: Steps between two reports.
         database: SQLAlchemy's address of MLflow's database; by default the store's own file.
     """
-    entries = _journal_equal_to_mlflow(store, sweep, database)
+    entries = _event_log_equal_to_mlflow(store, sweep, database)
     for number in range(trials):
         own = [entry for entry in entries if entry["trial"] == number]
-        assert [e["step"] for e in own if e["kind"] == "report"] == list(range(every, steps + 1, every)), number
-        assert sum(entry["kind"] == "scores" for entry in own) == 1
-        assert [entry["state"] for entry in own if entry["kind"] == "state"][-1] == "finished"
+        assert [e["step"] for e in own if e["kind"] == "reported"] == list(range(every, steps + 1, every)), number
+        assert sum(entry["kind"] == "scored" for entry in own) == 1
+        assert [entry["kind"] for entry in own if entry["kind"] in STATES][-1] == "finished"
     assert {entry["trial"] for entry in entries} == {*range(trials), None}
 
 
 def assert_without_gap(store: Path, sweep: str, every: int) -> None:
-    """Some trials of a stopped sweep have reports, from the first on without gap, and MLflow has all the journal has.
+    """Some trials of a stopped sweep have reports, from the first on without gap, and MLflow has all the event log has.
 
     Args:
         store: The store.
@@ -152,16 +152,16 @@ def assert_without_gap(store: Path, sweep: str, every: int) -> None:
         every: Steps between two reports.
     """
     reported: dict[int, list[int]] = {}
-    for entry in _journal_equal_to_mlflow(store, sweep):
-        if entry["kind"] == "report":
+    for entry in _event_log_equal_to_mlflow(store, sweep):
+        if entry["kind"] == "reported":
             reported.setdefault(entry["trial"], []).append(entry["step"])
     assert reported
     for number, steps in reported.items():
         assert steps == list(range(every, steps[-1] + 1, every)), number
 
 
-def _journal_equal_to_mlflow(store: Path, sweep: str, database: str = "") -> list[dict[str, Any]]:
-    """Entries of the sweep's journal, after a look that MLflow has them all."""
-    journal = store / "sweeps" / sweep / "records.jsonl"
-    assert differences(database or f"sqlite:///{store / 'mlflow.db'}", sweep, journal) == []
-    return [json.loads(line) for line in journal.read_text().splitlines()[1:]]
+def _event_log_equal_to_mlflow(store: Path, sweep: str, database: str = "") -> list[dict[str, Any]]:
+    """Entries of the sweep's event log, after a look that MLflow has them all."""
+    log = store / "sweeps" / sweep / "events.jsonl"
+    assert differences(database or f"sqlite:///{store / 'mlflow.db'}", sweep, log) == []
+    return [json.loads(line) for line in log.read_text().splitlines()[1:]]

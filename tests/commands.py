@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
+import yaml
 
 HALORA = Path(sys.executable).parent / "halora"
 
@@ -119,6 +120,18 @@ def runs(store, name, kind="trial"):
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     found = client.search_runs(experiments, f"tags.`halora.sweep` = '{name}' and tags.`halora.kind` = '{kind}'")
     return sorted(found, key=lambda run: int(run.data.tags.get("halora.trial", -1)))
+
+
+def study_of(store, name):
+    """Optuna's study of a sweep, read from its own storage: the journal file, or the database of studies."""
+    import optuna
+
+    folder = store / "sweeps" / name
+    if (journal := folder / "study.journal").exists():
+        backend = optuna.storages.journal.JournalFileBackend(str(journal))
+        return optuna.load_study(study_name=None, storage=optuna.storages.JournalStorage(backend))
+    launch = yaml.safe_load((folder / "sweep.yaml").read_text())["launch"]
+    return optuna.load_study(study_name=f"{name}-{launch}", storage=os.environ["HALORA_STUDY_URL"])
 
 
 def loss_history(store, run):

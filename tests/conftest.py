@@ -1,18 +1,12 @@
 """Fixtures shared by all tests: tiny random models of every supported architecture, and a tiny task."""
 
-import importlib.util
 import json
 import os
-import pwd
 import shlex
 import shutil
-import signal
-import socket
-import subprocess
 import sys
-import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +14,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
-from services import S3Server, s3_server
+from services import S3Server, postgres, s3_server
+from tiny_families import FAMILIES, tiny_model
 
 torch.set_num_threads(1)
 
@@ -28,58 +23,36 @@ VOCABULARY = 49152
 _COLOURS = {"grass": "green", "snow": "white", "coal": "black", "blood": "red", "the sea": "blue"}
 
 
-def _architectures() -> dict[str, Any]:
-    from transformers import (
-        LlamaConfig,
-        LlamaForCausalLM,
-        Qwen2Config,
-        Qwen2ForCausalLM,
-        Qwen3Config,
-        Qwen3ForCausalLM,
-    )
+class _TinyModels(Mapping[str, str]):
+    """Folder of a family's tiny model with SmolLM2's tokenizer, made when it is asked for."""
 
-    return {
-        "llama": (LlamaConfig, LlamaForCausalLM),
-        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-    }
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __getitem__(self, family: str) -> str:
+        from transformers import AutoTokenizer
+
+        from halora.training.models import find_model
+
+        folder, tokenizer = self._folder / family, self._folder / "tokenizer"
+        if not tokenizer.exists():
+            AutoTokenizer.from_pretrained(find_model("smollm2-135m-instruct")).save_pretrained(tokenizer)
+        if not folder.exists():
+            shutil.copytree(tokenizer, folder)
+            tiny_model(family, VOCABULARY).save_pretrained(folder)
+        return str(folder)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(FAMILIES)
+
+    def __len__(self) -> int:
+        return len(FAMILIES)
 
 
 @pytest.fixture(scope="session")
-def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Folder of a random two-layer model, with SmolLM2's tokenizer, by architecture name."""
-    from transformers import AutoTokenizer
-
-    from halora.training.models import find_model
-
-    tokenizer = AutoTokenizer.from_pretrained(find_model("smollm2-135m-instruct"))
-    folders = {}
-    for name, (config_class, model_class) in _architectures().items():
-        torch.manual_seed(0)
-        config = config_class(
-            vocab_size=VOCABULARY,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=8,
-            initializer_range=0.2,
-            max_position_embeddings=512,
-            tie_word_embeddings=True,
-            bos_token_id=1,
-            eos_token_id=2,
-        )
-        model = model_class(config)
-        with torch.no_grad():
-            for parameter_name, parameter in model.named_parameters():
-                if parameter_name.endswith("bias"):  # zero by default, which would hide a lost bias
-                    parameter.normal_(std=0.2)
-        folder = tmp_path_factory.mktemp("models") / name
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        folders[name] = str(folder)
-    return folders
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, str]:
+    """Folder of a random two-layer model, with SmolLM2's tokenizer, by the name of its family."""
+    return _TinyModels(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +74,7 @@ def tiny_task(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def tiny_trial(tiny_models: dict[str, str], tiny_task: str) -> Callable[..., Any]:
+def tiny_trial(tiny_models: Mapping[str, str], tiny_task: str) -> Callable[..., Any]:
     """A function that makes the `TrialConfig` of a short training, by default of the tiny LLaMA model under noise.
 
     Its keyword arguments are settings of the training; `architecture`, `chip`, `lora`, `evaluation` and `seed` are the
@@ -119,40 +92,10 @@ def tiny_trial(tiny_models: dict[str, str], tiny_task: str) -> Callable[..., Any
 
 
 @pytest.fixture(scope="session")
-def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """SQLAlchemy's address of a PostgreSQL server of its own on a free loopback port; skips where there is none."""
-    programs = [shutil.which(name) for name in ("initdb", "postgres")]
-    if None in programs or importlib.util.find_spec("psycopg") is None:
-        pytest.skip("PostgreSQL or psycopg is not installed")
-    folder = tmp_path_factory.mktemp("postgresql")
-    as_user: dict[str, Any] = {}
-    if os.getuid() == 0:  # the server refuses to run as root
-        owner = pwd.getpwnam("postgres")
-        os.chown(folder, owner.pw_uid, owner.pw_gid)
-        for parent in folder.parents[:3]:
-            parent.chmod(0o755)
-        as_user = {"user": owner.pw_uid, "group": owner.pw_gid, "extra_groups": []}
-    initialise = [programs[0], "-D", folder / "data", "-U", "postgres", "-A", "trust", "-N"]
-    subprocess.run(list(map(str, initialise)), check=True, capture_output=True, cwd="/", **as_user)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    serve = [programs[1], "-D", folder / "data", "-h", "127.0.0.1", "-p", port, "-k", folder, "-F"]
-    server = subprocess.Popen(list(map(str, serve)), stderr=subprocess.DEVNULL, cwd="/", **as_user)
-    try:
-        end = time.monotonic() + 120
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                break
-            except OSError:
-                assert server.poll() is None
-                assert time.monotonic() < end
-                time.sleep(0.1)
-        yield f"postgresql+psycopg://postgres@127.0.0.1:{port}/postgres"
-    finally:
-        server.send_signal(signal.SIGINT)  # its fast shutdown
-        server.wait(60)
+def postgresql() -> Iterator[str]:
+    """SQLAlchemy's address of a PostgreSQL server with an empty database."""
+    with postgres() as uri:
+        yield uri
 
 
 @pytest.fixture(scope="session")

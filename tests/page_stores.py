@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from recorded_sweeps import begin, finish, generated_journal, made_up_sweep
+from recorded_sweeps import begin, finish, generated_event_log, made_up_sweep
 
+from halora.events import BasesProbed, Failed, Reported
 from halora.files import write_json
-from halora.records.index import read_ledger
+from halora.records.index import read_sweep_state
 from halora.records.names import CERTIFICATION_FILE
 from halora.records.recorder import SweepRecorder
 from halora.records.store import Store
@@ -51,11 +52,11 @@ def fill(store: Store, model: str, task: str, stories: Sequence[str] = STORIES) 
         sweep = made_up_sweep(store, name, model, task, reference_point=_CORNER, **more)
         folder = store.sweep(name)
         if name == "large":
-            generated_journal(folder.journal_file, LARGE)
+            generated_event_log(folder.event_log_file, LARGE)
             continue
         recorder = SweepRecorder(folder, sweep)
         _record(name, recorder, sweep, folder.root)
-        recorder.record_damage([{"base": f"base of {HOSTILE}", "cause": "it was not at hand"}])
+        recorder.record(BasesProbed(outcomes=[{"base": f"base of {HOSTILE}", "cause": "it was not at hand"}]))
         recorder.finish(interrupted=False)
         recorder.close()
 
@@ -78,7 +79,7 @@ def _record(name: str, recorder: SweepRecorder, sweep: SweepConfig, folder: Path
         case "failed":
             for number in range(3):
                 begin(recorder, sweep, number)
-                recorder.fail_trial(number, f"{HOSTILE} at step {number}")
+                recorder.record(Failed(trial=number, cause=f"{HOSTILE} at step {number}"))
         case "numberless":
             for number in range(3):
                 begin(recorder, sweep, number)
@@ -100,7 +101,7 @@ def certify_made_up(store: Store, sweep: str, number: int, *, failures: int = 0,
         adapter: The adapter's file; without one the certification is only begun, with eight chips scored.
     """
     folder, gates = store.sweep(sweep), Gates(min_accuracy=0.3, min_yield=0.9)
-    point = read_ledger(store, sweep).point(number)
+    point = read_sweep_state(store, sweep).point(number)
     folder.selection.mkdir(exist_ok=True)
     digest = hashlib.sha256(adapter or b"").hexdigest()
     attempt = open_attempt(store, folder, load_sweep_of(folder).launch, number, digest, gates, ("tiny",))
@@ -167,12 +168,12 @@ def varied_trial(recorder: SweepRecorder, sweep: SweepConfig, folder: Path, numb
     for step in range(2, 17, 2):
         losses = {"train_loss": 3 / step, "train_task_loss": 2.5 / step, "train_strength": 0.01}
         gradients = {"train_task_grad_norm": 4.0, "train_reg_grad_norm": step / 8, "train_reg_share": step / 32}
-        recorder.report_step(number, step, losses | (gradients if method == "halora" else {}))
+        recorder.record(Reported(trial=number, step=step, metrics=losses | (gradients if method == "halora" else {})))
     if number == 3:
         log = folder / "ray" / f"{number:05d}_trial" / "stderr"
         log.parent.mkdir(parents=True)
         log.write_text("Traceback (most recent call last):\n" + "  a line\n" * 40 + f"RuntimeError: {HOSTILE}\n")
-        recorder.fail_trial(number, "RuntimeError: out of memory")
+        recorder.record(Failed(trial=number, cause="RuntimeError: out of memory"))
         return
     accuracy = 0.2 + 0.1 * (values["chip__adc__bits"] - 5) + 0.05 * (number % 3) + float(rng.uniform(0, 0.05))
     broken = {"constraint_violation.clean_accuracy": 0.1} if number == 5 else {}

@@ -1,14 +1,16 @@
 """Sweeps over tiny models whose trials are made up and recorded, without training."""
 
-import base64
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from halora.events import Answers, Began, Event, Finished, Reported, Scored, SweepStarted
 from halora.pricing import trial_energy
 from halora.records import names
+from halora.records.event_log import EventLog
 from halora.records.recorder import SweepRecorder
 from halora.records.store import Store
 from halora.spaces.sweep import SweepConfig
@@ -59,33 +61,53 @@ def finish(recorder: SweepRecorder, folder: Path, number: int, accuracy: float, 
     result |= {"layers": list(LAYERS), "layer_noise_db": [[-30.0 - i - chip for i in range(4)] for chip in range(3)]}
     (trial / "result.json").write_text(json.dumps(result))
     limits = {"accuracy": accuracy, "accuracy_low": accuracy - 0.1, "accuracy_high": accuracy + 0.1}
-    return recorder.finish_trial(number, 4, SCORES | limits | more, trial / "result.json", trial / "adapter")
+    scored = Scored(
+        trial=number,
+        step=4,
+        metrics=SCORES | limits | more,
+        accuracy_by_chip=correct.mean(axis=1).tolist(),
+        scores_file=f"trials/{number:05d}/result.json",
+        adapter=f"trials/{number:05d}/adapter",
+    )
+    recorder.record(scored)
+    return recorder.recorded.point(number)
 
 
-def generated_journal(
+def generated_event_log(
     path: Path, trials: int, reports: int = 4, seed: int = 0, launch: str = ""
 ) -> list[dict[str, Any]]:
-    """A journal of many finished trials with random scores, written at once; their beginnings and scores."""
+    """An event log of many finished trials with random scores, written at once; their beginnings and scores."""
     rng = np.random.default_rng(seed)
     energies, accuracies = rng.uniform(1, 6, trials).round(2), rng.uniform(0.2, 0.9, trials).round(2)
     kept = []
-    begun: dict[str, Any] = {"kind": "state", "trial": None, "state": "running"}
-    lines: list[dict[str, Any]] = [{"journal": "0" * 32, "version": 2, "launch": "0" * 32}, begun]
+    events: list[Event] = [SweepStarted()]
     for number in range(trials):
         method = ("lora", "noise_lora", "halora")[number % 3]
         labels = {"method": method, "model": "m", "chip": "c", "task": "t", "noise": "gaussian", "noise_strength": 0.01}
         params = {"lora.rank": int(2 ** rng.integers(1, 5)), "training.learning_rate": float(10 ** rng.uniform(-4, -2))}
         energy = {"energy_uj_per_token": float(energies[number]), "energy_uj_per_token.adc": 0.5}
-        lines.append({"kind": "begin", "trial": number, "params": params, "labels": labels, "metrics": energy})
-        lines[-1]["config"] = {"padding": "x" * 2500}  # about the size of a real one
+        config = {"padding": "x" * 2500}  # about the size of a real one
+        begun = Began(
+            trial=number,
+            params=params,
+            labels=labels,
+            metrics=energy,
+            chip_hash="",
+            config=config,
+            datasets=[],
+            program={},
+        )
         losses = [{"train_loss": 3 / step, "train_strength": 0.01} for step in range(1, reports + 1)]
-        lines += [{"kind": "report", "trial": number, "step": i, "metrics": loss} for i, loss in enumerate(losses)]
+        events += [begun, *(Reported(trial=number, step=i, metrics=loss) for i, loss in enumerate(losses))]
         accuracy = float(accuracies[number])
         scores = SCORES | {"accuracy": accuracy, "accuracy_low": accuracy - 0.1, "accuracy_high": accuracy + 0.1}
-        bits = base64.b64encode(np.packbits(rng.random(48) < accuracy).tobytes()).decode()
-        correct = {"group": "g", "chips": 3, "rows": 16, "bits": bits}
-        lines.append({"kind": "scores", "trial": number, "step": reports, "metrics": scores, "correct": correct})
-        lines.append({"kind": "state", "trial": number, "state": "finished"})
+        answers = Answers.of("g", (rng.random(48) < accuracy).reshape(3, 16))
+        by_chip = [accuracy] * 3
+        scored = Scored(trial=number, step=reports, metrics=scores, accuracy_by_chip=by_chip, answers=answers)
+        events += [scored, Finished(trial=number)]
         kept.append({"number": number, **labels, **params, **energy, **scores})
-    path.write_text("".join(json.dumps({"cause": "", "time_ms": i, **line}) + "\n" for i, line in enumerate(lines)))
+    log = EventLog(path, launch)
+    for i, event in enumerate(events):
+        log.append(replace(event, time_ms=1 + i))
+    log.close()
     return kept

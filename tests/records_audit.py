@@ -1,4 +1,4 @@
-"""Compares what MLflow's own tables hold of a sweep with the sweep's journal, row by row."""
+"""Compares what MLflow's own tables hold of a sweep with the sweep's event log, row by row."""
 
 import json
 from collections import Counter
@@ -15,6 +15,14 @@ left join tags n on n.run_uuid = r.run_uuid and n.key = 'halora.trial'
 where r.lifecycle_stage = 'active'
 """
 _METRICS = "select run_uuid, key, value, timestamp, step, is_nan from metrics"
+STATES = {
+    **dict.fromkeys(("sweep_started", "began", "resumed", "out_of_memory"), "running"),
+    **dict.fromkeys(("sweep_finished", "finished"), "finished"),
+    **dict.fromkeys(("sweep_interrupted", "interrupted"), "interrupted"),
+    "stopped": "stopped",
+    "failed": "failed",
+}
+"""Where an event says that its trial, or the sweep, stands."""
 _STATUS = {
     "running": "RUNNING",
     "finished": "FINISHED",
@@ -24,20 +32,20 @@ _STATUS = {
 }
 
 
-def journal_entries(path: Path) -> list[dict[str, Any]]:
-    """All entries of a journal but its header."""
+def logged_events(path: Path) -> list[dict[str, Any]]:
+    """All entries of an event log but its header."""
     return [entry for line in path.read_text().splitlines() if "kind" in (entry := json.loads(line))]
 
 
-def differences(database: str, sweep: str, journal: Path) -> list[str]:
-    """What MLflow's database lacks, doubles or has otherwise than the journal; empty if it is exactly the same.
+def differences(database: str, sweep: str, log: Path) -> list[str]:
+    """What MLflow's database lacks, doubles or has otherwise than the event log; empty if it is exactly the same.
 
     Args:
         database: SQLAlchemy URI of MLflow's database.
         sweep: Name of the sweep.
-        journal: Its journal, which names the launch.
+        log: Its event log, which names the launch.
     """
-    launch = json.loads(journal.read_text().partition("\n")[0])["launch"]
+    launch = json.loads(log.read_text().partition("\n")[0])["launch"]
     engine = sqlalchemy.create_engine(database)
     with engine.connect() as connection:
         runs = connection.execute(sqlalchemy.text(_RUNS), {"launch": launch, "sweep": sweep}).all()
@@ -49,11 +57,12 @@ def differences(database: str, sweep: str, journal: Path) -> list[str]:
 
     expected: Counter[tuple[Any, ...]] = Counter()
     states: dict[int | None, dict[str, Any]] = {}
-    for entry in journal_entries(journal):
+    for entry in logged_events(log):
         for name, value in entry.get("metrics", {}).items():
-            row = (entry["trial"], name, entry["time_ms"], entry.get("step", 0))
+            at_rung = entry["kind"] == "scored" and not entry.get("final", True)
+            row = (entry["trial"], f"rung_{name}" if at_rung else name, entry["time_ms"], entry.get("step", 0))
             expected[(*row, "nan" if value != value else float(value))] += 1
-        if entry["kind"] == "state":
+        if entry["kind"] in STATES:
             states[entry["trial"]] = entry
     recorded = Counter(
         (numbers[m.run_uuid], m.key, m.timestamp, m.step, "nan" if m.is_nan else m.value)
@@ -67,7 +76,8 @@ def differences(database: str, sweep: str, journal: Path) -> list[str]:
     found += [f"trial {number} has no run" for number in missing]
     for run in runs:
         state = states[numbers[run.run_uuid]]
-        ended = None if state["state"] == "running" else state["time_ms"]
-        if (run.status, run.end_time) != (_STATUS[state["state"]], ended):
-            found.append(f"trial {numbers[run.run_uuid]} is {run.status}, recorded as {state['state']}")
+        status = _STATUS[STATES[state["kind"]]]
+        ended = None if status == "RUNNING" else state["time_ms"]
+        if (run.status, run.end_time) != (status, ended):
+            found.append(f"trial {numbers[run.run_uuid]} is {run.status}, recorded as {state['kind']}")
     return found

@@ -35,7 +35,7 @@ def required(program: str, found: str | None) -> str:
     """The program's path; a test that has none is skipped, or fails where CI says that it must be there."""
     if found:
         return found
-    reason = f"{program} is not installed; `make services` installs it"
+    reason = f"{program} is not installed; see `make services`"
     if os.environ.get("HALORA_REQUIRE_SERVICES"):
         pytest.fail(reason)
     pytest.skip(reason)
@@ -57,19 +57,9 @@ class PostgresServer:
         if os.geteuid() == 0:
             shutil.chown(self._folder, account)
         self._user = {"user": account} if os.geteuid() == 0 else {}
+        as_owner = ["--username", "halora", "--auth", "trust", "--no-sync", "--encoding", "UTF8"]
         subprocess.run(
-            [
-                initdb,
-                "--pgdata",
-                self._data,
-                "--username",
-                "halora",
-                "--auth",
-                "trust",
-                "--no-sync",
-                "--encoding",
-                "UTF8",
-            ],
+            [initdb, "--pgdata", self._data, *as_owner],
             check=True,
             stdout=subprocess.DEVNULL,
             cwd=self._folder,

@@ -20,7 +20,6 @@ from halora.analysis.trials import (
     ACCURACY,
     DEFAULT_OBJECTIVES,
     ENERGY,
-    Answers,
     Objective,
     RecordedTrial,
     check_objectives,
@@ -30,6 +29,7 @@ from halora.analysis.trials import (
 )
 from halora.analysis.uncertainty import front_probability
 from halora.errors import UserError
+from halora.events import Answers
 from halora.records.publishing import front_csv
 
 DECIBEL = Objective("noise_db", maximise=False)
@@ -50,7 +50,7 @@ def _point(number, accuracy, energy, margin=0.0, width=0.1, **more):
 
 def _answers(correct, group="g"):
     correct = np.asarray(correct, dtype=bool)
-    return Answers(group, correct.shape, np.packbits(correct).tobytes())
+    return Answers.of(group, correct)
 
 
 def _dominates(one, other, objectives):
@@ -415,7 +415,7 @@ def _summary(points, **more):
 def test_a_trial_stands_at_every_strength_of_noise_it_was_scored_at():
     others = {"accuracy_at.0.02": 0.4, "accuracy_at.0.005": 0.6}
     point = _point(0, 0.5, 1.0, labels={"noise_strength": 0.01}, metrics=others)
-    assert point.accuracy_by_level == {0.005: 0.6, 0.01: 0.5, 0.02: 0.4}
+    assert point.accuracy_by_strength == {0.005: 0.6, 0.01: 0.5, 0.02: 0.4}
     (markers,) = charts.noise_chart([point], "noise_strength", "level")["data"]
     assert (markers["x"], markers["y"]) == ([0.005, 0.01, 0.02], [0.6, 0.5, 0.4])
 

@@ -22,7 +22,7 @@ import halora as surface
 from halora.analysis.table import IDENTITY, LABELS, METRICS
 from halora.api.progress import SweepProgress
 from halora.records import names
-from halora.records.index import read_ledger
+from halora.records.index import read_sweep_state
 from halora.records.recorder import SweepRecorder
 from halora.records.store import Store as Place
 from halora.spaces.sweep import load_sweep
@@ -272,7 +272,7 @@ def test_a_table_has_the_same_columns_whatever_is_in_it(tmp_path, tiny_models, t
     ]
     assert table["state"].tolist() == ["finished", "running", "finished"]
     assert table["on_front"].tolist() == [True, False, True]
-    points = read_ledger(place, "one").points()
+    points = read_sweep_state(place, "one").points()
     assert table["accuracy"][0] == points[0].accuracy
     assert table["began"][0].timestamp() == points[0].began_ms / 1000
     assert surface.Store(place).to_pandas("two")["sweep"].tolist() == ["two"]

@@ -20,21 +20,22 @@ import yaml
 from commands import background, client_of, content_of, halora, loss_history, runs
 
 TRIALS = 5
+ZOO = ("llama", "phi3", "gemma3_text")  # one linear layer each for queries, keys and values; one for all; windows
 
 
 @pytest.fixture(scope="module")
 def zoo_file(tiny_models, tiny_task, tmp_path_factory):
-    """A sweep over all architectures, two trials at a time, with a closing comparison."""
+    """A sweep over models of three families, two trials at a time, with a closing comparison."""
     content = content_of("zoo", tiny_models, tiny_task, steps=6, report_every=2, schedule={"redraw_steps": 2})
     content |= {
         "trials": TRIALS,
         "concurrent": 2,
         "space": {
-            "model": {"choices": list(tiny_models.values())},
+            "model": {"choices": [tiny_models[name] for name in ZOO]},
             "lora.rank": {"choices": [2, 4]},
             "chip.adc.bits": {"low": 5, "high": 9, "kind": "int"},
         },
-        "first": [{"model": folder, "lora.rank": 4} for folder in tiny_models.values()],
+        "first": [{"model": folder, "lora.rank": 4} for folder in (tiny_models[name] for name in ZOO)],
         "comparison": {"rows": 8, "chip_instances": 2},
     }
     path = tmp_path_factory.mktemp("sweeps") / "zoo.yaml"
@@ -48,10 +49,10 @@ def zoo(store, zoo_file):
     return halora(store, "sweep", "launch", zoo_file)
 
 
-# One sweep over all families, launched once.
+# One sweep over three families, launched once.
 
 
-def test_a_sweep_over_all_families_ends_in_a_front(zoo, store, tiny_models):
+def test_a_sweep_over_families_ends_in_a_front(zoo, store, tiny_models):
     assert zoo.returncode == 0, zoo.stderr
     assert re.search(rf"front of zoo: \d of {TRIALS} finished trials", zoo.stdout)
     assert "energy_uj_per_token" in zoo.stdout
@@ -65,7 +66,7 @@ def test_a_sweep_over_all_families_ends_in_a_front(zoo, store, tiny_models):
     shown = halora(store, "front", "show", "zoo", "--all", "--format", "json")
     assert shown.returncode == 0
     rows = json.loads(shown.stdout)
-    assert {row["params"]["model"] for row in rows} == set(tiny_models.values())
+    assert {row["params"]["model"] for row in rows} == {tiny_models[name] for name in ZOO}
     assert sorted(row["trial"] for row in rows) == list(range(TRIALS))
     for row in rows:
         beaten = [
@@ -86,7 +87,7 @@ def test_mlflow_holds_the_whole_sweep(zoo, store, tiny_models):
     trials = runs(store, "zoo")
     assert (parent.info.status, parent.data.metrics["trials_done"]) == ("FINISHED", TRIALS)
     assert [run.data.tags["halora.trial"] for run in trials] == [str(number) for number in range(TRIALS)]
-    assert {run.data.params["model"] for run in trials} == set(tiny_models.values())
+    assert {run.data.params["model"] for run in trials} == {tiny_models[name] for name in ZOO}
     client = client_of(store)
     assert {item.path for item in client.list_artifacts(parent.info.run_id)} == {
         "sweep.yaml",

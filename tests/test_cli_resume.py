@@ -2,17 +2,14 @@
 
 import json
 import os
-import random
 import re
 import signal
-import time
 
 import fsspec
-import optuna
 import psutil
 import pytest
 import yaml
-from commands import background, content_of, halora, loss_history, runs, training_steps, with_rungs
+from commands import background, content_of, halora, loss_history, runs, training_steps
 from raylets import frozen
 from records_audit import differences
 
@@ -207,79 +204,6 @@ def test_a_trial_whose_worker_is_killed_goes_on_from_its_checkpoint(undisturbed,
     assert "error.txt" in logs.stdout
 
 
-def _kill_and_resume(store, name, file, kills, chance):
-    """Launch, kill at random moments what `kills` names, and resume after a driver's end; lines of all drivers.
-
-    A trial that lost its worker reports before the next worker is killed, as three losses in a row would fail it.
-    """
-    arguments, left, said = ["launch", file], list(kills), []
-    while left:
-        with background(store, "sweep", *arguments) as driver:
-            driver.wait_for("the sweep runs")
-            while left:
-                if chance.random() < 0.5:  # else perhaps while it starts
-                    driver.wait_for("training", after=len(driver.lines))
-                time.sleep(chance.uniform(0, 8))
-                if left.pop(0) == "driver":
-                    driver.process.kill()
-                    driver.end()
-                    break
-                while not driver.workers() or _mourning("".join([*said, *driver.lines])):
-                    assert driver.process.poll() is None, driver.said
-                    time.sleep(0.1)
-                heard = len(driver.lines)
-                chance.choice(driver.workers()).kill()
-                driver.wait_for("resumes from its checkpoint", after=heard)
-            said += driver.lines
-        arguments = ["resume", name]
-    last = halora(store, "sweep", "resume", name)
-    assert last.returncode == 0, last.stderr
-    return said
-
-
-def _mourning(said):
-    """Whether the trial that lost the last worker has not reported since."""
-    lost = re.findall(r"trial (\d+) resumes from its checkpoint", said)
-    since = said.rpartition("resumes from its checkpoint")[2]
-    return bool(lost) and not re.search(rf"trial +{lost[-1]} (training|finished)", since)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("model", "steps", "every"), [("llama", 200, 10), ("smollm2-135m-instruct", 40, 4)])
-def test_twenty_kills_of_drivers_and_workers_lose_and_repeat_nothing(
-    store, model, steps, every, tiny_models, tiny_task, tmp_path
-):
-    """Oracle: the same sweep without kills; MLflow's tables beside the journal; Optuna's own storage."""
-    names, chance = [f"{model}-{kind}" for kind in ("never-killed", "killed")], random.Random(20)
-    for name in names:
-        content = with_rungs(name, {"llama": tiny_models.get(model, model)}, tiny_task)
-        del content["early_stopping"], content["racing"]
-        content["trials"] = 12
-        content["trial"]["training"] |= {"steps": steps, "report_every": every}
-        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(content))
-    quiet = halora(store, "sweep", "launch", tmp_path / f"{names[0]}.yaml")
-    assert quiet.returncode == 0, quiet.stderr
-    kills = ["driver", "worker"] * 10
-    chance.shuffle(kills)
-    said = _kill_and_resume(store, names[1], tmp_path / f"{names[1]}.yaml", kills, chance)
-    assert sum("resumes from its checkpoint: its worker ended" in line for line in said) == 10
-
-    whole, killed = (runs(store, name) for name in names)
-    assert [run.data.tags["halora.trial"] for run in killed] == [str(number) for number in range(12)]
-    assert [run.data.params for run in killed] == [run.data.params for run in whole]
-    assert {run.info.status for run in [*killed, *runs(store, names[1], kind="sweep")]} == {"FINISHED"}
-    for one, other in zip(killed, whole, strict=True):
-        told, losses = ([pair[i] for pair in loss_history(store, one)] for i in (0, 1))
-        assert told == list(range(every, steps + 1, every))
-        assert losses == pytest.approx([loss for _, loss in loss_history(store, other)], abs=1e-4)
-        assert one.data.metrics["margin"] == pytest.approx(other.data.metrics["margin"], abs=1e-3)
-    folder = store / "sweeps" / names[1]
-    assert differences(f"sqlite:///{store / 'mlflow.db'}", names[1], folder / "records.jsonl") == []
-    journal = optuna.storages.journal.JournalFileBackend(str(folder / "study.journal"))
-    study = optuna.load_study(study_name=None, storage=optuna.storages.JournalStorage(journal))
-    assert [(trial.number, trial.state.name) for trial in study.trials] == [(i, "COMPLETE") for i in range(12)]
-
-
 def test_a_sweep_with_a_storage_goes_on_where_no_file_of_it_is(
     store, s3, tiny_models, tiny_task, tmp_path, monkeypatch
 ):
@@ -298,7 +222,7 @@ def test_a_sweep_with_a_storage_goes_on_where_no_file_of_it_is(
     for folder in scratch:
         folder.mkdir()
     monkeypatch.setenv("TMPDIR", str(scratch[0]))
-    with background(store, "sweep", "launch", path, "--storage", "s3://bucket/sweeps/") as driver:
+    with background(store, "sweep", "launch", path, "--checkpoint-url", "s3://bucket/sweeps/") as driver:
         driver.wait_for("step 8/24")
         family = driver.family()
         driver.process.kill()
@@ -315,7 +239,7 @@ def test_a_sweep_with_a_storage_goes_on_where_no_file_of_it_is(
     assert training_steps(resumed.stderr, number)[0] > 8  # from its checkpoint
     for run in runs(store, "afar"):
         assert [step for step, _ in loss_history(store, run)] == list(range(4, 25, 4))
-    assert differences(f"sqlite:///{store / 'mlflow.db'}", "afar", store / "sweeps" / "afar" / "records.jsonl") == []
+    assert differences(f"sqlite:///{store / 'mlflow.db'}", "afar", store / "sweeps" / "afar" / "events.jsonl") == []
     assert "best adapter (trial" in resumed.stderr
     kept = {str(file.relative_to(trials)) for file in trials.rglob("*") if file.is_file()}
     assert {name.partition("/")[0] for name in kept if name.endswith("adapter_model.safetensors")} == {

@@ -4,18 +4,23 @@ Simulated sweeps through the real command: everything but the training is real.
 """
 
 import csv
+import fcntl
 import json
 import os
+import pty
 import random
+import select
 import shutil
+import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
-import optuna
 import pytest
 import yaml
+from commands import study_of
 from records_audit import differences
 
 HALORA = Path(sys.executable).parent / "halora"
@@ -82,11 +87,6 @@ def files(tmp_path_factory, tiny_models, tiny_task):
     return write
 
 
-def _study(store, name):
-    journal = optuna.storages.journal.JournalFileBackend(str(store / "sweeps" / name / "study.journal"))
-    return optuna.load_study(study_name=None, storage=optuna.storages.JournalStorage(journal)).trials
-
-
 def _runs(store, name, kind="trial"):
     from mlflow import MlflowClient
 
@@ -100,7 +100,7 @@ def _runs(store, name, kind="trial"):
 
 def _check_whole(store, name, count=TRIALS):
     """Every number ended exactly once in both stores, its metrics without gap, nothing left running."""
-    trials, (runs, losses) = _study(store, name), _runs(store, name)
+    trials, (runs, losses) = study_of(store, name).trials, _runs(store, name)
     assert [trial.number for trial in trials] == list(range(count))
     assert {trial.state.name for trial in trials} == {"COMPLETE", "PRUNED"}
     assert sorted(int(run.data.tags["halora.trial"]) for run in runs) == list(range(count))
@@ -117,7 +117,7 @@ def _check_whole(store, name, count=TRIALS):
             assert run.data.metrics["accuracy"] == pytest.approx(trial.values[0])
             assert run.data.metrics["energy_uj_per_token"] == pytest.approx(trial.values[1])
             assert "front_probability" in run.data.metrics
-        assert run.data.metrics["rung_accuracy"] == pytest.approx(trial.user_attrs["scores 0"]["accuracy"])
+        assert run.data.metrics["rung_accuracy"] == pytest.approx(trial.user_attrs["scores 0"]["metrics"]["accuracy"])
     return trials
 
 
@@ -146,7 +146,7 @@ def _kill_and_resume(store, name, launch, kills, seed):
     while True:
         process = _start(store, *arguments)
         if killed < kills:
-            recorded = store / "sweeps" / name / "records.jsonl"
+            recorded = store / "sweeps" / name / "events.jsonl"
             until = _lines(recorded) + chance.randint(1, 20)  # in facts, as a machine's speed is its own
             while _lines(recorded) < until and process.poll() is None:
                 time.sleep(chance.uniform(0, 0.01))
@@ -157,7 +157,7 @@ def _kill_and_resume(store, name, launch, kills, seed):
                 if (store / "sweeps" / name / "sweep.yaml").exists():
                     arguments = ["sweep", "resume", name]
                 continue
-        _, err = process.communicate(timeout=600)
+        _, err = process.communicate(timeout=1500)
         assert process.returncode == 0, err
         return killed
 
@@ -168,8 +168,8 @@ def _lines(path):
 
 def _check_disturbed(store, name, whole, count=TRIALS):
     trials = _check_whole(store, name, count)
-    assert [trial.params for trial in trials] == [trial.params for trial in _study(store, whole)]
-    assert differences(f"sqlite:///{store / 'mlflow.db'}", name, store / "sweeps" / name / "records.jsonl") == []
+    assert [trial.params for trial in trials] == [trial.params for trial in study_of(store, whole).trials]
+    assert differences(f"sqlite:///{store / 'mlflow.db'}", name, store / "sweeps" / name / "events.jsonl") == []
     code, out, _ = _halora(store, "sweep", "status", name, "--format", "json")
     (row,) = json.loads(out)
     assert (code, row["finished"] + row["stopped"], row["unfinished"], row["waiting"]) == (0, count, 0, 0)
@@ -185,7 +185,7 @@ def test_sigterm_ends_a_sweep_as_ctrl_c_does(undisturbed, store, files):
     """What a batch system sends: nothing is left open, and the records are delivered."""
     path, table = files("terminated", trials=400)
     process = _start(store, "sweep", "launch", path, "--simulate", table)
-    while _lines(store / "sweeps" / "terminated" / "records.jsonl") < 20:
+    while _lines(store / "sweeps" / "terminated" / "events.jsonl") < 20:
         assert process.poll() is None
         time.sleep(0.05)
     process.terminate()
@@ -195,17 +195,57 @@ def test_sigterm_ends_a_sweep_as_ctrl_c_does(undisturbed, store, files):
     assert "Traceback" not in err
     assert {run.info.status for run in _runs(store, "terminated")[0]} <= {"KILLED", "FINISHED"}
     assert [run.info.status for run in _runs(store, "terminated", "sweep")[0]] == ["KILLED"]
-    journal = store / "sweeps" / "terminated" / "records.jsonl"
-    assert differences(f"sqlite:///{store / 'mlflow.db'}", "terminated", journal) == []
+    log = store / "sweeps" / "terminated" / "events.jsonl"
+    assert differences(f"sqlite:///{store / 'mlflow.db'}", "terminated", log) == []
+
+
+@pytest.mark.parametrize("ignored", [False, True], ids=["terminal", "nohup"])
+def test_a_lost_terminal_ends_a_sweep_as_ctrl_c_does_unless_it_is_to_be_ignored(store, files, ignored):
+    name = "nohup" if ignored else "hung-up"
+    path, table = files(name, trials=100 if ignored else 400)
+    leader, terminal = pty.openpty()
+
+    def in_terminal():
+        fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+        if ignored:
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    process = subprocess.Popen(
+        [HALORA, "sweep", "launch", path, "--simulate", table],
+        env=os.environ | {"HALORA_STORE": str(store), "OMP_NUM_THREADS": "1"},
+        stdin=terminal,
+        stdout=subprocess.DEVNULL if ignored else terminal,
+        stderr=subprocess.DEVNULL if ignored else terminal,
+        start_new_session=True,
+        preexec_fn=in_terminal,
+    )
+    os.close(terminal)
+    log = store / "sweeps" / name / "events.jsonl"
+    while _lines(log) < 20:
+        assert process.poll() is None
+        if not ignored and select.select([leader], [], [], 0.05)[0]:
+            os.read(leader, 65536)
+    os.close(leader)
+    assert process.wait(600) == (0 if ignored else 1)
+    state = "FINISHED" if ignored else "KILLED"
+    assert [run.info.status for run in _runs(store, name, "sweep")[0]] == [state]
+    assert {run.info.status for run in _runs(store, name)[0]} <= {state, "FINISHED"}
+    assert differences(f"sqlite:///{store / 'mlflow.db'}", name, log) == []
 
 
 @pytest.mark.slow
-def test_twenty_kills_of_a_long_sweep_lose_and_repeat_nothing(store, files):
-    path, table = files("long", trials=150)
+@pytest.mark.parametrize("database", [False, True], ids=["journal", "postgresql"])
+def test_fifteen_kills_of_a_long_sweep_lose_and_repeat_nothing(database, store, files, request, monkeypatch):
+    """With rungs; a race needs scores of single chips, which a table of curves has not."""
+    names = [f"{kind}-{'database' if database else 'file'}" for kind in ("long", "disturbed-long")]
+    if database:
+        monkeypatch.setenv("HALORA_STUDY_URL", request.getfixturevalue("postgresql"))
+    trials = 60 if database else 150  # a database takes longer
+    path, table = files(names[0], trials=trials)
     assert _halora(store, "sweep", "launch", path, "--simulate", table)[0] == 0
-    path, table = files("disturbed-long", trials=150)
-    assert _kill_and_resume(store, "disturbed-long", ["sweep", "launch", path, "--simulate", table], 20, seed=20) == 20
-    _check_disturbed(store, "disturbed-long", "long", 150)
+    path, table = files(names[1], trials=trials)
+    assert _kill_and_resume(store, names[1], ["sweep", "launch", path, "--simulate", table], 15, seed=20) == 15
+    _check_disturbed(store, names[1], names[0], trials)
 
 
 def test_reconciling_shows_and_mends_what_differs(undisturbed, store, tmp_path):
@@ -221,14 +261,14 @@ def test_reconciling_shows_and_mends_what_differs(undisturbed, store, tmp_path):
     double = client.create_run(runs[1].info.experiment_id, tags=runs[1].data.tags)
     client.delete_run(runs[4].info.run_id)
     folder = torn / "sweeps" / "undisturbed"
-    with (folder / "records.jsonl").open("a") as journal:  # a kill came before the trial's end was written
-        entry = {"kind": "state", "trial": 2, "time_ms": 0, "state": "running", "cause": ""}
-        journal.write(json.dumps(entry) + "\n")
+    with (folder / "events.jsonl").open("a") as log:  # a kill came before the trial's end was written
+        entry = {"kind": "resumed", "trial": 2, "time_ms": 0}
+        log.write(json.dumps(entry) + "\n")
     ended = {number: run.data.tags["halora.state"] for number, run in runs.items()}
     code, out, err = _halora(torn, "doctor", "--reconcile", "--format", "json")
     assert code == 0, err
     rows = {row["trial"]: row for row in json.loads(out)}
-    told = {number: (row["study"], row["journal"], row["mlflow"], row["fixed"]) for number, row in rows.items()}
+    told = {number: (row["study"], row["event_log"], row["mlflow"], row["fixed"]) for number, row in rows.items()}
     assert told == {
         0: (ended[0], ended[0], "running", "delivered again"),
         1: (ended[1], ended[1], f"{ended[1]}, running", "a second run is deleted"),

@@ -1,6 +1,6 @@
 """Sweeps on a Ray cluster of several nodes, by the real command, with what happens to clusters.
 
-Oracles: the store's own journal, MLflow's tables beside it, Optuna's study; exit codes; the kernel, for what is left.
+Oracles: the store's own event log, MLflow's tables beside it, Optuna's study; exit codes; the kernel, for what is left.
 """
 
 import json
@@ -163,7 +163,7 @@ def test_a_frozen_worker_is_found_and_its_trial_goes_on(cluster, store, sweep_fi
     worker = worker_of(node_of(cluster, line))
     worker.suspend()
     said = wait_for(store, "frozen", lambda line: "resumes from its checkpoint" in line["message"])
-    assert "its worker was frozen: it said nothing for 12 s" in said["message"]
+    assert "its worker hung: it said nothing for 12 s" in said["message"]
     assert driver.wait(PATIENCE_S) == 0
     assert_whole(store, "frozen")
     assert not worker.is_running()

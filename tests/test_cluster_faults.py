@@ -1,6 +1,6 @@
 """A sweep on a real cluster with PostgreSQL and MLflow as servers of their own, and everything that may go away.
 
-Oracles: the journal, MLflow's tables in PostgreSQL beside it, Optuna's study; the kernel, for what is left.
+Oracles: the event log, MLflow's tables in PostgreSQL beside it, Optuna's study; the kernel, for what is left.
 """
 
 import os
@@ -69,7 +69,11 @@ def site(tmp_path_factory) -> Iterator[Site]:
         mlflow_server(records.uri, folder) as mlflow,
         small_disk(folder / "disk") as disk,
     ):
-        servers = {"HALORA_STUDY_URL": studies.uri, "HALORA_TRACKING_URI": mlflow.uri, "HALORA_STORAGE": str(disk)}
+        servers = {
+            "HALORA_STUDY_URL": studies.uri,
+            "HALORA_TRACKING_URI": mlflow.uri,
+            "HALORA_CHECKPOINT_URL": str(disk),
+        }
         with raylets(1, 1, 1, settings=settings(folder) | servers) as cluster:
             yield Site(cluster, studies, mlflow, folder / "store", disk, records.uri)
 

@@ -16,7 +16,8 @@ from starlette.testclient import TestClient
 
 from halora.dashboard.app import create_app
 from halora.dashboard.query import SweepQuery
-from halora.records.index import read_ledger
+from halora.events import Reported
+from halora.records.index import read_sweep_state
 from halora.records.provenance import program
 from halora.records.recorder import SweepRecorder
 from halora.records.store import Store
@@ -165,7 +166,7 @@ CONSTRAINTS = [
 
 @pytest.mark.parametrize(("form", "qualifies"), CONSTRAINTS)
 def test_a_constraint_leaves_the_trials_that_brute_force_leaves(client, store, form, qualifies):
-    wanted = [p for p in read_ledger(store, "large").points() if qualifies(p)]
+    wanted = [p for p in read_sweep_state(store, "large").points() if qualifies(p)]
     page = _Page(client.get("/sweeps/large", params=form))
     assert 0 < _qualifying(page) == len(wanted) < LARGE
     front = {
@@ -230,7 +231,7 @@ def test_the_shortlist_is_in_the_address_and_leaves_it_by_its_links(client):
 
 
 def test_a_card_has_what_is_recorded_of_its_trial(client, store):
-    point = read_ledger(store, "dozen").points()[8]
+    point = read_sweep_state(store, "dozen").points()[8]
     page = _page(client, "/sweeps/dozen/trials/8?against=4")
     losses = {trace["name"]: trace for trace in page.figure("loss")["data"]}
     assert losses["loss"]["x"] == [2, 4, 6, 8, 10, 12, 14, 16]
@@ -255,7 +256,7 @@ def test_a_card_has_what_is_recorded_of_its_trial(client, store):
     by_chip = np.mean(scores["noisy_correct"], axis=1)
     assert "Accuracy on each chip instance: " + ", ".join(f"{share:.3g}" for share in by_chip) in page.text
     compared = {row[0]: row[1:] for row in page.rows if len(row) == 3}
-    other = read_ledger(store, "dozen").points()[4]
+    other = read_sweep_state(store, "dozen").points()[4]
     assert compared["accuracy"] == [f"{each.accuracy:.4f}".rstrip("0") for each in (point, other)]
     assert compared["training.mu"][1] == "–"  # searched for `halora` only
     assert "there is no other trial 99" in _page(client, "/sweeps/dozen/trials/8?against=99").text
@@ -275,7 +276,7 @@ def test_fronts_are_compared_from_one_reference_point(client, store):
     corner = (0.1, 10.0)
     volumes = {row[0]: row[3] for row in page.rows if len(row) == 8}
     for name in ("dozen", "large"):
-        points = [p for p in read_ledger(store, name).points() if p.state == "finished" and not p.violated]
+        points = [p for p in read_sweep_state(store, name).points() if p.state == "finished" and not p.violated]
         assert float(volumes[name]) == pytest.approx(hypervolume(front(points), corner), rel=1e-3)
     methods = {row[0] for row in _page(client, "/compare?sweep=dozen&by=method").rows if len(row) == 8}
     assert methods >= {"lora", "noise_lora", "halora"}
@@ -396,7 +397,7 @@ def test_a_page_follows_a_running_sweep(tmp_path, tiny_models, tiny_task):
         recorder = SweepRecorder(folder, sweep)
         varied_trial(recorder, sweep, folder.root, 0)
         begin(recorder, sweep, 1)
-        recorder.report_step(1, 6, {"train_loss": 1.25})
+        recorder.record(Reported(trial=1, step=6, metrics={"train_loss": 1.25}))
         page = client.get("/sweeps/zero")
         (poll,) = re.findall(r'hx-get="([^"]*version=[^"]*)" hx-trigger="every 5s"', page.text)
         poll, asked = poll.replace("&amp;", "&"), {"hx-request": "true"}

@@ -25,9 +25,9 @@ from halora.analysis.parallel import parallel_axes
 from halora.analysis.trials import grouped
 from halora.dashboard.app import create_app
 from halora.dashboard.reading import NOISY
-from halora.records.index import read_ledger
+from halora.records.exporter import recording
+from halora.records.index import read_sweep_state
 from halora.records.recorder import SweepRecorder
-from halora.records.sender import recording
 from halora.records.store import Store
 from halora.records.tracking import open_client
 from halora.sweep.run.state import load_sweep_of, only_driver
@@ -283,7 +283,9 @@ def test_figures_keep_their_height_as_the_window_changes(browser, address):
 
 def test_a_click_on_the_front_leads_to_the_shortlist_and_the_card(browser, address, store):
     _open(browser, f"{address}/sweeps/dozen")
-    point = max((p for p in read_ledger(store, "dozen").points() if p.state == "finished"), key=lambda p: p.accuracy)
+    point = max(
+        (p for p in read_sweep_state(store, "dozen").points() if p.state == "finished"), key=lambda p: p.accuracy
+    )
     with _redrawn(browser):
         _in_plane(browser, [_pixel(browser, point.energy_uj_per_token, point.accuracy)])
     assert _picked(browser) == {point.number}
@@ -303,7 +305,7 @@ def test_a_click_on_the_front_leads_to_the_shortlist_and_the_card(browser, addre
 
 def test_a_box_on_the_front_shortlists_what_is_in_it(browser, address, store):
     _open(browser, f"{address}/sweeps/dozen")
-    points = [p for p in read_ledger(store, "dozen").points() if p.state == "finished"]
+    points = [p for p in read_sweep_state(store, "dozen").points() if p.state == "finished"]
     places = {p.number: _pixel(browser, p.energy_uj_per_token, p.accuracy) for p in points}
     plane = browser.find_element(By.CSS_SELECTOR, "#chart-front .nsewdrag").rect
     corner = (plane["width"] * 0.45, plane["height"] - 3)
@@ -318,7 +320,7 @@ def test_the_form_answers_while_it_is_typed_in_and_the_address_follows(browser, 
     _open(browser, f"{address}/sweeps/dozen")
     field = browser.find_element(By.NAME, "accuracy")
     field.send_keys("0.45")
-    wanted = [p for p in grouped(read_ledger(store, "dozen").points()).feasible if p.accuracy >= 0.45]
+    wanted = [p for p in grouped(read_sweep_state(store, "dozen").points()).feasible if p.accuracy >= 0.45]
     _until(browser, lambda b: b.current_url == f"{address}/sweeps/dozen?accuracy=0.45")
     _until(browser, lambda b: int(_text(b, "#qualifying")) == len(wanted))
     assert browser.switch_to.active_element == field
@@ -366,7 +368,7 @@ def test_paper_is_white_without_forms_whatever_the_screen(browser, address):
 
 def test_a_brush_on_an_axis_filters_every_view(browser, address, store):
     _open(browser, f"{address}/sweeps/dozen")
-    groups = grouped(read_ledger(store, "dozen").points())
+    groups = grouped(read_sweep_state(store, "dozen").points())
     points = groups.feasible
     axis = next(a for a in parallel_axes([*points, *groups.violating], NOISY) if a.field == "training.learning_rate")
     grabs = browser.find_elements(By.CSS_SELECTOR, "[data-axis]")
@@ -436,7 +438,7 @@ def test_forms_and_tables_work_without_javascript(browser, address, store):
         browser.find_element(By.NAME, "accuracy").send_keys("0.4")
         browser.find_element(By.CSS_SELECTOR, "td input[name=pick]").click()
         _follow(browser, browser.find_element(By.CSS_SELECTOR, "form button"), "accuracy=0.4")
-        points = [p for p in read_ledger(store, "dozen").points() if p.state == "finished" and not p.violated]
+        points = [p for p in read_sweep_state(store, "dozen").points() if p.state == "finished" and not p.violated]
         assert int(_text(browser, "#qualifying")) == len([p for p in points if p.accuracy >= 0.4])
         assert len(_picked(browser)) == 1
         browser.get(f"{address}/")
@@ -463,7 +465,7 @@ def test_an_adapter_is_picked_and_registered(browser, tmp_path, tiny_models, tin
     assert client.search_registered_models() == []
     with serving(store, allow_register=True) as address:
         _open(browser, f"{address}/sweeps/whole")
-        point = read_ledger(store, "whole").point(1)
+        point = read_sweep_state(store, "whole").point(1)
         with _redrawn(browser):
             _in_plane(browser, [_pixel(browser, point.energy_uj_per_token, point.accuracy)])
         _follow(browser, browser.find_element(By.CSS_SELECTOR, "#shortlist + .scroll tbody th a"), "/trials/1")

@@ -12,8 +12,8 @@ import pytest
 from halora.evaluation.chips import ChipScores
 from halora.evaluation.intervals import share
 from halora.hardware.addressing import Role
+from halora.hardware.families import LINEAR_NAMES
 from halora.records.names import BESIDE_METRICS
-from halora.settings.training import LINEAR_NAMES
 from halora.trial_folder import adapter_folder
 from halora.trial_runner import TrialRunner, task_rows
 
@@ -97,14 +97,14 @@ def test_other_strengths_of_noise_are_those_of_a_chip_that_has_them(runner, tiny
         tiny_trial(chip=chip(0.01), evaluation=EVALUATION | {"noise_strengths": [0.2, 0.4]}), adapter
     )
     alone = runner.evaluate(tiny_trial(chip=chip(0.01), evaluation=EVALUATION), adapter)
-    assert replace(both, levels=(), level_correct=()) == alone
-    for sigma, correct in zip((0.2, 0.4), both.level_correct, strict=True):
+    assert replace(both, strengths=(), strength_correct=()) == alone
+    for sigma, correct in zip((0.2, 0.4), both.strength_correct, strict=True):
         there = runner.evaluate(tiny_trial(chip=chip(sigma), evaluation=EVALUATION), adapter)
         assert correct == there.noisy_correct
         assert both.summary()[f"accuracy_at.{sigma:g}"] == pytest.approx(there.summary()["accuracy"])
     raced = both.with_chips_after(2, runner.evaluate(tiny_trial(evaluation=EVALUATION), adapter, first_chip=2))
     assert raced.chip_seeds == (0, 1, 2, 3, 4)
-    assert [len(by_chip) for by_chip in raced.level_correct] == [2, 2]
+    assert [len(by_chip) for by_chip in raced.strength_correct] == [2, 2]
     assert ChipScores.from_json(json.loads(json.dumps(both.to_json()))) == both
 
 

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from pydantic import ValidationError
+from tiny_families import FEWER
 from transformers import AutoModelForCausalLM
 
 from halora.errors import UserError
@@ -41,7 +42,7 @@ ROWS = [
 NEW = 7
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("architecture", FEWER)
 def test_clean_texts_are_those_of_plain_transformers(tiny_models, architecture):
     base = load_base(tiny_models[architecture], "fp32")
     texts = generate(base, install(base.causal_lm), ROWS, batch_size=2, max_new_tokens=NEW)

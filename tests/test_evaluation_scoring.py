@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny_families import FAMILIES
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from halora.evaluation.scoring import margin, option_scores, per_byte
@@ -38,7 +39,7 @@ def _uneven_rows(tiny_task: str) -> list[Row]:
     return [*load_rows(tiny_task, "validation")[:9], long]
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("architecture", FAMILIES)
 def test_one_pass_scores_every_option_as_a_sequence_of_its_own(tiny_models, tiny_task, architecture):
     base = load_base(tiny_models[architecture], "fp32")
     rows = _uneven_rows(tiny_task)
@@ -51,7 +52,7 @@ def test_one_pass_scores_every_option_as_a_sequence_of_its_own(tiny_models, tiny
 
 
 @pytest.mark.parametrize("converters", ["exact", "statistical"])
-@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "phi3", "gemma3_text"])
 def test_scores_on_a_chip_do_not_depend_on_the_batch(tiny_models, tiny_task, architecture, converters):
     chip = load_chip({"preset": "halora-2026", "adc": {"bits": 6}, "noise": {"sigma": 0.05}, "read": {"white_us": 0.4}})
     base = load_base(tiny_models[architecture], "fp32")

@@ -137,12 +137,30 @@ def test_weights_without_embeddings_as_the_model_cards_state(name, billions):
         ("llama-3.2-3b", 1, 3_212_749_824),
         ("llama-3.1-8b", 2, 8_030_261_248),
         ("smollm2-135m-instruct", 1, 134_515_008),
+        ("mistral-7b-v0.3", 2, 7_248_023_552),
+        ("mistral-nemo-12b", 2, 12_247_782_400),
+        ("smollm3-3b", 1, 3_075_098_624),
+        ("granite-3.3-2b", 1, 2_533_539_840),
+        ("granite-3.3-8b", 1, 8_170_864_640),
+        ("olmo-2-1b", 2, 1_484_916_736),
+        ("olmo-2-7b", 2, 7_298_617_344),
+        ("olmo-3-7b", 2, 7_298_011_136),
+        ("phi-3-mini-4k", 2, 3_821_079_552),
+        ("phi-4-mini", 1, 3_836_021_760),
+        ("phi-4", 2, 14_659_507_200),
+        ("gemma-3-270m", 1, 268_098_176),
+        ("gemma-3-1b", 1, 999_885_952),
     ],
 )
 def test_parameters_as_published(name, embeddings, parameters):
     shape = named_shapes()[name]
     linear = sum(layer.weights for layer in shape.linear_layers.values())
-    norms = (2 * shape.layers + 1) * shape.hidden
+    keys = shape.cache_values(1) // shape.layers // 2
+    by_block = {
+        "olmo": 2 * shape.hidden + shape.heads * shape.head_dim + keys,
+        "gemma": 4 * shape.hidden + 2 * shape.head_dim,
+    }
+    norms = shape.hidden + shape.layers * by_block.get(name.partition("-")[0], 2 * shape.hidden)
     assert linear + embeddings * shape.lm_head.weights + norms == parameters
 
 
@@ -159,6 +177,8 @@ def test_models_are_found_by_name_hub_id_and_file(tmp_path):
     assert known_shape("meta-llama/Llama-3.2-1B-Instruct") == known_shape("meta-llama/Llama-3.2-1B") == LLAMA_1B
     assert known_shape("Qwen/Qwen3-0.6B") == named_shapes()["qwen3-0.6b"]
     assert known_shape("HuggingFaceTB/SmolLM2-135M-Instruct") == named_shapes()["smollm2-135m-instruct"]
+    assert known_shape("google/gemma-3-1b-pt") == known_shape("google/gemma-3-1b-it") == named_shapes()["gemma-3-1b"]
+    assert known_shape("HuggingFaceTB/SmolLM3-3B-Base") == named_shapes()["smollm3-3b"]
     assert known_shape("nobody/nothing") is None
     path = tmp_path / "config.json"
     path.write_text(

@@ -1,6 +1,6 @@
 """A process that ends at any of its writes. Oracle: the same simulated sweep undisturbed, trial by trial, row by row.
 
-The study, the journal of records and the trials' files are written through three functions of the product. A kill is an
+The study, the event log and the trials' files are written through three functions of the product. A kill is an
 exception in one of them after which none of them writes any more, as after SIGKILL; what was written before stays. So
 each run leaves what a killed process leaves between two writes, and a resume reads nothing else.
 """
@@ -10,11 +10,12 @@ from collections import Counter
 import pytest
 
 from halora import files
+from halora.events import Estimated
 from halora.pricing import trial_energy
-from halora.records.journal import Journal, read
-from halora.records.ledger import Ledger
+from halora.records.event_log import EventLog, read
 from halora.records.recorder import SweepRecorder
 from halora.records.store import Store
+from halora.records.sweep_state import SweepState
 from halora.spaces.sweep import SweepConfig
 from halora.sweep.run.launch import _Recording
 from halora.sweep.run.reconcile import record_as_studied
@@ -42,7 +43,7 @@ class _Axe:
 
     def __init__(self, monkeypatch):
         self.left, self.writes = None, []
-        targets = [(StudyFile, "append_logs"), (Journal, "append"), (files, "write_whole")]
+        targets = [(StudyFile, "append_logs"), (EventLog, "append"), (files, "write_whole")]
         for where, name in [*targets, *((PatientStorage, name) for name in _OF_A_DATABASE)]:
             monkeypatch.setattr(where, name, self._guarded(name, getattr(where, name)))
 
@@ -115,19 +116,19 @@ def sweep(tiny_models, tiny_task):
     return SweepConfig.model_validate(content | {"constraints": bounds})
 
 
-def _drive(sweep, store):
+def _drive(sweep, store, curves=None):
     """What a launch and a resume do with a simulated sweep, but for the delivery to MLflow."""
     folder = store.sweep(sweep.name)
     with only_driver(folder):
         clock = SimulatedClock()
         core, recorder, trial_files = open_core(sweep, store, clock), SweepRecorder(folder, sweep), TrialFiles(folder)
         try:
-            events = _Recording(sweep, core, recorder, _Quiet(), trial_files, folder)
-            simulate(core, _Curves(), clock, report_every=2, events=events, folder=folder)
+            listener = _Recording(sweep, core, recorder, _Quiet(), trial_files, folder)
+            simulate(core, curves or _Curves(), clock, report_every=2, listener=listener, folder=folder)
             record_as_studied(core.trials(), recorder)
             recorder.record_estimates(core.estimates())
             recorder.finish(interrupted=not core.over)
-            events.prune()
+            listener.prune()
         finally:
             recorder.close()
 
@@ -143,21 +144,21 @@ def _outcome(sweep, store):
         )
         for trial in core.trials()
     ]
-    entries, ledger = read(folder.journal_file)[0], Ledger()
-    ledger.take(entries)
-    points = [(point.number, point.state, point.cause, point.params, point.metrics) for point in ledger.points()]
+    events, recorded = read(folder.event_log_file)[0], SweepState()
+    recorded.take(events)
+    points = [(point.number, point.state, point.cause, point.params, point.metrics) for point in recorded.points()]
     rows = Counter(
-        (entry["kind"], entry["trial"], entry.get("step"), name, value)
-        for entry in entries
-        if entry["kind"] != "estimate"  # which says again how trials compare, whenever it is asked
-        for name, value in entry.get("metrics", {}).items()
+        (event.kind, event.trial, getattr(event, "step", None), name, value)
+        for event in events
+        if not isinstance(event, Estimated)  # which says again how trials compare, whenever it is asked
+        for name, value in getattr(event, "metrics", {}).items()
     )
     kept = {str(path.relative_to(folder.root)) for path in (folder.root / "trials").rglob("*") if path.is_file()}
     return {
         "trials": trials,
         "points": points,
         "rows": rows,
-        "state": (ledger.sweep_state, ledger.sweep_metrics),
+        "state": (recorded.sweep_state, recorded.sweep_metrics),
         "spent": (core.steps_taken(), core.counts()),
         "kept": kept,
     }
@@ -181,6 +182,28 @@ def _killed_and_resumed(axe, sweep, store, at):
     return _outcome(sweep, store)
 
 
+class _Diverging(_Curves):
+    """The largest rank ends without an accuracy."""
+
+    def accuracy(self, values, step, chip):
+        return float("nan") if values["lora.rank"] == 8 else super().accuracy(values, step, chip)
+
+
+def test_a_trial_without_an_accuracy_has_failed_for_study_and_records_alike(sweep, tmp_path):
+    """The records once called it finished."""
+    store = _place(tmp_path, "diverging")
+    trial = sweep.trial | {"evaluation": {"chip_instances": 1, "rows": 4}}
+    plain = {"constraints": (), "early_stopping": None, "racing": None, "trial": trial}
+    _drive(sweep.model_copy(update=plain), store, _Diverging())
+    outcome = _outcome(sweep, store)
+    failed = {number for number, values, state, *_ in outcome["trials"] if state == "failed"}
+    assert failed == {number for number, values, *_ in outcome["trials"] if values["lora.rank"] == 8}
+    assert failed
+    recorded = {number: (state, cause) for number, state, cause, *_ in outcome["points"]}
+    told = ("failed", "its accuracy is nan, not a number")
+    assert {number for number, state in recorded.items() if state == told} == failed
+
+
 @pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_kill_at_any_write_loses_and_repeats_nothing(sweep, tmp_path, monkeypatch, every):
     """In CI at every fourth of them, and between all that follow each other in the study."""
@@ -189,7 +212,7 @@ def test_a_kill_at_any_write_loses_and_repeats_nothing(sweep, tmp_path, monkeypa
     writes, whole = list(axe.writes), _outcome(sweep, store)
     states = Counter(str(trial[2]) for trial in whole["trials"])
     assert min(states[state] for state in ("finished", "stopped", "skipped")) > 0, states  # all that can become of one
-    assert any(len(trial[3][-1]["accuracy_by_chip"]) > 2 for trial in whole["trials"] if trial[3])  # and the race
+    assert any(len(trial[3][-1].accuracy_by_chip) > 2 for trial in whole["trials"] if trial[3])  # and the race
     assert set(writes) == {"append_logs", "append", "write_whole"}
     assert len(writes) >= 40
     in_study = [at for at in range(1, len(writes)) if {*writes[at - 1 : at + 1]} == {"append_logs"}]

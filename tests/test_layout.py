@@ -15,7 +15,18 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SOURCE_ROOTS = ("trainables", "search_spaces", "platform", "dashboards")
 LAYERS = (
-    {"errors", "files", "reading", "secret_urls", "strict_model", "trial_folder", "url_folder", "yaml_files"},
+    {
+        "errors",
+        "events",
+        "files",
+        "reading",
+        "retries",
+        "secret_urls",
+        "strict_model",
+        "trial_folder",
+        "url_folder",
+        "yaml_files",
+    },
     {"hardware"},
     {"settings"},
     {"training"},

@@ -1,4 +1,4 @@
-"""Oracles: the fit of a race by hand, and the journal's own entries."""
+"""Oracles: the fit of a race by hand, and the event log's own entries."""
 
 import json
 
@@ -7,10 +7,11 @@ import pytest
 from recorded_sweeps import SCORES, begin, made_up_sweep
 
 from halora.analysis.summary import view_front
-from halora.records.journal import read
-from halora.records.ledger import Ledger
+from halora.events import Scored
+from halora.records.event_log import read
 from halora.records.recorder import SweepRecorder
 from halora.records.store import Store
+from halora.records.sweep_state import SweepState
 from halora.selection.candidates import standings
 from halora.spaces.gates import Gates
 
@@ -29,7 +30,9 @@ def _finish(recorder, folder, number, right_by_chip):
     file.write_text(json.dumps({"noisy_correct": correct.tolist(), "row_ids": list(range(50))}))
     mean = float(correct.mean())
     scores = SCORES | {"accuracy": mean, "accuracy_low": mean - 0.1, "accuracy_high": mean + 0.1}
-    return recorder.finish_trial(number, 4, scores | {"drop_low": 0.0, "drop_high": 0.2}, file, None)
+    metrics, kept = scores | {"drop_low": 0.0, "drop_high": 0.2}, str(file.relative_to(folder))
+    by_chip = correct.mean(axis=1).tolist()
+    recorder.record(Scored(trial=number, step=4, metrics=metrics, accuracy_by_chip=by_chip, scores_file=kept))
 
 
 def test_records_front_and_candidates_take_the_accuracies_of_the_race(sweep):
@@ -44,8 +47,8 @@ def test_records_front_and_candidates_take_the_accuracies_of_the_race(sweep):
     assert [point.number for point in view_front(recorder.points).members] == [1, 0]
     recorder.record_estimates({0: 0.42, 1: 0.44})
     recorder.finish(interrupted=False)
-    points = Ledger()
-    points.take(read(folder.journal_file)[0])
+    points = SweepState()
+    points.take(read(folder.event_log_file)[0])
     raced, other = points.points()
     assert (raced.accuracy, other.accuracy) == pytest.approx((0.42, 0.44))
     assert (raced.metrics["accuracy_low"], raced.metrics["drop_high"]) == pytest.approx((0.32, 0.28))
@@ -54,8 +57,8 @@ def test_records_front_and_candidates_take_the_accuracies_of_the_race(sweep):
     assert view.probability[0] < 0.5
     chosen = standings(points.points(), Gates(min_accuracy=0.43))
     assert [each.point.number for each in chosen if each.qualifies] == [1]
-    before = folder.journal_file.read_text().count("estimate")
+    before = folder.event_log_file.read_text().count('"estimated"')
     _finish(recorder, folder.root, 0, (21, 21, 29, 29))  # the same again, as after a resume
     recorder.record_estimates({0: 0.42, 1: 0.44})
-    assert folder.journal_file.read_text().count("estimate") == before == 1
+    assert folder.event_log_file.read_text().count('"estimated"') == before == 1
     recorder.close()

@@ -1,4 +1,4 @@
-"""Oracles: a literal list of every recorded name; MLflow's own tables, row by row beside the journal; MLflow's own
+"""Oracles: a literal list of every recorded name; MLflow's own tables, row by row beside the event log; MLflow's own
 answers on a real SQLite store."""
 
 import json
@@ -18,19 +18,21 @@ import matplotlib.image
 import pytest
 import yaml
 from recorded_sweeps import SCORES, begin, finish, made_up_sweep
-from records_audit import differences, journal_entries
+from records_audit import differences, logged_events
 
 from halora.analysis.front import front, hypervolume
 from halora.errors import UnreachableError, UserError
+from halora.events import Compared, Failed, Interrupted, Reported, Scored, Stopped
 from halora.pricing import trial_energy
 from halora.records import names, queries, registry
-from halora.records.index import read_ledger
-from halora.records.position import refused as refused_of
-from halora.records.position import undelivered
+from halora.records.delivery import refused as refused_of
+from halora.records.delivery import undelivered
+from halora.records.event_log import read
+from halora.records.exporter import MlflowExporter, recording
+from halora.records.index import read_sweep_state
 from halora.records.provenance import commit_of, program
 from halora.records.publishing import Publisher
 from halora.records.recorder import SweepRecorder
-from halora.records.sender import Sender, recording
 from halora.records.store import Store
 from halora.records.tracking import MlflowClient, MlflowSweep, open_client
 from halora.settings.trial import TrialConfig
@@ -83,7 +85,7 @@ def test_the_recorded_names_are_frozen():
         "VERSION": "halora.version",
         "COMMIT": "halora.commit",
         "STATE": "halora.state",
-        "LEVEL_METRIC": "accuracy_at.",
+        "STRENGTH_METRIC": "accuracy_at.",
         "RUNG_METRIC": "rung_{score}",
         "RUNG_SCORES": ("accuracy", "clean_accuracy", "margin"),
         "FRONT_PROBABILITY": "front_probability",
@@ -171,13 +173,12 @@ def test_a_finished_trial_is_read_back_whole(client, store, sweep, folder, said,
     with recording(store, sweep, said.append) as recorder:
         config, energy = begin(recorder, sweep, 0)
         for step in (2, 4):
-            recorder.report_step(
-                0, step, {"train_loss": 3.0 / step, "train_strength": 0.01, "step": step, "other": 1.0}
-            )
+            told = {"train_loss": 3.0 / step, "train_strength": 0.01, "other": 1.0}
+            recorder.record(Reported(trial=0, step=step, metrics=told))
         finish(recorder, folder.root, 0, accuracy=0.5, **named, **{"not.of.these": 1.0})
         recorder.finish(interrupted=False)
     assert said == []
-    assert differences(store.tracking_uri, sweep.name, folder.journal_file) == []
+    assert differences(store.tracking_uri, sweep.name, folder.event_log_file) == []
     assert undelivered(store, sweep.name) == 0
 
     run = queries.trial_run(client, sweep.name, sweep.launch, 0)
@@ -188,7 +189,7 @@ def test_a_finished_trial_is_read_back_whole(client, store, sweep, folder, said,
     assert components == {f"energy_uj_per_token.{k}": pytest.approx(v) for k, v in energy.components_uj.items()}
     limits = {"accuracy": 0.5, "accuracy_low": 0.4, "accuracy_high": 0.6}
     assert {name: metrics[name] for name in names.SCORE_METRICS} == SCORES | limits
-    prefixes = (*names.TASK_METRICS, names.LEVEL_METRIC)
+    prefixes = (*names.TASK_METRICS, names.STRENGTH_METRIC)
     assert {name: value for name, value in metrics.items() if name.startswith(prefixes)} == {
         "accuracy.arc-easy": 0.25,
         "clean_accuracy./rows/my _own_-1bba51f3": 0.75,
@@ -220,7 +221,7 @@ def test_the_noise_of_each_layer_is_recorded_by_kind_and_depth(sweep, folder):
     begin(recorder, sweep, 0)
     finish(recorder, folder.root, 0, accuracy=0.5)
     recorder.close()
-    (scores,) = [entry for entry in journal_entries(folder.journal_file) if entry["kind"] == "scores"]
+    (scores,) = [entry for entry in logged_events(folder.event_log_file) if entry["kind"] == "scored"]
     mean_db = 10 * math.log10((1 + 10**-0.1 + 10**-0.2) / 3)  # over three chips, each 1 dB less than the one before
     assert scores["layer_noise_db"] == {
         "q_proj": [[0, round(-30 + mean_db, 2)], [1, round(-32 + mean_db, 2)]],
@@ -254,7 +255,7 @@ def test_a_trial_has_its_adapter_as_a_logged_model_and_its_rows_as_data_sets(
         for number in (0, 1):
             begin(recorder, sweep, number)
         finish(recorder, folder.root, 0, accuracy=0.5)
-        recorder.fail_trial(1, "boom")
+        recorder.record(Failed(trial=1, cause="boom"))
         recorder.finish(interrupted=False)
     run, failed = (queries.trial_run(client, sweep.name, sweep.launch, number) for number in (0, 1))
     adapter = queries.download_adapter(client, run, tmp_path)
@@ -277,11 +278,11 @@ def test_trials_end_in_mlflow_s_terminal_states(client, store, sweep, folder, sa
         for number in range(5):
             begin(recorder, sweep, number)
         finish(recorder, folder.root, 0, accuracy=0.5)
-        recorder.fail_trial(1, "loss nan at step 3")
-        recorder.interrupt_trial(2)
-        recorder.stop_trial(4)
+        recorder.record(Failed(trial=1, cause="loss nan at step 3"))
+        recorder.record(Interrupted(trial=2))
+        recorder.record(Stopped(trial=4))
         recorder.finish(interrupted=True)  # trial 3 was never heard of again
-    states = {point.number: (point.state, point.cause) for point in read_ledger(store, sweep.name).points()}
+    states = {point.number: (point.state, point.cause) for point in read_sweep_state(store, sweep.name).points()}
     interrupted = ("interrupted", "")
     assert states == {
         0: ("finished", ""),
@@ -297,7 +298,7 @@ def test_trials_end_in_mlflow_s_terminal_states(client, store, sweep, folder, sa
     assert runs[1].data.tags["halora.cause"] == "loss nan at step 3"
     parent = queries.parent_run(client, sweep.name, sweep.launch)
     assert (parent.info.status, parent.data.tags["halora.state"]) == ("KILLED", "interrupted")
-    assert differences(store.tracking_uri, sweep.name, folder.journal_file) == []
+    assert differences(store.tracking_uri, sweep.name, folder.event_log_file) == []
 
 
 def test_a_second_recorder_goes_on_with_the_same_runs_and_repeats_nothing(client, store, sweep, folder, said):
@@ -305,36 +306,37 @@ def test_a_second_recorder_goes_on_with_the_same_runs_and_repeats_nothing(client
         begin(recorder, sweep, 0, lora__rank=2)
         finish(recorder, folder.root, 0, accuracy=0.4)
         begin(recorder, sweep, 1, lora__rank=8)
-        recorder.report_step(1, 2, {"train_loss": 1.0})
+        recorder.record(Reported(trial=1, step=2, metrics={"train_loss": 1.0}))
         recorder.finish(interrupted=True)
     before = [run.info.run_id for run in _runs(client, sweep, "trial")]
-    entries = len(journal_entries(folder.journal_file))
+    entries = len(logged_events(folder.event_log_file))
 
     with recording(store, sweep, said.append) as recorder:
         begin(recorder, sweep, 1, lora__rank=8)
-        recorder.report_missed(1, [{"step": 2, "train_loss": 1.0}, {"step": 4, "train_loss": 0.5}])
-        assert {point.number: point.state for point in recorder.ledger.points()} == {0: "finished", 1: "running"}
+        for report in ({"step": 2, "train_loss": 1.0}, {"step": 4, "train_loss": 0.5}):
+            recorder.record(Reported.of(1, report))
+        assert {point.number: point.state for point in recorder.recorded.points()} == {0: "finished", 1: "running"}
         finish(recorder, folder.root, 1, accuracy=0.6)
         finish(recorder, folder.root, 0, accuracy=0.4)  # a crash came before the study heard of it: scored again
         recorder.finish(interrupted=False)
         assert [point.number for point in recorder.points] == [0, 1]
         assert recorder.points[0].accuracy == 0.4
-    new = journal_entries(folder.journal_file)[entries:]
+    new = logged_events(folder.event_log_file)[entries:]
     assert [(entry["kind"], entry["trial"]) for entry in new] == [
-        ("state", None),
-        ("state", 1),
-        ("report", 1),
-        ("scores", 1),
-        ("state", 1),
-        ("front", None),
-        ("state", 0),
-        ("probability", 1),
-        ("state", None),
+        ("sweep_started", None),
+        ("resumed", 1),
+        ("reported", 1),
+        ("scored", 1),
+        ("finished", 1),
+        ("front_moved", None),
+        ("finished", 0),
+        ("placed", 1),
+        ("sweep_finished", None),
     ]
     assert [run.info.run_id for run in _runs(client, sweep, "trial")] == before
     (parent,) = _runs(client, sweep, "sweep")
     assert (parent.info.status, parent.data.metrics["trials_done"]) == ("FINISHED", 2)
-    assert differences(store.tracking_uri, sweep.name, folder.journal_file) == []
+    assert differences(store.tracking_uri, sweep.name, folder.event_log_file) == []
 
 
 def test_a_trial_scored_again_on_more_chips_has_both_scores_and_stands_where_the_last_put_it(
@@ -350,7 +352,7 @@ def test_a_trial_scored_again_on_more_chips_has_both_scores_and_stands_where_the
     history = client.get_metric_history(run.info.run_id, "accuracy")
     assert sorted(metric.value for metric in history) == [0.4, 0.6]
     assert len(run.outputs.model_outputs) == 1
-    assert differences(store.tracking_uri, sweep.name, folder.journal_file) == []
+    assert differences(store.tracking_uri, sweep.name, folder.event_log_file) == []
 
 
 def test_rungs_and_simulated_scores_are_recorded_once(client, store, sweep, folder, said, tmp_path):
@@ -370,8 +372,9 @@ def test_rungs_and_simulated_scores_are_recorded_once(client, store, sweep, fold
                     "accuracy_per_byte": 0.75,
                     "other": 1.0,
                 }
-                recorder.report_rung(0, step, told)
-            recorder.finish_trial(0, 4, scores, result, None)
+                recorder.record(Scored(trial=0, step=step, metrics=told, accuracy_by_chip=[accuracy], final=False))
+            kept = str(result.relative_to(folder.root))
+            recorder.record(Scored(trial=0, step=4, metrics=scores, accuracy_by_chip=[0.4, 0.6], scores_file=kept))
             recorder.finish(interrupted=False)
     run = queries.trial_run(client, sweep.name, sweep.launch, 0)
     history = client.get_metric_history(run.info.run_id, "rung_accuracy")
@@ -380,8 +383,8 @@ def test_rungs_and_simulated_scores_are_recorded_once(client, store, sweep, fold
     assert run.data.metrics["rung_margin"] == -1.0
     assert run.data.metrics["rung_accuracy_per_byte"] == 0.75
     assert run.data.metrics["front_probability"] == 1.0
-    assert read_ledger(store, sweep.name).point(0).correct is None
-    assert differences(store.tracking_uri, sweep.name, folder.journal_file) == []
+    assert read_sweep_state(store, sweep.name).point(0).correct is None
+    assert differences(store.tracking_uri, sweep.name, folder.event_log_file) == []
 
 
 def test_runs_that_mlflow_doubled_lost_or_changed_are_mended(client, store, sweep, folder, said):
@@ -403,18 +406,18 @@ def test_runs_that_mlflow_doubled_lost_or_changed_are_mended(client, store, swee
         3: ["finished"],
         77: ["running"],
     }
-    assert mlflow.repair(journal_entries(folder.journal_file), states) == {
+    assert mlflow.repair(read(folder.event_log_file)[0], states) == {
         0: "a second run is deleted",
         1: "delivered again",
         2: "delivered again",
         77: "its run is deleted",
     }
-    assert mlflow.repair(journal_entries(folder.journal_file), states) == {}
+    assert mlflow.repair(read(folder.event_log_file)[0], states) == {}
     assert mlflow.trial_states() == {number: ["finished"] for number in range(4)}
     assert {doubled.info.run_id, changed.info.run_id, whole.info.run_id} < {
         run.info.run_id for run in _runs(client, sweep, "trial")
     }
-    assert differences(store.tracking_uri, sweep.name, folder.journal_file) == []
+    assert differences(store.tracking_uri, sweep.name, folder.event_log_file) == []
 
 
 def test_the_parent_run_keeps_the_front(client, store, sweep, folder, said, tmp_path):
@@ -422,7 +425,7 @@ def test_the_parent_run_keeps_the_front(client, store, sweep, folder, said, tmp_
         for number, (accuracy, rank) in enumerate([(0.5, 8), (0.4, 2), (0.3, 4)]):  # the last is dominated
             begin(recorder, sweep, number, lora__rank=rank)
             finish(recorder, folder.root, number, accuracy)
-        recorder.record_comparison(_COMPARISON)
+        recorder.record(Compared(comparison=_COMPARISON))
         recorder.finish(interrupted=False)
         points = recorder.points
     parent = queries.parent_run(client, sweep.name, sweep.launch)
@@ -456,12 +459,14 @@ def test_the_parent_run_keeps_the_front(client, store, sweep, folder, said, tmp_
 _COMPARISON = {"reference": "untrained", "rows": 8, "chip_instances": 2, "seeds": 1, "cells": []}
 
 
-def test_a_journal_sent_again_from_its_beginning_leaves_the_same_rows(client, store, sweep, folder, said):
+def test_a_log_sent_again_from_its_beginning_leaves_the_same_rows(client, store, sweep, folder, said):
     with recording(store, sweep, said.append) as recorder:
         for number in range(3):
             begin(recorder, sweep, number)
-            recorder.report_step(number, 2, {"train_loss": float("nan")})
-            recorder.report_step(number, 4, {"train_loss": float("inf") if number == 1 else 0.5})
+            recorder.record(Reported(trial=number, step=2, metrics={"train_loss": float("nan")}))
+            recorder.record(
+                Reported(trial=number, step=4, metrics={"train_loss": float("inf") if number == 1 else 0.5})
+            )
             finish(recorder, folder.root, number, accuracy=0.3 + number / 10)
         recorder.finish(interrupted=False)
     runs = [(run.info.run_id, run.data, run.inputs, run.outputs) for run in _runs(client, sweep, "trial")]
@@ -470,7 +475,7 @@ def test_a_journal_sent_again_from_its_beginning_leaves_the_same_rows(client, st
         recorder.finish(interrupted=False)
     again = [(run.info.run_id, run.data, run.inputs, run.outputs) for run in _runs(client, sweep, "trial")]
     assert list(map(repr, again)) == list(map(repr, runs))
-    found = differences(store.tracking_uri, sweep.name, folder.journal_file)
+    found = differences(store.tracking_uri, sweep.name, folder.event_log_file)
     assert all("1.797" in line or "inf" in line for line in found)  # MLflow keeps infinity as the largest number
     assert len(found) == 2
 
@@ -478,21 +483,21 @@ def test_a_journal_sent_again_from_its_beginning_leaves_the_same_rows(client, st
 def test_what_mlflow_refuses_is_kept_and_told_and_holds_nothing_up(client, store, sweep, folder, said):
     with recording(store, sweep, said.append) as recorder:
         begin(recorder, sweep, 0)
-        recorder._write("report", 0, step=1, metrics={"bad$name": 1.0})
-        recorder.report_step(0, 2, {"train_loss": 1.0})
+        recorder._write(Reported(trial=0, step=1, metrics={"bad$name": 1.0}))
+        recorder.record(Reported(trial=0, step=2, metrics={"train_loss": 1.0}))
         finish(recorder, folder.root, 0, accuracy=0.5)
         begin(recorder, sweep, 1)
         finish(recorder, folder.root, 1, accuracy=0.6)
-        shutil.rmtree(folder.trial(1))  # before the sender came to it, or after
+        shutil.rmtree(folder.trial(1))  # before the exporter came to it, or after
         recorder.finish(interrupted=False)
     assert [run.info.status for run in _runs(client, sweep, "trial")] == ["FINISHED", "FINISHED"]
     refused = [json.loads(line) for line in folder.refused_file.read_text().splitlines()]
-    assert refused[0]["entry"]["metrics"] == {"bad$name": 1.0}
+    assert refused[0]["event"]["metrics"] == {"bad$name": 1.0}
     assert "Invalid value" in refused[0]["error"]
     assert any("MLflow refused a record of trial 0" in line for line in said)
     assert list(refused_of(folder)) == [0, 1]
     assert "Invalid value" in refused_of(folder)[0]
-    (lost,) = differences(store.tracking_uri, sweep.name, folder.journal_file)
+    (lost,) = differences(store.tracking_uri, sweep.name, folder.event_log_file)
     assert lost.startswith("lost: (0, 'bad$name', ")
     assert undelivered(store, sweep.name) == 0
 
@@ -505,7 +510,7 @@ def test_a_locked_database_costs_only_delay(client, store, sweep, folder, said):
         begin(recorder, sweep, 0)
         finish(recorder, folder.root, 0, accuracy=0.5)
         recorder.finish(interrupted=False)
-    assert differences(store.tracking_uri, sweep.name, folder.journal_file) == []
+    assert differences(store.tracking_uri, sweep.name, folder.event_log_file) == []
     assert undelivered(store, sweep.name) == 0
 
 
@@ -517,7 +522,7 @@ def test_hostile_names_are_recorded_as_they_are(client, store, tiny_models, tiny
     folder = store.sweep("hostile")
     with recording(store, sweep, said.append) as recorder:
         begin(recorder, sweep, 0, model=str(model))
-        recorder.fail_trial(0, f"{name}: no such\nthing" * 1000)
+        recorder.record(Failed(trial=0, cause=f"{name}: no such\nthing" * 1000))
         recorder.finish(interrupted=False)
     assert said == []
     run = queries.trial_run(client, "hostile", sweep.launch, 0)
@@ -572,16 +577,16 @@ def test_a_database_that_is_none_is_named(tmp_path):
         open_client(Store(tmp_path, "http://127.0.0.1:9"))
 
 
-def test_a_recorder_leaves_a_torn_journal_usable(store, sweep, folder):
+def test_a_recorder_leaves_a_torn_log_usable(store, sweep, folder):
     recorder = SweepRecorder(folder, sweep)
     begin(recorder, sweep, 0)
     recorder.close()
-    os.truncate(folder.journal_file, folder.journal_file.stat().st_size - 7)
+    os.truncate(folder.event_log_file, folder.event_log_file.stat().st_size - 7)
     again = SweepRecorder(folder, sweep)
-    assert not again.ledger.begun(0) or again.ledger.state(0) == "running"
+    assert not again.recorded.begun(0) or again.recorded.state(0) == "running"
     begin(again, sweep, 0)
     again.close()
-    assert [entry["kind"] for entry in journal_entries(folder.journal_file)].count("begin") == 1
+    assert [entry["kind"] for entry in logged_events(folder.event_log_file)].count("began") == 1
 
 
 # What ends between two requests, and what is no fault of MLflow's.
@@ -634,23 +639,24 @@ def test_a_process_that_ends_after_any_request_loses_and_doubles_nothing(
 ):
     recorder = SweepRecorder(folder, sweep)
     begin(recorder, sweep, 0)
-    recorder.report_step(0, 2, {"train_loss": 1.0})
-    recorder.report_rung(0, 2, {"accuracy": 0.25, "clean_accuracy": 0.5, "margin": -1.0})
+    recorder.record(Reported(trial=0, step=2, metrics={"train_loss": 1.0}))
+    at_rung = {"accuracy": 0.25, "clean_accuracy": 0.5, "margin": -1.0}
+    recorder.record(Scored(trial=0, step=2, metrics=at_rung, accuracy_by_chip=[0.25], final=False))
     finish(recorder, folder.root, 0, accuracy=0.5)
     begin(recorder, sweep, 1)
-    recorder.fail_trial(1, "boom")
+    recorder.record(Failed(trial=1, cause="boom"))
     recorder.finish(interrupted=False)
     recorder.close()
 
     def deliver():
-        sender = Sender(store, sweep, Publisher(folder, sweep, recorder.ledger), said.append)
-        while sender._deliver_some():
+        exporter = MlflowExporter(store, sweep, Publisher(folder, sweep, recorder.recorded), said.append)
+        while exporter._deliver_some():
             pass
-        sender._mlflow.remove_duplicates()
+        exporter._mlflow.remove_duplicates()
 
     assert _killed_after_each_request(monkeypatch, deliver) >= 15
     assert said == []
-    assert differences(store.tracking_uri, sweep.name, folder.journal_file) == []
+    assert differences(store.tracking_uri, sweep.name, folder.event_log_file) == []
     assert undelivered(store, sweep.name) == 0
     run, failed = _runs(client, sweep, "trial")
     assert [output.model_id for output in run.outputs.model_outputs] == [queries.adapter_model_id(run)]
@@ -677,7 +683,7 @@ def test_a_double_that_an_ended_process_left_is_removed(client, store, sweep, fo
     (run,) = _runs(client, sweep, "trial")
     double = client.create_run(run.info.experiment_id, tags=run.data.tags)
     with recording(store, sweep, said.append) as recorder:
-        recorder.interrupt_trial(0)
+        recorder.record(Interrupted(trial=0))
         recorder.finish(interrupted=True)
     assert [each.info.run_id for each in _runs(client, sweep, "trial")] == [run.info.run_id]
     assert client.get_run(double.info.run_id).info.lifecycle_stage == "deleted"
@@ -686,14 +692,14 @@ def test_a_double_that_an_ended_process_left_is_removed(client, store, sweep, fo
 def test_a_fault_of_ours_is_told_as_one_and_holds_nothing_up(client, store, sweep, folder, said):
     with recording(store, sweep, said.append) as recorder:
         begin(recorder, sweep, 0)
-        recorder._write("report", 0, step=1, metrics={"train_loss": "not a number"})
-        recorder.report_step(0, 2, {"train_loss": 1.0})
+        recorder._write(Reported(trial=0, step=1, metrics={"train_loss": "not a number"}))
+        recorder.record(Reported(trial=0, step=2, metrics={"train_loss": 1.0}))
         recorder.finish(interrupted=False)
     (told,) = said
     assert told.startswith("a record of trial 0 cannot be delivered, kept in ")
     assert "ValueError: could not convert string to float" in told
     (kept,) = [json.loads(line) for line in folder.refused_file.read_text().splitlines()]
-    assert kept["entry"]["metrics"] == {"train_loss": "not a number"}
+    assert kept["event"]["metrics"] == {"train_loss": "not a number"}
     assert undelivered(store, sweep.name) == 0
     (run,) = _runs(client, sweep, "trial")
     assert run.data.metrics["train_loss"] == 1.0
@@ -713,7 +719,7 @@ def silent():
 def test_a_server_that_never_answers_is_told(silent, store, sweep, folder, said, monkeypatch):
     """The request itself would wait for half a minute, MLflow's own tries to open a database for two."""
     monkeypatch.setattr("halora.records.tracking.ANSWERING_S", 0.5)
-    monkeypatch.setattr("halora.records.sender._PATIENCE_S", 0.5)
+    monkeypatch.setattr("halora.records.exporter._PATIENCE_S", 0.5)
     for uri in (f"http://{silent}", f"postgresql://halora@{silent}/mlflow"):
         away = Store(store.root, uri)
         with pytest.raises(UnreachableError, match=r"cannot be opened: .*no answer within"):

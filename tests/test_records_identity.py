@@ -1,6 +1,6 @@
 """What is recorded of a launch is its own, wherever its store stands and whoever else records there.
 
-Oracle: MLflow's own tables, row by row beside the journal, and the files below each store.
+Oracle: MLflow's own tables, row by row beside the event log, and the files below each store.
 """
 
 import shutil
@@ -12,9 +12,9 @@ from recorded_sweeps import begin, finish, made_up_sweep
 from records_audit import differences
 
 from halora.records import names, queries, registry
-from halora.records.journal import read
-from halora.records.position import undelivered
-from halora.records.sender import recording
+from halora.records.delivery import undelivered
+from halora.records.event_log import read
+from halora.records.exporter import recording
 from halora.records.store import Store
 from halora.records.tracking import MlflowSweep, open_client
 
@@ -49,11 +49,11 @@ def test_two_stores_in_one_database_keep_to_their_own_launch(tmp_path, tiny_mode
     client = open_client(stores[0])
     states = dict.fromkeys(range(3), "finished")
     for store, sweep in zip(stores, sweeps, strict=True):
-        journal = store.sweep("same").journal_file
+        log = store.sweep("same").event_log_file
         mlflow = MlflowSweep(store, sweep)
         assert mlflow.trial_states() == {number: ["finished"] for number in range(3)}
-        assert mlflow.repair(read(journal)[0], states) == {}  # nothing of the other's is taken for its own
-        assert differences(shared, "same", journal) == []
+        assert mlflow.repair(read(log)[0], states) == {}  # nothing of the other's is taken for its own
+        assert differences(shared, "same", log) == []
         run = queries.trial_run(client, "same", sweep.launch, 1)
         assert (run.data.tags["halora.sweep"], run.data.tags["halora.launch"]) == ("same", sweep.launch)
         model = client.get_logged_model(queries.adapter_model_id(run))
@@ -97,7 +97,7 @@ def test_a_store_that_is_copied_or_moved_keeps_working(tmp_path, tiny_models, ti
     assert (tmp_path / "another place" / "artifacts").as_uri() in version.source
     _record(here, sweep, said, {2: 0.5})
     assert said == []
-    assert differences(here.tracking_uri, "moving", here.sweep("moving").journal_file) == []
+    assert differences(here.tracking_uri, "moving", here.sweep("moving").event_log_file) == []
     run = queries.trial_run(client, "moving", sweep.launch, 2)
     assert run.info.artifact_uri.startswith(here.artifacts.as_uri())
     assert queries.logged_json(client, run.info.run_id, names.SCORES_FILE)

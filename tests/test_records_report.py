@@ -11,11 +11,12 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 import pytest
-from recorded_sweeps import begin, finish, generated_journal, made_up_sweep
-from records_audit import differences, journal_entries
+from recorded_sweeps import begin, finish, generated_event_log, made_up_sweep
+from records_audit import differences, logged_events
 from services import browse
 
-from halora.records.index import read_ledger
+from halora.events import Compared, Failed, Reported
+from halora.records.index import read_sweep_state
 from halora.records.publishing import publish
 from halora.records.recorder import SweepRecorder
 from halora.records.store import Store
@@ -60,7 +61,7 @@ def _draw(sweep, store, story):
     story(recorder, folder.root)
     recorder.finish(interrupted=False)
     recorder.close()
-    publish(sweep, read_ledger(store, sweep.name), folder.published)
+    publish(sweep, read_sweep_state(store, sweep.name), folder.published)
     page = folder.published / "report.html"
     return page, _Page(page.read_text())
 
@@ -83,7 +84,7 @@ def _all_infeasible(recorder, folder, sweep):
 def _all_failed(recorder, folder, sweep):
     for number in range(3):
         begin(recorder, sweep, number)
-        recorder.fail_trial(number, f"{HOSTILE} at step {number}")
+        recorder.record(Failed(trial=number, cause=f"{HOSTILE} at step {number}"))
 
 
 def _not_numbers(recorder, folder, sweep):
@@ -99,7 +100,7 @@ def _many(recorder, folder, sweep):
         values = {"lora__rank": int(rng.choice([2, 4, 8])), "training__method": ("lora", "halora")[number % 2]}
         begin(recorder, sweep, number, chip=chips[number % 2], **values)
         if number in (3, 7):
-            recorder.fail_trial(number, HOSTILE)
+            recorder.record(Failed(trial=number, cause=HOSTILE))
         elif number < 11:
             broken = {"constraint_violation.energy": 0.3} if number == 5 else {}
             finish(recorder, folder, number, float(rng.uniform(0.3, 0.8)), noise_db=-30.0 + number, **broken)
@@ -109,7 +110,9 @@ def _many(recorder, folder, sweep):
         {**cell, "contestant": "untrained", "number": None, "accuracy_gain": None, "margin_gain": None},
         {**cell, "contestant": "best", "number": 4, "accuracy_gain": gain, "margin_gain": gain},
     ]
-    recorder.record_comparison({"reference": "untrained", "rows": 8, "chip_instances": 2, "seeds": 3, "cells": cells})
+    recorder.record(
+        Compared(comparison={"reference": "untrained", "rows": 8, "chip_instances": 2, "seeds": 3, "cells": cells})
+    )
 
 
 @pytest.mark.parametrize(
@@ -195,7 +198,7 @@ def test_sweep_list_and_report_read_what_is_on_disk(store, sweep, command):
     assert code == 0
     counts = {name: row[name] for name in ("sweep", "state", "finished", "failed")}
     assert counts == {"sweep": "made-up", "state": "finished", "finished": 9, "failed": 2}
-    assert row["undelivered"] == len(journal_entries(store.sweep("made-up").journal_file))
+    assert row["undelivered"] == len(logged_events(store.sweep("made-up").event_log_file))
     assert row["lowest_energy_uj_per_token"] > 0
     (store.sweep("made-up").published / "report.html").unlink()
     code, out, _ = command("sweep report made-up")
@@ -225,22 +228,22 @@ def test_trial_show_and_logs_say_what_a_trial_left(store, sweep, command):
 def test_stop_closes_and_delivers_what_a_killed_driver_left(store, sweep, command):
     recorder = SweepRecorder(store.sweep("made-up"), sweep)
     begin(recorder, sweep, 0)
-    recorder.report_step(0, 2, {"train_loss": 1.0})
+    recorder.record(Reported(trial=0, step=2, metrics={"train_loss": 1.0}))
     recorder.close()  # what was written before a kill
     code, _, err = command("sweep stop made-up")
     assert code == 0, err
     assert "closing and delivering its records" in err
-    assert differences(store.tracking_uri, "made-up", store.sweep("made-up").journal_file) == []
+    assert differences(store.tracking_uri, "made-up", store.sweep("made-up").event_log_file) == []
     (row,) = json.loads(command("sweep list --format json")[1])
     assert (row["state"], row["undelivered"]) == ("interrupted", 0)
-    assert [point.state for point in read_ledger(store, "made-up").points()] == ["interrupted"]
+    assert [point.state for point in read_sweep_state(store, "made-up").points()] == ["interrupted"]
     assert "closing" not in command("sweep stop made-up")[2]
 
 
 def test_the_front_of_ten_thousand_trials_is_that_of_brute_force_within_a_gibibyte(tmp_path, tiny_models, tiny_task):
     store = Store(tmp_path / "store")
     sweep = made_up_sweep(store, "large", tiny_models["llama"], tiny_task)
-    trials = generated_journal(store.sweep(sweep.name).journal_file, 10_000)
+    trials = generated_event_log(store.sweep(sweep.name).event_log_file, 10_000)
     accuracy = np.array([trial["accuracy"] for trial in trials])
     energy = np.array([trial["energy_uj_per_token"] for trial in trials])
     dominated = np.zeros(len(trials), dtype=bool)

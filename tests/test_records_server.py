@@ -1,6 +1,6 @@
 """Records on an MLflow server with PostgreSQL behind it, which is killed, and from a driver that is killed.
 
-Oracle: MLflow's tables in PostgreSQL, row by row beside the journal.
+Oracle: MLflow's tables in PostgreSQL, row by row beside the event log.
 """
 
 import random
@@ -16,10 +16,11 @@ from recorded_sweeps import begin, finish, made_up_sweep
 from records_audit import differences
 from services import mlflow_server, postgres
 
+from halora.events import Reported
 from halora.records import queries
-from halora.records.index import read_ledger
-from halora.records.position import undelivered
-from halora.records.sender import recording
+from halora.records.delivery import undelivered
+from halora.records.exporter import recording
+from halora.records.index import read_sweep_state
 from halora.records.store import Store
 from halora.records.tracking import open_client
 
@@ -50,7 +51,9 @@ def test_a_server_that_is_killed_costs_only_delay(database, server, store, tiny_
         for number in range(30):
             begin(recorder, sweep, number)
             for step in range(1, 11):
-                recorder.report_step(number, step, {"train_loss": 1 / step, "train_strength": 0.01})
+                recorder.record(
+                    Reported(trial=number, step=step, metrics={"train_loss": 1 / step, "train_strength": 0.01})
+                )
                 time.sleep(0.01)
             finish(recorder, folder.root, number, accuracy=0.3 + number / 100)
             if number == 12:
@@ -60,7 +63,7 @@ def test_a_server_that_is_killed_costs_only_delay(database, server, store, tiny_
         assert undelivered(store, sweep.name) > 0
         server.start()
         recorder.finish(interrupted=False)
-    assert differences(database, sweep.name, folder.journal_file) == []
+    assert differences(database, sweep.name, folder.event_log_file) == []
     assert undelivered(store, sweep.name) == 0
     assert [line.partition(",")[0] for line in said][:2] == ["MLflow does not answer", "MLflow answers again"]
 
@@ -82,7 +85,8 @@ def test_a_driver_that_is_killed_three_times_loses_and_doubles_nothing(
         import sys, time
         from pathlib import Path
         sys.path.insert(0, {str(Path(__file__).parent)!r})
-        from halora.records.sender import recording
+        from halora.events import Reported
+        from halora.records.exporter import recording
         from halora.records.store import Store
         from halora.sweep.run.state import load_sweep_of
         from recorded_sweeps import begin, finish
@@ -91,10 +95,10 @@ def test_a_driver_that_is_killed_three_times_loses_and_doubles_nothing(
         with recording(store, sweep, print) as recorder:
             print("ready", flush=True)
             for number in range(25):
-                if recorder.ledger.state(number) != "finished":
+                if recorder.recorded.state(number) != "finished":
                     begin(recorder, sweep, number)
                     for step in range(1, 6):
-                        recorder.report_step(number, step, {{"train_loss": 1 / step}})
+                        recorder.record(Reported(trial=number, step=step, metrics={{"train_loss": 1 / step}}))
                         time.sleep(0.02)
                     finish(recorder, store.sweep(sweep.name).root, number, 0.3 + number / 100)
             recorder.finish(interrupted=False)
@@ -108,8 +112,8 @@ def test_a_driver_that_is_killed_three_times_loses_and_doubles_nothing(
             driver.kill()
         said = driver.stdout.read()
         assert driver.wait(300) == (-9 if kill else 0), said
-    assert differences(database, sweep.name, folder.journal_file) == []
-    points = read_ledger(store, sweep.name).points()
+    assert differences(database, sweep.name, folder.event_log_file) == []
+    points = read_sweep_state(store, sweep.name).points()
     assert [(point.number, point.state) for point in points] == [(number, "finished") for number in range(25)]
     assert undelivered(store, sweep.name) == 0
 
@@ -117,7 +121,7 @@ def test_a_driver_that_is_killed_three_times_loses_and_doubles_nothing(
 def test_a_server_that_stays_away_keeps_no_one_waiting_for_ever(
     database, server, store, tiny_models, tiny_task, monkeypatch
 ):
-    monkeypatch.setattr("halora.records.sender._PATIENCE_S", 1.0)
+    monkeypatch.setattr("halora.records.exporter._PATIENCE_S", 1.0)
     sweep = made_up_sweep(store, "away", tiny_models["llama"], tiny_task)
     folder, said = store.sweep(sweep.name), []
     away = Store(store.root, "http://127.0.0.1:9")
@@ -130,4 +134,4 @@ def test_a_server_that_stays_away_keeps_no_one_waiting_for_ever(
     assert (folder.published / "report.html").exists()
     with recording(store, sweep, said.append) as recorder:
         recorder.finish(interrupted=False)
-    assert differences(database, sweep.name, folder.journal_file) == []
+    assert differences(database, sweep.name, folder.event_log_file) == []

@@ -122,19 +122,19 @@ def test_no_secret_of_a_url_is_in_any_file_or_line_of_a_sweep(simulated, halora,
 
     for url in [*SECRET, *WITHOUT_SLASHES]:
         given = shlex.quote(url)
-        for option in ("--tracking-uri", "--storage", "--address"):
+        for option in ("--tracking-uri", "--checkpoint-url", "--address"):
             refused(f"sweep launch {simulated} --store {store} {option} {given}", 2)
         refused(f"adapter verify {given}", 2)
     for url in SECRET:
         given = shlex.quote(url)
         refused(f"sweep launch {simulated} --store {store} --set trial.model={given}", 2)
         refused(f"sweep launch {simulated} --store {store} --set trial.task={given}", 2)
-        for name in ("HALORA_TRACKING_URI", "HALORA_STORAGE"):
+        for name in ("HALORA_TRACKING_URI", "HALORA_CHECKPOINT_URL"):
             with monkeypatch.context() as patch:
                 patch.setenv(name, url)
                 refused(f"sweep launch {simulated} --store {store}", 2)
     assert not store.exists()
-    monkeypatch.setenv("HALORA_STUDY_URL", postgresql.replace("postgres@", "postgres:hush@"))
+    monkeypatch.setenv("HALORA_STUDY_URL", postgresql.replace("halora@", "halora:hush@"))
     for arguments in (f"launch {simulated}", "status", "resume s", "report s"):
         refused(f"sweep {arguments} --store {store}", 0)
     monkeypatch.setenv("HALORA_STUDY_URL", "postgresql+psycopg://u:hush@127.0.0.1:9/db")

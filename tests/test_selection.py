@@ -141,9 +141,9 @@ def test_a_gate_tells_value_threshold_and_unit_and_no_number_fails():
     assert Gate.from_json(found["max_drop"].to_json()) == found["max_drop"]
     alone = gates_by_name(ALL_GATES, chips=1)
     assert alone["min_accuracy"].over == alone["min_accuracy_at_0.02"].over == "rows of one chip"
-    strange = Gate("min_accuracy", nan, ">=", 0.4)
-    assert not strange.passed
-    assert not Gate.from_json(strange.to_json()).passed
+    non_finite = Gate("min_accuracy", nan, ">=", 0.4)
+    assert not non_finite.passed
+    assert not Gate.from_json(non_finite.to_json()).passed
 
 
 def test_what_the_search_recorded_is_enough_for_its_gates():
@@ -214,7 +214,7 @@ def test_robustness_is_asked_over_noise_time_and_kinds():
 
 def test_a_chip_without_ageing_says_nothing_over_time():
     chip = load_chip("halora-2026")
-    lines = scenarios(chip, levels=[0.03])
+    lines = scenarios(chip, strengths=[0.03])
     assert [line.reason for line in lines if line.group == "time"] == ["the chip's description has no ageing"]
     assert [line.name for line in lines if line.group == "noise"] == [
         f"gaussian {level}" for level in (0.005, 0.01, 0.02, 0.03)

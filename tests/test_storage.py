@@ -305,7 +305,7 @@ def test_unfinished_trials_move_with_their_sweep(base, tmp_path):
     files, whole = TrialFiles(folder), _content(folder.trial(1))
     for place in (base, f"{base}-other"):
         files.keep_at(place, "0" * 32, [0, 1])
-        assert folder.storage_url.startswith(f"{place}/moving-")
+        assert folder.checkpoint_url.startswith(f"{place}/moving-")
         assert len(files.reports(1)) == 2
         assert files.reports(0) == []
         TrialStorage(folder.trial_url(1)).fetch_checkpoint(tmp_path / "there")
@@ -326,7 +326,7 @@ def test_a_trial_that_ended_keeps_what_a_race_needs_and_no_more(base, tmp_path):
         (worker / "result.json").write_text(json.dumps({"of": job.number}))
         TrialStorage(folder.trial_url(job.number)).put_checkpoint(worker)
         TrialStorage(folder.trial_url(job.number)).put_result(worker, 4, 2)
-        kept_as = {"level": 0, "scores": (), "skipped": "", "lost_workers": 0, "halvings": 0, "violation": 0.0}
+        kept_as = {"rung": 0, "scores": (), "skipped": "", "lost_workers": 0, "halvings": 0, "violation": 0.0}
         energy, frozen = job.energy_uj_per_token, create_trial(value=0.0)
         trials.append(Trial(job.number, {}, energy, state=state, frozen=frozen, **kept_as))
         if state is State.FINISHED:
@@ -402,14 +402,14 @@ def test_a_missing_package_is_named(tmp_path):
 
 def test_a_url_with_a_password_is_refused_and_a_path_made_absolute(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"holds a user or a password.*AWS_SECRET_ACCESS_KEY") as told:
-        Store.at(tmp_path, storage="s3://user:hidden@host/bucket")
+        Store.at(tmp_path, checkpoint_url="s3://user:hidden@host/bucket")
     assert "hidden" not in str(told.value)
     with pytest.raises(UserError, match="holds a user or a password"):
         checked_url("simplecache::s3://user:hidden@host/bucket")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HALORA_STORAGE", "shared/")
-    assert Store.at(tmp_path).storage == str(tmp_path / "shared")
-    assert Store.at(tmp_path, storage="s3://bucket/x/").storage == "s3://bucket/x"
+    monkeypatch.setenv("HALORA_CHECKPOINT_URL", "shared/")
+    assert Store.at(tmp_path).checkpoint_url == str(tmp_path / "shared")
+    assert Store.at(tmp_path, checkpoint_url="s3://bucket/x/").checkpoint_url == "s3://bucket/x"
 
 
 class _Relay(socketserver.BaseRequestHandler):

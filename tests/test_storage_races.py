@@ -1,7 +1,7 @@
 """Two workers that both believe a trial theirs. Oracle: all orders of their operations, enumerated, not timed.
 
 The object store is fsspec's own in memory. Each worker is a thread that stops before every operation on it and goes on
-at the word of the test, so an order of operations is a word over the workers' names, and a worker that is frozen is one
+at the word of the test, so an order of operations is a word over the workers' names, and a worker that hangs is one
 whose letter does not come for a while. After every single operation the store is looked at from outside.
 """
 

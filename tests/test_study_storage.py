@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import optuna
 import psycopg
@@ -12,6 +13,7 @@ from optuna.distributions import FloatDistribution
 from services import postgres_server
 
 from halora.errors import UnreachableError
+from halora.events import Scored
 from halora.records.store import SweepFolder
 from halora.sweep.search.study import State, SweepStudy
 from halora.sweep.search.study_storage import STUDY_URL, PatientStorage, storage_of
@@ -32,9 +34,12 @@ def _change(study: SweepStudy) -> list[tuple]:
             {"x": i / TRIALS}, {"x": FloatDistribution(0, 1)}, float(i), system_attrs={}, constraints={"c": -1.0}
         )
         study.count_lost_workers(study.trial(number), 1)
-        study.scored(study.trial(number), {"accuracy": i / TRIALS, "step": 3})
+        rung = Scored(
+            trial=number, step=3, metrics={"accuracy": i / TRIALS}, accuracy_by_chip=[i / TRIALS], final=False
+        )
+        study.scored(study.trial(number), rung)
         if i % 2:
-            study.finished(study.trial(number), {"accuracy": i / TRIALS, "step": 9})
+            study.finished(study.trial(number), replace(rung, step=9, final=True))
             study.tell(study.trial(number), {})
         else:
             study.failed(number)

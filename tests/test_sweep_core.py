@@ -8,6 +8,7 @@ import optuna
 import pytest
 
 from halora.errors import UserError
+from halora.events import Failed, OutOfMemory, Reported, Scored, WorkerLost
 from halora.files import write_json
 from halora.hardware.chip import preset_names
 from halora.pricing import trial_energy
@@ -64,8 +65,9 @@ def _scores(job, accuracy=None):
     """Scores of a job as a trainable reports them."""
     by_chip = [job.values["lora.rank"] / 10 if accuracy is None else accuracy] * job.goal.chip_instances
     mean = sum(by_chip) / len(by_chip)
-    clean = {"clean_accuracy": 0.9, "clean_accuracy_high": 0.9}
-    return {"accuracy": mean, **clean, "accuracy_by_chip": by_chip, "step": job.goal.steps}
+    metrics = {"accuracy": mean, "clean_accuracy": 0.9, "clean_accuracy_high": 0.9}
+    at = {"trial": job.number, "step": job.goal.steps, "final": job.final}
+    return Scored(**at, metrics=metrics, accuracy_by_chip=by_chip)
 
 
 def _run_out(core):
@@ -73,7 +75,7 @@ def _run_out(core):
     done = []
     while job := core.suggest():
         done.append(job)
-        core.on_scores(job.number, _scores(job))
+        core.take(_scores(job))
     return done
 
 
@@ -125,7 +127,7 @@ def test_a_new_core_goes_on_with_what_was_left_unfinished(sweep, store, tmp_path
     expected = [job.values for job in _run_out(open_core(sweep, _store(tmp_path / "whole")))]
     first = open_core(sweep, store)
     begun = [first.suggest() for _ in range(4)]
-    first.on_scores(1, _scores(begun[1]))
+    first.take(_scores(begun[1]))
     second = open_core(sweep, store)
     assert second.unfinished == [0, 2, 3]
     again = [second.suggest() for _ in range(3)]
@@ -172,10 +174,12 @@ def test_values_that_contradict_each_other_are_skipped_with_their_cause(tiny_mod
 
 def test_the_journal_holds_how_trials_ended(sweep, store):
     core = open_core(sweep, store)
-    good, bad, strange = core.suggest(), core.suggest(), core.suggest()
-    core.on_scores(good.number, _scores(good, 0.75))
-    core.on_failure(bad.number)
-    core.on_scores(strange.number, _scores(strange, float("nan")))
+    good, bad, non_finite = core.suggest(), core.suggest(), core.suggest()
+    core.take(core.judged(_scores(good, 0.75)))
+    core.take(Failed(trial=bad.number, cause="boom"))
+    judged = core.judged(_scores(non_finite, float("nan")))
+    assert judged == Failed(trial=non_finite.number, cause="its accuracy is nan, not a number")
+    core.take(judged)
     journal = optuna.storages.journal.JournalFileBackend(str(store.sweep("core").study_file))
     study = optuna.load_study(study_name=None, storage=optuna.storages.JournalStorage(journal))
     complete, failed, no_number = study.get_trials()
@@ -189,17 +193,20 @@ def test_the_journal_holds_how_trials_ended(sweep, store):
 def test_a_trial_that_loses_its_worker_is_handed_out_again_but_not_for_ever(sweep, store):
     core = open_core(sweep, store)
     job = core.suggest()
+    lost = WorkerLost(trial=job.number, cause="its node is gone")
     for _ in range(2):
-        assert core.on_loss(job.number)
+        assert core.judged(lost) == lost
+        core.take(lost)
         assert core.suggest() == job
     other = open_core(sweep, store)  # what was lost under another process counts
     assert other.suggest() == job
-    other.on_report(job.number, {"stage": "training", "step": 1})
+    other.take(Reported(trial=job.number, step=1, metrics={}))
     for _ in range(2):
-        assert other.on_loss(job.number)
+        assert other.judged(lost) == lost
+        other.take(lost)
         assert other.suggest() == job
-    assert not other.on_loss(job.number)
-    other.on_failure(job.number)
+    assert other.judged(lost) == Failed(trial=job.number, cause="its node is gone")
+    other.take(other.judged(lost))
     assert other.counts()["failed"] == 1
     assert other.suggest().number == 1
 
@@ -207,9 +214,9 @@ def test_a_trial_that_loses_its_worker_is_handed_out_again_but_not_for_ever(swee
 def test_a_trial_that_runs_out_of_memory_is_handed_out_again_in_smaller_parts(sweep, store):
     core = open_core(sweep, store)
     job = core.suggest()
-    core.on_out_of_memory(job.number)
+    core.take(OutOfMemory(trial=job.number, cause="too many rows"))
     assert core.suggest() == replace(job, halvings=1)
-    core.on_out_of_memory(job.number)
+    core.take(OutOfMemory(trial=job.number, cause="too many rows"))
     other = open_core(sweep, store)  # another process knows
     assert other.suggest() == replace(job, halvings=2)
 
@@ -217,16 +224,16 @@ def test_a_trial_that_runs_out_of_memory_is_handed_out_again_in_smaller_parts(sw
 def test_a_stop_request_of_another_process_pauses_everything(sweep, store):
     driver, other = open_core(sweep, store), open_core(sweep, store)
     running = driver.suggest()
-    report = {"stage": "training", "step": 2}
-    assert driver.on_report(running.number, report) is Decision.CONTINUE
+    report = Reported(trial=running.number, step=2, metrics={})
+    assert driver.take(report) is Decision.CONTINUE
     other.request_stop()
-    assert driver.on_report(running.number, report) is Decision.PAUSE
+    assert driver.take(report) is Decision.PAUSE
     assert driver.suggest() is None
     assert not driver.waiting
     assert not driver.over
     assert driver.unfinished == [running.number]
     other.request_stop(False)
-    assert driver.on_report(running.number, report) is Decision.CONTINUE
+    assert driver.take(report) is Decision.CONTINUE
     assert driver.suggest().number == 1
 
 

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from halora.errors import UserError
+from halora.events import Scored
 from halora.hardware.shapes import ModelShape, named_shapes
 from halora.records.store import Store
 from halora.spaces.sweep import SweepConfig, load_sweep
@@ -73,8 +74,9 @@ def _run(store: Store, most: int) -> list:
     core, done = open_core(sweep, store), []
     while len(done) < most and (job := core.suggest()):
         done.append((job, sweep.resolve(job.values).chip))
-        scores = {"accuracy": 0.5, "clean_accuracy": 0.9, "clean_accuracy_high": 0.9, "step": job.goal.steps}
-        core.on_scores(job.number, scores | {"accuracy_by_chip": [0.5] * job.goal.chip_instances})
+        metrics = {"accuracy": 0.5, "clean_accuracy": 0.9, "clean_accuracy_high": 0.9}
+        by_chip = [0.5] * job.goal.chip_instances
+        core.take(Scored(trial=job.number, step=job.goal.steps, metrics=metrics, accuracy_by_chip=by_chip))
     return done
 
 

@@ -50,3 +50,27 @@ def test_ray_of_a_local_sweep_listens_on_loopback_alone_and_leaves_no_token_in_a
     assert not [path for path in home.rglob("*") if path.is_file() and token in path.read_text(errors="replace")]
     assert not (home / ".ray" / "auth_token").exists()
     assert ("changed", "", "") in said
+
+
+_SLOW_FIRST_START = """
+import psutil, ray
+from ray._private import services
+from halora.sweep.cluster.session import ray_session
+
+asked, whole = [], services.get_node
+def get_node(*arguments):
+    asked.append(arguments)
+    if len(asked) == 1:
+        raise Exception("The current node timed out during startup.")
+    return whole(*arguments)
+services.get_node = get_node
+with ray_session(1):
+    assert ray.get(ray.remote(lambda: 7).remote()) == 7
+    print(sum("raylet/raylet" in " ".join(each.cmdline()) for each in psutil.Process().children(recursive=True)))
+"""
+
+
+@pytest.mark.slow
+def test_a_start_that_ray_gave_too_little_time_is_made_again_and_leaves_nothing(tmp_path):
+    run = subprocess.run([sys.executable, "-c", _SLOW_FIRST_START], capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout.split()) == (0, ["1"]), run.stderr

@@ -1,4 +1,4 @@
-"""Oracles: proportions (twice the steps, twice the time), arithmetic on the levels, the model's number of weights."""
+"""Oracles: proportions (twice the steps, twice the time), arithmetic on the goals, the model's number of weights."""
 
 import pytest
 
@@ -22,7 +22,7 @@ def plan(monkeypatch):
 
 def test_time_grows_with_what_is_asked(plan):
     def whole(**changes):
-        return plan(**changes).levels[-1].seconds
+        return plan(**changes).goals[-1].seconds
 
     base = whole()
     longer, more_chips = whole(**{"trial.training.steps": 32}), whole(**{"trial.evaluation.chip_instances": 6})
@@ -44,7 +44,7 @@ def test_memory_holds_the_base_and_a_noisy_copy(plan):
     assert plan(**{"trial.lora.rank": 8}).memory_bytes > planned.memory_bytes
     assert planned.fit == min(int(16 * 2**30 // planned.memory_bytes), 2)
     assert plan(**{"concurrent": 1, "trial.training.workers": 2}).fit == 1
-    assert planned.hours == pytest.approx(8 * planned.levels[-1].seconds / 3600 / 2)
+    assert planned.hours == pytest.approx(8 * planned.goals[-1].seconds / 3600 / 2)
 
 
 def test_adapters_that_a_comparison_trains_anew_take_as_long_as_trials(plan):
@@ -54,17 +54,17 @@ def test_adapters_that_a_comparison_trains_anew_take_as_long_as_trials(plan):
         plan(comparison=comparison | {"by": "training.method", "chips": ["halora-2026"]}),
     )
     assert (planned.trained_anew, by_method.trained_anew, plan().trained_anew) == (3, 9, 0)
-    assert planned.hours == pytest.approx((8 + 3) * planned.levels[-1].seconds / 3600 / 2)
+    assert planned.hours == pytest.approx((8 + 3) * planned.goals[-1].seconds / 3600 / 2)
 
 
 def test_rungs_thin_the_trials_out(plan):
     rungs = [{"steps": 2, "rows": 4, "chip_instances": 1}, {"steps": 6}]
     changes = {"trials": 30, "early_stopping": {"rungs": rungs, "reduction_factor": 10 / 3}}
     planned = plan(**changes)
-    assert [each.trials for each in planned.levels] == [30, 9, 2]
-    assert [each.level.steps for each in planned.levels] == [2, 6, 16]
+    assert [each.trials for each in planned.goals] == [30, 9, 2]
+    assert [each.goal.steps for each in planned.goals] == [2, 6, 16]
     assert planned.hours < 0.5 * plan(trials=30).hours
-    assert planned.hours == pytest.approx(sum(e.trials * e.seconds for e in planned.levels) / 3600 / 2)
+    assert planned.hours == pytest.approx(sum(e.trials * e.seconds for e in planned.goals) / 3600 / 2)
 
 
 def test_a_dry_run_prints_the_plan_and_launches_nothing(halora, tmp_path):

@@ -7,6 +7,7 @@ import pytest
 
 from halora.analysis.trials import RecordedTrial
 from halora.evaluation.chips import ChipScores, summary_over_seeds
+from halora.events import Failed, OutOfMemory, Reported, Scored, WorkerLost
 from halora.records.store import SweepFolder
 from halora.settings.trial import Goal
 from halora.spaces.sweep import Comparison
@@ -25,23 +26,25 @@ def test_trainings_are_handed_out_until_each_is_done_or_has_failed():
     first, second = work.suggest(), work.suggest()
     assert (first.number, second.number, work.suggest()) == (0, 2, None)
     assert (work.waiting, work.over) == (True, False)
-    assert work.on_report(0, {}) is Decision.CONTINUE
-    assert work.on_loss(0)  # its worker ended: it goes on elsewhere
+    report, lost = Reported(trial=0, step=2, metrics={}), [WorkerLost(trial=n, cause="gone") for n in range(3)]
+    assert work.take(report) is Decision.CONTINUE
+    assert work.judged(lost[0]) == lost[0]
+    work.take(lost[0])  # its worker ended: it goes on elsewhere
     assert work.suggest().number == 0
-    work.on_out_of_memory(0)
+    work.take(OutOfMemory(trial=0, cause="too many rows"))
     assert work.suggest().halvings == 1
-    work.on_scores(0, {})
-    assert work.on_loss(2)
-    work.suggest()
-    assert work.on_loss(2)
-    work.suggest()
-    assert not work.on_loss(2)  # the third without a report between
-    work.on_failure(2)
+    work.take(Scored(trial=0, step=4, metrics={}, accuracy_by_chip=[]))
+    for _ in range(2):
+        assert work.judged(lost[2]) == lost[2]
+        work.take(lost[2])
+        work.suggest()
+    assert work.judged(lost[2]) == Failed(trial=2, cause="gone")  # the third without a report between
+    work.take(Failed(trial=2, cause="gone"))
     assert (work.suggest(), work.waiting, work.over, work.failed) == (None, False, True, {2})
     stopped = _SeedWork(_jobs(2), set(), lambda: stop[0])
     stopped.suggest()
     stop[0] = True
-    assert stopped.on_report(0, {}) is Decision.PAUSE
+    assert stopped.take(report) is Decision.PAUSE
     assert (stopped.suggest(), stopped.waiting, stopped.over) == (None, False, False)
 
 

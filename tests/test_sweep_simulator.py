@@ -1,4 +1,4 @@
-"""Oracles: the study read afresh, arithmetic on the levels, the same search undisturbed, the table's own lines."""
+"""Oracles: the study read afresh, arithmetic on the goals, the same search undisturbed, the table's own lines."""
 
 import csv
 import random
@@ -13,6 +13,7 @@ from benchmarks.analytic import FUNCTIONS, AnalyticCurves
 from halora.analysis.front import ranks
 from halora.analysis.racing import chip_estimates, front_probabilities
 from halora.errors import UserError
+from halora.events import Reported, Scored
 from halora.settings.trial import Goal
 from halora.spaces.search import Budget, Constraint, Racing, SearchSettings
 from halora.spaces.sweep import load_sweep
@@ -24,7 +25,7 @@ from halora.sweep.simulation.table import read_table
 
 CURVES = AnalyticCurves(FUNCTIONS["zdt1"], curve="saturating", chip_std=0.02)
 NOISY = AnalyticCurves(FUNCTIONS["zdt1"], chip_std=0.8)
-LEVELS = [Goal(3, 2), Goal(9, 2), Goal(27, 4)]
+GOALS = [Goal(3, 2), Goal(9, 2), Goal(27, 4)]
 
 
 def _problem(curves=CURVES, *, trials=30, sampler="random", **changes):
@@ -47,13 +48,13 @@ def test_without_rungs_every_trial_is_trained_whole():
     assert clock() == 12 * 27 / 3
     for trial in core.trials():
         expected = [CURVES.accuracy(trial.values, 27, chip) for chip in range(4)]
-        assert trial.scores[-1]["accuracy_by_chip"] == expected
+        assert trial.scores[-1].accuracy_by_chip == expected
         assert trial.frozen.values == [pytest.approx(np.mean(expected)), trial.energy_uj_per_token]
 
 
 @pytest.mark.parametrize("factor", [3, 2])
 def test_rungs_let_the_share_that_ranks_best_go_on(factor):
-    core, _ = _run(_problem(levels=lambda values: LEVELS, reduction_factor=factor))
+    core, _ = _run(_problem(goals=lambda values: GOALS, reduction_factor=factor))
     trials = core.trials()
     reached = [[trial for trial in trials if len(trial.scores) > rung] for rung in range(3)]
     assert len(reached[0]) == 30
@@ -61,34 +62,34 @@ def test_rungs_let_the_share_that_ranks_best_go_on(factor):
         assert len(reached[rung + 1]) in (len(reached[rung]) // factor, ceil(len(reached[rung]) / factor))
     assert {trial.state for trial in trials} == {State.FINISHED, State.STOPPED}
     assert [t.state is State.FINISHED for t in trials] == [len(t.scores) == 3 for t in trials]
-    assert core.steps_taken() == sum(LEVELS[len(trial.scores) - 1].steps for trial in trials)
+    assert core.steps_taken() == sum(GOALS[len(trial.scores) - 1].steps for trial in trials)
     for trial in trials:
-        assert [scores["step"] for scores in trial.scores] == [3, 9, 27][: len(trial.scores)]
-        assert [len(scores["accuracy_by_chip"]) for scores in trial.scores] == [2, 2, 4][: len(trial.scores)]
+        assert [scores.step for scores in trial.scores] == [3, 9, 27][: len(trial.scores)]
+        assert [len(scores.accuracy_by_chip) for scores in trial.scores] == [2, 2, 4][: len(trial.scores)]
         assert trial.frozen.state.name == ("COMPLETE" if len(trial.scores) == 3 else "PRUNED")
         assert (trial.frozen.values is None) == (len(trial.scores) < 3)
 
 
 def _after_a_full_rung(**changes):
     """Trials of a search whose first rung fills before any goes on, and the numbers promoted from it."""
-    core = DecisionCore(_problem(levels=lambda values: LEVELS, **changes), SweepStudy("sim", InMemoryStorage()))
+    core = DecisionCore(_problem(goals=lambda values: GOALS, **changes), SweepStudy("sim", InMemoryStorage()))
     jobs = []
     while job := core.suggest():
         jobs.append(job)
     for job in jobs:
         by_chip = [CURVES.accuracy(job.values, 3, chip) for chip in range(2)]
-        scores = {"accuracy": float(np.mean(by_chip)), "accuracy_by_chip": by_chip, "step": 3}
-        core.on_scores(job.number, scores)
+        metrics = {"accuracy": float(np.mean(by_chip))}
+        core.take(Scored(trial=job.number, step=3, metrics=metrics, accuracy_by_chip=by_chip, final=False))
     promoted = []
     while job := core.suggest():
-        assert job.goal == LEVELS[1]
+        assert job.goal == GOALS[1]
         promoted.append(job.number)
     return core.trials(), promoted
 
 
 def test_the_best_ranks_of_a_rung_go_on():
     trials, promoted = _after_a_full_rung(trials=60, reduction_factor=10 / 3, accuracy_floor=-100.0)
-    found = ranks(np.array([(trial.scores[0]["accuracy"], trial.energy_uj_per_token) for trial in trials]))
+    found = ranks(np.array([(trial.scores[0].metrics["accuracy"], trial.energy_uj_per_token) for trial in trials]))
     assert len(promoted) == 18
     assert max(found[promoted]) <= min(rank for number, rank in enumerate(found) if number not in promoted)
     assert list(found[promoted]) == sorted(found[promoted])
@@ -98,11 +99,11 @@ def test_trials_below_the_accuracy_floor_go_on_last():
     trials, promoted = _after_a_full_rung(trials=40, reduction_factor=5)
     cheapest = min(trials, key=lambda trial: trial.energy_uj_per_token)
     assert cheapest.number in promoted  # nothing dominates it
-    floor = cheapest.scores[0]["accuracy"] + 0.01
+    floor = cheapest.scores[0].metrics["accuracy"] + 0.01
     trials, promoted = _after_a_full_rung(trials=40, reduction_factor=5, accuracy_floor=floor)
     assert cheapest.number not in promoted
-    assert sum(trial.scores[0]["accuracy"] > floor for trial in trials) >= len(promoted) == 8
-    assert all(trials[number].scores[0]["accuracy"] > floor for number in promoted)
+    assert sum(trial.scores[0].metrics["accuracy"] > floor for trial in trials) >= len(promoted) == 8
+    assert all(trials[number].scores[0].metrics["accuracy"] > floor for number in promoted)
 
 
 def _disturbed(problem, storage, kills, seed):
@@ -112,20 +113,15 @@ def _disturbed(problem, storage, kills, seed):
     class Crash(Exception):
         pass
 
-    class Events:
+    class Listener:
         left = None
 
         def began(self, job):
             self._count()
 
-        def reported(self, job, report):
+        def told(self, job, event):
+            assert isinstance(event, Reported | Scored), event
             self._count()
-
-        def evaluated(self, job, report):
-            self._count()
-
-        def failed(self, job, cause):
-            raise AssertionError(cause)
 
         def _count(self):
             if self.left is not None:
@@ -133,22 +129,22 @@ def _disturbed(problem, storage, kills, seed):
                 if self.left < 0:
                     raise Crash
 
-    events = Events()
+    listener = Listener()
     while True:
-        events.left = chance.randrange(40) if kills else None
+        listener.left = chance.randrange(40) if kills else None
         kills -= 1
         try:
-            return _run(problem, storage, events=events, report_every=3)[0]
+            return _run(problem, storage, listener=listener, report_every=3)[0]
         except Crash:
             continue
 
 
-@pytest.mark.parametrize("levels", [[Goal(27, 4)], LEVELS])
+@pytest.mark.parametrize("goals", [[Goal(27, 4)], GOALS])
 @pytest.mark.parametrize("sampler", ["random", "qmc", "tpe"])
-def test_crashes_at_random_moments_lose_and_repeat_nothing(levels, sampler, tmp_path):
+def test_crashes_at_random_moments_lose_and_repeat_nothing(goals, sampler, tmp_path):
     journal = optuna.storages.journal.JournalFileBackend(str(tmp_path / "journal"))
     problem = _problem(
-        levels=lambda values: levels, reduction_factor=3, sampler=sampler, racing=Racing(extra=10, most=12)
+        goals=lambda values: goals, reduction_factor=3, sampler=sampler, racing=Racing(extra=10, most=12)
     )
     core = _disturbed(problem, optuna.storages.JournalStorage(journal), kills=20, seed=3)
     fresh = optuna.load_study(study_name="sim", storage=optuna.storages.JournalStorage(journal))
@@ -156,12 +152,12 @@ def test_crashes_at_random_moments_lose_and_repeat_nothing(levels, sampler, tmp_
     assert [trial.number for trial in fresh.trials] == list(range(30))
     assert core.over
     for trial in core.trials():
-        assert [scores["step"] for scores in trial.scores] == [level.steps for level in levels][: len(trial.scores)]
+        assert [scores.step for scores in trial.scores] == [goal.steps for goal in goals][: len(trial.scores)]
     undisturbed, _ = _run(problem)
     if sampler != "tpe":  # suggestions by number alone
         assert [trial.values for trial in core.trials()] == [trial.values for trial in undisturbed.trials()]
-    if len(levels) == 1 and sampler != "tpe":
-        chips = [[len(t.scores[-1]["accuracy_by_chip"]) for t in c.trials()] for c in (core, undisturbed)]
+    if len(goals) == 1 and sampler != "tpe":
+        chips = [[len(t.scores[-1].accuracy_by_chip) for t in c.trials()] for c in (core, undisturbed)]
         assert chips[0] == chips[1]
 
 
@@ -229,19 +225,19 @@ def test_what_a_clean_accuracy_on_few_rows_leaves_open_is_not_skipped():
 def test_a_race_spends_its_chips_on_the_undecided():
     racing = Racing(extra=24, most=10, at_once=2)
     core, _ = _run(_problem(NOISY, trials=20, racing=racing), curves=NOISY)
-    chips = {trial.number: len(trial.scores[-1]["accuracy_by_chip"]) for trial in core.trials()}
+    chips = {trial.number: len(trial.scores[-1].accuracy_by_chip) for trial in core.trials()}
     assert 0 < sum(chips.values()) - 20 * 4 <= 24
     assert max(chips.values()) <= 10
     for trial in core.trials():
         expected = [NOISY.accuracy(trial.values, 27, chip) for chip in range(chips[trial.number])]
-        assert trial.scores[-1]["accuracy_by_chip"] == expected
+        assert trial.scores[-1].accuracy_by_chip == expected
     before, _ = _run(_problem(NOISY, trials=20), curves=NOISY)
-    estimates = chip_estimates([trial.scores[-1]["accuracy_by_chip"] for trial in before.trials()])
+    estimates = chip_estimates([trial.scores[-1].accuracy_by_chip for trial in before.trials()])
     chances = front_probabilities(*estimates, np.array([trial.energy_uj_per_token for trial in before.trials()]))
     undecided = np.flatnonzero((chances > 0.05) & (chances < 0.95))
     assert any(chips[number] > 4 for number in undecided)
     settled, _ = _run(_problem(trials=20, racing=racing))  # hardly any noise
-    assert {len(trial.scores[-1]["accuracy_by_chip"]) for trial in settled.trials()} == {4}
+    assert {len(trial.scores[-1].accuracy_by_chip) for trial in settled.trials()} == {4}
 
 
 def test_budgets_of_steps_and_hours_end_the_search():
@@ -269,10 +265,10 @@ def test_the_sampler_sees_the_best_and_the_latest_of_many_trials():
 
 
 def test_the_sampler_sees_what_a_paused_trial_reached_and_what_others_gained_from_there():
-    core, _ = _run(_problem(levels=lambda values: LEVELS, reduction_factor=3))
+    core, _ = _run(_problem(goals=lambda values: GOALS, reduction_factor=3))
     trials = core.trials()
     seen = History(200, worst_accuracy=0.0).seen(trials)
-    reached = [[scores["accuracy"] for scores in trial.scores] for trial in trials]
+    reached = [[scores.metrics["accuracy"] for scores in trial.scores] for trial in trials]
     first, second = ([own[i + 1] - own[i] for own in reached if len(own) > i + 1] for i in (0, 1))
     to_come = {1: np.median(first) + np.median(second), 2: np.median(second), 3: 0.0}
     assert {len(own) for own in reached} == {1, 2, 3}

@@ -12,14 +12,15 @@ import torch
 from peft import PeftModel
 from pydantic import ValidationError
 from safetensors.torch import load_file
+from tiny_families import FEWER
 from torch.nn import functional as F
 from training_runs import run_losses, run_reports
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from halora.errors import UserError
 from halora.hardware.addressing import NoiseKey, Role, derive_seed
+from halora.hardware.families import LINEAR_NAMES
 from halora.hardware.noise import programmed_weight
-from halora.settings.training import LINEAR_NAMES
 from halora.settings.trial import TrialConfig
 from halora.training.adapter import attach_saved, detach
 from halora.training.batches import rows_at_step
@@ -60,7 +61,7 @@ def _perturb(model: torch.nn.Module, config: TrialConfig, draw: int, sigma: floa
             module.weight.data = programmed_weight(module.weight.data, config.chip, key, sigma)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("architecture", FEWER)
 def test_losses_are_those_of_plain_transformers_and_peft(runner, tiny_trial, tmp_path, architecture):
     config = tiny_trial(architecture, method="lora", steps=4)
     first = run_losses(runner, config, tmp_path, stop_at=3)

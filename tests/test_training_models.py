@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_families import FAMILIES, FEWER
 from transformers import AutoModelForCausalLM
 
 from halora.errors import UserError
 from halora.hardware.shapes import known_shape
 from halora.training.models import estimated_shape, find_model, load_base, model_shape
+from halora.training.rram import install
 
 _ASK_HUB = """
 import time
@@ -29,7 +31,7 @@ except UserError as error:
 """
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("architecture", FEWER)
 def test_a_folder_is_loaded_whole_and_frozen(tiny_models, architecture):
     base = load_base(tiny_models[architecture], "fp32")
     plain = AutoModelForCausalLM.from_pretrained(tiny_models[architecture], dtype=torch.float32)
@@ -41,19 +43,20 @@ def test_a_folder_is_loaded_whole_and_frozen(tiny_models, architecture):
     assert not any(parameter.requires_grad for parameter in base.causal_lm.parameters())
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("architecture", FAMILIES)
 def test_the_shape_is_that_of_the_weights(tiny_models, architecture):
+    """All linear layers there are, in the order in which a forward calls them."""
     shape = model_shape(tiny_models[architecture])
     plain = AutoModelForCausalLM.from_pretrained(tiny_models[architecture], dtype=torch.float32)
-    assert len(plain.model.layers) == shape.layers
-    for linear in shape.linears:
-        (weight,) = [
-            parameter
-            for name, parameter in plain.model.layers[0].named_parameters()
-            if name.endswith(f"{linear.name}.weight")
-        ]
-        assert weight.shape == (linear.out_features, linear.in_features)
-    assert plain.lm_head.weight.shape == (shape.vocabulary, shape.hidden)
+    called: dict[str, tuple[int, int]] = {}
+    for name, module in plain.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            size = module.in_features, module.out_features
+            module.register_forward_hook(lambda *_, name=name, size=size: called.update({name: size}))
+    plain(torch.tensor([[5, 6]]))
+    expected = {name: (linear.in_features, linear.out_features) for name, linear in shape.all_layers.items()}
+    assert list(called.items()) == list(expected.items())
+    assert [layer.name for layer in install(load_base(tiny_models[architecture], "fp32").causal_lm).layers] == [*called]
 
 
 def test_bf16_is_loaded_as_bf16(tiny_models):
@@ -95,8 +98,11 @@ def test_a_folder_without_a_configuration(tiny_models, tmp_path):
 
 
 def test_a_configuration_of_another_family(tiny_models, tmp_path):
-    folder = _damaged(tiny_models, tmp_path, model_type="phi3")  # all dimensions, but q, k and v in one layer
-    with pytest.raises(UserError, match=r"': type 'phi3' is not one of llama, qwen2, qwen3"):
+    folder = _damaged(tiny_models, tmp_path, model_type="phi")
+    told = (
+        r"': type 'phi' is not one of llama, .*, gemma3_text; not modelled: blocks that run attention and MLP side by"
+    )
+    with pytest.raises(UserError, match=told):
         model_shape(str(folder))
 
 

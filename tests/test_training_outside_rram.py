@@ -123,7 +123,9 @@ def test_attention_rounds_what_it_multiplies_row_by_row(bits):
     lengths, heads, groups, dim, scaling = [7, 11, 4], 6, 2, 8, 0.3
     taken = torch.arange(11) < torch.tensor(lengths)[:, None]
     seen = torch.ones(11, 11, dtype=torch.bool).tril()
-    layout = RowLayout(taken.flatten().nonzero()[:, 0], (seen & taken[:, None, None]) | torch.eye(11, dtype=torch.bool))
+    visible = (seen & taken[:, None, None]) | torch.eye(11, dtype=torch.bool)
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    layout = RowLayout(taken.flatten().nonzero()[:, 0], visible, positions)
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, count, 22, dim, generator=generator) for count in (heads, groups, groups))
     found = attend_rounded(q, k, v, layout, scaling, bits)

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from tiny_families import FEWER
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
@@ -15,9 +16,9 @@ from halora.hardware.addressing import NoiseKey, Role
 from halora.hardware.chip import load_chip
 from halora.hardware.converter_model import fit_converters
 from halora.hardware.converters import ExactReads, tilewise_product
+from halora.hardware.families import LINEAR_NAMES
 from halora.hardware.instance import ChipInstance
 from halora.hardware.noise import Programming, noise_to_signal_db, programmed_weight
-from halora.settings.training import LINEAR_NAMES
 from halora.training.models import load_base
 from halora.training.rram import RramLinear, install
 
@@ -39,11 +40,11 @@ def _logits(model: nn.Module) -> torch.Tensor:
     return model(input_ids=TOKENS).logits
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("architecture", FEWER)
 def test_a_programmed_model_computes_with_the_noisy_weights(tiny_models, architecture):
     base = load_base(tiny_models[architecture], "fp32")
     array = install(base.causal_lm)
-    assert len(array.layers) == 2 * 7 + 1  # the output projection, here off the chip
+    assert [layer.name for layer in array.layers] == [*base.shape.all_layers]
     plain = _plain(tiny_models[architecture])
     frozen = {name: tensor.clone() for name, tensor in base.causal_lm.state_dict().items()}
     torch.testing.assert_close(_logits(base.causal_lm), _logits(plain), rtol=0, atol=1e-5)
@@ -51,6 +52,7 @@ def test_a_programmed_model_computes_with_the_noisy_weights(tiny_models, archite
     array.program(INSTANCE)
     noisy = _logits(base.causal_lm)
     db = array.noise_db()
+    assert list(db) == [*base.shape.linear_layers]  # not the output projection, here off the chip
     for name, linear in _linears(plain).items():
         key = replace(INSTANCE.key, module=name, purpose="programming")
         programmed = programmed_weight(linear.weight.data, CHIP, key, 0.05)

@@ -12,8 +12,8 @@ from training_runs import run_losses, run_reports
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from halora.hardware.addressing import NoiseKey, Role, derive_seed
+from halora.hardware.families import LINEAR_NAMES
 from halora.hardware.noise import programmed_weight
-from halora.settings.training import LINEAR_NAMES
 from halora.settings.trial import TrialConfig
 from halora.training.batches import rows_at_step
 from halora.training.tasks import load_rows

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from halora.errors import UserError
 from halora.evaluation.chips import ChipScores
+from halora.events import Failed, Reported, Scored, WorkerLost
 from halora.heartbeat import Heartbeats
 from halora.rank_workers import WorkerLostError
 from halora.settings.trial import TrialConfig
@@ -192,13 +193,14 @@ def test_a_lost_worker_ends_the_job_and_not_the_trainable(heartbeats, tiny_trial
     trainable = HaloraTrainable.__new__(HaloraTrainable)
     job = _job(tiny_trial(**SETTINGS, workers=2), heartbeats)
     trainable.setup({"number": 0, "folder": str(tmp_path / "lost"), **job})
-    assert trainable.step()["stage"] == "training"
+    assert isinstance(trainable.step()["event"], Reported)
     os.kill(_peer_pid(trainable._training), signal.SIGKILL)
     report = trainable.step()
-    assert (report["stage"], report["done"]) == ("lost", True)
-    assert report["cause"].startswith("worker 1 of 2 ended")
+    assert isinstance(report["event"], WorkerLost)
+    assert report["done"]
+    assert report["event"].cause.startswith("worker 1 of 2 ended")
     trainable.reset_config({"number": 1, "folder": str(tmp_path / "next"), **job})
-    assert trainable.step()["stage"] == "training"
+    assert isinstance(trainable.step()["event"], Reported)
     trainable.cleanup()
 
 
@@ -209,11 +211,11 @@ def test_a_bare_base_is_scored_by_the_worker_that_trains_on_it_next(heartbeats, 
     worker = HaloraTrainable.__new__(HaloraTrainable)
     worker.setup(job | {"number": -1, "goal": None})
     report = worker.step()
-    assert (report["stage"], report["done"]) == ("evaluated", True)
-    assert ChipScores.from_json(json.loads(report["scores"])) == TrialRunner().evaluate(config, None)
+    assert report["done"]
+    assert ChipScores.from_json(report["event"].scores) == TrialRunner().evaluate(config, None)
     loaded = worker._runner.base(config)[0]
     worker.reset_config(job | {"number": 0})
-    assert worker.step()["stage"] == "training"
+    assert isinstance(worker.step()["event"], Reported)
     assert worker._runner.base(config)[0] is loaded
     worker.cleanup()
 
@@ -230,15 +232,15 @@ config, job = TrialConfig.model_validate(json.loads(sys.argv[1])), json.loads(sy
 trainable = HaloraTrainable.__new__(HaloraTrainable)
 trainable._heart, trainable._runner = SimpleNamespace(job=""), TrialRunner()  # no Ray, whose threads would die first
 trainable._begin(job | {"trial": config.model_dump(mode="json")})
-reports = [trainable.step()]
+reports = [trainable.step()["event"].to_json()]
 limit = psutil.Process().memory_info().vms + 2**20
 resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
-while (report := trainable.step())["stage"] == "out_of_memory":
+while (report := trainable.step()["event"].to_json())["kind"] == "out_of_memory":
     reports.append(report | {"rows": config.training.micro_batch})
     config = config.with_micro_batch_halved(1)
     trainable.reset_config(job | {"trial": config.model_dump(mode="json")})
 resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-reports += [report, trainable.step()]
+reports += [report, trainable.step()["event"].to_json()]
 print(json.dumps(reports))
 """
 
@@ -252,10 +254,10 @@ def test_a_trial_that_runs_out_of_memory_goes_on_in_smaller_parts(tiny_trial, tm
     command = [sys.executable, "-c", SCARCE, config.model_dump_json(), json.dumps(job)]
     run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
     reports = json.loads(run.stdout.splitlines()[-1])
-    short = [report for report in reports if report["stage"] == "out_of_memory"]
+    short = [report for report in reports if report["kind"] == "out_of_memory"]
     assert [report["rows"] for report in short] == [64 >> i for i in range(len(short))]
     assert short[0]["cause"] == "out of memory with 64 rows at a time"
-    assert [r["train_loss"] for r in reports if r["stage"] == "training"] == pytest.approx(plenty, rel=1e-4)
+    assert [r["metrics"]["train_loss"] for r in reports if r["kind"] == "reported"] == pytest.approx(plenty, rel=1e-4)
 
 
 def _job(config: TrialConfig, heartbeats: tuple[str, float]) -> dict:
@@ -268,44 +270,48 @@ def test_a_trial_goes_from_node_to_node(heartbeats, tiny_trial, tmp_path, monkey
     config = tiny_trial(steps=4, schedule={"redraw_steps": 2}, evaluation={"rows": 4, "calibration_tokens": 16})
 
     def node(name, goal, storage, steps=None):
-        """Reports of a job on a new node, up to a step where it dies."""
+        """Events of a job on a new node, up to a step where it dies."""
         monkeypatch.setattr("tempfile.tempdir", str(tmp_path / name))
         (tmp_path / name).mkdir(exist_ok=True)
         job = {"job": "it", "heartbeats": heartbeats, "number": 0, "goal": goal, "storage": storage}
         job |= {"folder": str(tmp_path / f"{name}-folder"), "trial": config.model_dump(mode="json")}
         worker = HaloraTrainable.__new__(HaloraTrainable)
         worker.setup(job)
-        reports = []
-        while not reports or not reports[-1]["done"]:
-            reports.append(worker.step())
-            if len(reports) == steps:
+        events, done = [], False
+        while not done:
+            report = worker.step()
+            done = report["done"]
+            events.append(report["event"])
+            if len(events) == steps:
                 worker._heart.stop()  # as it would with its process
-                return reports
+                return events
         worker.cleanup()
         assert not storage or not list((tmp_path / name).glob("halora-trial-*"))
-        return reports
+        return events
 
     url, whole = f"{tmp_path / 'storage'}/00000", {"steps": 4, "chip_instances": 1}
     alone = node("alone", whole, "")
-    assert [report["stage"] for report in alone] == 4 * ["training"] + ["evaluated"], alone
+    assert [type(event) for event in alone] == [*4 * [Reported], Scored], alone
     first, second = node("one", whole, url, steps=2), node("two", whole, url)
-    assert [report.get("train_loss") for report in first + second] == pytest.approx(
-        [report.get("train_loss") for report in alone], abs=1e-5
+    assert [event.metrics.get("train_loss") for event in first + second] == pytest.approx(
+        [event.metrics.get("train_loss") for event in alone], abs=1e-5
     )
-    assert second[-1]["accuracy_by_chip"] == alone[-1]["accuracy_by_chip"]
+    assert second[-1].accuracy_by_chip == alone[-1].accuracy_by_chip
     assert not any((tmp_path / f"{name}-folder").exists() for name in ("one", "two"))
     TrialStorage(url).keep_adapter()
     raced = node("three", {"steps": 4, "chip_instances": 3, "first_chip": 1}, url)
-    assert raced[-1]["accuracy_by_chip"][:1] == alone[-1]["accuracy_by_chip"]
-    assert len(raced[-1]["accuracy_by_chip"]) == 3
+    assert raced[-1].accuracy_by_chip[:1] == alone[-1].accuracy_by_chip
+    assert len(raced[-1].accuracy_by_chip) == 3
     assert TrialStorage(url).fetch_result(tmp_path / "there", 4, 3)
 
     shutil.rmtree(url)
     (lacking,) = node("four", {"steps": 4, "chip_instances": 3, "first_chip": 1}, url)
-    assert (lacking["stage"], "lacks the trial's adapter" in lacking["cause"]) == ("failed", True)
+    assert isinstance(lacking, Failed)
+    assert "lacks the trial's adapter" in lacking.cause
     Path(url).write_text("in the way")
     (refused,) = node("five", whole, url)
-    assert (refused["stage"], f"storage '{url}' cannot be" in refused["cause"]) == ("lost", True)
+    assert isinstance(refused, WorkerLost)
+    assert f"storage '{url}' cannot be" in refused.cause
 
 
 def test_an_error_raised_in_a_worker_is_told_from_the_end_of_the_worker(runner, tmp_path):

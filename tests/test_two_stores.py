@@ -1,6 +1,6 @@
 """Two stores with a sweep of the same name on one MLflow server and one database of studies.
 
-Oracle: MLflow's own tables beside each store's journal; whatever the one launch does, all of the other is as it was.
+Oracle: MLflow's own tables beside each store's event log; whatever the one launch does, all of the other is as it was.
 """
 
 import json
@@ -17,7 +17,7 @@ import psycopg
 import pytest
 import yaml
 from mlflow import MlflowClient
-from records_audit import differences, journal_entries
+from records_audit import differences, logged_events
 from services import mlflow_server, postgres_server
 
 HALORA = Path(sys.executable).parent / "halora"
@@ -119,11 +119,11 @@ def test_two_stores_that_share_their_servers_never_meet(services, start, halora,
     """Launched, killed, resumed, reconciled and certified in turn; the chip's file is gone after the launches."""
     database, address, studies = services
     client, root = MlflowClient(address), start.root
-    journals = {store: root / store / "sweeps/same/records.jsonl" for store in STORES}
+    logs = {store: root / store / "sweeps/same/events.jsonl" for store in STORES}
 
     driver = start("one", "sweep", "launch", sweep_file)
     while driver.poll() is None:
-        if journals["one"].exists() and any(e["kind"] == "report" for e in journal_entries(journals["one"])):
+        if logs["one"].exists() and any(e["kind"] == "reported" for e in logged_events(logs["one"])):
             driver.send_signal(signal.SIGKILL)
             driver.communicate()
         time.sleep(0.05)
@@ -147,7 +147,7 @@ def test_two_stores_that_share_their_servers_never_meet(services, start, halora,
         code, out, _ = halora(store, "sweep", "status", "--format", "json")
         (row,) = json.loads(out)
         assert (code, row["sweep"], row["state"], row["finished"]) == (0, "same", "ended", TRIALS)
-        assert differences(database, "same", journals[store]) == []
+        assert differences(database, "same", logs[store]) == []
 
     # runs of the one are doubled, deleted and changed in MLflow
     runs = {
@@ -171,7 +171,7 @@ def test_two_stores_that_share_their_servers_never_meet(services, start, halora,
     }
     assert _everything(client, launches["two"]) == known
     for store in STORES:
-        assert differences(database, "same", journals[store]) == []
+        assert differences(database, "same", logs[store]) == []
 
     for store in STORES:
         code, out, err = halora(store, "adapter", "select", "same", "--format", "json")

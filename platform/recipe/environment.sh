@@ -9,8 +9,8 @@
 #   HALORA_DASHBOARD_PORT    8265
 #   HALORA_CLIENT_PORT       10001, for ray:// addresses
 #   HALORA_ARTIFACTS         folder or URL (s3://, gs://) of MLflow's artifacts (a folder of the state)
-#   HALORA_STORE             folder of journals, studies and pages of the sweeps that run here (a folder of the state)
-#   HALORA_STORAGE           URL of checkpoints, which every node reaches; needed where the nodes share no file system
+#   HALORA_STORE             folder of event logs, studies and pages of the sweeps that run here (a folder of the state)
+#   HALORA_CHECKPOINT_URL           URL of checkpoints, which every node reaches; needed where the nodes share no file system
 #
 # Sets for `halora`: HALORA_TRACKING_URI, HALORA_STUDY_URL, and how to enter MLflow and PostgreSQL.
 
@@ -26,7 +26,7 @@ export HALORA_DASHBOARD_PORT=${HALORA_DASHBOARD_PORT:-8265}
 export HALORA_CLIENT_PORT=${HALORA_CLIENT_PORT:-10001}
 export HALORA_ARTIFACTS=${HALORA_ARTIFACTS:-$HALORA_STATE/artifacts}
 export HALORA_STORE=${HALORA_STORE:-$HALORA_STATE/store}
-export HALORA_STORAGE=${HALORA_STORAGE:-}
+export HALORA_CHECKPOINT_URL=${HALORA_CHECKPOINT_URL:-}
 
 database=postgresql+psycopg://halora@$HALORA_SERVICE_HOST:$HALORA_POSTGRESQL_PORT # the password is in PGPASSFILE
 export HALORA_TRACKING_URI=http://$HALORA_SERVICE_HOST:$HALORA_MLFLOW_PORT

@@ -4,24 +4,24 @@ A trial's place is `URL/NUMBER`. A checkpoint is a folder `step-NNNNNN-ID` below
 manifest of names, sizes and SHA-256 digests that is written last: a folder without its manifest, or with files that are
 not as it says, is not a checkpoint. ID is drawn for every upload, so that two workers that both believe the trial is
 theirs never write into one folder, and an upload removes only checkpoints of earlier steps than its own: whichever ends
-last, and however long it was frozen, the furthest checkpoint stays. `result-STEPS-CHIPS.json` are the scores at a goal,
+last, and however long it hung, the furthest checkpoint stays. `result-STEPS-CHIPS.json` are the scores at a goal,
 one object each.
 """
 
-import fcntl
 import hashlib
 import json
 import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from halora.errors import StorageError, UserError
-from halora.files import sha256_of
+from halora.files import locked_now, sha256_of, write_whole
+from halora.retries import retried
 from halora.settings.trial import Goal
 from halora.trial_folder import OPTIMIZER_FILE, REPORTS_FILE, RESULT_FILE, TRIAL_FILE, adapter_folder, latest_checkpoint
 from halora.url_folder import RETRIES_S, UrlFolder, is_below
@@ -48,7 +48,7 @@ def check_storage(url: str) -> None:
     try:
         UrlFolder(url, retries_s=()).check_writable()
     except StorageError as error:
-        next_step = "name another with --storage; its credentials come from the environment"
+        next_step = "name another with --checkpoint-url; its credentials come from the environment"
         raise StorageError(error.problems, next_step) from None
 
 
@@ -99,23 +99,21 @@ class TrialStorage:
             StorageError: It cannot be read now.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        scratch = folder / ".fetched.partial"
-        for _ in range(_LOOKS):
-            try:
-                name, manifest = self._newest()
-                if not name:
-                    return False
-                shutil.rmtree(scratch, ignore_errors=True)
-                for file in manifest:
-                    if moments or file != OPTIMIZER_FILE:
-                        self._fetch_checked(name, file, manifest, scratch / file)
+        return self._looked_for(lambda: self._fetch_newest(folder, moments))
+
+    def _fetch_newest(self, folder: Path, moments: bool) -> bool:
+        scratch = folder / ".fetched.partial"  # one process at a time fetches into a folder
+        shutil.rmtree(scratch, ignore_errors=True)  # of one that was killed
+        try:
+            name, manifest = self._newest()
+            for file in manifest:
+                if moments or file != OPTIMIZER_FILE:
+                    self._fetch_checked(name, file, manifest, scratch / file)
+            if name:
                 _take_over(scratch, folder, _CHECKPOINT.fullmatch(name)[1])  # type: ignore[index]
-                return True
-            except FileNotFoundError:  # a newer one took its place
-                continue
-            finally:
-                shutil.rmtree(scratch, ignore_errors=True)
-        raise StorageError(f"storage '{self._place.url}' changes while it is read")
+            return bool(name)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
 
     def reports(self) -> list[dict[str, float]]:
         """The trial's reports up to its latest whole checkpoint, by step.
@@ -124,17 +122,24 @@ class TrialStorage:
             UserError: There is none but a damaged one.
             StorageError: It cannot be read now.
         """
-        for _ in range(_LOOKS):
-            with suppress(FileNotFoundError):
-                name, manifest = self._newest()
-                if REPORTS_FILE not in manifest:
-                    return []
-                content = self._place.read(f"{name}/{REPORTS_FILE}")
-                if hashlib.sha256(content).hexdigest() != manifest[REPORTS_FILE]["sha256"]:
-                    raise self._damaged(name, f"{REPORTS_FILE} is not as it was written")
-                found: list[dict[str, float]] = json.loads(content)
-                return found
-        raise StorageError(f"storage '{self._place.url}' changes while it is read")
+        return self._looked_for(self._newest_reports)
+
+    def _newest_reports(self) -> list[dict[str, float]]:
+        name, manifest = self._newest()
+        if REPORTS_FILE not in manifest:
+            return []
+        content = self._place.read(f"{name}/{REPORTS_FILE}")
+        if hashlib.sha256(content).hexdigest() != manifest[REPORTS_FILE]["sha256"]:
+            raise self._damaged(name, f"{REPORTS_FILE} is not as it was written")
+        found: list[dict[str, float]] = json.loads(content)
+        return found
+
+    def _looked_for[T](self, look: Callable[[], T]) -> T:
+        """What is found of the latest checkpoint, looked for again where a newer one takes its place meanwhile."""
+        try:
+            return retried(look, lambda error: isinstance(error, FileNotFoundError), (0.0,) * (_LOOKS - 1))
+        except FileNotFoundError:
+            raise StorageError(f"storage '{self._place.url}' changes while it is read") from None
 
     def put_result(self, folder: Path, steps: int, chips: int) -> None:
         """Store the scores in a trial's folder, taken after so many steps on so many chips.
@@ -151,12 +156,10 @@ class TrialStorage:
             StorageError: They cannot be read now.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        scratch = folder / f".{RESULT_FILE}.partial"
         try:
-            self._place.fetch(_result_name(steps, chips), scratch)
+            write_whole(folder / RESULT_FILE, self._place.read(_result_name(steps, chips)))
         except FileNotFoundError:
             return False
-        scratch.replace(folder / RESULT_FILE)
         return True
 
     def has(self, steps: int, chips: int) -> bool:
@@ -334,10 +337,12 @@ class _Scratch:
         _remove_orphans()
         while True:
             self._root = Path(tempfile.mkdtemp(prefix=_SCRATCH))
-            lock = _locked(self._root / "lock", "w")
-            if lock and self._root.exists():
-                break  # else another process took it for an orphan before it was locked
-        self._lock = lock
+            (self._root / "lock").touch()
+            with suppress(FileNotFoundError):  # another process may take it for an orphan before it is locked
+                lock = locked_now(self._root / "lock")
+                if lock and self._root.exists():
+                    self._lock = lock
+                    break
         self.folder = self._root / "trial"
         self.folder.mkdir()
 
@@ -350,20 +355,9 @@ class _Scratch:
 def _remove_orphans() -> None:
     for lock_file in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*/lock"):
         with suppress(OSError):  # another user's
-            if lock := _locked(lock_file, "r"):
+            if lock := locked_now(lock_file):
                 shutil.rmtree(lock_file.parent, ignore_errors=True)
                 lock.close()
-
-
-def _locked(path: Path, mode: str) -> IO[str] | None:
-    """The file, locked for as long as it is open; none where another process, or this one, has locked it."""
-    file = path.open(mode)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return None
-    return file
 
 
 def read_adapter(folder: Path) -> dict[str, bytes]:
@@ -373,8 +367,8 @@ def read_adapter(folder: Path) -> dict[str, bytes]:
 
 def prune_folder(folder: Path, *, finished: bool) -> None:
     """Take from the folder of a trial that ended what nobody needs again: moments, or the checkpoint altogether."""
-    for partial in folder.glob(".step-*.partial"):
-        shutil.rmtree(partial, ignore_errors=True)
+    for partial in folder.glob(".*.partial"):  # of writers that were killed
+        shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
     if not finished:
         for checkpoint in folder.glob("step-*"):
             shutil.rmtree(checkpoint, ignore_errors=True)

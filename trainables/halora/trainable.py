@@ -12,6 +12,7 @@ from ray import tune
 
 from halora.errors import StorageError, UserError
 from halora.evaluation.chips import ChipScores
+from halora.events import BaseScored, Failed, JobEvent, OutOfMemory, Reported, Scored, WorkerLost
 from halora.files import no_room, write_json
 from halora.heartbeat import HeartbeatSender
 from halora.rank_workers import WorkerLostError, WorkerOutOfMemoryError
@@ -27,9 +28,8 @@ class HaloraTrainable(tune.Trainable):
 
     The `config` given by the executor holds the `job`'s name, `number`, `folder`, `trial` (a resolved `TrialConfig`),
     `goal`, the trial's place in the `storage` (a URL, or nothing), and `heartbeats` with the name of that actor and the
-    longest silence in seconds. Reports carry `number`, `stage` (`training`, `evaluated`, `lost`, `out_of_memory` or
-    `failed`) and metrics; the last three say a `cause`. Without a goal the bare base's `scores` are reported, as JSON:
-    Ray Tune takes nested reports apart.
+    longest silence in seconds, and `final`, whether the trial's training ends with the goal. Every report is an `event`
+    of `halora.events`: `Reported` until the goal, then what became of the job; `BaseScored` where there is no goal.
     """
 
     def setup(self, config: dict[str, Any]) -> None:
@@ -49,29 +49,31 @@ class HaloraTrainable(tune.Trainable):
     def step(self) -> dict[str, Any]:
         """Train up to the next report, or evaluate once training is done."""
         try:
-            return {"number": self._number, **self._step()}
+            event: JobEvent | BaseScored = self._step()
         except Exception as error:
-            stage, cause = self._classify_failure(error)
-            if not stage:
+            failure = self._classify_failure(error)
+            if failure is None:
                 raise
             self._end_training()
-            return {"number": self._number, "stage": stage, "cause": cause, "done": True}
+            event = failure
+        return {"event": event, "done": not isinstance(event, Reported)}
 
-    def _classify_failure(self, error: Exception) -> tuple[str, str]:
-        """What an error makes of the trial, and its cause; nothing where the actor is not to be trusted any more."""
+    def _classify_failure(self, error: Exception) -> Failed | WorkerLost | OutOfMemory | None:
+        """What an error makes of the trial; nothing where the actor is not to be trusted any more."""
+        trial = self._number
         if isinstance(error, WorkerOutOfMemoryError) or ran_out_of_memory(error):
             training = self._config.training
             if self._trained:
-                return "failed", "out of memory while it was scored; lower evaluation.batch_size"
-            cause = f"out of memory with {training.micro_batch} rows at a time"
-            return ("out_of_memory" if training.micro_batch_divisible else "failed"), cause
+                return Failed(trial=trial, cause="out of memory while it was scored; lower evaluation.batch_size")
+            kind = OutOfMemory if training.micro_batch_divisible else Failed
+            return kind(trial=trial, cause=f"out of memory with {training.micro_batch} rows at a time")
         if isinstance(error, WorkerLostError | StorageError):
-            return "lost", str(error)
+            return WorkerLost(trial=trial, cause=str(error))
         if isinstance(error, UserError | FloatingPointError):  # this trial's own fault
-            return "failed", str(error)
+            return Failed(trial=trial, cause=str(error))
         if no_room(error):
-            return "lost", f"no space is left in '{self._folder}'"
-        return "", ""
+            return WorkerLost(trial=trial, cause=f"no space is left in '{self._folder}'")
+        return None
 
     def cleanup(self) -> None:
         """Release the engine, the other workers and the scratch folder when the actor ends."""
@@ -86,14 +88,14 @@ class HaloraTrainable(tune.Trainable):
         self._files = WorkFolder(self._folder, config.get("storage", ""))
         self._config = TrialConfig.model_validate(config["trial"])
         self._goal = Goal(**config["goal"]) if config["goal"] else None
+        self._final = bool(config.get("final", True))
         self._training: Training | None = None
         self._trained = self._goal is None or self._goal.first_chip > 0
 
-    def _step(self) -> dict[str, Any]:
+    def _step(self) -> Reported | Scored | BaseScored:
         goal = self._goal
         if goal is None:
-            scores = self._runner.evaluate(self._config, None)
-            return {"stage": "evaluated", "scores": json.dumps(scores.to_json()), "done": True}
+            return BaseScored(scores=self._runner.evaluate(self._config, None).to_json())
         self._folder = self._files.fetch(goal)
         if not self._trained:
             if self._training is None:
@@ -101,12 +103,11 @@ class HaloraTrainable(tune.Trainable):
             report = self._training.advance()
             self._files.put_checkpoint()
             self._trained = self._training.done
-            return {"stage": "training", **report, "done": False}
+            return Reported.of(self._number, report)
         self._end_training()
-        result = self._folder / RESULT_FILE
         if not goal.chip_instances:
-            return {"stage": "evaluated", "step": goal.steps, "done": True}
-        config = goal.config(self._config)
+            return Scored(trial=self._number, step=goal.steps, metrics={}, accuracy_by_chip=[])
+        result, config = self._folder / RESULT_FILE, goal.config(self._config)
         scores = self._runner.evaluate(config, adapter_folder(self._folder), first_chip=goal.first_chip)
         if goal.first_chip:
             scores = ChipScores.from_json(json.loads(result.read_text(encoding="utf-8"))).with_chips_after(
@@ -114,8 +115,14 @@ class HaloraTrainable(tune.Trainable):
             )
         write_json(result, scores.to_json())
         self._files.put_result(goal)
-        taken_at = {"step": goal.steps, "rows": len(scores.row_ids), "accuracy_by_chip": scores.accuracy_by_chip}
-        return {"stage": "evaluated", **taken_at, **scores.summary(), "done": True}
+        return Scored(
+            trial=self._number,
+            step=goal.steps,
+            metrics=scores.summary(),
+            accuracy_by_chip=scores.accuracy_by_chip,
+            rows=len(scores.row_ids),
+            final=self._final,
+        )
 
     def _end_training(self) -> None:
         if self._training is not None:

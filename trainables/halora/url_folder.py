@@ -5,7 +5,6 @@ file written beside and renamed. Credentials come from the environment or the pr
 """
 
 import secrets
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from halora.errors import StorageError, UserError
+from halora.retries import retried
 from halora.secret_urls import secrets_in
 
 if TYPE_CHECKING:
@@ -168,16 +168,12 @@ class UrlFolder:
 
     def _tried[T](self, cannot: str, call: Callable[[], T]) -> T:
         """What `call` gives, once it does not fail; errors that do not pass are raised at once."""
-        for wait_s in (*self._retries_s, None):
-            try:
-                return call()
-            except FileNotFoundError:
-                raise
-            except Exception as error:  # every protocol has errors of its own
-                if wait_s is None or isinstance(error, _LASTING):
-                    raise self._error(cannot, error) from None
-                time.sleep(wait_s)
-        raise AssertionError
+        try:
+            return retried(call, lambda error: not isinstance(error, _LASTING), self._retries_s)
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # every protocol has errors of its own
+            raise self._error(cannot, error) from None
 
     def _error(self, cannot: str, error: Exception) -> StorageError:
         said = next(iter(str(error).strip().splitlines()), "") or type(error).__name__

@@ -1,4 +1,4 @@
-"""Sweeps of a store as the pages show them, kept in memory until their journals grow."""
+"""Sweeps of a store as the pages show them, kept in memory until their event logs grow."""
 
 import threading
 from collections.abc import Mapping
@@ -9,10 +9,10 @@ from halora.analysis.summary import FrontView, view_front, volumes
 from halora.analysis.trials import ACCURACY, ENERGY, Objective, RecordedTrial
 from halora.errors import UserError
 from halora.evaluation.damage import described
-from halora.records import journal
-from halora.records.index import read_ledger
-from halora.records.ledger import Ledger
+from halora.records import event_log
+from halora.records.index import read_sweep_state
 from halora.records.store import Store, SweepFolder
+from halora.records.sweep_state import SweepState
 from halora.spaces.sweep import SweepConfig
 from halora.sweep.run.state import is_running, load_sweep_of
 
@@ -23,19 +23,21 @@ NOISY = (ACCURACY, ENERGY)
 
 
 class Snapshot:
-    """A sweep as its journal had it at one moment.
+    """A sweep as its event log had it at one moment.
 
     Args:
         folder: Where it is.
         sweep: The sweep as launched.
-        ledger: What its journal adds up to; not changed any more.
+        recorded: What its event log adds up to; not changed any more.
         version: Differs once there is anything new.
         running: Whether a process ran it.
     """
 
-    def __init__(self, folder: SweepFolder, sweep: SweepConfig, ledger: Ledger, version: str, running: bool) -> None:
-        self.folder, self.sweep, self.ledger, self.version, self.running = folder, sweep, ledger, version, running
-        self.points = ledger.points()
+    def __init__(
+        self, folder: SweepFolder, sweep: SweepConfig, recorded: SweepState, version: str, running: bool
+    ) -> None:
+        self.folder, self.sweep, self.recorded, self.version, self.running = folder, sweep, recorded, version, running
+        self.points = recorded.points()
         self.by_number = {point.number: point for point in self.points}
 
     @property
@@ -46,12 +48,12 @@ class Snapshot:
     @property
     def state(self) -> str:
         """running, finished or interrupted; launched before there is a record."""
-        return "running" if self.running else self.ledger.sweep_state.replace("running", "interrupted") or "launched"
+        return "running" if self.running else self.recorded.sweep_state.replace("running", "interrupted") or "launched"
 
     @cached_property
     def damage(self) -> list[str]:
         """What the chips do to the untrained bases, in lines; warnings among them."""
-        return described(self.ledger.damage or ())
+        return described(self.recorded.damage or ())
 
     @cached_property
     def view(self) -> FrontView:
@@ -134,11 +136,11 @@ class SweepReader:
         """
         folder = self.store.existing(name)
         running = is_running(folder)
-        version = f"{journal.identity(folder.journal_file)}-{_size(folder)}-{int(running)}"
+        version = f"{event_log.identity(folder.event_log_file)}-{_size(folder)}-{int(running)}"
         with self._lock:
             kept = self._kept.pop(name, None)
             if kept is None or kept.version != version:
-                kept = Snapshot(folder, load_sweep_of(folder), read_ledger(self.store, name), version, running)
+                kept = Snapshot(folder, load_sweep_of(folder), read_sweep_state(self.store, name), version, running)
             self._kept[name] = kept
             while len(self._kept) > _MOST_KEPT:
                 del self._kept[next(iter(self._kept))]
@@ -157,6 +159,6 @@ class SweepReader:
 
 def _size(folder: SweepFolder) -> int:
     try:
-        return folder.journal_file.stat().st_size
+        return folder.event_log_file.stat().st_size
     except FileNotFoundError:
         return 0

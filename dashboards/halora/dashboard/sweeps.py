@@ -7,7 +7,7 @@ from starlette.responses import HTMLResponse
 
 from halora.dashboard.reading import Snapshot
 from halora.dashboard.site import Site, is_fragment
-from halora.records.position import undelivered
+from halora.records.delivery import undelivered
 
 _WIDTH, _HEIGHT = 96, 22
 

@@ -10,13 +10,14 @@ from starlette.responses import RedirectResponse, Response
 
 from halora.analysis.charts import Chart, noise_chart
 from halora.analysis.trial_charts import beside_chart, gradients_chart, layers_chart, loss_chart, time_chart
-from halora.analysis.trials import Answers, RecordedTrial
+from halora.analysis.trials import RecordedTrial
 from halora.dashboard.readiness import Readiness, readiness
 from halora.dashboard.reading import Snapshot
 from halora.dashboard.site import Site
 from halora.dashboard.sweep import log_tail
 from halora.errors import UserError
-from halora.records.journal import Entry, entries_of
+from halora.events import Answers, Began, Reported, Scored
+from halora.records.event_log import events_of
 from halora.records.names import ENERGY, is_score
 from halora.records.publishing import baseline_energies
 from halora.selection.robustness import TIMES_S
@@ -87,17 +88,17 @@ class Card:
 
 def card(snapshot: Snapshot, point: RecordedTrial, ready: Readiness) -> Card:
     """The card of a trial."""
-    entries = entries_of(snapshot.folder.journal_file, point.number)
-    begin: Entry = next((entry for entry in entries if entry["kind"] == "begin"), {})
-    scored: Entry = next((entry for entry in reversed(entries) if entry["kind"] == "scores"), {})
-    reports = [(int(entry["step"]), entry["metrics"]) for entry in entries if entry["kind"] == "report"]
+    events = events_of(snapshot.folder.event_log_file, point.number)
+    began = next((event for event in events if isinstance(event, Began)), None)
+    scored = next((event for event in reversed(events) if isinstance(event, Scored) and event.final), None)
+    reports = [(event.step, event.metrics) for event in events if isinstance(event, Reported)]
     trial = snapshot.sweep.resolve(point.params)
     over_time = _over_time(ready)
     charts = {
         **_sweep_charts(snapshot, point, trial),
         "loss": loss_chart(reports),
         "gradients": gradients_chart(reports),
-        "layers": layers_chart(scored.get("layer_noise_db", {})),
+        "layers": layers_chart(scored.layer_noise_db if scored else {}),
         "time": over_time,
     }
     return Card(
@@ -105,10 +106,10 @@ def card(snapshot: Snapshot, point: RecordedTrial, ready: Readiness) -> Card:
         by_chip=accuracy_by_chip(point.correct) if point.correct else [],
         charts={name: chart for name, chart in charts.items() if chart["data"]},
         no_time=_why_no_time(trial, ready) if scored and not over_time["data"] else "",
-        config=begin.get("config", {}),
-        facts=_facts(begin, scored),
+        config=began.config if began else {},
+        facts=_facts(began, scored),
         log=log_tail(snapshot, point.number, _TAIL_LINES),
-        adapter=str(scored.get("adapter") or ""),
+        adapter=scored.adapter if scored else "",
     )
 
 
@@ -188,10 +189,10 @@ def _sweep_charts(snapshot: Snapshot, point: RecordedTrial, trial: TrialConfig) 
     named = baseline_energies(trial, shape) if shape else {}
     groups = snapshot.view.groups
     scored = [*groups.feasible, *groups.violating]
-    levels = {level for each in scored for level in each.accuracy_by_level}
+    strengths = {strength for each in scored for strength in each.accuracy_by_strength}
     field, title = (
         ("noise_strength", "noise strength of the chip (unit of its model)")
-        if len(levels) > 1
+        if len(strengths) > 1
         else ("noise_db", "noise to signal of the weights (dB)")
     )
     shown = sorted(scored, key=lambda each: -each.accuracy)[:1000]
@@ -202,17 +203,13 @@ def _sweep_charts(snapshot: Snapshot, point: RecordedTrial, trial: TrialConfig) 
     }
 
 
-def _facts(begin: Entry, scored: Entry) -> dict[str, str]:
-    config = begin.get("config", {})
-    program = begin.get("program", {})
-    facts = {
-        "halora": str(program.get("version", "")),
-        "commit": str(program.get("commit", "")),
-        "seed": str(config.get("seed", "")),
-        "chip hash": str(begin.get("chip_hash", "")),
-        "scores": str(scored.get("scores_file") or ""),
-        "adapter": str(scored.get("adapter") or ""),
-    }
-    for dataset in begin.get("datasets", ()):
+def _facts(began: Began | None, scored: Scored | None) -> dict[str, str]:
+    facts: dict[str, str] = {}
+    if began:
+        facts |= {"halora": began.program.get("version", ""), "commit": began.program.get("commit", "")}
+        facts |= {"seed": str(began.config.get("seed", "")), "chip hash": began.chip_hash}
+    if scored:
+        facts |= {"scores": scored.scores_file, "adapter": scored.adapter}
+    for dataset in began.datasets if began else ():
         facts[f"{dataset['split']} rows"] = f"{dataset['rows']} of {dataset['name']}, digest {dataset['digest']}"
     return {name: text for name, text in facts.items() if text}

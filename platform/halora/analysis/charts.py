@@ -132,7 +132,7 @@ def fronts_chart(fronts: Mapping[str, FrontView], reference: tuple[float, float]
 def noise_chart(
     points: Sequence[RecordedTrial], field: str, title: str, *, marked: Sequence[RecordedTrial] = ()
 ) -> Chart:
-    """Accuracy over `noise_strength`, at all levels a trial was scored at, or over the metric `noise_db`.
+    """Accuracy over `noise_strength`, at all strengths a trial was scored at, or over the metric `noise_db`.
 
     The `marked` trials get a ring.
     """
@@ -154,7 +154,7 @@ def noise_chart(
                 "marker": {"color": colour, "symbol": _SYMBOLS.get(method, "diamond"), "opacity": 0.6, "size": 8},
             }
         )
-        if 1 < len(tops) <= len(placed) / 2:  # several trials at each level: their best, joined
+        if 1 < len(tops) <= len(placed) / 2:  # several trials at each strength: their best, joined
             line = {"x": [x for x, _, _ in tops], "y": [y for _, y, _ in tops], "line": {"color": colour}}
             data.append({"type": "scatter", "mode": "lines", "name": f"{escape(method)}, best", **line})
     for p in marked:
@@ -166,7 +166,7 @@ def noise_chart(
 
 def _accuracies_over(point: RecordedTrial, field: str) -> list[tuple[float, float]]:
     if field == "noise_strength":
-        return list(point.accuracy_by_level.items())
+        return list(point.accuracy_by_strength.items())
     return [(point.metrics[field], point.accuracy)] if field in point.metrics else []
 
 

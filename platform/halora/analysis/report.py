@@ -22,11 +22,11 @@ def render_report(summary: SweepSummary) -> str:
 
     view = summary.front
     scored = [*view.groups.feasible, *view.groups.violating]
-    levels = sorted({level for point in scored for level in point.accuracy_by_level})
+    strengths = sorted({strength for point in scored for strength in point.accuracy_by_strength})
     several = charts.noise_chart(scored, "noise_strength", "noise strength of the chip (unit of its model)")
     drawn = {
         "front": charts.front_chart(view) if scored else None,
-        "noise_strength": several if len(levels) > 1 else None,
+        "noise_strength": several if len(strengths) > 1 else None,
         "noise_db": charts.noise_chart(scored, "noise_db", "realised noise to signal of the weights (dB)"),
         "energy": charts.energy_chart(view),
         "importance": charts.importance_chart(summary),
@@ -41,7 +41,7 @@ def render_report(summary: SweepSummary) -> str:
         view=view,
         charts=shown,
         charts_json=script_json(shown),
-        levels=levels,
+        strengths=strengths,
         plotly=Markup(get_plotlyjs().replace("</script", "<\\/script")),
         most=_MOST_ROWS,
         ratios=_ratios(summary),

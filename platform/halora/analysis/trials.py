@@ -8,8 +8,9 @@ from math import isfinite
 from typing import Any
 
 from halora.errors import UserError, nearest
+from halora.events import Answers
 
-LEVEL_METRIC = "accuracy_at."
+STRENGTH_METRIC = "accuracy_at."
 """Followed by a strength of noise other than the chip's own: accuracy there."""
 OTHER_ACCURACY = {"accuracy_per_byte": "accuracy per byte", "accuracy_summed": "accuracy, summed"}
 """Accuracy by the way of scoring options that was not asked for, and its name for people; a trial has at most one."""
@@ -44,7 +45,7 @@ class RecordedTrial:
     metrics: Mapping[str, float] = field(default_factory=dict)
     began_ms: int = 0
     ended_ms: int = 0
-    correct: "Answers | None" = None
+    correct: Answers | None = None
 
     @property
     def accuracy(self) -> float:
@@ -62,10 +63,10 @@ class RecordedTrial:
         return self.metrics["energy_uj_per_token"]
 
     @property
-    def accuracy_by_level(self) -> dict[float, float]:
+    def accuracy_by_strength(self) -> dict[float, float]:
         """Accuracy by strength of the chip's programming noise: its own, and others it was scored at."""
-        at = len(LEVEL_METRIC)
-        found = {float(name[at:]): value for name, value in self.metrics.items() if name.startswith(LEVEL_METRIC)}
+        at = len(STRENGTH_METRIC)
+        found = {float(name[at:]): value for name, value in self.metrics.items() if name.startswith(STRENGTH_METRIC)}
         own = self.labels.get("noise_strength")
         if isinstance(own, int | float) and "accuracy" in self.metrics:
             found[float(own)] = self.accuracy
@@ -82,21 +83,6 @@ class RecordedTrial:
         """Constraints that the trial breaks, by name, and by how much."""
         broken = {name: value for name, value in self.metrics.items() if name.startswith(VIOLATION) and value > 0}
         return {name.removeprefix(VIOLATION).removeprefix(".") or "constraints": by for name, by in broken.items()}
-
-
-@dataclass(frozen=True)
-class Answers:
-    """Right answers of one trial.
-
-    Attributes:
-        group: Trials of one group answered the same rows; those of them on as many chips, on the same chips.
-        shape: Number of chips and of rows.
-        packed: Bits of the flattened (chips, rows) array, eight to a byte.
-    """
-
-    group: str
-    shape: tuple[int, int]
-    packed: bytes
 
 
 @dataclass(frozen=True)

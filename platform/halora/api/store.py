@@ -9,7 +9,7 @@ from halora.analysis.table import table
 from halora.analysis.trials import RecordedTrial
 from halora.errors import UserError
 from halora.records import store as records
-from halora.records.index import read_ledger
+from halora.records.index import read_sweep_state
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -25,7 +25,7 @@ class Store:
     Args:
         folder: Its folder, or itself as the commands take it; `$HALORA_STORE`, or `./halora-store`.
         tracking_uri: MLflow server or database to record in; `$HALORA_TRACKING_URI`, or a SQLite file in the store.
-        storage: Path or URL for the trials' checkpoints, which every worker reaches; `$HALORA_STORAGE`, or the store.
+        checkpoint_url: Path or URL for checkpoints, which every worker reaches; `$HALORA_CHECKPOINT_URL`, or the store.
 
     Attributes:
         place: The same, as the commands take it.
@@ -39,12 +39,12 @@ class Store:
         folder: str | Path | records.Store | None = None,
         *,
         tracking_uri: str | None = None,
-        storage: str | None = None,
+        checkpoint_url: str | None = None,
     ) -> None:
         if isinstance(folder, records.Store):
             self.place = folder
         else:
-            self.place = records.Store.at(None if folder is None else Path(folder), tracking_uri, storage)
+            self.place = records.Store.at(None if folder is None else Path(folder), tracking_uri, checkpoint_url)
 
     def sweeps(self) -> list[str]:
         """Names of the sweeps in the store, newest last."""
@@ -93,7 +93,7 @@ class Store:
             UserError: There is no such sweep, or its records are damaged.
         """
         self.place.existing(sweep)
-        return read_ledger(self.place, sweep).points()
+        return read_sweep_state(self.place, sweep).points()
 
     def to_pandas(self, *sweeps: str) -> "DataFrame":
         """All trials of some sweeps, of all where none is named, as a table with the columns of docs/records.md.

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from halora.cli.output import Format, FormatOption, StorageOption, StoreOption, open_store, show_rows, talk
+from halora.cli.output import CheckpointUrlOption, Format, FormatOption, StoreOption, open_store, show_rows, talk
 from halora.cli.remote_commands import AddressOption, elsewhere
 from halora.errors import UserError
 from halora.records.store import Store
@@ -26,7 +26,7 @@ def check(
         typer.Argument(metavar="[FILE]", help="A file for `ray up`, such as ray_cluster.yaml.", show_default=False),
     ] = None,
     address: AddressOption = None,
-    storage: StorageOption = None,
+    checkpoint_url: CheckpointUrlOption = None,
     store: StoreOption = None,
     form: FormatOption = Format.TABLE,
 ) -> None:
@@ -38,7 +38,7 @@ def check(
     if file is not None:
         _check_file(file, form)
     elif cluster.address:
-        _check_nodes(cluster, open_store(store, storage=storage), form)
+        _check_nodes(cluster, open_store(store, checkpoint_url=checkpoint_url), form)
     else:
         raise UserError("nothing to check", "name a FILE for `ray up`, or a running cluster with --address")
 
@@ -48,7 +48,7 @@ def _check_nodes(cluster: Cluster, store: Store, form: Format) -> None:
     from halora.sweep.cluster.preflight import look_at, refuse
 
     store.check_writable()
-    reports = look_at(cluster, store, store.storage)
+    reports = look_at(cluster, store, store.checkpoint_url)
     show_rows([{"node": r.address, "CPU": r.cpus, "GPU": r.gpus, "problems": len(r.problems)} for r in reports], form)
     refuse(reports)
     talk.print("every node can run trials", markup=False, highlight=False)

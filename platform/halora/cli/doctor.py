@@ -35,7 +35,7 @@ def doctor(
         bool, typer.Option("--build", help="Build DeepSpeed's op and convert the demo model first.")
     ] = False,
     reconcile: Annotated[
-        bool, typer.Option("--reconcile", help="Instead: show and fix where studies, journals and MLflow differ.")
+        bool, typer.Option("--reconcile", help="Instead: show and fix where studies, event logs and MLflow differ.")
     ] = False,
     form: FormatOption = Format.TABLE,
     store: StoreOption = None,
@@ -77,7 +77,7 @@ def _reconcile(place: Store, form: Format) -> None:
             "sweep": name,
             "trial": d.number,
             "study": d.study or "-",
-            "journal": d.journal or "-",
+            "event_log": d.event_log or "-",
             "mlflow": d.mlflow or "-",
             "fixed": d.fixed,
         }

@@ -15,7 +15,7 @@ from halora.cli.output import talk
 from halora.cli.remote_commands import check_client
 from halora.errors import UnreachableError, UserError
 from halora.files import unwritable
-from halora.sweep.cluster.interrupts import sigterm_as_interrupt
+from halora.sweep.cluster.interrupts import signals_as_interrupt
 
 app = typer.Typer(
     help="Search HaLoRA finetuning under simulated RRAM noise for the Pareto front of accuracy against energy.",
@@ -57,7 +57,7 @@ def _every_command(
 def main() -> None:
     """Run the command line; a user's mistake becomes a message, never a traceback."""
     warnings.simplefilter("ignore")  # of libraries, for their developers; tests see them
-    sigterm_as_interrupt()
+    signals_as_interrupt()
     try:
         check_client()
         app()

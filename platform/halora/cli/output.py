@@ -43,21 +43,21 @@ ServerOption = Annotated[
 ]
 
 
-StorageOption = Annotated[
+CheckpointUrlOption = Annotated[
     str | None,
     typer.Option(
-        "--storage",
+        "--checkpoint-url",
         metavar="URL",
         help="Path or URL for the trials' checkpoints, which every worker reaches, e.g. s3://BUCKET/FOLDER. "
-        "Default: $HALORA_STORAGE, or the store's folder.",
+        "Default: $HALORA_CHECKPOINT_URL, or the store's folder.",
         show_default=False,
     ),
 ]
 
 
-def open_store(folder: Path | None, server: str | None = None, storage: str | None = None) -> Store:
+def open_store(folder: Path | None, server: str | None = None, checkpoint_url: str | None = None) -> Store:
     """The store a command works on."""
-    return Store.at(folder, server, storage)
+    return Store.at(folder, server, checkpoint_url)
 
 
 def show_rows(rows: Sequence[Mapping[str, Any]], form: Format, title: str = "") -> None:

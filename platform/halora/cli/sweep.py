@@ -12,10 +12,10 @@ import typer
 from halora.cli.arguments import SweepArgument, SweepSetOption, overrides_from
 from halora.cli.comparison import print_comparison
 from halora.cli.output import (
+    CheckpointUrlOption,
     Format,
     FormatOption,
     ServerOption,
-    StorageOption,
     StoreOption,
     SweepProgress,
     open_store,
@@ -78,7 +78,7 @@ def launch(
     ] = False,
     store: StoreOption = None,
     tracking_uri: ServerOption = None,
-    storage: StorageOption = None,
+    checkpoint_url: CheckpointUrlOption = None,
     address: AddressOption = None,
     wheel: WheelOption = None,
     follow: FollowOption = None,
@@ -96,7 +96,7 @@ def launch(
     from halora.api.store import Store as Surface
     from halora.api.sweep import Sweep
 
-    overrides, place = overrides_from(set_), open_store(store, tracking_uri, storage)
+    overrides, place = overrides_from(set_), open_store(store, tracking_uri, checkpoint_url)
     described = Sweep(sweep, overrides, name=name, seed=seed, store=Surface(place)).validate()
     _tell_free_knobs(described.config)
     if dry_run:
@@ -113,7 +113,7 @@ def resume(
     name: NameArgument,
     store: StoreOption = None,
     tracking_uri: ServerOption = None,
-    storage: StorageOption = None,
+    checkpoint_url: CheckpointUrlOption = None,
     address: AddressOption = None,
     wheel: WheelOption = None,
     follow: FollowOption = None,
@@ -121,7 +121,7 @@ def resume(
 ) -> None:
     """Resume a sweep: unfinished trials from their checkpoints, then the rest, and records MLflow lacks."""
     detached(Cluster.at(address, wheel), name, follow)
-    place = open_store(store, tracking_uri, storage)
+    place = open_store(store, tracking_uri, checkpoint_url)
     outcome = _launched(name, place).resume(address=address, wheel=wheel, metrics_port=metrics_port)
     _close(name, place, outcome)
 
@@ -170,25 +170,25 @@ def list_(form: FormatOption = Format.TABLE, store: StoreOption = None, address:
     elsewhere(Cluster.at(address))
     from halora.analysis.front import front
     from halora.analysis.trials import grouped
-    from halora.records.index import read_ledger
-    from halora.records.position import refused, undelivered
+    from halora.records.delivery import refused, undelivered
+    from halora.records.index import read_sweep_state
     from halora.sweep.run.state import is_running
 
     place = open_store(store)
     rows: list[dict[str, Any]] = []
     for name in place.sweeps():
         try:
-            ledger, waiting = read_ledger(place, name), undelivered(place, name)
+            recorded, waiting = read_sweep_state(place, name), undelivered(place, name)
         except UserError as error:
             _tell_unreadable(name, error)
             rows.append({"sweep": name, "state": "unreadable"})
             continue
-        groups = grouped(ledger.points())
+        groups = grouped(recorded.points())
         members = front(groups.feasible)
         rows.append(
             {
                 "sweep": name,
-                "state": "running" if is_running(place.sweep(name)) else ledger.sweep_state,
+                "state": "running" if is_running(place.sweep(name)) else recorded.sweep_state,
                 "finished": len(groups.feasible) + len(groups.violating) + len(groups.unscored),
                 "failed": len(groups.failed),
                 "front": len(members),
@@ -241,13 +241,13 @@ def report(name: NameArgument, store: StoreOption = None, address: AddressOption
     """Draw a sweep's report, one page that opens without a network, and print its path."""
     elsewhere(Cluster.at(address))
     from halora.records import names
-    from halora.records.index import read_ledger
+    from halora.records.index import read_sweep_state
     from halora.records.publishing import publish
     from halora.sweep.run.state import load_sweep_of
 
     place = open_store(store)
     folder = place.existing(name)
-    publish(load_sweep_of(folder), read_ledger(place, name), folder.published)
+    publish(load_sweep_of(folder), read_sweep_state(place, name), folder.published)
     print(folder.published / names.REPORT_FILE)
 
 
@@ -308,14 +308,14 @@ def _print_plan(sweep: "SweepConfig") -> None:
     print(to_yaml(sweep.model_dump(mode="json", exclude_defaults=True, exclude=found)))
     rows = [
         {
-            "level": f"rung {i}" if i + 1 < len(planned.levels) else "whole",
-            "steps": each.level.steps,
-            "rows": each.level.rows or "all",
-            "chips": each.level.chip_instances,
+            "goal": f"rung {i}" if i + 1 < len(planned.goals) else "whole",
+            "steps": each.goal.steps,
+            "rows": each.goal.rows or "all",
+            "chips": each.goal.chip_instances,
             "trials": each.trials,
             "minutes each": each.seconds / 60,
         }
-        for i, each in enumerate(planned.levels)
+        for i, each in enumerate(planned.goals)
     ]
     show_rows(rows, Format.TABLE)
     gib = planned.memory_bytes / 2**30
@@ -341,11 +341,11 @@ def _probe(sweep: "SweepConfig", store: Store, cluster: Cluster) -> None:
 
 def _close_records(name: str, store: Store) -> None:
     """Close and deliver the records that a killed sweep left."""
-    from halora.records.index import read_ledger
-    from halora.records.position import undelivered
+    from halora.records.delivery import undelivered
+    from halora.records.index import read_sweep_state
     from halora.sweep.run.reconcile import close_records
 
-    if undelivered(store, name) or any(point.state == "running" for point in read_ledger(store, name).points()):
+    if undelivered(store, name) or any(point.state == "running" for point in read_sweep_state(store, name).points()):
         talk.print("closing and delivering its records", markup=False)
         with SweepProgress(0) as progress:
             close_records(name, store, progress.say)
@@ -353,7 +353,7 @@ def _close_records(name: str, store: Store) -> None:
 
 def _close(name: str, store: Store, outcome: "Outcome") -> None:
     from halora.cli.front import print_front
-    from halora.records.position import refused
+    from halora.records.delivery import refused
 
     talk.print()
     print_front(name, store, Format.TABLE)

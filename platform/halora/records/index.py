@@ -1,6 +1,6 @@
-"""What the journals of a store add up to, kept in a SQLite file so that a sweep of ten thousand trials reads fast.
+"""What the event logs of a store add up to, kept in a SQLite file so that a sweep of ten thousand trials reads fast.
 
-The file is a cache: it follows the journals from where it last read them, and is built anew where it does not fit.
+The file is a cache: it follows the event logs from where it last read them, and is built anew where it does not fit.
 """
 
 import json
@@ -10,42 +10,42 @@ from contextlib import closing, contextmanager
 
 from halora.analysis.trials import RecordedTrial
 from halora.errors import UserError
-from halora.records import journal
-from halora.records.ledger import Ledger
+from halora.records import event_log
 from halora.records.store import Store, SweepFolder
+from halora.records.sweep_state import SweepState
 
-_VERSION = 3
+_VERSION = 4
 _TABLES = """
-create table journal (sweep text primary key, identity text not null, offset integer not null) without rowid;
+create table log (sweep text primary key, identity text not null, offset integer not null) without rowid;
 create table trial (sweep text, number integer, content text not null, primary key (sweep, number)) without rowid;
 """
 
 
-def read_ledger(store: Store, sweep: str) -> Ledger:
+def read_sweep_state(store: Store, sweep: str) -> SweepState:
     """Everything recorded of a sweep.
 
     Raises:
-        UserError: Its journal is damaged.
+        UserError: Its event log is damaged.
     """
     folder = store.sweep(sweep)
-    identity = journal.identity(folder.journal_file)
+    identity = event_log.identity(folder.event_log_file)
     try:
         with _database(store) as database:
             return _followed(database, folder, identity)
     except sqlite3.Error:  # a store that cannot be written, or a file that is not an index
-        ledger = Ledger()
+        recorded = SweepState()
         if identity:
-            ledger.take(journal.read(folder.journal_file)[0])
-        return ledger
+            recorded.take(event_log.read(folder.event_log_file)[0])
+        return recorded
 
 
 def recorded_trial(store: Store, sweep: str, number: int) -> RecordedTrial:
-    """A trial as its sweep's journal has it.
+    """A trial as its sweep's event log has it.
 
     Raises:
         UserError: There is no such trial.
     """
-    points = {point.number: point for point in read_ledger(store, sweep).points()}
+    points = {point.number: point for point in read_sweep_state(store, sweep).points()}
     if number not in points:
         known = ", ".join(map(str, list(points)[:20])) + (", ..." if len(points) > 20 else "") or "none"
         raise UserError(f"no trial '{sweep}/{number}' (numbers of '{sweep}': {known})", "see `halora front show`")
@@ -66,19 +66,19 @@ def _database(store: Store) -> Iterator[sqlite3.Connection]:
         database.execute("commit")
 
 
-def _followed(database: sqlite3.Connection, folder: SweepFolder, identity: str) -> Ledger:
+def _followed(database: sqlite3.Connection, folder: SweepFolder, identity: str) -> SweepState:
     sweep = folder.name
-    known = database.execute("select identity, offset from journal where sweep = ?", (sweep,)).fetchone()
+    known = database.execute("select identity, offset from log where sweep = ?", (sweep,)).fetchone()
     offset = known[1] if known else 0
-    size = folder.journal_file.stat().st_size if identity else 0
+    size = folder.event_log_file.stat().st_size if identity else 0
     if not known or known[0] != identity or offset > size:
         database.execute("delete from trial where sweep = ?", (sweep,))
         offset = 0
     rows = database.execute("select number, content from trial where sweep = ?", (sweep,))
-    ledger = Ledger({number: json.loads(content) for number, content in rows})
+    recorded = SweepState({number: json.loads(content) for number, content in rows})
     if identity and offset < size:
-        entries, offset = journal.read(folder.journal_file, offset)
-        changed = [(sweep, number, json.dumps(ledger.contents[number])) for number in ledger.take(entries)]
+        events, offset = event_log.read(folder.event_log_file, offset)
+        changed = [(sweep, number, json.dumps(recorded.contents[number])) for number in recorded.take(events)]
         database.executemany("replace into trial values (?, ?, ?)", changed)
-        database.execute("replace into journal values (?, ?, ?)", (sweep, identity, offset))
-    return ledger
+        database.execute("replace into log values (?, ?, ?)", (sweep, identity, offset))
+    return recorded

@@ -4,9 +4,11 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from halora.analysis.trials import LEVEL_METRIC as LEVEL_METRIC
+from halora.analysis.trials import STRENGTH_METRIC as STRENGTH_METRIC
 from halora.analysis.trials import VIOLATION as VIOLATION
+from halora.events import Event, Scored
 
 # Tags of parent and child runs.
 SWEEP = "halora.sweep"  # name of the sweep, for people
@@ -71,7 +73,7 @@ TASK_METRICS = (  # followed by the name of a mixture's task
     "accuracy_summed.",
     "clean_accuracy_summed.",
 )
-# LEVEL_METRIC: accuracy at another strength of the chip's noise, which follows.
+# STRENGTH_METRIC: accuracy at another strength of the chip's noise, which follows.
 RUNG_METRIC = "rung_{score}"  # a score at a rung of early stopping; step = optimiser step
 RUNG_SCORES = ("accuracy", "clean_accuracy", "margin")  # and those of BESIDE_METRICS that there are
 FRONT_PROBABILITY = "front_probability"  # step = trials finished so far
@@ -127,7 +129,15 @@ def registered_name(model: str, task: str, chip: str, identity: Sequence[str]) -
 
 def is_score(name: str) -> bool:
     """Whether a metric is one of an evaluated trial: a score, or by how much it breaks a constraint."""
-    return name in (*SCORE_METRICS, *BESIDE_METRICS) or name.startswith((*TASK_METRICS, LEVEL_METRIC, VIOLATION))
+    return name in (*SCORE_METRICS, *BESIDE_METRICS) or name.startswith((*TASK_METRICS, STRENGTH_METRIC, VIOLATION))
+
+
+def metrics_of(event: Event) -> Mapping[str, float]:
+    """An event's metrics by the names they have in MLflow; none for most events."""
+    metrics: Mapping[str, Any] = getattr(event, "metrics", {})
+    if isinstance(event, Scored) and not event.final:
+        return {RUNG_METRIC.format(score=name): value for name, value in metrics.items()}
+    return metrics
 
 
 def identity(launch: str, number: int | None) -> dict[str, str]:

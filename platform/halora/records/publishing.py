@@ -18,8 +18,8 @@ from halora.files import write_whole
 from halora.hardware.baselines import baselines
 from halora.hardware.shapes import ModelShape
 from halora.records import names
-from halora.records.ledger import Ledger
 from halora.records.store import SweepFolder
+from halora.records.sweep_state import SweepState
 from halora.settings.trial import TrialConfig
 from halora.spaces.sweep import SweepConfig
 from halora.training.models import model_shape
@@ -27,9 +27,9 @@ from halora.training.models import model_shape
 _RENEWAL_S = 30.0
 
 
-def summarise(sweep: SweepConfig, ledger: Ledger) -> SweepSummary:
+def summarise(sweep: SweepConfig, recorded: SweepState) -> SweepSummary:
     """A sweep as its report tells it."""
-    view = view_front(ledger.points())
+    view = view_front(recorded.points())
     corner = sweep.reference_point
     models = {str(point.labels["model"]) for point in view.groups.feasible if "model" in point.labels}
     return SweepSummary(
@@ -43,22 +43,27 @@ def summarise(sweep: SweepConfig, ledger: Ledger) -> SweepSummary:
         baselines={
             model: baseline_energies(sweep.resolve({"model": model}), sweep.shape(model)) for model in sorted(models)
         },
-        comparison=ledger.comparison,
-        damage=described(ledger.damage or ()),
+        comparison=recorded.comparison,
+        damage=described(recorded.damage or ()),
         time=time.strftime("%Y-%m-%d %H:%M:%S %Z"),
     )
 
 
-def publish(sweep: SweepConfig, ledger: Ledger, folder: Path) -> None:
+def publish(sweep: SweepConfig, recorded: SweepState, folder: Path) -> None:
     """Draw the front and the report into a folder, which is made."""
-    summary = summarise(sweep, ledger)
+    summary = summarise(sweep, recorded)
     rows = summary.front.rows()
     folder.mkdir(exist_ok=True)
-    write_whole(folder / names.FRONT_JSON, json.dumps(rows, indent=1, allow_nan=False))
-    write_whole(folder / names.FRONT_CSV, front_csv(rows))
-    write_whole(folder / names.REPORT_FILE, render_report(summary))
-    scored = len(summary.front.groups.feasible)
-    front_figure(summary.front, f"{sweep.name}: {scored} trials").savefig(folder / names.FRONT_PNG)
+    picture, scored = io.BytesIO(), len(summary.front.groups.feasible)
+    front_figure(summary.front, f"{sweep.name}: {scored} trials").savefig(picture, format="png")
+    files: dict[str, str | bytes] = {
+        names.FRONT_JSON: json.dumps(rows, indent=1, allow_nan=False),
+        names.FRONT_CSV: front_csv(rows),
+        names.REPORT_FILE: render_report(summary),
+        names.FRONT_PNG: picture.getvalue(),
+    }
+    for name, content in files.items():
+        write_whole(folder / name, content, durable=False)  # drawn anew from the event log at any time
 
 
 class Publisher:
@@ -67,13 +72,13 @@ class Publisher:
     Args:
         folder: The sweep's folder.
         sweep: The sweep.
-        ledger: Its records, which grow.
+        recorded: Its records, which grow.
     """
 
-    def __init__(self, folder: SweepFolder, sweep: SweepConfig, ledger: Ledger) -> None:
-        self._folder, self._sweep, self._ledger = folder, sweep, ledger
+    def __init__(self, folder: SweepFolder, sweep: SweepConfig, recorded: SweepState) -> None:
+        self._folder, self._sweep, self._recorded = folder, sweep, recorded
         self.drawn = 0
-        """What of the ledger the files show."""
+        """What of the recorded the files show."""
         self._at = time.monotonic()
         self._took_s = 0.0
 
@@ -81,13 +86,13 @@ class Publisher:
     def due(self) -> bool:
         """Whether the records have gone on, and drawing them again takes a small share of the time."""
         enough = time.monotonic() - self._at >= max(_RENEWAL_S, 20 * self._took_s)
-        return enough and self._ledger.milestones != self.drawn
+        return enough and self._recorded.milestones != self.drawn
 
     def draw(self) -> None:
         """Draw what the records say now, unless the files do."""
-        now, began = self._ledger.milestones, time.monotonic()
+        now, began = self._recorded.milestones, time.monotonic()
         if now != self.drawn:
-            publish(self._sweep, self._ledger, self._folder.published)
+            publish(self._sweep, self._recorded, self._folder.published)
             self.drawn, self._at = now, time.monotonic()
             self._took_s = self._at - began
 

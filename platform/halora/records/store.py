@@ -17,15 +17,15 @@ class Store:
     Attributes:
         root: Its folder, absolute.
         server: URI of the MLflow server or database to record in; empty for the store's own SQLite file.
-        storage: URL below which sweeps keep their trials' checkpoints; empty for the store's own folder.
+        checkpoint_url: URL below which sweeps keep their trials' checkpoints; empty for the store's own folder.
     """
 
     root: Path
     server: str = ""
-    storage: str = ""
+    checkpoint_url: str = ""
 
     @classmethod
-    def at(cls, folder: Path | None = None, server: str | None = None, storage: str | None = None) -> "Store":
+    def at(cls, folder: Path | None = None, server: str | None = None, checkpoint_url: str | None = None) -> "Store":
         """The store in `folder`, in `$HALORA_STORE`, or in `./halora-store`; its server and storage likewise.
 
         Raises:
@@ -38,7 +38,7 @@ class Store:
                 f"the tracking URI holds {' and '.join(found)}, which would be written to disk",
                 "leave it out and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or PGPASSWORD",
             )
-        url = os.environ.get("HALORA_STORAGE", "") if storage is None else storage
+        url = os.environ.get("HALORA_CHECKPOINT_URL", "") if checkpoint_url is None else checkpoint_url
         return cls(root.expanduser().resolve(), _absolute(uri), checked_url(url))
 
     @property
@@ -71,7 +71,7 @@ class Store:
 
     @property
     def index_file(self) -> Path:
-        """Cache of what the journals add up to."""
+        """Cache of what the event logs add up to."""
         return self.root / "index.db"
 
     @property
@@ -166,13 +166,13 @@ class SweepFolder:
         return self.root / "curves.csv"
 
     @property
-    def journal_file(self) -> Path:
+    def event_log_file(self) -> Path:
         """Everything learned, in the order it was."""
-        return self.root / "records.jsonl"
+        return self.root / "events.jsonl"
 
     @property
     def sent_file(self) -> Path:
-        """How much of the journal MLflow has."""
+        """How much of the event log MLflow has."""
         return self.root / "sent.json"
 
     @property
@@ -186,18 +186,18 @@ class SweepFolder:
         return self.root / "tracking-uri"
 
     @property
-    def storage_file(self) -> Path:
+    def checkpoint_url_file(self) -> Path:
         """URL of the sweep's place in the storage, where its trials do not have their checkpoints here."""
-        return self.root / "storage-url"
+        return self.root / "checkpoint-url"
 
     @property
-    def storage_url(self) -> str:
+    def checkpoint_url(self) -> str:
         """That URL; empty where there is none."""
-        return self.storage_file.read_text(encoding="utf-8") if self.storage_file.exists() else ""
+        return self.checkpoint_url_file.read_text(encoding="utf-8") if self.checkpoint_url_file.exists() else ""
 
     def trial_url(self, number: int) -> str:
         """URL of a trial's place in the storage; empty where there is none."""
-        url = self.storage_url
+        url = self.checkpoint_url
         return f"{url}/{number:05d}" if url else ""
 
     @property

@@ -1,6 +1,6 @@
-"""Writes a sweep's journal to MLflow: a parent run per sweep, a child run per trial, found again by (launch, number).
+"""Writes a sweep's event log to MLflow: a parent run per sweep, a child run per trial, found again by (launch, number).
 
-Delivering an entry twice leaves what delivering it once does: metrics keep their timestamp, step and value, by which
+Delivering an event twice leaves what delivering it once does: metrics keep their timestamp, step and value, by which
 MLflow tells rows apart; everything else is looked for before it is made.
 """
 
@@ -31,9 +31,9 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from halora.errors import UnreachableError, UserError
 from halora.evaluation.damage import Damage
+from halora.events import BasesProbed, Began, Compared, Event, Scored
 from halora.files import locked
 from halora.records import names
-from halora.records.journal import Entry
 from halora.records.moving import follow
 from halora.records.store import Store
 from halora.spaces.sweep import SweepConfig
@@ -166,33 +166,32 @@ class MlflowSweep:
     def _client(self) -> MlflowClient:
         return open_client(self._store)
 
-    def deliver(self, number: int | None, entries: Sequence[Entry]) -> None:
-        """Write entries of one trial, or of the sweep itself, in their order.
+    def deliver(self, number: int | None, events: Sequence[Event]) -> None:
+        """Write events of one trial, or of the sweep itself, in their order.
 
         Raises:
             Exception: MLflow does not answer, or refuses, see `may_pass`.
         """
-        run_id = self._run(number, entries[0]["time_ms"])
+        run_id = self._run(number, events[0].time_ms)
         metrics: list[Metric] = []
-        for entry in entries:
-            at, step = entry["time_ms"], entry.get("step", 0)
-            metrics += [Metric(name, float(value), at, step) for name, value in entry.get("metrics", {}).items()]
-            match entry["kind"]:
-                case "begin":
-                    self._begin(run_id, entry)
-                case "scores":
+        for event in events:
+            step = getattr(event, "step", 0)
+            metrics += [Metric(k, float(v), event.time_ms, step) for k, v in names.metrics_of(event).items()]
+            match event:
+                case Began():
+                    self._begin(run_id, event)
+                case Scored(final=True):
                     self._metrics(run_id, metrics)  # first: a file may be gone
                     metrics = []
-                    self._artifacts(run_id, number, entry)
-                case "comparison":
-                    text = json.dumps(entry["content"], indent=1)
-                    self._client.log_text(run_id, text, names.COMPARISON_FILE)
-                case "damage":
-                    self._damage(run_id, entry["content"])
-                case "state":
-                    self._metrics(run_id, metrics)
-                    metrics = []
-                    self._state(run_id, entry)
+                    self._artifacts(run_id, event)
+                case Compared():
+                    self._client.log_text(run_id, json.dumps(event.comparison, indent=1), names.COMPARISON_FILE)
+                case BasesProbed():
+                    self._damage(run_id, event.outcomes)
+            if event.state:
+                self._metrics(run_id, metrics)
+                metrics = []
+                self._state(run_id, event)
         self._metrics(run_id, metrics)
 
     def publish(self, folder: Path) -> None:
@@ -214,11 +213,11 @@ class MlflowSweep:
             states.setdefault(_number(run), []).append(_state(run))
         return states
 
-    def repair(self, entries: Sequence[Entry], states: Mapping[int, str]) -> dict[int, str]:
+    def repair(self, events: Sequence[Event], states: Mapping[int, str]) -> dict[int, str]:
         """Delete runs that double another or stand for no trial, and deliver again trials that stand otherwise.
 
         Args:
-            entries: The sweep's journal.
+            events: The sweep's event log.
             states: Where each trial stands by it.
 
         Returns:
@@ -235,7 +234,7 @@ class MlflowSweep:
             done[number] = "a second run is deleted" if number in states else "its run is deleted"
         for number in states:
             if found.get(number) != states[number]:
-                self.deliver(number, [entry for entry in entries if entry["trial"] == number])
+                self.deliver(number, [event for event in events if event.trial == number])
                 done[number] = "delivered again"
         return done
 
@@ -293,32 +292,31 @@ class MlflowSweep:
                 return str(found.experiment_id)
             raise
 
-    def _begin(self, run_id: str, entry: Entry) -> None:
-        tags = {names.LABEL.format(label=label): str(value) for label, value in entry["labels"].items()}
-        tags |= {names.CHIP_HASH: entry["chip_hash"], names.STATE: "running"}
-        program = entry.get("program", {})  # journals that were begun before it was recorded lack it
-        told = {names.VERSION: program.get("version"), names.COMMIT: program.get("commit")}
+    def _begin(self, run_id: str, event: Began) -> None:
+        tags = {names.LABEL.format(label=label): str(value) for label, value in event.labels.items()}
+        tags[names.CHIP_HASH] = event.chip_hash
+        told = {names.VERSION: event.program.get("version"), names.COMMIT: event.program.get("commit")}
         tags |= {name: value for name, value in told.items() if value}
         self._client.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])
-        params = [Param(name, str(value)) for name, value in entry["params"].items()]
+        params = [Param(name, str(value)) for name, value in event.params.items()]
         for start in range(0, len(params), _MOST_PARAMS):
             self._client.log_batch(run_id, params=params[start : start + _MOST_PARAMS])
-        self._client.log_text(run_id, json.dumps(entry["config"], indent=1), names.CONFIG_FILE)
-        if entry["datasets"]:
-            self._client.log_inputs(run_id, [_dataset_input(dataset) for dataset in entry["datasets"]])
+        self._client.log_text(run_id, json.dumps(event.config, indent=1), names.CONFIG_FILE)
+        if event.datasets:
+            self._client.log_inputs(run_id, [_dataset_input(dataset) for dataset in event.datasets])
 
-    def _artifacts(self, run_id: str, number: int | None, entry: Entry) -> None:
+    def _artifacts(self, run_id: str, event: Scored) -> None:
         root = self._folder.root
-        self._client.log_text(run_id, (root / entry["scores_file"]).read_text(encoding="utf-8"), names.SCORES_FILE)
-        if entry["adapter"]:
-            self._log_adapter(run_id, number, root / entry["adapter"], entry)
+        self._client.log_text(run_id, (root / event.scores_file).read_text(encoding="utf-8"), names.SCORES_FILE)
+        if event.adapter:
+            self._log_adapter(run_id, root / event.adapter, event)
 
-    def _log_adapter(self, run_id: str, number: int | None, adapter: Path, entry: Entry) -> None:
+    def _log_adapter(self, run_id: str, adapter: Path, event: Scored) -> None:
         """The adapter as a logged model of the run."""
         if not adapter.is_dir():
             raise FileNotFoundError(f"adapter '{adapter}' is gone")
         found = self._client.search_logged_models([self._experiment], f"source_run_id = '{run_id}'", max_results=1)
-        tags = self._tags(number)
+        tags = self._tags(event.trial)
         model = (
             found[0]
             if found
@@ -331,7 +329,7 @@ class MlflowSweep:
             self._client.finalize_logged_model(model.model_id, "READY")
         outputs = self._client.get_run(run_id).outputs
         if not any(output.model_id == model.model_id for output in (outputs.model_outputs if outputs else ())):
-            self._client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=entry["step"])])
+            self._client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=event.step)])
 
     def _damage(self, run_id: str, outcomes: Sequence[Mapping[str, Any]]) -> None:
         self._client.log_text(run_id, json.dumps(outcomes, indent=1), names.DAMAGE_FILE)
@@ -339,14 +337,14 @@ class MlflowSweep:
         if any(warnings):
             self._client.set_tag(run_id, names.WARNING, "\n".join(filter(None, warnings))[:5000])
 
-    def _state(self, run_id: str, entry: Entry) -> None:
-        state = entry["state"]
-        tags = [RunTag(names.STATE, state)] + ([RunTag(names.CAUSE, entry["cause"][:5000])] if entry["cause"] else [])
+    def _state(self, run_id: str, event: Event) -> None:
+        cause = getattr(event, "cause", "")
+        tags = [RunTag(names.STATE, event.state)] + ([RunTag(names.CAUSE, cause[:5000])] if cause else [])
         self._client.log_batch(run_id, tags=tags)
-        if state == "running":
+        if event.state == "running":
             self._client.update_run(run_id, status="RUNNING")
         else:
-            self._client.set_terminated(run_id, status=_STATUS[state], end_time=entry["time_ms"])
+            self._client.set_terminated(run_id, status=_STATUS[event.state], end_time=event.time_ms)
 
     def _metrics(self, run_id: str, metrics: Sequence[Metric]) -> None:
         for start in range(0, len(metrics), _LARGEST_BATCH):

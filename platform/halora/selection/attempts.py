@@ -6,7 +6,6 @@ there will be (docs/decisions/015); on a mixture it takes no more than any of it
 its own, drawn from the identity of the launch, and their number is fixed before the first is looked at.
 """
 
-import fcntl
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from halora.errors import UserError
-from halora.files import write_json
+from halora.files import locked, write_json
 from halora.records.store import Store, SweepFolder
 from halora.selection.certificate import chips_needed, error_share
 from halora.spaces.gates import Gates
@@ -90,7 +89,7 @@ def attempts_of(folder: SweepFolder) -> list[Attempt]:
 
 def spent_on(store: Store, splits: Sequence[str], confidence: float) -> Spent:
     """What the certifications begun in a store took of the error level: of the split that allows the next one least."""
-    return _spent(_ledger(store), splits, confidence)
+    return _spent(_begun(store), splits, confidence)
 
 
 def chips_by_failures(gates: Gates, spent: Spent) -> dict[int, int]:
@@ -107,7 +106,7 @@ def chips_by_failures(gates: Gates, spent: Spent) -> dict[int, int]:
 def only_selection(folder: SweepFolder, waiting: Callable[[], None]) -> Iterator[None]:
     """Hold the sweep's selection; waits for another process that has it."""
     folder.selection.mkdir(exist_ok=True)
-    with _locked(folder.selection / "lock", waiting):
+    with locked(folder.selection / "lock", waiting):
         yield
 
 
@@ -137,13 +136,13 @@ def open_attempt(
     """
     spec = gates.model_dump(mode="json", include=set(_SPEC))
     store.root.mkdir(parents=True, exist_ok=True)
-    with _locked(store.certifications_file.with_suffix(".lock")):
-        ledger = _ledger(store)
-        own = [each for each in ledger if each.launch == launch]
+    with locked(store.certifications_file.with_suffix(".lock")):
+        begun = _begun(store)
+        own = [each for each in begun if each.launch == launch]
         asked = (trial, adapter_sha256, spec)
         attempt = next((each for each in own if (each.trial, each.adapter_sha256, each.spec) == asked), None)
         if attempt is None:
-            spent = _spent(ledger, splits, gates.confidence)
+            spent = _spent(begun, splits, gates.confidence)
             error = _next_error(gates.confidence, spent)
             chips = max(chips_needed(gates.min_yield, error, gates.failures), gates.min_chips)
             attempt = Attempt(
@@ -164,13 +163,13 @@ def open_attempt(
                     f"which was begun ('{attempt.folder(folder)}')",
                     "bring the file back: without it, what is left of the error level is not known",
                 )
-            write_json(store.certifications_file, [asdict(each) for each in (*ledger, attempt)], durable=True)
+            write_json(store.certifications_file, [asdict(each) for each in (*begun, attempt)])
     attempt.folder(folder).mkdir(parents=True, exist_ok=True)
     write_json(attempt.folder(folder) / _ATTEMPT_FILE, asdict(attempt))
     return attempt
 
 
-def _ledger(store: Store) -> list[Attempt]:
+def _begun(store: Store) -> list[Attempt]:
     file = store.certifications_file
     try:
         return [Attempt.from_json(content) for content in json.loads(file.read_text(encoding="utf-8"))]
@@ -183,8 +182,8 @@ def _ledger(store: Store) -> list[Attempt]:
         ) from None
 
 
-def _spent(ledger: Sequence[Attempt], splits: Sequence[str], confidence: float) -> Spent:
-    errors = [[each.error for each in ledger if split in each.splits] for split in splits]
+def _spent(begun: Sequence[Attempt], splits: Sequence[str], confidence: float) -> Spent:
+    errors = [[each.error for each in begun if split in each.splits] for split in splits]
     taken = [Spent(len(of_split), sum(of_split)) for of_split in errors]
     return min(taken, key=lambda spent: error_share(confidence, spent.earlier, spent.error))
 
@@ -203,15 +202,3 @@ def _next_error(confidence: float, spent: Spent) -> float:
             f"ask for less than --confidence {1 - spent.error:.4g}",
         )
     return error
-
-
-@contextmanager
-def _locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Hold a lock; the system releases it when the process ends, however it ends."""
-    with path.open("a", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            waiting()
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from halora.errors import UserError
-from halora.files import sha256_of, write_json, write_whole
+from halora.files import sha256_of, sync_folder, write_json, write_whole
 from halora.records.names import CERTIFICATION_FILE, ROBUSTNESS_FILE, SCORES_FILE
 from halora.selection import signature
 from halora.selection.card import model_card
@@ -132,8 +132,8 @@ def bundle_at(place: str) -> Iterator[Path]:
         there = source.files()
         if len(there) > _MOST_FILES:
             raise UserError(f"{place}: no bundle: it has {len(there):,} files")
-        if strange := [name for name in there if not is_below(name)]:
-            raise UserError([f"{place}: {name} is not part of a bundle" for name in strange])
+        if foreign := [name for name in there if not is_below(name)]:
+            raise UserError([f"{place}: {name} is not part of a bundle" for name in foreign])
         if CHECKSUMS_FILE in there:
             for name in there:
                 path = folder / name
@@ -181,6 +181,7 @@ def export(client: "MlflowClient", adapter: "RegisteredAdapter", folder: Path, k
         write_bundle(made, bundle, source)
         if private_key:
             write_whole(made / SIGNATURE_FILE, signature.sign(private_key, (made / CHECKSUMS_FILE).read_bytes()))
+        sync_folder(made)
         made.rename(folder)
     return bundle
 

@@ -7,7 +7,7 @@ file names is opened. Whatever follows from settings and scores is computed anew
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from math import isclose
 from pathlib import Path
@@ -17,6 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from halora.errors import UserError, attempt, shortened
 from halora.files import sha256_of
+from halora.hardware.families import adapted
 from halora.reading import check_regular, decoded, parse_json, read_regular
 from halora.records.names import CERTIFICATION_FILE, ROBUSTNESS_FILE, SCORES_FILE
 from halora.selection.bundle import (
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from halora.evaluation.chips import ChipScores
 
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
-_MOST_STRANGE_FILES = 20
+_MOST_FOREIGN_FILES = 20
 _MOST_DIFFERENCES = 20
 _MOST_EARLIER = 10**6
 _ROUNDING = 1e-9
@@ -80,15 +81,15 @@ def _file_problems(folder: Path) -> Iterator[str]:
     if not (folder / CHECKSUMS_FILE).is_file():
         yield f"no bundle: it has no {CHECKSUMS_FILE}"
         return
-    strange = 0
+    foreign = 0
     for place, folders, files in os.walk(folder):
         for name in sorted(files + [each for each in folders if (Path(place) / each).is_symlink()]):
             inside = (Path(place) / name).relative_to(folder).as_posix()
             if inside not in (*FILES, CHECKSUMS_FILE, SIGNATURE_FILE):
                 what = "a pickle, which can run code" if inside.endswith(_PICKLES) else "not part of a bundle"
                 yield f"{inside} is {what}"
-                strange += 1
-                if strange == _MOST_STRANGE_FILES:
+                foreign += 1
+                if foreign == _MOST_FOREIGN_FILES:
                     return
     digests = _checksums(folder / CHECKSUMS_FILE)
     if digests.keys() != set(FILES):
@@ -239,7 +240,7 @@ def _contradictions(bundle: Bundle) -> Iterator[str]:
         where = f"{ROBUSTNESS_FILE}: '{name}'" if name else SCORES_FILE
         if name and (one.row_ids != scores.row_ids or one.chip_seeds != chips):
             yield f"{where} is not of the certified rows and the first {len(chips)} certified chips"
-        if one.levels:
+        if one.strengths:
             yield f"{where} has other strengths of noise, at which nothing is certified"
         if config.evaluation.scoring != "generation" and not one.answers_follow_margins:
             yield f"{where} contradicts itself: right answers are not those of positive margins"
@@ -289,14 +290,21 @@ def _adapter_problems(stored: Mapping[str, Any], bundle: Bundle) -> Iterator[str
         "use_dora": lora.variant == "dora",
         "base_model_name_or_path": bundle.certification.base,
     }
-    targets = stored["target_modules"]
-    found = {**stored, "target_modules": sorted(targets) if isinstance(targets, list) else targets}
+    found = {**stored, "target_modules": _as_asked(stored["target_modules"], lora.targets)}
     for key, value in wanted.items():
         if found.get(key, False) != value:
             yield f"{ADAPTER_CONFIG}: {key} is {_told(found.get(key))}, {TRIAL_FILE} says {_told(value)}"
     for key in ("rank_pattern", "alpha_pattern", "exclude_modules", "layers_to_transform", "layers_pattern"):
         if stored.get(key):
             yield f"{ADAPTER_CONFIG}: {key} is {_told(stored[key])}, which {TRIAL_FILE} does not say"
+
+
+def _as_asked(stored: Any, targets: Sequence[str]) -> Any:
+    """Stored names of adapted layers, sorted; those that were asked for where the stored ones are what they mean."""
+    if not isinstance(stored, list) or not all(isinstance(name, str) for name in stored):
+        return stored
+    meant = set(adapted(stored, targets)) == set(stored) and all(adapted(stored, [target]) for target in targets)
+    return sorted(targets if meant else stored)
 
 
 def _card_problems(path: Path, expected: str) -> Iterator[str]:

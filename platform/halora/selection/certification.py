@@ -96,7 +96,7 @@ def certify(
         UserError: Nothing is left of the error level, the task has no test split or too few rows in it, the adapter
             is not in MLflow.
     """
-    from halora.records.position import refused
+    from halora.records.delivery import refused
     from halora.records.queries import download_adapter, logged_config, logged_scores, trial_run
     from halora.records.registry import log_certification
 

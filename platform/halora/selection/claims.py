@@ -14,7 +14,7 @@ from halora.pricing import trial_energy
 from halora.records.publishing import baseline_energies
 from halora.selection.certificate import Certificate, yield_lower_bound
 from halora.selection.gates import Gate, branch_gates, certified_gates
-from halora.selection.robustness import Scenario, level_name, scenarios
+from halora.selection.robustness import Scenario, scenarios, strength_name
 from halora.settings.trial import TrialConfig
 from halora.spaces.gates import Gates
 
@@ -225,7 +225,7 @@ def concluded(evidence: Evidence) -> Certification:
         adapter_bytes=evidence.adapter_bytes,
         chips=chips,
         yield_bound=certificate.bound,
-        accuracy_at={level: by_name[level_name(config.chip, level)] for level in asked.min_accuracy_at},
+        accuracy_at={strength: by_name[strength_name(config.chip, strength)] for strength in asked.min_accuracy_at},
         reload_share=evidence.reload_share,
     )
     return Certification(

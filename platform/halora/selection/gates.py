@@ -1,4 +1,4 @@
-"""Gates: named checks of a candidate, each with its measured value, its threshold and its verdict. Pure."""
+"""Gates: named checks of a candidate, each with its measured value, its threshold and its result. Pure."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -35,7 +35,7 @@ class Gate:
 
     @property
     def passed(self) -> bool:
-        """The verdict; a value that is not a number fails."""
+        """The result; a value that is not a number fails."""
         return self.value <= self.threshold if self.comparison == "<=" else self.value >= self.threshold
 
     def __str__(self) -> str:
@@ -52,7 +52,7 @@ class Gate:
         return f"{self.value:.4g} ({end} end over {self.over}; mean {self.mean:.4g})"
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values and the verdict."""
+        """Plain values and the result."""
         numbers = {"value": self.value, "mean": self.mean}
         said = {name: value if value is not None and isfinite(value) else None for name, value in numbers.items()}
         return {**asdict(self), **said, "passed": self.passed}
@@ -70,10 +70,10 @@ def search_gates(point: RecordedTrial, gates: Gates) -> list[Gate]:
     It says which trials are worth certifying, so it goes by their means: on the few rows and chips of a search the
     lower end of an interval would turn good ones away. What is claimed of an adapter goes by `certified_gates`.
     """
-    strange = [name for name, value in point.metrics.items() if not isfinite(value)]
+    non_finite = [name for name, value in point.metrics.items() if not isfinite(value)]
     accuracy, clean = (point.metrics.get(name, nan) for name in ("accuracy", "clean_accuracy"))
     return [
-        Gate("no_nan", float(len(strange)), "<=", 0, "metrics"),
+        Gate("no_nan", float(len(non_finite)), "<=", 0, "metrics"),
         Gate("min_accuracy", accuracy, ">=", gates.min_accuracy),
         *([] if gates.max_drop is None else [Gate("max_drop", clean - accuracy, "<=", gates.max_drop)]),
         *_energy(point.metrics, gates),
@@ -127,8 +127,8 @@ def certified_gates(
             records, as a share of what is allowed, see `halora.evaluation.agreement`.
     """
     measured = {**scores, "energy_uj_per_token": energy_uj_per_token}
-    strange = [name for name, value in measured.items() if not isfinite(value)]
-    found = [Gate("no_nan", float(len(strange)), "<=", 0, "metrics"), *_accuracies(scores, gates, _over(chips))]
+    non_finite = [name for name, value in measured.items() if not isfinite(value)]
+    found = [Gate("no_nan", float(len(non_finite)), "<=", 0, "metrics"), *_accuracies(scores, gates, _over(chips))]
     found += _energy(measured, gates)
     if gates.max_ci_halfwidth is not None:
         halfwidth = (scores["accuracy_high"] - scores["accuracy_low"]) / 2
@@ -137,8 +137,8 @@ def certified_gates(
         found.append(Gate("max_adapter_kb", adapter_bytes / 1000, "<=", gates.max_adapter_kb, "kB"))
     over = _over(min(gates.robustness_chips, chips))
     found += [
-        Gate(f"min_accuracy_at_{level:g}", accuracy_at[level][1], ">=", least, mean=accuracy_at[level][0], over=over)
-        for level, least in gates.min_accuracy_at.items()
+        Gate(f"min_accuracy_at_{at:g}", accuracy_at[at][1], ">=", least, mean=accuracy_at[at][0], over=over)
+        for at, least in gates.min_accuracy_at.items()
     ]
     return [
         *found,

@@ -4,7 +4,7 @@ import json
 import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -17,6 +17,9 @@ from halora.training.saved_lora import read_saved_lora
 from halora.trial_folder import ADAPTER_WEIGHTS
 
 HandOver = Literal["peft", "gguf", "merged"]
+
+_GGUF = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+"""llama.cpp's architecture by the type of a base; of other types the order of outputs is not known here."""
 
 MERGED = (
     "merged: there is no branch in SRAM any more. A chip would hold the sum in RRAM, with its noise: certificate, "
@@ -65,14 +68,21 @@ def _write_gguf(adapter: Path, file: Path, rank: int, alpha: float, base: str, *
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(find_model(base))
-    names = gguf.get_tensor_name_map(_architecture(gguf, config.model_type), config.num_hidden_layers)
+    if config.model_type not in _GGUF:
+        raise UserError(
+            f"a GGUF LoRA is written for bases of the types {', '.join(_GGUF)}, not '{config.model_type}'",
+            "export it as peft or merged",
+        )
+    architecture = _GGUF[config.model_type]
+    known = {name: each for each, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(known[architecture], config.num_hidden_layers)
     tensors = read_tensors(adapter / ADAPTER_WEIGHTS, f"'{adapter / ADAPTER_WEIGHTS}'")
     ranks = {int(tensor.shape[0]) for name, tensor in tensors.items() if ".lora_A." in name}
     if by_root and ranks != {rank}:
         raise UserError(
             "a GGUF LoRA has one alpha: rsLoRA with ranks that differ cannot be written", "export it merged"
         )
-    writer = gguf.GGUFWriter(file, config.model_type)
+    writer = gguf.GGUFWriter(file, architecture)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha * rank**0.5 if by_root else alpha)
@@ -80,7 +90,7 @@ def _write_gguf(adapter: Path, file: Path, rank: int, alpha: float, base: str, *
         layer, _, matrix = name.removeprefix("base_model.model.").rpartition(".lora_")
         values = tensor.float().numpy()
         kind = layer.rpartition(".")[2]
-        if matrix == "B.weight" and config.model_type == "llama" and kind in ("q_proj", "k_proj"):
+        if matrix == "B.weight" and architecture == "llama" and kind in ("q_proj", "k_proj"):
             heads = config.num_attention_heads if kind == "q_proj" else config.num_key_value_heads
             values = interleaved(values, heads)
         found = names.get_name(layer)
@@ -102,13 +112,6 @@ def interleaved(values: np.ndarray, heads: int) -> np.ndarray:
     """
     halves = values.reshape(heads, 2, values.shape[0] // heads // 2, *values.shape[1:])
     return halves.swapaxes(1, 2).reshape(values.shape)
-
-
-def _architecture(gguf: Any, kind: str) -> Any:
-    known = {name: architecture for architecture, name in gguf.MODEL_ARCH_NAMES.items()}
-    if kind not in known:
-        raise UserError(f"llama.cpp has no architecture '{kind}'", "export it as peft or merged")
-    return known[kind]
 
 
 def _write_merged(adapter: Path, folder: Path, base: str) -> None:

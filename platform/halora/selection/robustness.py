@@ -44,23 +44,23 @@ class Scenario:
     reason: str = ""
 
 
-def scenarios(chip: Chip, levels: Iterable[float] = ()) -> list[Scenario]:
-    """All lines for a chip; half and twice the strength of its noise beside the levels asked for."""
+def scenarios(chip: Chip, strengths: Iterable[float] = ()) -> list[Scenario]:
+    """All lines for a chip; half and twice the strength of its noise beside the strengths asked for."""
     own = chip.noise.level
-    wanted = sorted({*levels, *((own / 2, own, 2 * own) if own else ())})
-    found = [Scenario("noise", level_name(chip, level), _at_level(chip, level)) for level in wanted]
+    wanted = sorted({*strengths, *((own / 2, own, 2 * own) if own else ())})
+    found = [Scenario("noise", strength_name(chip, strength), _at_strength(chip, strength)) for strength in wanted]
     found += _over_time(chip)
     kinds = [_changed(chip, "kind", name, change) for name, change in FAMILIES.items()]
     return found + [each for each in kinds if each.chip != chip]
 
 
-def level_name(chip: Chip, level: float) -> str:
+def strength_name(chip: Chip, strength: float) -> str:
     """Name of the line with the chip's noise at a strength."""
-    return f"{chip.noise.kind} {level:g}"
+    return f"{chip.noise.kind} {strength:g}"
 
 
-def _at_level(chip: Chip, level: float) -> Chip:
-    return chip.model_copy(update={"noise": chip.noise.with_level(level)})
+def _at_strength(chip: Chip, strength: float) -> Chip:
+    return chip.model_copy(update={"noise": chip.noise.with_level(strength)})
 
 
 def _over_time(chip: Chip) -> list[Scenario]:

@@ -1,13 +1,12 @@
 """From a sweep to its registered candidate: the preferred of those that qualify is certified, then the next."""
 
-import fcntl
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from halora.analysis.trials import RecordedTrial
 from halora.errors import UserError
+from halora.files import locked
 from halora.records import names
 from halora.records.store import Store
 from halora.selection.attempts import only_selection
@@ -102,6 +101,5 @@ def register_certified(
         names.ADAPTER_SHA256: certification.adapter_sha256,
         names.YIELD_BOUND: f"{certificate.bound:.6f}",
     }
-    with closing((store.root / "registry.lock").open("a", encoding="utf-8")) as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(store.root / "registry.lock"):
         return registry.register(client, name, run, tags, certificate.statement())

@@ -40,7 +40,7 @@ class Check:
 
     Attributes:
         name: What.
-        passed: The verdict; none where the bundle alone says so.
+        passed: The result; none where the bundle alone says so.
         text: The figures behind it.
     """
 

@@ -82,7 +82,7 @@ def sweep_problems(sweep: "SweepConfig", data: Mapping[str, Any]) -> list[str]:
         return problems
     of_derived = _derived_range_problems(sweep)
     plain = sweep.model_copy(update={"derived": {}}) if of_derived else sweep
-    return [*problems, *_level_problems(plain), *of_derived, *_energy_problems(plain)]
+    return [*problems, *_rung_problems(plain), *of_derived, *_energy_problems(plain)]
 
 
 def _mapping(given: Any) -> dict[str, Any]:
@@ -131,16 +131,16 @@ def _space_problems(
     for path in space:
         problems = by_path.setdefault(path, [])
         conditions = readable[path].when if path in readable else {}
-        strange = [name for name in conditions if name not in searched_before]
+        unknown = [name for name in conditions if name not in searched_before]
         searched_before.append(path)
         if path not in known_paths:
             problems.append(f"space.{path}: a trial has no such field{nearest(path, known_paths)}")
         elif path in _FIXED:
             problems.append(f"space.{path}: cannot be searched, every trial has the same; set trial.{path}")
-        elif strange:
+        elif unknown:
             problems += [
                 f"space.{path}.when: '{name}' is not searched before it{nearest(name, searched_before)}"
-                for name in strange
+                for name in unknown
             ]
         elif path in readable:
             never = _condition_problems(readable, path)
@@ -234,7 +234,7 @@ def _probes(space: _Space, path: str) -> Iterator[tuple[Any, dict[str, Any]]]:
         yield value, point
 
 
-def _level_problems(sweep: "SweepConfig") -> list[str]:
+def _rung_problems(sweep: "SweepConfig") -> list[str]:
     """Rungs that are no smaller than the whole trial, and a race that adds nothing."""
     own = sweep.resolve({}).evaluation
     steps = sweep.space.get("training.steps")

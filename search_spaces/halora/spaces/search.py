@@ -92,7 +92,7 @@ class SearchSettings(StrictModel):
 
 
 class Rung(StrictModel):
-    """A budget level at which trials are compared."""
+    """Steps, rows and chips at which trials are compared."""
 
     steps: int = Field(ge=1)
     """Optimiser steps taken by then."""

@@ -1,4 +1,4 @@
-"""A sweep file: read, checked whole, and refused with every mistake at once."""
+"""A sweep file: read, checked whole, and refused with all errors together."""
 
 import sys
 from collections.abc import Mapping

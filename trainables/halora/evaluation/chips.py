@@ -43,8 +43,8 @@ class ChipScores:
         noisy: Margin per chip and row in nats, `[chip][row]`.
         noisy_correct: Whether each row is answered rightly on each chip, `[chip][row]`.
         noise_db: Mean realised noise-to-signal ratio of the mapped weights in dB, per chip.
-        levels: Other strengths of the programming noise that the chips were scored at.
-        level_correct: Whether each row is answered rightly there, `[level][chip][row]`; chips that a race adds are not.
+        strengths: Other strengths of the programming noise that the chips were scored at.
+        strength_correct: Whether each row is answered rightly there, `[strength][chip][row]`; chips of a race are not.
         layers: Canonical names of the layers in RRAM.
         layer_noise_db: Realised noise-to-signal ratio of each one's weights in dB, `[chip][layer]`.
         beside: The other way, see `halora.settings.evaluation.BESIDE`; empty for generation.
@@ -62,8 +62,8 @@ class ChipScores:
     noisy: tuple[tuple[float, ...], ...]
     noisy_correct: tuple[tuple[bool, ...], ...]
     noise_db: tuple[float, ...]
-    levels: tuple[float, ...] = ()
-    level_correct: tuple[tuple[tuple[bool, ...], ...], ...] = ()
+    strengths: tuple[float, ...] = ()
+    strength_correct: tuple[tuple[tuple[bool, ...], ...], ...] = ()
     layers: tuple[str, ...] = ()
     layer_noise_db: tuple[tuple[float, ...], ...] = ()
     beside: str = ""
@@ -75,8 +75,8 @@ class ChipScores:
 
         With one chip they are over rows alone, and say nothing about other chips. `drop` is what noise takes of the
         clean accuracy.
-        At other strengths of noise the accuracy, as `accuracy_at.LEVEL`; with more than one task the accuracy of each,
-        as `accuracy.TASK` and `clean_accuracy.TASK`. By the other way of scoring options, means alone, as
+        At other strengths of noise the accuracy, as `accuracy_at.STRENGTH`; with more than one task that of each, as
+        `accuracy.TASK` and `clean_accuracy.TASK`. By the other way of scoring options, means alone, as
         `accuracy_WAY`, `clean_accuracy_WAY`, `margin_WAY` and `clean_margin_WAY`.
         """
         margins = np.array(self.noisy)  # (chips, rows)
@@ -116,8 +116,8 @@ class ChipScores:
                     ("margin", noisy_beside),
                 )
             }
-        for level, right in zip(self.levels, self.level_correct, strict=True):
-            summary[f"accuracy_at.{level:g}"] = float(np.mean(right))
+        for strength, right in zip(self.strengths, self.strength_correct, strict=True):
+            summary[f"accuracy_at.{strength:g}"] = float(np.mean(right))
         if len(names := dict.fromkeys(self.tasks)) > 1:
             for name in names:
                 own = np.array([task == name for task in self.tasks])
@@ -137,7 +137,7 @@ class ChipScores:
             "noisy": (chips, rows),
             "noisy_correct": (chips, rows),
             "noise_db": (chips,),
-            "level_correct": (len(self.levels), chips, rows),
+            "strength_correct": (len(self.strengths), chips, rows),
             "layer_noise_db": (chips, layers),
             "clean_beside": (beside,),
             "noisy_beside": (chips, beside),
@@ -181,8 +181,8 @@ class ChipScores:
 
     def first_chips(self, count: int) -> "ChipScores":
         """The scores of the first chips alone."""
-        at_levels = tuple(by_chip[:count] for by_chip in self.level_correct)
-        return replace(self, level_correct=at_levels, **{name: getattr(self, name)[:count] for name in _BY_CHIP})
+        at_strengths = tuple(by_chip[:count] for by_chip in self.strength_correct)
+        return replace(self, strength_correct=at_strengths, **{name: getattr(self, name)[:count] for name in _BY_CHIP})
 
     def to_json(self) -> dict[str, Any]:
         """Plain lists, for a JSON file."""
@@ -242,7 +242,7 @@ def evaluate(
     Args:
         base: Model; an attached adapter takes part.
         array: Its RRAM layers.
-        chip: Description of the chips; their programming noise is at the chip's own level.
+        chip: Description of the chips; their programming noise is at the chip's own strength.
         rows: Rows to score.
         calibration_rows: Training rows that set the ADC ranges.
         settings: Number of chip instances, way of scoring, batch size, converters.
@@ -258,11 +258,11 @@ def evaluate(
     noisy: list[_Scored] = []
     noise_db: list[float] = []
     layer_noise_db: list[dict[str, float]] = []
-    level_correct: list[list[tuple[bool, ...]]] = [[] for _ in settings.noise_strengths]
+    strength_correct: list[list[tuple[bool, ...]]] = [[] for _ in settings.noise_strengths]
 
-    def score_on(seed: int, level: float) -> _Scored:
+    def score_on(seed: int, strength: float) -> _Scored:
         key = NoiseKey(role=role, series=series, chip_seed=seed)
-        array.program(ChipInstance(chip, key, level), reads, digital=True)
+        array.program(ChipInstance(chip, key, strength), reads, digital=True)
         array.materialise()
         return score()
 
@@ -271,8 +271,8 @@ def evaluate(
         by_layer = array.noise_db()
         noise_db.append(_finite_db(mean_db(by_layer.values())))
         layer_noise_db.append({layer: _finite_db(ratio_db) for layer, ratio_db in by_layer.items()})
-        for level, right in zip(settings.noise_strengths, level_correct, strict=True):
-            right.append(score_on(seed, level).correct)
+        for strength, right in zip(settings.noise_strengths, strength_correct, strict=True):
+            right.append(score_on(seed, strength).correct)
     array.clear()
     return ChipScores(
         row_ids=tuple(row.row_id for row in rows),
@@ -283,8 +283,8 @@ def evaluate(
         noisy=tuple(scored.margins for scored in noisy),
         noisy_correct=tuple(scored.correct for scored in noisy),
         noise_db=tuple(noise_db),
-        levels=settings.noise_strengths,
-        level_correct=tuple(map(tuple, level_correct)),
+        strengths=settings.noise_strengths,
+        strength_correct=tuple(map(tuple, strength_correct)),
         layers=tuple(layer_noise_db[0]),
         layer_noise_db=tuple(tuple(by_layer.values()) for by_layer in layer_noise_db),
         beside=BESIDE.get(settings.scoring, ""),

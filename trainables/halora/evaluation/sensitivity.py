@@ -80,7 +80,7 @@ def layer_sensitivity(
     Args:
         base: Model; an attached adapter takes part.
         array: Its RRAM layers.
-        chip: The chip; its programming noise is at the chip's own level.
+        chip: The chip; its programming noise is at the chip's own strength.
         rows: Rows to score.
         calibration_rows: Training rows that set the converters' ranges.
         settings: Batch size and calibration tokens.

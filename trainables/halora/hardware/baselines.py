@@ -66,7 +66,7 @@ class PeakBaseline(Baseline):
         """Operations at the energy of one, power over rate."""
         macs = _weights(shape, chip)
         if chip.boundary.attention:
-            macs += shape.attention_macs_per_context_token * context_tokens
+            macs += shape.attention_macs(context_tokens)
         return 2 * macs * self.power_w / self.tera_operations_per_s * 1e-6
 
 
@@ -82,7 +82,7 @@ class BandwidthBaseline(Baseline):
         """Power for as long as reading takes."""
         values = _weights(shape, chip)
         if chip.boundary.attention:
-            values += shape.cache_values_per_context_token * context_tokens
+            values += shape.cache_values(context_tokens)
         return values * self.bytes_per_value * self.power_w / self.giga_bytes_per_s * 1e-3
 
 

@@ -103,7 +103,7 @@ def energy_per_token(
         chip: The chip; each of its sections acts where it has an energy side.
         rank: LoRA rank r of the layers that `targets` names, 0 for none; or of each adapted layer by its canonical
             name, e.g. of an adapter that was made elsewhere.
-        targets: Names of the adapted linear layers, e.g. `q_proj`.
+        targets: Names of the adapted linear layers, e.g. `q_proj`; see `ModelShape.adapted`.
         context_tokens: Tokens each token attends to.
         phase: What the tokens are; the chip takes the same for both, its baselines do not.
 
@@ -113,7 +113,8 @@ def energy_per_token(
     """
     constants = {**energy_constants(), **chip.costs}
     layers = shape.all_layers
-    adapted = [name for name, layer in layers.items() if layer.name in targets]
+    targeted = shape.adapted(targets)
+    adapted = [name for name, layer in layers.items() if layer.name in targeted]
     ranks = rank if isinstance(rank, Mapping) else dict.fromkeys(adapted, rank)
     problems = _problems(shape, rank, targets, context_tokens)
     adc = attempt(problems, lambda: adc_cost(chip.adc.costs, chip.adc.bits, constants))
@@ -161,7 +162,8 @@ def _problems(
     shape: ModelShape, rank: int | Mapping[str, int], targets: tuple[str, ...], context_tokens: int
 ) -> list[str]:
     known = [linear.name for linear in shape.linears]
-    problems = [f"targets: the model has no layer '{t}'{nearest(t, known)}" for t in targets if t not in known]
+    strange = [target for target in targets if not shape.adapted([target])]
+    problems = [f"targets: the model has no layer '{t}'{nearest(t, known)}" for t in strange]
     layers = shape.all_layers
     ranks = rank if isinstance(rank, Mapping) else {"": rank}
     problems += [f"adapter: the model has no layer '{n}'{nearest(n, layers)}" for n in ranks if n and n not in layers]
@@ -251,8 +253,7 @@ def _around(
     """Microjoule per token of what the chip's boundary adds to its linear layers."""
     boundary, components = chip.boundary, dict[str, float]()
     if boundary.attention:
-        macs = shape.attention_macs_per_context_token * context_tokens
-        scores = shape.layers * shape.heads * context_tokens
+        macs, scores = shape.attention_macs(context_tokens), shape.heads * shape.attended(context_tokens)
         components["attention"] = macs * constants["attention_mac_fj"] * (chip.attention.bits / 8) ** 2 * 1e-9
         components["softmax"] = scores * constants["softmax_element_pj"] * 1e-6
     if boundary.buffers:

@@ -14,12 +14,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from importlib.resources import files
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import yaml
 
 from halora.hardware.chip import Cells, Chip, Coding
+from halora.hardware.families import parts_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,7 +76,11 @@ def estimated_fill(source: str) -> LayerFill:
 
 
 def _estimate(source: str, layer: str, chip: Chip) -> float:
-    kind = layer.rpartition(".")[2]
+    """Of a fused layer the mean over its parts."""
+    return fmean(_kind_estimate(source, layer, kind, chip) for kind in parts_of(layer.rpartition(".")[2]))
+
+
+def _kind_estimate(source: str, layer: str, kind: str, chip: Chip) -> float:
     coding, entry = chip.coding, _statistics()[source]
     factors = entry.get("peaks_over", {})
     layers: dict[str, Any] = _statistics()[factors.get("source", source)]["layers"]

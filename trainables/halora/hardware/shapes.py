@@ -1,6 +1,7 @@
 """The dimensions of a model that its energy depends on: known by name, or read from a `config.json`. No download."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
@@ -10,17 +11,12 @@ from typing import Any
 import yaml
 
 from halora.errors import UserError
+from halora.hardware.families import LINEARS, adapted, family_of, parts_of
 from halora.hardware.fill import LayerFill, estimated_fill
 from halora.hardware.mapping import LM_HEAD
 from halora.reading import is_file, read_object
 
-FAMILIES = ("llama", "qwen2", "qwen3")
-"""Model types, as `config.json` has them, whose layers are those modelled."""
-_MOST_LAYERS, _LARGEST = 10_000, 2**24  # beyond any model; a shape lists its layers
-_DIMENSIONS = ("hidden_size", "num_attention_heads", "intermediate_size", "num_hidden_layers", "vocab_size")
-_BLOCK_OF = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "self_attn") | dict.fromkeys(
-    ("gate_proj", "up_proj", "down_proj"), "mlp"
-)
+_TUNING = re.compile(r"-(instruct|base|it|pt)$")  # endings of hub ids, of models of the same dimensions
 
 
 @dataclass(frozen=True)
@@ -47,79 +43,59 @@ class ModelShape:
     head_dim: int
     vocabulary: int
     linears: tuple[LinearShape, ...]
+    windows: tuple[int | None, ...] = ()
+    """How many tokens a token of each block attends to at most, itself included; empty where no block has a limit."""
+    dimensions: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    """The `config.json` that `from_config` reads it back from, with an estimate of the fill."""
     fill: LayerFill = field(default=estimated_fill("smollm2"), compare=False, repr=False)
     """Fill of a layer's cells where the chip states none; an estimate where no weights were at hand."""
     fill_source: str = field(default="estimate (smollm2)", compare=False, repr=False)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "ModelShape":
-        """Read the dimensions of a LLaMA or Qwen `config.json` (grouped-query attention, gated MLP).
+        """Read the dimensions from the `config.json` of a model of a declared family, see `halora.hardware.families`.
 
         Raises:
-            KeyError: The configuration lacks a dimension: another family.
-            UserError: It is of another family, a mixture of experts, where a token does not pass every layer, or has a
-                dimension that is not a positive whole number.
+            KeyError: The configuration lacks a dimension.
+            UserError: It is of another family, a mixture of experts, has a setting that is not modelled, or a dimension
+                that is not a positive whole number.
         """
-        if config.get("num_experts") or config.get("num_local_experts"):
-            raise UserError("a mixture of experts is not modelled; dense LLaMA and Qwen models are")
-        if (kind := config.get("model_type", "unknown")) not in FAMILIES:
-            raise UserError(f"type '{kind}' is not one of {', '.join(FAMILIES)}")
-        given = {name: config[name] for name in _DIMENSIONS}
-        given |= {name: config[name] for name in ("head_dim", "num_key_value_heads") if config.get(name) is not None}
-        if wrong := [
-            f"{name} is {each!r}, no positive whole number" for name, each in given.items() if not _whole(each)
-        ]:
-            raise UserError(wrong)
-        most = dict.fromkeys(given, _LARGEST) | {"num_hidden_layers": _MOST_LAYERS}
-        if large := [f"{name} is {each}, {most[name]} at most" for name, each in given.items() if each > most[name]]:
-            raise UserError(large)
-        if "head_dim" not in given and given["num_attention_heads"] > given["hidden_size"]:
-            raise UserError("num_attention_heads is larger than hidden_size, which leaves a head nothing")
-        hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
-        head_dim = int(config.get("head_dim") or hidden // heads)
-        queries, keys = heads * head_dim, int(config.get("num_key_value_heads") or heads) * head_dim
-        inner = int(config["intermediate_size"])
-        linears = (
-            LinearShape("q_proj", hidden, queries),
-            LinearShape("k_proj", hidden, keys),
-            LinearShape("v_proj", hidden, keys),
-            LinearShape("o_proj", queries, hidden),
-            LinearShape("gate_proj", hidden, inner),
-            LinearShape("up_proj", hidden, inner),
-            LinearShape("down_proj", inner, hidden),
-        )
-        weights = "qwen2.5" if str(config.get("model_type", "")).startswith("qwen") else "smollm2"
+        family = family_of(config)
+        given = family.dimensions(config)
+        hidden, heads, layers = given["hidden_size"], given["num_attention_heads"], given["num_hidden_layers"]
+        head_dim = given.get("head_dim") or hidden // heads
+        widths = {
+            "hidden": hidden,
+            "queries": heads * head_dim,
+            "keys": given.get("num_key_value_heads", heads) * head_dim,
+            "inner": given["intermediate_size"],
+        }
+        windows = family.sliding.windows(config, layers) if family.sliding else ()
         return cls(
-            int(config["num_hidden_layers"]),
+            layers,
             hidden,
             heads,
             head_dim,
-            int(config["vocab_size"]),
-            linears,
-            estimated_fill(weights),
-            f"estimate ({weights})",
+            given["vocab_size"],
+            tuple(
+                LinearShape(linear.name, widths[linear.inputs], sum(widths[each] for each in linear.outputs))
+                for linear in family.linears
+            ),
+            windows if any(windows) else (),
+            given,
+            estimated_fill(family.statistics),
+            f"estimate ({family.statistics})",
         )
 
-    @property
-    def dimensions(self) -> dict[str, Any]:
-        """The `config.json` that `from_config` reads it back from, with an estimate of the fill."""
-        rows = {linear.name: linear.out_features for linear in self.linears}
-        return {
-            "model_type": "qwen2" if "qwen" in self.fill_source else "llama",
-            "hidden_size": self.hidden,
-            "num_attention_heads": self.heads,
-            "num_key_value_heads": rows["k_proj"] // self.head_dim,
-            "head_dim": self.head_dim,
-            "intermediate_size": rows["gate_proj"],
-            "num_hidden_layers": self.layers,
-            "vocab_size": self.vocabulary,
-        }
+    def adapted(self, targets: Iterable[str]) -> tuple[str, ...]:
+        """Names of its linear layers that an adapter's targets mean, see `halora.hardware.families.adapted`."""
+        return adapted([linear.name for linear in self.linears], targets)
 
     @property
     def linear_layers(self) -> dict[str, LinearShape]:
         """Every linear layer of the decoder blocks by canonical name, in the order of the forward pass."""
         return {
-            f"model.layers.{i}.{_BLOCK_OF[linear.name]}.{linear.name}": linear
+            f"model.layers.{i}.{LINEARS[linear.name].block}.{linear.name}": linear
             for i in range(self.layers)
             for linear in self.linears
         }
@@ -139,19 +115,23 @@ class ModelShape:
         """Number of weights of every linear layer by canonical name, the output projection last."""
         return {name: layer.weights for name, layer in self.all_layers.items()}
 
-    @property
-    def attention_macs_per_context_token(self) -> int:
-        """Multiply-accumulates of scores and weighted values, per token and token it attends to."""
-        return 2 * self.layers * self.heads * self.head_dim
+    def attended(self, context_tokens: int) -> int:
+        """Tokens that one token attends to, summed over the blocks: all of so many, or those in the block's window."""
+        return sum(min(context_tokens, window or context_tokens) for window in self.windows or (None,) * self.layers)
 
-    @property
-    def cache_values_per_context_token(self) -> int:
-        """Keys and values kept per token, over all layers."""
-        return self.layers * sum(linear.out_features for linear in self.linears if linear.name in ("k_proj", "v_proj"))
+    def attention_macs(self, context_tokens: int) -> int:
+        """Multiply-accumulates of scores and weighted values, per token that attends to so many."""
+        return 2 * self.heads * self.head_dim * self.attended(context_tokens)
 
-
-def _whole(number: Any) -> bool:
-    return isinstance(number, int) and not isinstance(number, bool) and number > 0
+    def cache_values(self, context_tokens: int) -> int:
+        """Keys and values that are kept of so many tokens, over all blocks."""
+        queries = self.heads * self.head_dim
+        kept = sum(
+            linear.out_features - ("q_proj" in parts_of(linear.name)) * queries
+            for linear in self.linears
+            if {"k_proj", "v_proj"} & set(parts_of(linear.name))
+        )
+        return kept * self.attended(context_tokens)
 
 
 @cache
@@ -164,13 +144,12 @@ def known_shape(model: str) -> ModelShape | None:
     """Dimensions of a model that needs neither download nor conversion: a known name or hub id, or a `config.json`.
 
     Raises:
-        UserError: The file is not a configuration of a dense LLaMA or Qwen model.
+        UserError: The file is not a configuration of a model of a declared family.
     """
     if model in named_shapes():
         return named_shapes()[model]
-    hub_id = model.lower().removesuffix("-instruct")
     for name, entry in _known_models().items():
-        if entry["hub"].lower().removesuffix("-instruct") == hub_id:
+        if _TUNING.sub("", entry["hub"].lower()) == _TUNING.sub("", model.lower()):
             return named_shapes()[name]
     return _read_shape(Path(model)) if is_file(model) else None
 
@@ -182,7 +161,7 @@ def _read_shape(path: Path) -> ModelShape:
     except UserError as error:
         raise UserError([f"model '{path}': {problem}" for problem in error.problems]) from None
     except KeyError as error:
-        raise UserError(f"model '{path}' has no {error}; the config.json of a LLaMA or Qwen model has") from None
+        raise UserError(f"model '{path}' has no {error}; the config.json of such a model has") from None
 
 
 @cache

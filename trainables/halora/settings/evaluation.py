@@ -38,10 +38,10 @@ class EvaluationSettings(StrictModel):
 
     @field_validator("noise_strengths")
     @classmethod
-    def _different_strengths(cls, levels: tuple[float, ...]) -> tuple[float, ...]:
-        if len(set(levels)) < len(levels) or any(level < 0 for level in levels):
-            raise ValueError(f"noise_strengths are different and not negative, got {', '.join(map(str, levels))}")
-        return levels
+    def _different_strengths(cls, strengths: tuple[float, ...]) -> tuple[float, ...]:
+        if len(set(strengths)) < len(strengths) or any(strength < 0 for strength in strengths):
+            raise ValueError(f"noise_strengths are different and not negative, got {', '.join(map(str, strengths))}")
+        return strengths
 
     def at_own_strength(self) -> "EvaluationSettings":
         """The same without the other strengths of noise."""

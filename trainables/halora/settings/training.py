@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from halora.hardware.families import LINEAR_NAMES
 from halora.settings.schedule import NoiseSchedule
 from halora.strict_model import StrictModel
 
@@ -16,8 +17,6 @@ Dtype = Literal["fp32", "bf16"]
 LoraVariant = Literal["plain", "rslora", "dora"]
 """`rslora`: scale alpha / sqrt(r) (arXiv 2312.03732). `dora`: a trained magnitude per output (arXiv 2402.09353)."""
 
-LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
 
 class LoraSettings(StrictModel):
     """Shape of the adapter; the paper adapts q, k, v, up and down at rank 4."""
@@ -26,6 +25,7 @@ class LoraSettings(StrictModel):
     alpha_over_rank: float = Field(default=2.0, gt=0, le=64)
     """LoRA's alpha over its rank. Its scale is alpha / r, and alpha / sqrt(r) for `rslora`."""
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
+    """Linear layers by their names in any family, see `halora.hardware.families.adapted`."""
     variant: LoraVariant = "plain"
 
     @field_validator("targets")

@@ -32,14 +32,13 @@ def attach(base: BaseModel, lora: LoraSettings, seed: int) -> Any:
     """
     from peft import LoraConfig, get_peft_model
 
-    names = {name.rpartition(".")[2] for name, _ in base.causal_lm.named_modules()}
-    if strange := [target for target in lora.targets if target not in names]:
-        raise UserError(f"model '{base.name}' has no layers named {', '.join(strange)}", "fix lora.targets")
+    if unknown := [target for target in lora.targets if not base.shape.adapted([target])]:
+        raise UserError(f"model '{base.name}' has no layers named {', '.join(unknown)}", "fix lora.targets")
     torch.manual_seed(derive_seed("adapter", seed))
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.rank * lora.alpha_over_rank,
-        target_modules=list(lora.targets),
+        target_modules=list(base.shape.adapted(lora.targets)),
         task_type="CAUSAL_LM",
         base_model_name_or_path=base.name,
         use_rslora=lora.variant == "rslora",

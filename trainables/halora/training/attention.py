@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from halora.hardware.families import parts_of
 from halora.hardware.rounding import AS_IT_IS, rounded
 
 _NAME = "halora_rows"
@@ -27,14 +28,16 @@ class RowLayout:
     Attributes:
         places: Per token, `row * longest + position in the row`, `(tokens,)`.
         visible: Whether a token (third axis) sees another (last), `(rows, 1, longest, longest)`.
+        positions: Per token, its position in the sequence it stands for, `(tokens,)`.
     """
 
     places: Tensor
     visible: Tensor
+    positions: Tensor
 
     def arguments(self, device: torch.device) -> dict[str, Any]:
         """What a model with row attention is to be called with, next to tokens and positions."""
-        layout = RowLayout(self.places.to(device), self.visible.to(device))
+        layout = RowLayout(self.places.to(device), self.visible.to(device), self.positions.to(device))
         return {"attention_mask": layout.visible, "row_layout": layout}
 
     @property
@@ -46,6 +49,26 @@ class RowLayout:
     def hidden(self) -> Tensor:
         """What is added to the scores so that they see what is visible, `(rows, 1, longest, longest)`, float32."""
         return torch.zeros(self.visible.shape).masked_fill_(~self.visible, torch.finfo(torch.float32).min)
+
+    def within(self, window: int | None) -> "RowLayout":
+        """The same rows, where a token sees none that is `window` positions or more before it; made once."""
+        if window is None or window > self._last_position:
+            return self
+        if window not in self._windowed:
+            rows, _, longest, _ = self.visible.shape
+            block = self.positions.new_zeros(self.num_places).index_copy(0, self.places, self.positions)
+            block = block.view(rows, 1, longest)
+            near = block[..., :, None] - block[..., None, :] < window
+            self._windowed[window] = RowLayout(self.places, self.visible & near, self.positions)
+        return self._windowed[window]
+
+    @cached_property
+    def _last_position(self) -> int:
+        return int(self.positions.max())
+
+    @cached_property
+    def _windowed(self) -> dict[int, "RowLayout"]:
+        return {}
 
     def by_head(self, heads: int) -> "HeadOrder":
         """The order in which the states of so many heads are in a block; made once."""
@@ -100,6 +123,7 @@ def _row_attention(
     attention_mask: Tensor | None,
     *,
     scaling: float,
+    sliding_window: int | None = None,
     row_layout: RowLayout | None = None,
     **others: Any,
 ) -> tuple[Tensor, Tensor | None]:
@@ -111,6 +135,7 @@ def _row_attention(
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
+    row_layout = row_layout.within(sliding_window)
     if bits < AS_IT_IS:
         return attend_rounded(query, key, value, row_layout, scaling, bits), None
     attend = attend_on_cpu if query.device.type == "cpu" else _attend
@@ -119,7 +144,7 @@ def _row_attention(
 
 def is_attention(module: nn.Module) -> bool:
     """Whether it is the attention of a decoder block."""
-    return hasattr(module, "q_proj") and hasattr(module, "k_proj")
+    return any("q_proj" in parts_of(name) for name, _ in module.named_children())
 
 
 def set_attention_bits(modules: Iterable[nn.Module], bits: int) -> None:

@@ -152,20 +152,26 @@ class Batch:
 
     def hidden(self, causal_lm: Any) -> Tensor:
         """The decoder's last hidden state, `(1, tokens, width)`."""
-        device = next(causal_lm.parameters()).device
-        hidden: Tensor = causal_lm.get_decoder()(
-            input_ids=self.input_ids.to(device),
-            position_ids=self.position_ids.to(device),
-            **self.row_layout.arguments(device),
-            use_cache=False,
-        ).last_hidden_state
+        hidden: Tensor = causal_lm.get_decoder()(**self._inputs(causal_lm)).last_hidden_state
         return hidden
 
     def logits(self, causal_lm: Any) -> Tensor:
-        """Logits where a target is predicted, and nowhere else, `(targets, vocabulary)`."""
-        hidden = self.hidden(causal_lm)[:, self.sources]
-        logits: Tensor = causal_lm.get_output_embeddings()(hidden)[0].float()
-        return logits
+        """Logits where a target is predicted, and nowhere else, `(targets, vocabulary)`.
+
+        The model's own, so that they are scaled or capped where its family does so.
+        """
+        inputs = self._inputs(causal_lm)
+        logits: Tensor = causal_lm(**inputs, logits_to_keep=self.sources.to(inputs["input_ids"].device)).logits
+        return logits[0].float()
+
+    def _inputs(self, causal_lm: Any) -> dict[str, Any]:
+        device = next(causal_lm.parameters()).device
+        return {
+            "input_ids": self.input_ids.to(device),
+            "position_ids": self.position_ids.to(device),
+            **self.row_layout.arguments(device),
+            "use_cache": False,
+        }
 
     def log_likelihoods(self, causal_lm: Any) -> Tensor:
         """Log-likelihood of every target in nats, `(targets,)`."""
@@ -181,11 +187,12 @@ def lay_out(rows: Sequence[PackedRow]) -> Batch:
     for i, row in enumerate(rows):
         segments[i, : lengths[i]] = torch.tensor(row.segments)
     starts = accumulate(lengths[:-1], initial=0)
+    positions = torch.tensor([position for row in rows for position in row.positions])
     return Batch(
         rows=[(row.row_id, length) for row, length in zip(rows, lengths, strict=True)],
         input_ids=torch.tensor([[token for row in rows for token in row.tokens]]),
-        position_ids=torch.tensor([[position for row in rows for position in row.positions]]),
-        row_layout=RowLayout((segments != _PADDING).flatten().nonzero()[:, 0], _visible(segments)),
+        position_ids=positions[None],
+        row_layout=RowLayout((segments != _PADDING).flatten().nonzero()[:, 0], _visible(segments), positions),
         sources=torch.tensor(
             [start + source for row, start in zip(rows, starts, strict=True) for source in row.sources]
         ),

@@ -1,7 +1,7 @@
 """Checkpoints of a training: a standard PEFT folder, the optimiser's moments and the step.
 
 There is no state of a random generator in them: everything random is a function of (seed, step). They hold whole
-tensors in float32, so a run goes on at another ZeRO stage or with another number of workers.
+tensors in float32, so a run resumes at another ZeRO stage or with another number of workers.
 """
 
 import json
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from halora.errors import UserError
+from halora.files import sync_folder
 from halora.trial_folder import ADAPTER_WEIGHTS, OPTIMIZER_FILE
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -68,6 +69,7 @@ class Checkpoint:
         (scratch / "adapter").mkdir(parents=True)
         try:
             self._write_files(scratch, peft_config)
+            sync_folder(scratch)
             scratch.rename(folder)
         except Exception:
             overtaken = folder.exists() or not scratch.exists()

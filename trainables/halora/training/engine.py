@@ -1,7 +1,7 @@
 """HaLoRA finetuning through a DeepSpeed engine: L = L_task + mu L_reg under noise on the frozen weights.
 
-Everything random is a function of (seed, step), so a restored run goes on exactly as an uninterrupted one. The rows of
-a step are shared by its workers and their micro-batches, each weighted by its share of the step's option tokens: the
+Everything random is a function of (seed, step), so a restored run continues exactly as an uninterrupted one. Rows of a
+step are shared by its workers and their micro-batches, each weighted by its share of the step's option tokens: the
 gradient is that of one batch, however it is shared.
 """
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from halora.hardware.families import FAMILIES, NormKind
 from halora.hardware.rounding import AS_IT_IS, rounded
 
 
@@ -106,37 +107,47 @@ class _Product(torch.autograd.Function):
 class FrozenNorm(nn.Module):
     """A frozen root-mean-square norm: that of `transformers`, with its backward written out."""
 
-    def __init__(self, norm: Any) -> None:
+    def __init__(self, norm: Any, kind: NormKind) -> None:
         super().__init__()
-        self.weight, self.eps = norm.weight, norm.variance_epsilon
+        self.weight, self.kind = norm.weight, kind
+        self.eps = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """w x / rms(x) over the last axis, the quotient in float32."""
-        return cast(Tensor, _Norm.apply(hidden_states, self.weight, self.eps))
+        """w x / rms(x) over the last axis, see `NormKind`."""
+        return cast(Tensor, _Norm.apply(hidden_states, self.weight, self.eps, self.kind))
 
 
 class _Norm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, kind: NormKind) -> Tensor:
         wide = x.float()
         square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
         factor = square.div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, factor)
-        return (wide * factor).to(x.dtype) * weight
+        ctx.kind = kind
+        if kind == "rounded":
+            return (wide * factor).to(x.dtype) * weight
+        return (wide * factor).mul_(_gain(weight, kind)).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         x, weight, factor = ctx.saved_tensors
-        scaled, wide = (gradient * weight).float(), x.float()
+        scaled = (gradient * weight).float() if ctx.kind == "rounded" else gradient.float() * _gain(weight, ctx.kind)
+        wide = x.float()
         along = torch.linalg.vecdot(scaled, wide).unsqueeze(-1).mul_(factor.pow(3)).div_(-x.shape[-1])
-        return (scaled * factor).addcmul_(wide, along).to(x.dtype), None, None
+        return (scaled * factor).addcmul_(wide, along).to(x.dtype), None, None, None
+
+
+def _gain(weight: Tensor, kind: NormKind) -> Tensor:
+    return weight.float() + 1 if kind == "offset" else weight.float()
 
 
 def install_norms(causal_lm: Any) -> None:
-    """Replace the norms of a `transformers` model of the LLaMA or Qwen family, in place."""
-    norms = {name: module for name, module in causal_lm.named_modules() if hasattr(module, "variance_epsilon")}
+    """Replace the norms of a `transformers` model that its family declares, in place."""
+    family = FAMILIES[causal_lm.config.model_type]
+    norms = {name: module for name, module in causal_lm.named_modules() if name.rpartition(".")[2] in family.norms}
     for name, norm in norms.items():
-        causal_lm.set_submodule(name, FrozenNorm(norm))
+        causal_lm.set_submodule(name, FrozenNorm(norm, family.norm_kind))
 
 
 @cache

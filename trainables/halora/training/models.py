@@ -17,13 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from halora.errors import UserError, attempt, nearest
+from halora.files import sync_folder
 from halora.hardware.chip import Chip
+from halora.hardware.families import LINEAR_NAMES
 from halora.hardware.fill import layer_fill
 from halora.hardware.mapping import LM_HEAD
 from halora.hardware.shapes import ModelShape, known_shape
 from halora.reading import is_file, is_folder, read_object, tensor_shapes
 from halora.settings.names import EMBEDDED
-from halora.settings.training import LINEAR_NAMES, Dtype
+from halora.settings.training import Dtype
 
 _GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _SHOWN_WEIGHTS = 5
@@ -325,6 +327,7 @@ def _embedded_folder(model: str, dtype: Dtype = "fp32") -> Path:
             _save_with_outliers(_embedded_folder(model.removesuffix("-outliers")), scratch)
         else:
             _save_from_gguf(Path(spec.submodule_search_locations[0]), scratch)
+        sync_folder(scratch)
         try:
             scratch.rename(folder)
         except OSError:

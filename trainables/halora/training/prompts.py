@@ -26,7 +26,7 @@ def prepared_rows(
             them are told.
     """
     ready = chat_rows(rows, base.tokenizer) if prompt_format == "chat" else list(rows)
-    limit = getattr(base.causal_lm.config, "max_position_embeddings", None)
+    limit = _most_tokens(base.causal_lm.config)
     if limit is not None:
         lengths = ((row, _num_tokens(row, base.tokenizer, new_tokens, limit)) for row in ready)
         refuse_rows(
@@ -40,6 +40,18 @@ def prepared_rows(
             "shorten or drop these rows, or take a model with more positions",
         )
     return ready
+
+
+def _most_tokens(config: Any) -> int | None:
+    """Tokens of the longest row that a model takes, by its `transformers` configuration.
+
+    With `longrope` those it was first trained with: a longer row would rotate all rows of its batch otherwise.
+    """
+    rotations = getattr(config, "rope_parameters", None) or {}
+    by_type = [each for each in rotations.values() if isinstance(each, dict)] or [rotations]
+    limits = [each["original_max_position_embeddings"] for each in by_type if each.get("rope_type") == "longrope"]
+    positions = getattr(config, "max_position_embeddings", None)
+    return min([*limits, *([] if positions is None else [positions])], default=None)
 
 
 def chat_rows(rows: Sequence[Row], tokenizer: Any) -> list[Row]:

@@ -23,12 +23,12 @@ from halora.hardware.chip import Chip, Products, Tile
 from halora.hardware.converter_model import ConverterModel
 from halora.hardware.converters import ExactReads
 from halora.hardware.draws import coarse_normal
+from halora.hardware.families import LINEAR_NAMES, forward_order
 from halora.hardware.instance import ChipInstance
 from halora.hardware.mapping import LM_HEAD, Outliers, Placement
 from halora.hardware.noise import Programming, noise_to_signal_db
 from halora.hardware.outliers import SideMatrix, side_matrix
 from halora.hardware.rounding import AS_IT_IS, rounded
-from halora.settings.training import LINEAR_NAMES
 from halora.training.attention import forget_attention_bits, is_attention, set_attention_bits
 from halora.training.fused import Branch, FrozenLinear
 
@@ -352,6 +352,8 @@ class RramArray:
 def install(causal_lm: Any) -> RramArray:
     """Make every linear layer of the decoder blocks, and the output projection, one that a chip can hold, in place.
 
+    They are in the order of the forward pass, in which modules need not be: so a chip's mapping ranks them.
+
     Raises:
         UserError: The model has no linear layer with a known name.
     """
@@ -368,5 +370,6 @@ def install(causal_lm: Any) -> RramArray:
         layer = RramLinear(linear, canonical_name(name), wiring)
         causal_lm.set_submodule(name, layer)
         layers.append(layer)
+    layers.sort(key=lambda layer: forward_order(layer.name))
     attentions = [module for module in causal_lm.modules() if is_attention(module)]
     return RramArray(layers, wiring, attentions, linears)

@@ -1,4 +1,15 @@
-"""Checks a file for Ray's cluster launcher before it costs money: by Ray's own schema, and by what our sweeps need."""
+"""Checks a file for Ray's cluster launcher before it costs money.
+
+Ray's own schema and its own check say whether `ray up` takes the file. Beside these there is only what Ray takes and a
+user pays for:
+
+- machines that run and no trial ever does: no type of workers or none with CPUs, the head's address or port wrong for
+  them, no autoscaling, servers of the head left out or out of order, no token for the nodes to join by;
+- a cluster that starts and then refuses the sweep: another wheel, lock or Python than here, Ray's own setup instead of
+  ours, what is mounted missing here;
+- trials on the head, beside its databases; checkpoints on a cloud's disks, which go with their nodes;
+- Ray open to all (no token), or a secret in a file that is copied to every node.
+"""
 
 import json
 import os
@@ -9,6 +20,7 @@ import sys
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
+from copy import deepcopy
 from dataclasses import dataclass
 from importlib.metadata import version
 from io import StringIO
@@ -24,9 +36,6 @@ HEAD_SCRIPTS = ("postgresql.sh", "mlflow.sh", "ray-head.sh")
 """What the head starts, in this order: each needs the one before."""
 WORKER_SCRIPT = "ray-worker.sh"
 BOOTSTRAP = "--autoscaling-config=~/ray_bootstrap_config.yaml"
-DEFAULT_PORTS = {"POSTGRESQL": 5432, "MLFLOW": 5000, "RAY": 6379, "DASHBOARD": 8265, "CLIENT": 10001}
-WORKER_PORTS = range(10002, 20000)
-"""Ray's own, for worker processes."""
 _COMMANDS = (
     "initialization_commands",
     "setup_commands",
@@ -87,11 +96,11 @@ def check_cluster_file(path: Path) -> list[NodeType]:
     """
     config = _read(path)
     problems = list(_by_schema(config))
-    if not problems:  # the rest may rely on types
-        for check in (_workers, _files, _scripts, _ports, _token, _secrets, _setup):
-            problems += check(config)
     if not problems:
         problems += _by_ray(config)
+    if not problems:  # the rest may rely on types
+        for check in (_workers, _files, _scripts, _token, _secrets, _setup):
+            problems += check(config)
     if problems:
         raise UserError(problems, f"fix '{path}', then check it again before `ray up`")
     return _node_types(config)
@@ -136,7 +145,7 @@ def _by_ray(config: dict[str, Any]) -> Iterator[str]:
 
     try:
         with redirect_stdout(StringIO()):  # Ray's talk goes there
-            validate_config(prepare_config(config))
+            validate_config(prepare_config(deepcopy(config)))
     except Exception as error:  # ValueError, RuntimeError, click's and jsonschema's own
         yield f"Ray refuses it: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
 
@@ -152,37 +161,22 @@ def _node_types(config: dict[str, Any]) -> list[NodeType]:
 
 
 def _workers(config: dict[str, Any]) -> Iterator[str]:
-    """The head runs no trials, other nodes can, and the numbers agree."""
+    """The head runs no trials, and other nodes can."""
     if _provider(config) == "local":
         if config.get("available_node_types") or config.get("head_node_type"):
             yield "available_node_types, head_node_type: leave both out where provider.type is 'local'"
         return
-    types, head = _node_types(config), config["head_node_type"]
-    at, total = "available_node_types", config["max_workers"]
-    if head not in config[at]:
-        yield f"head_node_type: '{head}' is none of {', '.join(config[at])}"
-        return
+    at, types = "available_node_types", _node_types(config)
     for node in types:
-        if node.head:
-            if node.cpus != 0 or node.gpus:
-                given = f"CPU {_plain(node.cpus)}, GPU {_plain(node.gpus)}"
-                yield f"{at}.{node.name}.resources: {given}; the head runs no trials, so write {{CPU: 0}} and no GPU"
-            continue
+        if node.head and (node.cpus != 0 or node.gpus):
+            given = f"CPU {_plain(node.cpus)}, GPU {_plain(node.gpus)}"
+            yield f"{at}.{node.name}.resources: {given}; the head runs no trials, so write {{CPU: 0}} and no GPU"
         least = max(1, node.gpus or 0)
-        if node.cpus is None or node.cpus < least:
+        if not node.head and (node.cpus is None or node.cpus < least):
             given = f"{at}.{node.name}.resources.CPU: {_plain(node.cpus)}"
             yield f"{given}; a trial takes a CPU for each of its workers, so write at least {least:g}"
-        if node.min_workers > node.max_workers:
-            yield f"{at}.{node.name}: min_workers {node.min_workers} is more than max_workers {node.max_workers}"
-        if node.max_workers > total:
-            yield f"{at}.{node.name}.max_workers: {node.max_workers} is more than max_workers of the whole, {total}"
-    workers = [node for node in types if not node.head]
-    if not any(node.max_workers for node in workers):
+    if not any(node.max_workers for node in types if not node.head):
         yield f"{at}: no type beside the head has max_workers of 1 or more, so no trial can run"
-    elif sum(node.max_workers for node in workers) < total:
-        yield f"max_workers: {total} cannot be reached: the types allow {sum(node.max_workers for node in workers)}"
-    if (least_of_all := sum(node.min_workers for node in workers)) > total:
-        yield f"max_workers: {total} is less than min_workers of all types, {least_of_all}"
 
 
 def _files(config: dict[str, Any]) -> Iterator[str]:
@@ -193,23 +187,16 @@ def _files(config: dict[str, Any]) -> Iterator[str]:
             make = "; build the wheel with `.venv/bin/uv build --wheel`" if "dist" in str(local) else ""
             yield f"file_mounts.{remote}: '{local}' does not exist here{make}"
     wheels = {w: r for r, local in mounts.items() for w in _wheels(_here(local))}
-    if not wheels and not any("dist" in str(local) and not _here(local).exists() for local in mounts.values()):
-        yield "file_mounts: no wheel of halora-sweep; build one with `.venv/bin/uv build --wheel` and mount ./dist"
-    if len(wheels) > 1:
-        yield f"file_mounts: {len(wheels)} wheels ({', '.join(sorted(w.name for w in wheels))}); leave one"
+    if len(wheels) != 1 and not any("dist" in str(local) and not _here(local).exists() for local in mounts.values()):
+        given = ", ".join(sorted(wheel.name for wheel in wheels)) or "none"
+        yield f"file_mounts: wheels of halora-sweep: {given}; mount ./dist with one, of `.venv/bin/uv build --wheel`"
     for wheel, remote in wheels.items():
         there, here = _wheel_code(wheel), own_code()
         if there != here:
             yield f"file_mounts.{remote}: {wheel.name} holds code {there}, here runs {here}; build it anew"
-    locks = {r: _here(local) for r, local in mounts.items() if str(local).endswith("requirements.lock")}
-    if not locks:
-        yield "file_mounts: no requirements.lock; mount ./requirements.lock, which holds the tested versions"
-    for remote, lock in locks.items():
-        pinned = (
-            dict(line.split("==") for line in lock.read_text(encoding="utf-8").split() if "==" in line)
-            if lock.is_file()
-            else {}
-        )
+    for remote, lock in ((r, _here(local)) for r, local in mounts.items() if str(local).endswith("requirements.lock")):
+        lines = lock.read_text(encoding="utf-8").split() if lock.is_file() else []
+        pinned = dict(line.split("==") for line in lines if "==" in line)
         for name in _LIBRARIES if pinned else ():
             if (there := pinned.get(name, "none")) != version(name):
                 yield f"file_mounts.{remote}: {name} {there} there, {version(name)} here; they have to be equal"
@@ -226,56 +213,27 @@ def _scripts(config: dict[str, Any]) -> Iterator[str]:
         elif mounted[call.folder].is_dir() and not os.access(mounted[call.folder] / call.script, os.X_OK):
             known = [path.name for path in mounted[call.folder].glob("*.sh")]
             yield f"{call.path}: '{mounted[call.folder]}' holds no script {call.script}{nearest(call.script, known)}"
-    on_head = [call.script for call in calls if call.path.startswith("head_start")]
-    for script in HEAD_SCRIPTS:
-        if script not in on_head:
-            yield f"head_start_ray_commands: {script} is not called; the head starts {', '.join(HEAD_SCRIPTS)}"
-    ours = [script for script in on_head if script in HEAD_SCRIPTS]
-    if set(ours) == set(HEAD_SCRIPTS) and ours != list(HEAD_SCRIPTS):
-        yield f"head_start_ray_commands: {', '.join(ours)}; each needs the one before: {', '.join(HEAD_SCRIPTS)}"
+    ours = [call.script for call in calls if call.path.startswith("head_start") and call.script in HEAD_SCRIPTS]
+    if ours != list(HEAD_SCRIPTS):
+        given = ", ".join(ours) or "none"
+        yield f"head_start_ray_commands: {given}; write {', '.join(HEAD_SCRIPTS)}: each needs the one before"
     if not any(call.script == WORKER_SCRIPT for call in calls if call.path.startswith("worker_start")):
         yield f"worker_start_ray_commands: {WORKER_SCRIPT} is not called; write `.../{WORKER_SCRIPT} $RAY_HEAD_IP:6379`"
     for call in calls:
         if call.script == "ray-head.sh":
             if BOOTSTRAP not in call.arguments:
                 yield f"{call.path}: without {BOOTSTRAP} no node is ever added"
-            if _provider(config) != "local" and "://" not in call.settings.get("HALORA_STORAGE", ""):
-                given = call.settings.get("HALORA_STORAGE") or "not set"
-                yield f"{call.path}: HALORA_STORAGE is {given}; nodes of a cloud share no disk, so name a URL (s3://, gs://)"
-
-
-def _ports(config: dict[str, Any]) -> Iterator[str]:
-    """Nodes go where the head listens, and no two servers of the head want one port."""
-    heads = [call for call in _calls(config) if call.script in HEAD_SCRIPTS]
-    settings = {name: value for call in heads for name, value in call.settings.items()}
-    ports = {}
-    for name, default in DEFAULT_PORTS.items():
-        given = settings.get(f"HALORA_{name}_PORT", str(default))
-        if not given.isdigit() or not 1 <= int(given) <= 65535:
-            yield f"head_start_ray_commands: HALORA_{name}_PORT={given}; write a number from 1 to 65535"
-            continue
-        ports[name] = int(given)
-        if ports[name] in WORKER_PORTS:
-            yield f"head_start_ray_commands: HALORA_{name}_PORT={given} is in Ray's range for workers, 10002 to 19999"
-    for name, port in ports.items():
-        if shared := [other for other in ports if other > name and ports[other] == port]:
-            yield f"head_start_ray_commands: HALORA_{name}_PORT and HALORA_{shared[0]}_PORT are both {port}"
-    for call in heads:  # each script has its settings to itself
-        for name in ("RAY", "DASHBOARD", "CLIENT") if call.script == "ray-head.sh" else ():
-            option = {"RAY": "--port", "DASHBOARD": "--dashboard-port", "CLIENT": "--ray-client-server-port"}[name]
-            if any(argument.split("=")[0] == option for argument in call.arguments):
-                yield f"{call.path}: {option} is set by the script; write HALORA_{name}_PORT=... before it instead"
-        for name in ("POSTGRESQL", "MLFLOW"):
-            given = call.settings.get(f"HALORA_{name}_PORT", str(DEFAULT_PORTS[name]))
-            if name in ports and given != str(ports[name]):
-                yield f"{call.path}: HALORA_{name}_PORT is {ports[name]} elsewhere; set it before every script"
-    for call in _calls(config):
-        if call.script == WORKER_SCRIPT:
-            host, _, given = (call.arguments[0] if call.arguments else "").rpartition(":")
-            if host not in ("$RAY_HEAD_IP", "${RAY_HEAD_IP}"):
-                yield f"{call.path}: '{host}' as the head's address; only Ray knows it: write $RAY_HEAD_IP"
-            if "RAY" in ports and given != str(ports["RAY"]):
-                yield f"{call.path}: port {given or 'missing'}, but the head listens on {ports['RAY']}"
+            if _provider(config) != "local" and "://" not in call.settings.get("HALORA_CHECKPOINT_URL", ""):
+                given = call.settings.get("HALORA_CHECKPOINT_URL") or "not set"
+                why = "nodes of a cloud share no disk, so name a URL (s3://, gs://)"
+                yield f"{call.path}: HALORA_CHECKPOINT_URL is {given}; {why}"
+    ray_port = next((c.settings["HALORA_RAY_PORT"] for c in calls if "HALORA_RAY_PORT" in c.settings), "6379")
+    for call in calls:
+        if call.script == WORKER_SCRIPT and (given := " ".join(call.arguments[:1])) not in (
+            f"$RAY_HEAD_IP:{ray_port}",
+            f"${{RAY_HEAD_IP}}:{ray_port}",
+        ):
+            yield f"{call.path}: '{given}' as the head's address; only Ray knows it: write $RAY_HEAD_IP:{ray_port}"
 
 
 def _token(config: dict[str, Any]) -> Iterator[str]:
@@ -303,7 +261,7 @@ def _secrets(config: dict[str, Any]) -> Iterator[str]:
 
 
 def _setup(config: dict[str, Any]) -> Iterator[str]:
-    """The same Python and the mounted files are installed, by our commands and not by Ray's defaults."""
+    """The same Python, set up by our commands and not by Ray's defaults."""
     for name in ("setup_commands", "head_setup_commands", "worker_setup_commands"):
         if name not in config and _provider(config) != "local":
             yield f"{name}: missing, so Ray runs its own, with another Ray and Python; write a list, if an empty one"
@@ -314,10 +272,6 @@ def _setup(config: dict[str, Any]) -> Iterator[str]:
     if versions != {own}:
         given = ", ".join(sorted(versions)) or "of no said version"
         yield f"setup_commands: Python {given} there, {own} here; they have to be equal: write python{own}"
-    for remote, local in config.get("file_mounts", {}).items():
-        wanted = str(local).endswith("requirements.lock") or _wheels(_here(local))
-        if wanted and str(remote) not in text and _tilde(remote) not in text:
-            yield f"setup_commands: {remote} is mounted, but not installed"
 
 
 def _calls(config: dict[str, Any]) -> Iterator[Call]:

@@ -111,7 +111,9 @@ def _look(expected: Mapping[str, str], probe: str, storage: str, models: list[st
     if storage:
         attempt(problems, lambda: check_storage(storage))
     elif not Path(probe).exists():
-        problems.append(f"it does not see '{Path(probe).parent}'; name a place that all nodes reach with --storage")
+        problems.append(
+            f"it does not see '{Path(probe).parent}'; name a place that all nodes reach with --checkpoint-url"
+        )
     elif not os.access(Path(probe).parent, os.W_OK):
         problems.append(f"it cannot write the store '{Path(probe).parent}'")
     for model in models:

@@ -5,7 +5,7 @@ import shutil
 import socket
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, suppress
 from io import StringIO
 from math import ceil
 from pathlib import Path
@@ -13,17 +13,19 @@ from tempfile import TemporaryDirectory, gettempdir, mkdtemp
 from typing import Any
 from urllib.parse import urlsplit
 
+import psutil
 import ray
 
 from halora.errors import UnreachableError, UserError
 from halora.spaces.sweep import SweepConfig
 from halora.sweep.cluster.cluster import LOCAL, Cluster
-from halora.sweep.cluster.interrupts import sigterm_as_interrupt
+from halora.sweep.cluster.interrupts import children_ignore_hangups, signals_as_interrupt
 from halora.sweep.cluster.loopback import only_this_machine
 
 NAMESPACE = "halora"
 """Ray's namespace of all that a sweep starts."""
 
+_STARTS = 3
 _LISTENING_S = 10.0
 _LONGEST_PARENT = 107 - 85
 """Bytes of the path of the folder that Ray's is made in. A socket's path has 107 bytes (AF_UNIX), of which our folder's
@@ -60,29 +62,55 @@ def ray_session(processes: int, *, cpus: int | None = None, cluster: Cluster = L
     environment = {"TOKENIZERS_PARALLELISM": "false"}
     if not cluster.address:
         with only_this_machine(), _own_folder() as folder:
+            _start(
+                folder,
+                num_cpus=cores if cpus else processes,
+                runtime_env={"env_vars": {"OMP_NUM_THREADS": str(cpus or share), **environment}},
+            )
             try:
-                ray.init(
-                    address="local",  # none would join $RAY_ADDRESS, or a Ray that runs here already
-                    num_cpus=cores if cpus else processes,
-                    include_dashboard=False,
-                    log_to_driver=False,
-                    logging_level="ERROR",
-                    namespace=NAMESPACE,
-                    object_store_memory=100 * 2**20,
-                    _temp_dir=folder,
-                    runtime_env={"env_vars": {"OMP_NUM_THREADS": str(cpus or share), **environment}},
-                )
-            except Exception as error:  # OSError, RuntimeError, ConnectionError, TimeoutError ... by cause
-                said = " ".join(str(error).split())[-300:] or type(error).__name__
-                raise UnreachableError(f"Ray does not start on this machine: {said}", "see `halora doctor`") from None
-            try:
-                sigterm_as_interrupt()
+                signals_as_interrupt()
                 yield
             finally:
                 ray.shutdown()
         return
     with joined(cluster, {"OMP_NUM_THREADS": str(cpus or 1), **environment}):
         yield
+
+
+def _start(folder: str, **options: Any) -> None:
+    """Start Ray on this machine, its sockets and logs in the folder.
+
+    Ray gives its own processes 30 s, which on an overloaded machine are too few: it is then started once more.
+    """
+    for attempt in range(_STARTS):
+        try:
+            with children_ignore_hangups():
+                ray.init(
+                    address="local",  # none would join $RAY_ADDRESS, or a Ray that runs here already
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level="ERROR",
+                    namespace=NAMESPACE,
+                    object_store_memory=100 * 2**20,
+                    _temp_dir=folder,
+                    **options,
+                )
+        except Exception as error:  # OSError, RuntimeError, ConnectionError, TimeoutError ... by cause
+            ray.shutdown()
+            _end_processes(folder)
+            said = " ".join(str(error).split())[-300:] or type(error).__name__
+            if "timed out" not in said or attempt == _STARTS - 1:
+                raise UnreachableError(f"Ray does not start on this machine: {said}", "see `halora doctor`") from None
+        else:
+            return
+
+
+def _end_processes(folder: str) -> None:
+    """End what a start that failed left running: our children whose command names the folder."""
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if any(folder in argument for argument in child.cmdline()):
+                child.kill()
 
 
 @contextmanager
@@ -136,7 +164,7 @@ def joined(cluster: Cluster, environment: dict[str, str]) -> Iterator[None]:
         except Exception as error:  # ConnectionError, AuthenticationError, RuntimeError of unequal versions ...
             raise unreachable(cluster.address, error) from None
         try:
-            sigterm_as_interrupt()
+            signals_as_interrupt()
             yield
         finally:
             ray.shutdown()

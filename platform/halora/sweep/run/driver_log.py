@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 _POLL_S = 0.5
-_LEVELS = {"failed": "error", "lost": "warning"}
+_LEVELS = {"failed": "error"}
 
 
 class Watcher(Protocol):
@@ -51,7 +51,7 @@ class DriverLog:
         with (
             suppress(OSError),
             self._path.open("a", encoding="utf-8") as file,
-        ):  # a full disk stops the sweep by its journal, not by this
+        ):  # a full disk stops the sweep by its event log, not by this
             file.write(line + "\n")
 
 

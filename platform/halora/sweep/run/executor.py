@@ -1,10 +1,9 @@
 """The Ray Tune adapter of the decision core. Ray runs trials and keeps nothing: storage is the truth."""
 
-import json
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from halora.errors import UserError, causes
 from halora.evaluation.chips import ChipScores
+from halora.events import BaseScored, Failed, JobEvent, OutOfMemory, Reported, Scored, WorkerLost
 from halora.heartbeat import Heartbeats
 from halora.records.store import SweepFolder
 from halora.spaces.sweep import SweepConfig
@@ -25,7 +25,7 @@ from halora.storage import read_adapter
 from halora.sweep.cluster.session import worker_share
 from halora.sweep.run.probing import Base, Probing
 from halora.sweep.search.core import Decision
-from halora.sweep.search.running import JobSource, RunningJobs, TrialEvents
+from halora.sweep.search.running import JobListener, JobSource, RunningJobs
 from halora.trainable import HaloraTrainable
 from halora.trial_runner import ScoringJob
 
@@ -42,12 +42,12 @@ class _CoreSearcher(Searcher):
 
     def suggest(self, trial_id: str) -> Any:
         """The next job as Ray's config for the trainable; nothing for now, or `FINISHED`."""
-        if not self._probing.over and not self._running.core.stopping:
+        if not self._probing.over and not self._running.source.stopping:
             base = self._probing.begin(trial_id)
             return base and self._probe(base)
         job = self._running.begin(trial_id)
         if job is None:
-            return None if self._running.core.waiting else Searcher.FINISHED
+            return None if self._running.source.waiting else Searcher.FINISHED
         return {
             "job": job.name,
             "number": job.number,
@@ -55,6 +55,7 @@ class _CoreSearcher(Searcher):
             "storage": self._folder.trial_url(job.number),
             "trial": self._sweep.resolve(job.values).with_micro_batch_halved(job.halvings).model_dump(mode="json"),
             "goal": asdict(job.goal),
+            "final": job.final,
             "heartbeats": self._heartbeats,
         }
 
@@ -70,24 +71,14 @@ class _CoreSearcher(Searcher):
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
         """A job ended or was stopped; one that was paused or interrupted stays unfinished."""
-        job, report = self._running.job(trial_id), result or {}
+        event = (result or {}).get("event")
         if self._probing.holds(trial_id):
-            if "scores" in report:
-                self._probing.scored(trial_id, ChipScores.from_json(json.loads(report["scores"])))
+            if isinstance(event, BaseScored):
+                self._probing.scored(trial_id, ChipScores.from_json(event.scores))
             else:
-                self._probing.failed(trial_id, str(report.get("cause", "its worker ended")))
-            return
-        if job is None:
-            return
-        stage = report.get("stage")
-        if stage == "evaluated":
-            self._running.scored(trial_id, report)
-        elif stage == "failed":
-            self._running.failed(trial_id, str(report["cause"]))
-        elif stage == "lost":
-            self._running.lost(trial_id, str(report["cause"]))
-        elif stage == "out_of_memory":
-            self._running.out_of_memory(trial_id, str(report["cause"]))
+                self._probing.failed(trial_id, getattr(event, "cause", "its worker ended"))
+        elif self._running.job(trial_id) and isinstance(event, Scored | Failed | WorkerLost | OutOfMemory):
+            self._running.take(trial_id, event)
         else:
             self._running.left(trial_id)
 
@@ -102,14 +93,18 @@ class _CoreSearcher(Searcher):
 class _CoreScheduler(FIFOScheduler):
     """Tune's scheduler: asks the core after every report, and tells it of workers that end."""
 
-    def __init__(self, running: RunningJobs, folder: SweepFolder, frozen: "_HungWorkers") -> None:
+    def __init__(self, running: RunningJobs, folder: SweepFolder, hung: "_HungWorkers") -> None:
         super().__init__()
-        self._running, self._folder, self._frozen = running, folder, frozen
+        self._running, self._folder, self._hung = running, folder, hung
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> Any:
         """Stop a trial that the core wants paused: its own checkpoint stays."""
-        paused = result["stage"] == "training" and self._running.report(trial.trial_id, result) is Decision.PAUSE
-        return TrialScheduler.STOP if paused else TrialScheduler.CONTINUE
+        event = result["event"]
+        if isinstance(event, Reported):
+            event = replace(event, node=result["node_ip"])
+            if self._running.take(trial.trial_id, event) is Decision.PAUSE:
+                return TrialScheduler.STOP
+        return TrialScheduler.CONTINUE
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
         """A worker ended, or raised an error that no trial is meant to raise; before the searcher hears of it."""
@@ -117,10 +112,11 @@ class _CoreScheduler(FIFOScheduler):
         if job is None:
             return
         logs = f"see `{self._folder.logs_command(job.number)}`"
-        if cause := self._frozen.causes.pop(trial.trial_id, "") or _loss(trial):
-            self._running.lost(trial.trial_id, f"{cause}; {logs}")
+        if cause := self._hung.causes.pop(trial.trial_id, "") or _loss(trial):
+            event: JobEvent = WorkerLost(trial=job.number, cause=f"{cause}; {logs}")
         else:
-            self._running.failed(trial.trial_id, f"an error in its worker; {logs}")
+            event = Failed(trial=job.number, cause=f"an error in its worker; {logs}")
+        self._running.take(trial.trial_id, event)
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
@@ -153,7 +149,7 @@ class _HungWorkers(tune.Callback):
         for process, job in silent:
             for trial in trials:
                 if trial.config["job"] == job and trial.status == trial.RUNNING:
-                    self.causes[trial.trial_id] = f"its worker was frozen: it said nothing for {self._longest_s:g} s"
+                    self.causes[trial.trial_id] = f"its worker hung: it said nothing for {self._longest_s:g} s"
             process.kill()
 
     def end(self) -> None:
@@ -165,9 +161,9 @@ class _HungWorkers(tune.Callback):
 
 
 def run_trials(
-    sweep: SweepConfig, folder: SweepFolder, core: JobSource, events: TrialEvents, probing: Probing | None = None
+    sweep: SweepConfig, folder: SweepFolder, source: JobSource, listener: JobListener, probing: Probing | None = None
 ) -> None:
-    """Score the bases that are to be probed, then run the core's jobs until none is left, or Ctrl-C or a stop request.
+    """Score the bases that are to be probed, then run jobs until none is left, or Ctrl-C or a stop request.
 
     Trials still unfinished at the end keep their checkpoint and stay unfinished in the study.
 
@@ -175,12 +171,12 @@ def run_trials(
         UnreachableError: The study's database stays away, or refuses.
         OSError: The records or the study cannot be written.
     """
-    running, frozen = RunningJobs(core, events), _HungWorkers(sweep.resources.heartbeat_s)
+    running, hung = RunningJobs(source, listener), _HungWorkers(sweep.resources.heartbeat_s)
     tuner = tune.Tuner(
         tune.with_resources(HaloraTrainable, tune.PlacementGroupFactory([worker_share(sweep)] * sweep.workers)),
         tune_config=tune.TuneConfig(
-            search_alg=_CoreSearcher(running, probing or Probing([], print), sweep, folder, frozen.name),
-            scheduler=_CoreScheduler(running, folder, frozen),
+            search_alg=_CoreSearcher(running, probing or Probing([], print), sweep, folder, hung.name),
+            scheduler=_CoreScheduler(running, folder, hung),
             num_samples=-1,
             max_concurrent_trials=sweep.concurrent,
             reuse_actors=True,
@@ -194,7 +190,7 @@ def run_trials(
             log_to_file=True,
             failure_config=tune.FailureConfig(max_failures=0),
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # the trial's folder has its own
-            callbacks=[frozen],
+            callbacks=[hung],
         ),
     )
     try:
@@ -205,7 +201,7 @@ def run_trials(
                 raise each from None
         raise
     finally:
-        frozen.end()
+        hung.end()
 
 
 def score_on_workers(

@@ -3,9 +3,9 @@
 MLflow, Ray and torch are imported once nothing is left to refuse.
 """
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from halora.analysis.trials import RecordedTrial, grouped
 from halora.errors import UserError, check_all
 from halora.evaluation.damage import described
+from halora.events import BasesProbed, Compared, Failed, JobEvent, OutOfMemory, Reported, Scored, WorkerLost
 from halora.files import write_json, write_whole
 from halora.pricing import trial_energy
 from halora.records.names import ENERGY, VIOLATION
@@ -92,7 +93,7 @@ def launch(
     store.check_writable()
     check_not_launched(folder)
     training = (
-        lambda: _check_workers(sweep, store, cluster, store.storage),
+        lambda: _check_workers(sweep, store, cluster, store.checkpoint_url),
         lambda: check_rows(sweep),
         lambda: check_rows_left(sweep),
     )
@@ -115,7 +116,7 @@ def launch(
             if store.server:
                 write_whole(new.server_file, store.server)
             if curves:
-                new.curves_file.write_bytes(curves.read_bytes())
+                write_whole(new.curves_file, curves.read_bytes())
             if earlier:
                 write_json(new.warm_start_file, earlier)
             write_sweep(new, sweep)
@@ -147,7 +148,7 @@ def resume(
     if folder.curves_file.exists():
         return _run(sweep, store.serving(name), watcher, nullcontext(), metrics_port)
     check_unchanged(sweep)
-    _check_workers(sweep, store, cluster, store.storage or folder.storage_url)
+    _check_workers(sweep, store, cluster, store.checkpoint_url or folder.checkpoint_url)
     return _run(sweep, store.serving(name), watcher, _workers(sweep, cluster), metrics_port)
 
 
@@ -164,7 +165,7 @@ def probe(sweep: SweepConfig, store: Store, watcher: Watcher, *, cluster: Cluste
         UserError: A model cannot be loaded, or rows cannot be scored.
         UnreachableError: The storage or the cluster does not answer, or one of its nodes could not run a trial.
     """
-    _check_workers(sweep, store, cluster, store.storage)
+    _check_workers(sweep, store, cluster, store.checkpoint_url)
     from halora.sweep.cluster.session import ray_session
     from halora.sweep.run.executor import score_on_workers  # imports Ray and torch
     from halora.trial_runner import ScoringJob
@@ -208,8 +209,8 @@ def _run(
     workers: AbstractContextManager[Any],
     metrics_port: int | None,
 ) -> Outcome:
-    from halora.records.position import undelivered
-    from halora.records.sender import recording
+    from halora.records.delivery import undelivered
+    from halora.records.exporter import recording
     from halora.sweep.run.metrics import SweepCollector, serving_metrics
 
     folder = store.sweep(sweep.name)
@@ -219,26 +220,28 @@ def _run(
         core = open_core(sweep, store, clock) if simulated else open_core(sweep, store, say=watcher.say)
         core.request_stop(False)
         files = TrialFiles(folder)
-        if store.storage and not simulated:
-            files.keep_at(store.storage, sweep.launch, core.unfinished)
+        if store.checkpoint_url and not simulated:
+            files.keep_at(store.checkpoint_url, sweep.launch, core.unfinished)
         with (
             recording(store, sweep, watcher.say) as recorder,
             serving_metrics(
-                metrics_port, SweepCollector(sweep.name, recorder.ledger, lambda: undelivered(store, sweep.name))
+                metrics_port, SweepCollector(sweep.name, recorder.recorded, lambda: undelivered(store, sweep.name))
             ),
         ):
             ended = False
-            events = _Recording(sweep, core, recorder, watcher, files, folder)
+            listener = _Recording(sweep, core, recorder, watcher, files, folder)
             comparison = None
             try:
                 if simulated:
                     table = read_table(folder.curves_file, sweep)
                     every = sweep.resolve({}).training.report_every
                     at_once = sweep.concurrent
-                    simulate(core, table, clock, concurrent=at_once, report_every=every, events=events, folder=folder)
+                    simulate(
+                        core, table, clock, concurrent=at_once, report_every=every, listener=listener, folder=folder
+                    )
                     ended = core.over
                 else:
-                    ended, comparison = _train(sweep, folder, core, events, recorder, watcher, workers)
+                    ended, comparison = _train(sweep, folder, core, listener, recorder, watcher, workers)
             except KeyboardInterrupt:
                 pass
             finally:
@@ -248,7 +251,7 @@ def _run(
                     recorder.record_estimates(core.estimates())
                 finally:  # the study may be away
                     recorder.finish(interrupted=not ended)
-                events.prune()
+                listener.prune()
         return Outcome(ended, core.counts()["failed"], comparison)
 
 
@@ -265,7 +268,7 @@ def _train(
     sweep: SweepConfig,
     folder: SweepFolder,
     core: DecisionCore,
-    events: "_Recording",
+    listener: "_Recording",
     recorder: "SweepRecorder",
     watcher: Watcher,
     workers: AbstractContextManager[Any],
@@ -278,15 +281,19 @@ def _train(
     torch.set_num_threads(1)  # the cores are the workers'
     with workers:
         watcher.say(f"{RUNS} on up to {sweep.concurrent * sweep.workers} workers; each loads the model once")
-        unknown = bases(sweep, watcher.say) if recorder.ledger.damage is None else []
-        run_trials(sweep, folder, core, events, Probing(unknown, watcher.say, recorder.record_damage))
+        unknown = bases(sweep, watcher.say) if recorder.recorded.damage is None else []
+
+        def probed(outcomes: Sequence[dict[str, Any]]) -> None:
+            recorder.record(BasesProbed(outcomes=outcomes))
+
+        run_trials(sweep, folder, core, listener, Probing(unknown, watcher.say, probed))
         recorder.record_estimates(core.estimates())
-        chosen = contestants(sweep.comparison, events.points()) if sweep.comparison else {}
+        chosen = contestants(sweep.comparison, listener.points()) if sweep.comparison else {}
         if not chosen or not core.over:
             return core.over, None
         comparison = compare(sweep, folder, core, chosen, watcher.say)
         if comparison is not None:
-            recorder.record_comparison(comparison.to_json())
+            recorder.record(Compared(comparison=comparison.to_json()))
         return comparison is not None, comparison
 
 
@@ -323,7 +330,7 @@ class _Recording:
             self._cannot_prune = str(error)
 
     def began(self, job: Job) -> None:
-        if self._to_prune:  # the study has by now what the events were told
+        if self._to_prune:  # the study has by now what was told here
             self.prune()
         if job.goal.first_chip:
             self._recorder.record_estimates(self._core.estimates())  # of the race so far
@@ -334,48 +341,56 @@ class _Recording:
             self._recorder.begin_trial(job.number, config, job.values, trial_energy(config))
             # A worker may have gone on for a moment after an earlier driver ended.
             with suppress(UserError):  # its worker will say so
-                self._recorder.report_missed(job.number, self._files.reports(job.number))
+                for report in self._files.reports(job.number):
+                    self._recorder.record(report)
                 self._begun.add(job.number)
         goal = f"up to step {job.goal.steps}" if not job.goal.first_chip else f"on {job.goal.chip_instances} chips"
         self._watcher.trial(job.number, "running", f"{goal}, {job.energy_uj_per_token:.2f} µJ/token")
 
-    def reported(self, job: Job, report: Mapping[str, Any]) -> None:
-        self._recorder.report_step(job.number, int(report["step"]), report)
-        loss = f", loss {report['train_loss']:.2f}" if "train_loss" in report else ""
-        node = str(report.get("node_ip", ""))
-        self._watcher.trial(job.number, "training", f"step {report['step']}/{job.goal.steps}{loss}", node)
+    def told(self, job: Job, event: JobEvent) -> None:
+        match event:
+            case Reported():
+                self._recorder.record(event)
+                loss = f", loss {event.metrics['train_loss']:.2f}" if "train_loss" in event.metrics else ""
+                self._watcher.trial(job.number, "training", f"step {event.step}/{job.goal.steps}{loss}", event.node)
+            case Scored(final=False):
+                self._recorder.record(event)
+                reached = f"accuracy {event.metrics['accuracy']:.3f} at step {event.step}"
+                self._watcher.trial(job.number, "paused", reached)
+            case Scored():
+                self._finish(job, event)
+            case WorkerLost():
+                self._begun.discard(job.number)  # its last report may not have been heard
+                self._recorder.record(event)
+                self._watcher.say(f"trial {job.number} resumes from its checkpoint: {event.cause}")
+            case OutOfMemory():
+                self._recorder.record(replace(event, cause=f"{event.cause}; continued with half"))
+                self._watcher.say(
+                    f"trial {job.number} resumes from its checkpoint with half the micro-batch: {event.cause}"
+                )
+            case Failed() if job.goal.first_chip:
+                self._watcher.say(f"trial {job.number} stays on {job.goal.first_chip} chips: {event.cause}")
+            case Failed():
+                self._recorder.record(event)
+                self._to_prune = True
+                self._watcher.trial(job.number, "failed", event.cause)
 
-    def evaluated(self, job: Job, report: Mapping[str, Any]) -> None:
-        if not job.final:
-            self._recorder.report_rung(job.number, job.goal.steps, report)
-            self._watcher.trial(job.number, "paused", f"accuracy {report['accuracy']:.3f} at step {job.goal.steps}")
-            return
+    def _finish(self, job: Job, event: Scored) -> None:
+        """Record final scores with their file and the adapter, and by how much they break the constraints."""
         self._files.fetch(job)
         self._to_prune = True
-        metrics = {**report, ENERGY: job.energy_uj_per_token}
-        violation = total_violation(constraint.violation(metrics) for constraint in self._sweep.constraints)
-        scores = {**report, **({VIOLATION: violation} if self._sweep.constraints else {})}
+        metrics = {**event.metrics, ENERGY: job.energy_uj_per_token}
+        if self._sweep.constraints:
+            metrics[VIOLATION] = total_violation(each.violation(metrics) for each in self._sweep.constraints)
         folder = self._folder.trial(job.number)
         adapter = None if job.goal.first_chip else adapter_folder(folder)
-        point = self._recorder.finish_trial(
-            job.number, job.goal.steps, scores, folder / RESULT_FILE, adapter if adapter and adapter.exists() else None
+        whole = replace(
+            event,
+            metrics=metrics,
+            scores_file=str((folder / RESULT_FILE).relative_to(self._folder.root)),
+            adapter=str(adapter.relative_to(self._folder.root)) if adapter and adapter.exists() else "",
         )
-        self._watcher.trial(
-            job.number, "finished", f"accuracy {point.accuracy:.3f}, {point.energy_uj_per_token:.2f} µJ/token"
-        )
-
-    def lost(self, job: Job, cause: str) -> None:
-        self._begun.discard(job.number)  # its last report may not have been heard
-        self._watcher.say(f"trial {job.number} resumes from its checkpoint: {cause}")
-
-    def out_of_memory(self, job: Job, cause: str) -> None:
-        self._recorder.continue_trial(job.number, f"{cause}; continued with half")
-        self._watcher.say(f"trial {job.number} resumes from its checkpoint with half the micro-batch: {cause}")
-
-    def failed(self, job: Job, cause: str) -> None:
-        if job.goal.first_chip:
-            self._watcher.say(f"trial {job.number} stays on {job.goal.first_chip} chips: {cause}")
-            return
-        self._recorder.fail_trial(job.number, cause)
-        self._to_prune = True
-        self._watcher.trial(job.number, "failed", cause)
+        self._recorder.record(whole)
+        point = self._recorder.recorded.point(job.number)
+        told = f"accuracy {point.accuracy:.3f}, {point.energy_uj_per_token:.2f} µJ/token"
+        self._watcher.trial(job.number, "finished", told)

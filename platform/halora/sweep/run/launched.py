@@ -24,7 +24,7 @@ def as_launched(sweep: SweepConfig) -> SweepConfig:
     shapes: dict[str, dict[str, Any]] = {}
     for model in models:
         with suppress(UserError):  # a simulation needs no model
-            shapes[model] = estimated_shape(model).dimensions
+            shapes[model] = dict(estimated_shape(model).dimensions)
     paths = [path for path in map(Path, dict.fromkeys([*models, *tasks])) if path.is_absolute() and path.is_dir()]
     folders = {str(path): _digest(path) for path in paths}
     return sweep.model_copy(update={"launch": uuid4().hex, "folders": folders, "shapes": shapes})

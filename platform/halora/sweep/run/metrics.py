@@ -10,7 +10,7 @@ from prometheus_client.registry import Collector
 
 from halora.errors import UserError
 from halora.records import names
-from halora.records.ledger import Ledger
+from halora.records.sweep_state import SweepState
 
 _STATES = ("running", "finished", "failed", "stopped", "interrupted")
 
@@ -20,29 +20,29 @@ class SweepCollector(Collector):
 
     Args:
         sweep: Its name.
-        ledger: What it has recorded.
+        recorded: What it has recorded.
         unsent: Counts the records that MLflow lacks.
     """
 
-    def __init__(self, sweep: str, ledger: Ledger, unsent: Callable[[], int]) -> None:
-        self._sweep, self._ledger, self._unsent = sweep, ledger, unsent
+    def __init__(self, sweep: str, recorded: SweepState, unsent: Callable[[], int]) -> None:
+        self._sweep, self._recorded, self._unsent = sweep, recorded, unsent
 
     def collect(self) -> Iterable[Metric]:
         """The metrics as they stand."""
-        points = self._ledger.points()
+        points = self._recorded.points()
         states = Counter(point.state for point in points)
         trials = GaugeMetricFamily("halora_trials", "Trials begun, by state.", labels=["sweep", "state"])
         for state in _STATES:
             trials.add_metric([self._sweep, state], states[state])
         yield trials
         steps = CounterMetricFamily("halora_optimizer_steps", "Optimiser steps of all trials.", labels=["sweep"])
-        steps.add_metric([self._sweep], sum(self._ledger.last_step(point.number) for point in points))
+        steps.add_metric([self._sweep], sum(self._recorded.last_step(point.number) for point in points))
         yield steps
-        reached = self._ledger.sweep_metrics
+        reached = self._recorded.sweep_metrics
         for name, text, value in (
             ("front_size", "Trials on the front.", reached.get(names.FRONT_SIZE, 0.0)),
             ("hypervolume", "Of the front, in uJ per token at full accuracy.", reached.get(names.HYPERVOLUME, 0.0)),
-            ("unsent_records", "Entries of the journal that MLflow lacks.", self._unsent()),
+            ("unsent_records", "Entries of the event log that MLflow lacks.", self._unsent()),
         ):
             gauge = GaugeMetricFamily(f"halora_{name}", text, labels=["sweep"])
             gauge.add_metric([self._sweep], value)

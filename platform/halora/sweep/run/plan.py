@@ -1,4 +1,4 @@
-"""What a sweep will take, before it is launched: levels, time, memory, and how many trials fit at once.
+"""What a sweep will take, before it is launched: goals, time, memory, and how many trials fit at once.
 
 Estimates for CPUs, from the model's dimensions, the task's rows and a product timed on this machine; good to about a
 factor of two. Counted: products with frozen weights (twice in training, as they get no gradient of their own), the
@@ -32,16 +32,16 @@ _SAMPLED_ROWS = 64
 
 
 @dataclass(frozen=True)
-class LevelPlan:
-    """One level of a trial.
+class GoalPlan:
+    """One goal of a trial.
 
     Attributes:
-        level: Steps, rows and chips.
+        goal: Steps, rows and chips.
         trials: How many trials reach it.
-        seconds: From the level before it, training and scoring.
+        seconds: From the goal before it, training and scoring.
     """
 
-    level: Goal
+    goal: Goal
     trials: int
     seconds: float
 
@@ -51,7 +51,7 @@ class SweepPlan:
     """The whole sweep.
 
     Attributes:
-        levels: What each level takes a trial of the sweep's largest model.
+        goals: What each goal takes a trial of the sweep's largest model.
         first: Points tried first.
         memory_bytes: Of one process of a trial.
         workers: Processes of a trial.
@@ -61,7 +61,7 @@ class SweepPlan:
         hours: The whole sweep, with as many trials at once as it asks for.
     """
 
-    levels: tuple[LevelPlan, ...]
+    goals: tuple[GoalPlan, ...]
     first: tuple[Mapping[str, Any], ...]
     memory_bytes: float
     workers: int
@@ -77,19 +77,19 @@ def plan(sweep: SweepConfig) -> SweepPlan:
     config = max((sweep.resolve({"model": model}) for model in sweep.values_of("model")), key=_size)
     threads = max((os.cpu_count() or 1) // (sweep.concurrent * sweep.workers), 1)
     flops_per_s = _flops_per_s(threads) * sweep.workers
-    levels, reaching, before = [], sweep.trials, 0
-    for i, level in enumerate(problem.levels({})):
+    goals, reaching, before = [], sweep.trials, 0
+    for i, goal in enumerate(problem.goals({})):
         reaching = sweep.trials if i == 0 else max(int(reaching / problem.reduction_factor), 1)
-        work = _training_flops(config, level.steps - before) + _scoring_flops(config, level)
-        levels.append(LevelPlan(level, reaching, work / flops_per_s))
-        before = level.steps
+        work = _training_flops(config, goal.steps - before) + _scoring_flops(config, goal)
+        goals.append(GoalPlan(goal, reaching, work / flops_per_s))
+        before = goal.steps
     memory = _memory_bytes(config)
     available = psutil.virtual_memory().available
     fit = min(int(available // (memory * sweep.workers)), (os.cpu_count() or 1) // sweep.workers)
     anew = _trained_anew(sweep)
-    seconds = sum((each.trials + anew) * each.seconds for each in levels)
+    seconds = sum((each.trials + anew) * each.seconds for each in goals)
     return SweepPlan(
-        levels=tuple(levels),
+        goals=tuple(goals),
         first=tuple(problem.first[: sweep.trials]),
         memory_bytes=memory,
         workers=sweep.workers,
@@ -128,18 +128,19 @@ def _training_flops(config: TrialConfig, steps: int) -> float:
     return steps * tokens * 2 * passes * _weights(model_shape(config.model))
 
 
-def _scoring_flops(config: TrialConfig, level: Goal) -> float:
-    rows = level.rows or len(load_rows(config.task, "validation"))
+def _scoring_flops(config: TrialConfig, goal: Goal) -> float:
+    rows = goal.rows or len(load_rows(config.task, "validation"))
     ideal = config.chip.adc.lossless and config.chip.dac.lossless
-    strengths = 1 + len(level.config(config).evaluation.noise_strengths)
-    passes = 1 + strengths * level.chip_instances * (1 if ideal else _CONVERSION_FACTOR)
+    strengths = 1 + len(goal.config(config).evaluation.noise_strengths)
+    passes = 1 + strengths * goal.chip_instances * (1 if ideal else _CONVERSION_FACTOR)
     return rows * _tokens_per_row(config, "validation") * passes * 2 * _weights(model_shape(config.model))
 
 
 def _memory_bytes(config: TrialConfig) -> float:
     shape, training = model_shape(config.model), config.training
     weights, width = _weights(shape), 2 if training.dtype == "bf16" else 4
-    adapted = [linear for linear in shape.linears if linear.name in config.lora.targets]
+    names = shape.adapted(config.lora.targets)
+    adapted = [linear for linear in shape.linears if linear.name in names]
     adapter = shape.layers * sum(config.lora.rank * (linear.in_features + linear.out_features) for linear in adapted)
     micro_batch = training.batch_size / (training.gradient_accumulation * training.workers)
     tokens = max(micro_batch, 1) * _tokens_per_row(config, "train")

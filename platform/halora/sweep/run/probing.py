@@ -105,15 +105,13 @@ class Probing:
         try:
             outcome = self._in_hand[key].damage(scores).to_json()
         except UserError as error:
-            outcome = self._failure(key, str(error))
-        self._take(key, outcome)
+            self.failed(key, str(error))
+        else:
+            self._take(key, outcome)
 
     def failed(self, key: str, cause: str) -> None:
         """Take why a base could not be scored."""
-        self._take(key, self._failure(key, cause))
-
-    def _failure(self, key: str, cause: str) -> dict[str, Any]:
-        return {"base": self._in_hand[key].name, "cause": cause}
+        self._take(key, {"base": self._in_hand[key].name, "cause": cause})
 
     def _take(self, key: str, outcome: dict[str, Any]) -> None:
         del self._in_hand[key]

@@ -1,4 +1,4 @@
-"""Whether journal and MLflow say of every trial what the study says, and fixing them where they do not.
+"""Whether event log and MLflow say of every trial what the study says, and fixing them where they do not.
 
 The study is the truth. A process that was killed may have written one and not yet the others.
 """
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from halora.errors import UnreachableError, UserError
+from halora.events import Failed, Finished, Interrupted, Stopped
 from halora.records.store import Store
 from halora.sweep.run.state import is_running, load_core, only_driver
 from halora.sweep.search.study import State, Trial
@@ -28,19 +29,19 @@ _RECORDED_AS = {
 
 @dataclass(frozen=True)
 class Difference:
-    """A trial that journal or MLflow had otherwise than the study.
+    """A trial that event log or MLflow had otherwise than the study.
 
     Attributes:
         number: The trial.
         study: Where the study says it stands; empty if it does not know it.
-        journal: Where the journal said it stands; empty if it had none.
+        event_log: Where the event log said it stands; empty if it had none.
         mlflow: Where MLflow said it stands, all of its runs; empty if it had none.
         fixed: What was done.
     """
 
     number: int
     study: str
-    journal: str
+    event_log: str
     mlflow: str
     fixed: str
 
@@ -72,12 +73,12 @@ def reconcile_store(store: Store, say: Callable[[str], None]) -> tuple[list[tupl
 
 
 def close_records(name: str, store: Store, say: Callable[[str], None]) -> None:
-    """Bring the journal of a sweep that nobody runs any more to what its study says, and deliver it.
+    """Bring the event log of a sweep that nobody runs any more to what its study says, and deliver it.
 
     Raises:
         UserError: There is no such sweep, or a process is running it.
     """
-    from halora.records.sender import recording
+    from halora.records.exporter import recording
 
     sweep, core = load_core(name, store)
     with only_driver(store.sweep(name)), recording(store.serving(name), sweep, say) as recorder:
@@ -89,25 +90,25 @@ def close_records(name: str, store: Store, say: Callable[[str], None]) -> None:
 
 
 def record_as_studied(trials: Sequence[Trial], recorder: "SweepRecorder") -> None:
-    """Record of every trial what the study says of it, where the journal says otherwise; for when no trial runs."""
+    """Record of every trial what the study says of it, where the event log says otherwise; for when no trial runs."""
     for trial in trials:
-        state = recorder.ledger.state(trial.number)
+        state = recorder.recorded.state(trial.number)
         if not _agrees(trial, state):
             _record(trial, recorder)
 
 
 def _reconcile(name: str, store: Store, say: Callable[[str], None]) -> list[Difference]:
-    from halora.records import journal
-    from halora.records.index import read_ledger
+    from halora.records import event_log
+    from halora.records.index import read_sweep_state
     from halora.records.tracking import MlflowSweep, open_client
 
     open_client(store)
     sweep, core = load_core(name, store)
     mlflow = MlflowSweep(store, sweep)
-    recorded, runs = read_ledger(store, name), mlflow.trial_states()
+    recorded, runs = read_sweep_state(store, name), mlflow.trial_states()
     close_records(name, store, say)
-    states = {point.number: point.state for point in read_ledger(store, name).points()}
-    fixed = mlflow.repair(journal.read(store.sweep(name).journal_file)[0], states)
+    states = {point.number: point.state for point in read_sweep_state(store, name).points()}
+    fixed = mlflow.repair(event_log.read(store.sweep(name).event_log_file)[0], states)
     trials = {trial.number: trial for trial in core.trials()}
     found = []
     for number in sorted({*trials, *states, *runs}):
@@ -127,10 +128,10 @@ def _agrees(trial: Trial, state: str) -> bool:
 def _record(trial: Trial, recorder: "SweepRecorder") -> None:
     match trial.state:
         case State.FAILED:
-            recorder.fail_trial(trial.number, "its worker or its driver ended")
+            recorder.record(Failed(trial=trial.number, cause="its worker or its driver ended"))
         case State.STOPPED:
-            recorder.stop_trial(trial.number)
+            recorder.record(Stopped(trial=trial.number))
         case State.RUNNING | State.PAUSED:
-            recorder.interrupt_trial(trial.number)
+            recorder.record(Interrupted(trial=trial.number))
         case State.FINISHED:
-            recorder.mark_finished(trial.number)
+            recorder.record(Finished(trial=trial.number))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from halora.errors import StorageError, UserError
+from halora.events import Failed, JobEvent, OutOfMemory, Reported, Scored, WorkerLost
 from halora.files import write_json, write_whole
 from halora.pricing import trial_energy
 from halora.records.store import SweepFolder
@@ -80,21 +81,21 @@ def train_seeds(
 
     own = folder.comparison
     own.root.mkdir(exist_ok=True)
-    if folder.storage_url:
-        write_whole(own.storage_file, f"{folder.storage_url}-comparison")
+    if folder.checkpoint_url:
+        write_whole(own.checkpoint_url_file, f"{folder.checkpoint_url}-comparison")
     jobs = [_job(sweep, number, training) for number, training in enumerate(trainings)]
     for job in jobs:
         _claim(sweep, own, job)
     done = {job.number for job in jobs if _steps(own.trial(job.number)) >= job.goal.steps}
     work = _SeedWork(jobs, done, stopping)
-    events = _Telling(own, trainings, say)
+    listener = _Telling(own, trainings, say)
     if left := len(jobs) - len(done):
         say(f"training {left} of {len(jobs)} adapters for the comparison, with seeds of their own")
-        run_trials(sweep, own, work, events)
+        run_trials(sweep, own, work, listener)
     if not work.over:
         return None
     return [
-        Trained(None, events.causes[job.number])
+        Trained(None, listener.causes[job.number])
         if job.number in work.failed
         else Trained(adapter_folder(own.trial(job.number)))
         for job in jobs
@@ -158,37 +159,33 @@ class _SeedWork:
         self._in_flight.add(left[0])
         return self._jobs[left[0]]
 
-    def on_report(self, number: int, report: Mapping[str, Any]) -> Decision:
-        """Pause where the sweep is to stop."""
-        self._lost.pop(number, None)
-        return Decision.PAUSE if self.stopping else Decision.CONTINUE
+    def judged(self, event: JobEvent) -> JobEvent:
+        """What an event amounts to: too many lost workers without a report between are a failure."""
+        if isinstance(event, WorkerLost) and self._lost.get(event.trial, 0) + 1 >= MOST_LOST:
+            return Failed(trial=event.trial, cause=event.cause)
+        return event
 
-    def on_scores(self, number: int, scores: Mapping[str, Any]) -> None:
-        """Take that a training is done."""
+    def take(self, event: JobEvent) -> Decision:
+        """Take what became of a training; one that lost its worker, or its memory, is handed out again."""
+        number = event.trial
+        if isinstance(event, Reported):
+            self._lost.pop(number, None)
+            return Decision.PAUSE if self.stopping else Decision.CONTINUE
         self._in_flight.discard(number)
-        self._done.add(number)
-
-    def on_failure(self, number: int) -> None:
-        """Take that a training failed."""
-        self._in_flight.discard(number)
-        self.failed.add(number)
-
-    def on_loss(self, number: int) -> bool:
-        """Take the end of a worker; whether the training goes on."""
-        self._lost[number] = self._lost.get(number, 0) + 1
-        if self._lost[number] >= MOST_LOST:
-            return False
-        self._in_flight.discard(number)
-        return True
-
-    def on_out_of_memory(self, number: int) -> None:
-        """Hand the training out again with half the micro-batch."""
-        self._in_flight.discard(number)
-        self._jobs[number] = replace(self._jobs[number], halvings=self._jobs[number].halvings + 1)
+        match event:
+            case Scored():
+                self._done.add(number)
+            case WorkerLost():
+                self._lost[number] = self._lost.get(number, 0) + 1
+            case OutOfMemory():
+                self._jobs[number] = replace(self._jobs[number], halvings=self._jobs[number].halvings + 1)
+            case Failed():
+                self.failed.add(number)
+        return Decision.CONTINUE
 
 
 class _Telling:
-    """Tells of the trainings and brings adapters from the storage; see `halora.sweep.search.running.TrialEvents`."""
+    """Tells of the trainings and brings adapters from the storage; see `halora.sweep.search.running.JobListener`."""
 
     def __init__(self, own: SweepFolder, trainings: Sequence[SeedTraining], say: Callable[[str], None]) -> None:
         self._own, self._trainings, self._say = own, trainings, say
@@ -197,11 +194,23 @@ class _Telling:
     def began(self, job: Job) -> None:
         self._tell(job, f"up to step {job.goal.steps}")
 
-    def reported(self, job: Job, report: Mapping[str, Any]) -> None:
-        loss = f", loss {report['train_loss']:.2f}" if "train_loss" in report else ""
-        self._tell(job, f"step {report['step']}/{job.goal.steps}{loss}")
+    def told(self, job: Job, event: JobEvent) -> None:
+        match event:
+            case Reported():
+                loss = f", loss {event.metrics['train_loss']:.2f}" if "train_loss" in event.metrics else ""
+                self._tell(job, f"step {event.step}/{job.goal.steps}{loss}")
+            case Scored():
+                self._fetch(job)
+                self._tell(job, "trained")
+            case WorkerLost():
+                self._tell(job, f"resumes from its checkpoint: {event.cause}")
+            case OutOfMemory():
+                self._tell(job, f"resumes from its checkpoint with half the micro-batch: {event.cause}")
+            case Failed():
+                self.causes[job.number] = event.cause
+                self._tell(job, f"failed: {event.cause}")
 
-    def evaluated(self, job: Job, report: Mapping[str, Any]) -> None:
+    def _fetch(self, job: Job) -> None:
         if url := self._own.trial_url(job.number):
             place = TrialStorage(url)
             try:
@@ -209,19 +218,8 @@ class _Telling:
             except UserError as error:
                 raise StorageError(error.problems, error.next_step) from None
             if not there:
-                raise StorageError(f"storage '{self._own.storage_url}' lacks the adapter of training {job.number}")
+                raise StorageError(f"storage '{self._own.checkpoint_url}' lacks the adapter of training {job.number}")
             place.remove()
-        self._tell(job, "trained")
-
-    def failed(self, job: Job, cause: str) -> None:
-        self.causes[job.number] = cause
-        self._tell(job, f"failed: {cause}")
-
-    def lost(self, job: Job, cause: str) -> None:
-        self._tell(job, f"resumes from its checkpoint: {cause}")
-
-    def out_of_memory(self, job: Job, cause: str) -> None:
-        self._tell(job, f"resumes from its checkpoint with half the micro-batch: {cause}")
 
     def _tell(self, job: Job, text: str) -> None:
         training = self._trainings[job.number]

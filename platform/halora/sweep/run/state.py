@@ -64,7 +64,7 @@ def load_sweep_of(folder: SweepFolder) -> SweepConfig:
 
 def write_sweep(folder: SweepFolder, sweep: SweepConfig) -> None:
     """Write the description that `load_sweep_of` reads, to the disk itself."""
-    write_whole(folder.sweep_file, to_yaml(sweep.model_dump(mode="json")), durable=True)
+    write_whole(folder.sweep_file, to_yaml(sweep.model_dump(mode="json")))
 
 
 def open_core(

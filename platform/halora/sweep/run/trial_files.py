@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from halora.analysis.front import front
 from halora.analysis.trials import RecordedTrial
 from halora.errors import StorageError, UserError
+from halora.events import Reported
 from halora.files import write_whole
 from halora.records.store import SweepFolder
 from halora.storage import TrialStorage, prune_folder
@@ -38,7 +39,7 @@ class TrialFiles:
             UserError: A checkpoint is damaged.
             StorageError: One of the two places cannot be read or written.
         """
-        before = self._folder.storage_url
+        before = self._folder.checkpoint_url
         url = f"{base_url}/{self._folder.name}-{launch}"
         if url == before:
             return
@@ -48,16 +49,17 @@ class TrialFiles:
                 self._place(number).fetch_checkpoint(own)
             if latest_checkpoint(own):
                 TrialStorage(f"{url}/{number:05d}").put_checkpoint(own)
-        write_whole(self._folder.storage_file, url)
+        write_whole(self._folder.checkpoint_url_file, url)
 
-    def reports(self, number: int) -> list[dict[str, float]]:
+    def reports(self, number: int) -> list[Reported]:
         """Reports of a trial up to its latest checkpoint.
 
         Raises:
             UserError: The checkpoint is damaged.
             StorageError: The storage cannot be read.
         """
-        return self._place(number).reports() if self._stored else past_reports(self._folder.trial(number))
+        kept = self._place(number).reports() if self._stored else past_reports(self._folder.trial(number))
+        return [Reported.of(number, report) for report in kept]
 
     def provide(self, job: Job) -> None:
         """Before a finished trial races: have its adapter and its scores where any worker finds them.
@@ -89,7 +91,7 @@ class TrialFiles:
         except UserError as error:
             raise StorageError(error.problems, error.next_step) from None
         if not (adapter and scores):
-            raise StorageError(f"storage '{self._folder.storage_url}' lacks what trial {job.number} left there")
+            raise StorageError(f"storage '{self._folder.checkpoint_url}' lacks what trial {job.number} left there")
 
     def prune(self, trials: Sequence[Trial], points: Sequence[RecordedTrial], *, settled: bool) -> None:
         """Remove what nobody needs again of trials that ended; to be repeated, which does no harm.
@@ -121,13 +123,13 @@ class TrialFiles:
 
     def _stored_trials(self) -> set[int]:
         """Numbers of the trials that have anything in the storage."""
-        url = self._folder.storage_url
+        url = self._folder.checkpoint_url
         names = UrlFolder(url, retries_s=()).files() if url else {}
         return {int(name.partition("/")[0]) for name in names}
 
     @property
     def _stored(self) -> bool:
-        return bool(self._folder.storage_url)
+        return bool(self._folder.checkpoint_url)
 
     def _place(self, number: int) -> TrialStorage:
         return TrialStorage(self._folder.trial_url(number))

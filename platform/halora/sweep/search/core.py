@@ -1,10 +1,10 @@
 """The decision core: what to do next, and what to make of a report. It knows no Ray; its only state is the study.
 
-It hands out jobs. A job brings one trial to one level: to a rung, to the end of its training, or, in a race, to more
+It hands out jobs. A job brings one trial to one goal: to a rung, to the end of its training, or, in a race, to more
 chips. A trial that reaches a rung pauses there with its checkpoint, and is promoted once it is among the best of the
 rung (asynchronous successive halving, Li et al., MLSys 2020, with non-dominated ranks as in Schmucker et al., 2021), by
 a new job that any worker may carry out. Every decision is written to the study before it is acted on, so that a new
-core goes on where another ended.
+core continues where another ended.
 """
 
 import time
@@ -19,12 +19,13 @@ import numpy as np
 
 from halora.analysis.promotion import promotion_order
 from halora.analysis.racing import chip_estimates, front_probabilities, value_of_a_chip
+from halora.events import Failed, JobEvent, OutOfMemory, Reported, Scored, WorkerLost
 from halora.settings.trial import Goal
 from halora.spaces.language import grid, size
 from halora.spaces.search import ENERGY
 from halora.sweep.search.problem import Problem
 from halora.sweep.search.samplers import BLIND, History, Proposal, make_sampler, propose
-from halora.sweep.search.study import Scores, State, SweepStudy, Trial, point_key
+from halora.sweep.search.study import State, SweepStudy, Trial, point_key
 
 _RE_ASKS = 20  # points that are skipped, or known already, before one is drawn at random
 _RANDOM_DRAWS = 200
@@ -43,7 +44,7 @@ class Decision(StrEnum):
 
 @dataclass(frozen=True)
 class Job:
-    """A trial to bring to a level.
+    """A trial to bring to a goal.
 
     Attributes:
         number: The trial.
@@ -84,7 +85,7 @@ class DecisionCore:
         self._problem, self._study = problem, study
         self._history = History(problem.settings.history, problem.reference[0], earlier)
         self._in_flight: dict[int, Job] = {}
-        self._levels: dict[int, Sequence[Goal]] = {}
+        self._goals: dict[int, Sequence[Goal]] = {}
         self._clock_s, self._looked_s = clock_s, clock_s()
         self._over, self._completed = False, False
         self._out_of_race: set[int] = set()
@@ -131,55 +132,44 @@ class DecisionCore:
         """Whether the search came to its end: nothing is left to do."""
         return self._over
 
-    def on_report(self, number: int, report: Mapping[str, Any]) -> Decision:
-        """Judge a trial's report on its way to a level."""
-        if (trial := self.trial(number)).lost_workers:
-            self._study.count_lost_workers(trial, 0)
-        return Decision.PAUSE if self._study.stopping else Decision.CONTINUE
+    def judged(self, event: JobEvent) -> JobEvent:
+        """What an event amounts to: the loss of one worker too many, or accuracy that is not a number, is a failure."""
+        match event:
+            case Scored() if not isfinite(event.metrics["accuracy"]):
+                return Failed(trial=event.trial, cause=f"its accuracy is {event.metrics['accuracy']}, not a number")
+            case WorkerLost():
+                trial = self.trial(event.trial)
+                if trial.state is State.FINISHED or trial.lost_workers + 1 >= MOST_LOST:
+                    return Failed(trial=event.trial, cause=event.cause)
+        return event
 
-    def on_scores(self, number: int, scores: Scores) -> None:
-        """Take the scores at the level a trial was sent to.
-
-        Args:
-            number: The trial.
-            scores: Its metrics, on all chips scored so far; `accuracy_by_chip` in the order of the chips. A trial
-                whose accuracy is not a number has failed.
-        """
-        if not isfinite(scores["accuracy"]):
-            self.on_failure(number)
-            return
-        self._spend_time()
-        job = self._in_flight.pop(number)
-        trial = self.trial(number)
-        if trial.state is State.FINISHED:
-            self._study.raced(trial, scores)
-        elif job.final:
-            self._study.finished(trial, scores)
-            self._tell(self.trial(number))
-        else:
-            self._study.scored(trial, scores)
-
-    def on_loss(self, number: int) -> bool:
-        """Take the end of the worker that had a trial. Whether the trial resumes from its checkpoint; else it fails."""
-        trial = self.trial(number)
-        if trial.state is State.FINISHED or trial.lost_workers + 1 >= MOST_LOST:
-            return False
-        self._study.count_lost_workers(trial, trial.lost_workers + 1)
-        self._in_flight.pop(number)
-        return True
-
-    def on_out_of_memory(self, number: int) -> None:
-        """Hand a trial out again that ran out of memory, from its checkpoint and with half the micro-batch."""
-        self._study.halved(self.trial(number))
-        self._in_flight.pop(number)
-
-    def on_failure(self, number: int) -> None:
-        """Take a trial's failure. A finished trial whose race failed stays as it was."""
-        self._in_flight.pop(number, None)
-        if self.trial(number).state is State.FINISHED:
-            self._out_of_race.add(number)
-        else:
-            self._study.failed(number)
+    def take(self, event: JobEvent) -> Decision:
+        """Take a judged event. A finished trial whose race failed stays as it was."""
+        trial = self.trial(event.trial)
+        if isinstance(event, Reported):
+            if trial.lost_workers:
+                self._study.count_lost_workers(trial, 0)
+            return Decision.PAUSE if self._study.stopping else Decision.CONTINUE
+        if isinstance(event, Scored):
+            self._spend_time()
+        job = self._in_flight.pop(event.trial, None)
+        match event:
+            case Scored() if trial.state is State.FINISHED:
+                self._study.raced(trial, event)
+            case Scored() if job and job.final:
+                self._study.finished(trial, event)
+                self._tell(self.trial(trial.number))
+            case Scored():
+                self._study.scored(trial, event)
+            case WorkerLost():
+                self._study.count_lost_workers(trial, trial.lost_workers + 1)
+            case OutOfMemory():
+                self._study.halved(trial)
+            case Failed() if trial.state is State.FINISHED:
+                self._out_of_race.add(trial.number)
+            case Failed():
+                self._study.failed(trial.number)
+        return Decision.CONTINUE
 
     def trial(self, number: int) -> Trial:
         """A trial that was begun before."""
@@ -227,7 +217,7 @@ class DecisionCore:
 
     def steps_unstopped(self) -> int:
         """Optimiser steps that the trials begun so far take where none is stopped at a rung."""
-        return sum(self._levels_of(trial)[-1].steps for trial in self.trials() if trial.state is not State.SKIPPED)
+        return sum(self._goals_of(trial)[-1].steps for trial in self.trials() if trial.state is not State.SKIPPED)
 
     def _unfinished(self, trials: Sequence[Trial]) -> Job | None:
         for trial in trials:
@@ -237,19 +227,19 @@ class DecisionCore:
 
     def _promotion(self, trials: Sequence[Trial], *, search_ends: bool = False) -> Job | None:
         """The best paused trial of the highest rung that has one among those to go on."""
-        for rung in sorted({trial.level for trial in trials if trial.state is State.PAUSED}, reverse=True):
+        for rung in sorted({trial.rung for trial in trials if trial.state is State.PAUSED}, reverse=True):
             reached = [t for t in trials if len(t.scores) > rung and t.state is not State.FAILED]
             quota = (ceil if search_ends else floor)(len(reached) / self._problem.reduction_factor)
-            if sum(trial.level > rung for trial in reached) >= quota:
+            if sum(trial.rung > rung for trial in reached) >= quota:
                 continue  # else every newcomer that reorders the best would promote one more
-            accuracy = np.array([trial.scores[rung]["accuracy"] for trial in reached], dtype=float)
+            accuracy = np.array([trial.scores[rung].metrics["accuracy"] for trial in reached], dtype=float)
             energy = np.array([trial.energy_uj_per_token for trial in reached])
             reference = (self._problem.accuracy_floor, self._problem.reference[1])
             for i in promotion_order(accuracy, energy, reference, quota):
                 trial = reached[i]
-                if trial.state is State.PAUSED and trial.level == rung:
+                if trial.state is State.PAUSED and trial.rung == rung:
                     self._study.head_for(trial, rung + 1)
-                    return self._job(replace(trial, level=rung + 1))
+                    return self._job(replace(trial, rung=rung + 1))
         return None
 
     def _new(self, trials: Sequence[Trial]) -> Job | None:
@@ -329,7 +319,7 @@ class DecisionCore:
         finished = [trial for trial in trials if trial.state is State.FINISHED and trial.violation <= 0]
         if not self._problem.settings.skip_unreachable or len(finished) < _ENOUGH_TRIALS:
             return ""
-        reachable = max(float(trial.scores[-1]["clean_accuracy_high"]) for trial in finished)
+        reachable = max(float(trial.scores[-1].metrics["clean_accuracy_high"]) for trial in finished)
         for trial in finished:
             assert trial.accuracy is not None
             if trial.energy_uj_per_token < energy and trial.accuracy >= reachable:
@@ -341,7 +331,7 @@ class DecisionCore:
         return f"{energy:.4g} µJ per token break {' and '.join(broken)}" if broken else ""
 
     def _tell(self, trial: Trial) -> None:
-        metrics = {**trial.scores[-1], ENERGY: trial.energy_uj_per_token}
+        metrics = {**trial.scores[-1].metrics, ENERGY: trial.energy_uj_per_token}
         self._study.tell(trial, {str(each): each.violation(metrics) for each in self._problem.constraints})
 
     def _race(self, trials: Sequence[Trial]) -> Job | None:
@@ -352,8 +342,8 @@ class DecisionCore:
         finished = self._racers(trials)
         if not finished:
             return None
-        spent = sum(_chips(trial) - self._levels_of(trial)[-1].chip_instances for trial in finished)
-        means, errors = chip_estimates([trial.scores[-1]["accuracy_by_chip"] for trial in finished])
+        spent = sum(_chips(trial) - self._goals_of(trial)[-1].chip_instances for trial in finished)
+        means, errors = chip_estimates([trial.scores[-1].accuracy_by_chip for trial in finished])
         energies = np.array([trial.energy_uj_per_token for trial in finished])
         chances = front_probabilities(means, errors, energies)
         if spent >= racing.extra or (np.minimum(chances, 1 - chances) < _DECIDED).all():
@@ -367,7 +357,7 @@ class DecisionCore:
         if not racers:
             return None
         trial = finished[max(racers, key=racers.__getitem__)]
-        whole = self._levels_of(trial)[-1]
+        whole = self._goals_of(trial)[-1]
         chips = min(_chips(trial) + racing.at_once, racing.most, _chips(trial) + racing.extra - spent)
         goal = replace(whole, chip_instances=chips, first_chip=_chips(trial))
         name = f"{trial.number:05d}-chips-{chips}"
@@ -379,7 +369,7 @@ class DecisionCore:
         What chips that only some of the trials met do to all alike is taken out, see `chip_estimates`.
         """
         finished = self._racers(self._study.trials())
-        by_chip = [trial.scores[-1]["accuracy_by_chip"] for trial in finished]
+        by_chip = [trial.scores[-1].accuracy_by_chip for trial in finished]
         if len(set(map(len, by_chip))) < 2:
             return {}
         means, _ = chip_estimates(by_chip)
@@ -389,16 +379,16 @@ class DecisionCore:
         return [trial for trial in trials if trial.state is State.FINISHED and trial.violation <= 0]
 
     def _job(self, trial: Trial) -> Job:
-        levels = self._levels_of(trial)
-        final = trial.level == len(levels) - 1
-        name = f"{trial.number:05d}" if final else f"{trial.number:05d}-rung-{trial.level}"
-        goal, energy = levels[trial.level], trial.energy_uj_per_token
+        goals = self._goals_of(trial)
+        final = trial.rung == len(goals) - 1
+        name = f"{trial.number:05d}" if final else f"{trial.number:05d}-rung-{trial.rung}"
+        goal, energy = goals[trial.rung], trial.energy_uj_per_token
         return Job(trial.number, trial.values, energy, goal, final, name, trial.halvings)
 
-    def _levels_of(self, trial: Trial) -> Sequence[Goal]:
-        if trial.number not in self._levels:
-            self._levels[trial.number] = self._problem.levels(trial.values)
-        return self._levels[trial.number]
+    def _goals_of(self, trial: Trial) -> Sequence[Goal]:
+        if trial.number not in self._goals:
+            self._goals[trial.number] = self._problem.goals(trial.values)
+        return self._goals[trial.number]
 
     def _within_budget(self, trials: Sequence[Trial]) -> bool:
         budget = self._problem.budget
@@ -414,7 +404,7 @@ class DecisionCore:
 
     def _steps(self, trials: Sequence[Trial]) -> int:
         return sum(
-            self._in_flight[t.number].goal.steps if t.number in self._in_flight else int(t.scores[-1]["step"])
+            self._in_flight[t.number].goal.steps if t.number in self._in_flight else t.scores[-1].step
             for t in trials
             if t.scores or t.number in self._in_flight
         )
@@ -432,4 +422,4 @@ def _skipped_last(trials: Sequence[Trial]) -> int:
 
 
 def _chips(trial: Trial) -> int:
-    return len(trial.scores[-1]["accuracy_by_chip"])
+    return len(trial.scores[-1].accuracy_by_chip)

@@ -1,4 +1,4 @@
-"""What the decision core searches: a space, energies known beforehand, and the levels a trial climbs."""
+"""What the decision core searches: a space, energies known beforehand, and the goals a trial is brought to."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +27,7 @@ class Problem:
         space: Searched fields by path.
         energy: Energy per token in microjoule of the values of a point; raises `UserError` for one that no trial can
             have.
-        levels: Goals a point is brought to in turn, the last one its whole training.
+        goals: Goals a point is brought to in turn, the last one its whole training.
         reference: Accuracy and energy that hypervolumes are measured from.
         first: Points to try first.
         settings: Sampler and what it sees.
@@ -43,7 +43,7 @@ class Problem:
     trials: int
     space: Mapping[str, Distribution]
     energy: Callable[[Mapping[str, Any]], float]
-    levels: Callable[[Mapping[str, Any]], Sequence[Goal]]
+    goals: Callable[[Mapping[str, Any]], Sequence[Goal]]
     reference: tuple[float, float]
     first: Sequence[Mapping[str, Any]] = ()
     settings: SearchSettings = field(default_factory=SearchSettings)
@@ -66,7 +66,7 @@ def problem_of(sweep: SweepConfig) -> Problem:
         except ValidationError as error:
             raise UserError(describe(error, TrialConfig)) from None
 
-    def levels(values: Mapping[str, Any]) -> list[Goal]:
+    def goals(values: Mapping[str, Any]) -> list[Goal]:
         config = sweep.resolve(values)
         own = config.evaluation
         rungs = [
@@ -81,7 +81,7 @@ def problem_of(sweep: SweepConfig) -> Problem:
         trials=sweep.trials,
         space=sweep.space,
         energy=energy,
-        levels=levels,
+        goals=goals,
         reference=(point.accuracy, point.energy_uj_per_token),
         first=first_points(sweep),
         settings=sweep.search,

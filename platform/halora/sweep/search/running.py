@@ -1,14 +1,10 @@
 """What both adapters of the decision core share: the jobs in hand, between the core and whoever asks about them."""
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 from halora.errors import StorageError
-from halora.records.names import BESIDE_METRICS
-from halora.spaces.search import METRICS
+from halora.events import JobEvent, Reported, Scored, WorkerLost
 from halora.sweep.search.core import Decision, Job
-
-_KEPT = (*METRICS, *BESIDE_METRICS, "step", "rows", "accuracy_by_chip")
 
 
 class JobSource(Protocol):
@@ -25,107 +21,61 @@ class JobSource(Protocol):
     def suggest(self) -> Job | None:
         """The next job."""
 
-    def on_report(self, number: int, report: Mapping[str, Any]) -> Decision:
-        """Judge a report on the way to a goal."""
+    def judged(self, event: JobEvent) -> JobEvent:
+        """What an event amounts to: the loss of one worker too many, or scores that are not a number, are a failure."""
 
-    def on_scores(self, number: int, scores: Mapping[str, Any]) -> None:
-        """Take the scores at the goal."""
-
-    def on_failure(self, number: int) -> None:
-        """Take a failure."""
-
-    def on_loss(self, number: int) -> bool:
-        """Take the end of a worker; whether the job is handed out again."""
-
-    def on_out_of_memory(self, number: int) -> None:
-        """Hand a job out again, with half the micro-batch."""
+    def take(self, event: JobEvent) -> Decision:
+        """Take a judged event. After a report the job runs on or is paused; after any other it is over."""
 
 
-class TrialEvents(Protocol):
-    """Who wants to know what happens to trials."""
+class JobListener(Protocol):
+    """Who wants to know what happens to jobs."""
 
     def began(self, job: Job) -> None:
         """A job was handed to a worker."""
 
-    def reported(self, job: Job, report: Mapping[str, Any]) -> None:
-        """A trial took some optimiser steps."""
+    def told(self, job: Job, event: JobEvent) -> None:
+        """Something happened to it, as its source judged it.
 
-    def evaluated(self, job: Job, report: Mapping[str, Any]) -> None:
-        """A trial was brought to its goal and scored."""
-
-    def failed(self, job: Job, cause: str) -> None:
-        """A trial failed."""
-
-    def lost(self, job: Job, cause: str) -> None:
-        """The worker of a trial ended; the trial resumes from its checkpoint."""
-
-    def out_of_memory(self, job: Job, cause: str) -> None:
-        """A trial ran out of memory; it resumes from its checkpoint with half the micro-batch."""
+        Raises:
+            StorageError: What the worker left in the storage cannot be read.
+        """
 
 
 class RunningJobs:
     """The jobs an adapter has in hand, each under a key of its own.
 
     Args:
-        core: Hands them out and judges them.
-        events: Told of everything before the core, so that a crash between the two repeats a record and loses none.
+        source: Hands them out and judges them.
+        listener: Told of everything before the source, so that a crash between the two repeats a record and loses none.
     """
 
-    def __init__(self, core: JobSource, events: TrialEvents | None = None) -> None:
-        self.core, self._events = core, events
+    def __init__(self, source: JobSource, listener: JobListener | None = None) -> None:
+        self.source, self._listener = source, listener
         self._jobs: dict[str, Job] = {}
 
     def begin(self, key: str) -> Job | None:
         """The next job, kept under the key."""
-        job = self.core.suggest()
+        job = self.source.suggest()
         if job is not None:
             self._jobs[key] = job
-            if self._events:
-                self._events.began(job)
+            if self._listener:
+                self._listener.began(job)
         return job
 
-    def report(self, key: str, report: Mapping[str, Any]) -> Decision:
-        """Pass an intermediate report on."""
-        job = self._jobs[key]
-        if self._events:
-            self._events.reported(job, report)
-        return self.core.on_report(job.number, report)
-
-    def scored(self, key: str, report: Mapping[str, Any]) -> None:
-        """Close a job that reached its goal."""
-        job = self._jobs[key]
-        if self._events:
+    def take(self, key: str, event: JobEvent) -> Decision:
+        """Pass on what happened to a job, which ends with anything but a report."""
+        job, event = self._jobs[key], self.source.judged(event)
+        if self._listener:
             try:
-                self._events.evaluated(job, report)
-            except StorageError as error:  # what the worker left there cannot be read
-                self.lost(key, str(error))
-                return
-        del self._jobs[key]
-        self.core.on_scores(job.number, {name: report[name] for name in _KEPT if name in report})
-
-    def failed(self, key: str, cause: str) -> None:
-        """Close a job whose trial failed."""
-        job = self._jobs.pop(key)
-        if self._events:
-            self._events.failed(job, cause)
-        self.core.on_failure(job.number)
-
-    def lost(self, key: str, cause: str) -> None:
-        """Close a job whose worker ended. The core hands it out again, unless the trial lost too many."""
-        job = self._jobs[key]
-        if not self.core.on_loss(job.number):
-            self.failed(key, cause)
-            return
-        del self._jobs[key]
-        if self._events:
-            self._events.lost(job, cause)
-
-    def out_of_memory(self, key: str, cause: str) -> None:
-        """Close a job that ran out of memory while its micro-batch had more than a row. The core hands it out again."""
-        job = self._jobs.pop(key)
-        if self._events:
-            self._events.out_of_memory(job, cause)
-        self.core.on_out_of_memory(job.number)
+                self._listener.told(job, event)
+            except StorageError as error:
+                if not isinstance(event, Scored):
+                    raise
+                return self.take(key, WorkerLost(trial=job.number, cause=str(error)))
+        if not isinstance(event, Reported):
+            del self._jobs[key]
+        return self.source.take(event)
 
     def left(self, key: str) -> None:
         """Let go of a job that was paused or interrupted; its trial stays unfinished."""

@@ -21,11 +21,12 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from halora.analysis.front import ranks
+from halora.events import Scored
 from halora.hardware.addressing import derive_seed
 from halora.spaces.language import Categorical, Distribution, chosen_values
 from halora.spaces.search import ENERGY, Sampler, total_violation
 from halora.sweep.search.problem import Problem
-from halora.sweep.search.study import Scores, State, Trial
+from halora.sweep.search.study import State, Trial
 
 BLIND: frozenset[Sampler] = frozenset({"random", "qmc"})
 """Samplers that look at no trial."""
@@ -155,14 +156,18 @@ class History:
 
 
 def _gains_to_come(trials: Sequence[Trial]) -> list[float]:
-    """Median gain in accuracy from each level to the last, of the trials that went on from it."""
-    levels = max((len(trial.scores) for trial in trials), default=0)
+    """Median gain in accuracy from each goal to the last, of the trials that went on from it."""
+    reached = max((len(trial.scores) for trial in trials), default=0)
     gains = [
-        [t.scores[level + 1]["accuracy"] - t.scores[level]["accuracy"] for t in trials if len(t.scores) > level + 1]
-        for level in range(levels)
+        [
+            t.scores[rung + 1].metrics["accuracy"] - t.scores[rung].metrics["accuracy"]
+            for t in trials
+            if len(t.scores) > rung + 1
+        ]
+        for rung in range(reached)
     ]
     medians = [median(gain) if gain else 0.0 for gain in gains]
-    return [sum(medians[level:]) for level in range(levels)]
+    return [sum(medians[rung:]) for rung in range(reached)]
 
 
 class _View(optuna.Study):
@@ -228,7 +233,7 @@ def _between(low: float, high: float, u: float, log: bool) -> float:
 def kept_of(trials: Sequence[Trial]) -> list[dict[str, Any]]:
     """What another sweep needs to start warm from these trials, in plain JSON: values and scores of finished ones."""
     return [
-        {"values": dict(trial.values), "scores": dict(trial.scores[-1])}
+        {"values": dict(trial.values), "scores": trial.scores[-1].to_json()}
         for trial in trials
         if trial.state is State.FINISHED
     ]
@@ -244,15 +249,15 @@ def fitting_trials(problem: Problem, kept: Sequence[Mapping[str, Any]]) -> list[
         except ValueError:
             continue
         if proposal.values == values:
-            found.append(_moved_here(problem, len(found), proposal, earlier["scores"]))
+            found.append(_moved_here(problem, len(found), proposal, Scored.from_json(earlier["scores"])))
     return found
 
 
-def _moved_here(problem: Problem, number: int, proposal: Proposal, scores: Scores) -> Trial:
+def _moved_here(problem: Problem, number: int, proposal: Proposal, scores: Scored) -> Trial:
     energy = problem.energy(proposal.values)
-    constraints = {str(c): c.violation({**scores, ENERGY: energy}) for c in problem.constraints}
+    constraints = {str(c): c.violation({**scores.metrics, ENERGY: energy}) for c in problem.constraints}
     frozen = optuna.create_trial(
-        values=[float(scores["accuracy"]), energy],
+        values=[float(scores.metrics["accuracy"]), energy],
         params=proposal.values,
         distributions=proposal.distributions,
         constraints=constraints or None,
@@ -262,7 +267,7 @@ def _moved_here(problem: Problem, number: int, proposal: Proposal, scores: Score
         values=proposal.values,
         energy_uj_per_token=energy,
         state=State.FINISHED,
-        level=0,
+        rung=0,
         scores=(scores,),
         skipped="",
         lost_workers=0,

@@ -19,14 +19,15 @@ from optuna.distributions import BaseDistribution
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
+from halora.events import Scored
 from halora.spaces.search import total_violation
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 _ENERGY = "energy_uj_per_token"
-_LEVEL = "level"  # index of the level a trial heads for
+_RUNG = "rung"  # index of the goal a trial heads for
 _SCORES = "scores {index}"  # what a rung gave
-_FINAL_SCORES = "final scores"  # what the last level gave: the trial is finished
+_FINAL_SCORES = "final scores"  # what the last goal gave: the trial is finished
 _SKIPPED = "skipped"  # why a trial was never trained
 _LOST = "lost_workers"  # that a trial lost since its last report
 _HALVINGS = "halvings"  # of its micro-batch
@@ -35,15 +36,12 @@ _STOP = "stop_requested"
 _HOURS = "hours"
 _ENDED = "ended"
 
-Scores = Mapping[str, Any]
-"""Metrics of an evaluation, `accuracy_by_chip` among them, and what they were taken at: `step`, `rows`."""
-
 
 class State(StrEnum):
     """Where a trial stands."""
 
     RUNNING = "running"
-    """Begun, and heading for its next level; its process may have ended."""
+    """Begun, and heading for its next goal; its process may have ended."""
     PAUSED = "paused"
     """At a rung, until it is promoted or the search ends."""
     FINISHED = "finished"
@@ -63,8 +61,8 @@ class Trial:
         values: Searched values by dotted path.
         energy_uj_per_token: Known before it is trained.
         state: Where it stands.
-        level: Index of the level it heads for or has ended at.
-        scores: What each level it reached gave; for a finished trial the last with all chips scored since.
+        rung: Index of the goal it heads for or has ended at; all but the last are rungs.
+        scores: What each goal it reached gave; for a finished trial the last with all chips scored since.
         skipped: Why it was never trained, else empty.
         lost_workers: How many ended under it since its last report.
         halvings: How often its micro-batch was halved, as it ran out of memory.
@@ -76,8 +74,8 @@ class Trial:
     values: Mapping[str, Any]
     energy_uj_per_token: float
     state: State
-    level: int
-    scores: tuple[Scores, ...]
+    rung: int
+    scores: tuple[Scored, ...]
     skipped: str
     lost_workers: int
     halvings: int
@@ -96,8 +94,8 @@ class Trial:
 
     @cached_property
     def accuracy(self) -> float | None:
-        """Mean accuracy over chips at the last level reached."""
-        return float(self.scores[-1]["accuracy"]) if self.scores else None
+        """Mean accuracy over chips at the last goal reached."""
+        return float(self.scores[-1].metrics["accuracy"]) if self.scores else None
 
 
 def point_key(values: Mapping[str, Any]) -> str:
@@ -133,7 +131,7 @@ class SweepStudy:
         for name, scores in self._study.user_attrs.items():
             if name.startswith(_RACED):
                 trial = trials[int(name.removeprefix(_RACED))]
-                trials[trial.number] = replace(trial, scores=(*trial.scores[:-1], scores))
+                trials[trial.number] = replace(trial, scores=(*trial.scores[:-1], Scored.from_json(scores)))
         return trials
 
     def trial(self, number: int) -> Trial:
@@ -142,7 +140,7 @@ class SweepStudy:
 
     def _look_at(self, frozen: FrozenTrial) -> None:
         attrs = frozen.user_attrs
-        seen = (len(attrs), attrs[_LEVEL], attrs.get(_LOST), attrs.get(_HALVINGS))
+        seen = (len(attrs), attrs[_RUNG], attrs.get(_LOST), attrs.get(_HALVINGS))
         if frozen.state.is_finished():
             self._open.pop(frozen.number, None)
         elif self._open.get(frozen.number) == seen:
@@ -162,7 +160,7 @@ class SweepStudy:
         skipped: str = "",
     ) -> int:
         """Write a new trial, running or skipped, all its values at once; its number."""
-        attrs: dict[str, Any] = {_ENERGY: energy_uj_per_token, _LEVEL: 0}
+        attrs: dict[str, Any] = {_ENERGY: energy_uj_per_token, _RUNG: 0}
         if skipped:
             attrs[_SKIPPED] = skipped
         trial = optuna.create_trial(
@@ -176,13 +174,13 @@ class SweepStudy:
         self._study.add_trial(trial)
         return self._study.get_trials(deepcopy=False)[-1].number
 
-    def head_for(self, trial: Trial, level: int) -> None:
+    def head_for(self, trial: Trial, rung: int) -> None:
         """Promote a paused trial."""
-        self._opened(trial).set_user_attr(_LEVEL, level)
+        self._opened(trial).set_user_attr(_RUNG, rung)
 
-    def scored(self, trial: Trial, scores: Scores) -> None:
+    def scored(self, trial: Trial, scores: Scored) -> None:
         """Keep what the rung a trial headed for gave; it pauses there."""
-        self._opened(trial).set_user_attr(_SCORES.format(index=trial.level), dict(scores))
+        self._opened(trial).set_user_attr(_SCORES.format(index=trial.rung), scores.to_json())
 
     def count_lost_workers(self, trial: Trial, count: int) -> None:
         """Keep how many workers a trial lost since its last report."""
@@ -192,13 +190,13 @@ class SweepStudy:
         """Keep that a trial continues with half its micro-batch."""
         self._opened(trial).set_user_attr(_HALVINGS, trial.halvings + 1)
 
-    def raced(self, trial: Trial, scores: Scores) -> None:
+    def raced(self, trial: Trial, scores: Scored) -> None:
         """Keep a finished trial's scores on more chips."""
-        self._study.set_user_attr(f"{_RACED}{trial.number}", dict(scores))
+        self._study.set_user_attr(f"{_RACED}{trial.number}", scores.to_json())
 
-    def finished(self, trial: Trial, scores: Scores) -> None:
+    def finished(self, trial: Trial, scores: Scored) -> None:
         """Keep the final scores of a trial, which finishes it; `tell` is to follow."""
-        self._opened(trial).set_user_attr(_FINAL_SCORES, dict(scores))
+        self._opened(trial).set_user_attr(_FINAL_SCORES, scores.to_json())
 
     def tell(self, trial: Trial, constraints: Mapping[str, float]) -> None:
         """Have Optuna's own record say that a finished trial is complete, with its objectives and constraints."""
@@ -207,7 +205,7 @@ class SweepStudy:
         for name, violation in constraints.items():
             if name not in known:
                 opened.set_constraint(name, violation)
-        self._study.tell(trial.number, [trial.scores[-1]["accuracy"], trial.energy_uj_per_token])
+        self._study.tell(trial.number, [trial.scores[-1].metrics["accuracy"], trial.energy_uj_per_token])
 
     def stopped(self, trial: Trial) -> None:
         """Tell a trial pruned; it carries no values."""
@@ -253,7 +251,7 @@ class SweepStudy:
 def _read(frozen: FrozenTrial) -> Trial:
     attrs = frozen.user_attrs
     scores = _scores(attrs)
-    level = int(attrs.get(_LEVEL, 0))
+    rung = int(attrs.get(_RUNG, 0))
     match frozen.state:
         case TrialState.FAIL:
             state = State.FAILED
@@ -262,13 +260,13 @@ def _read(frozen: FrozenTrial) -> Trial:
         case _ if _FINAL_SCORES in attrs:
             state = State.FINISHED
         case _:
-            state = State.PAUSED if len(scores) > level else State.RUNNING
+            state = State.PAUSED if len(scores) > rung else State.RUNNING
     return Trial(
         number=frozen.number,
         values=frozen.params,
         energy_uj_per_token=float(attrs[_ENERGY]),
         state=state,
-        level=level,
+        rung=rung,
         scores=scores,
         skipped=str(attrs.get(_SKIPPED, "")),
         lost_workers=int(attrs.get(_LOST, 0)),
@@ -278,10 +276,10 @@ def _read(frozen: FrozenTrial) -> Trial:
     )
 
 
-def _scores(attrs: Mapping[str, Any]) -> tuple[Scores, ...]:
-    found: list[Scores] = []
+def _scores(attrs: Mapping[str, Any]) -> tuple[Scored, ...]:
+    found: list[Scored] = []
     while (key := _SCORES.format(index=len(found))) in attrs:
-        found.append(attrs[key])
+        found.append(Scored.from_json(attrs[key]))
     if _FINAL_SCORES in attrs:
-        found.append(attrs[_FINAL_SCORES])
+        found.append(Scored.from_json(attrs[_FINAL_SCORES]))
     return tuple(found)

@@ -1,11 +1,10 @@
 """Where a sweep's study lives: a journal file in its folder, or a database, which may be away for a while."""
 
-import fcntl
 import json
 import os
 import re
-import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
@@ -16,14 +15,16 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from halora.errors import UnreachableError, UserError, causes
-from halora.records.journal import append_line
+from halora.files import locked
+from halora.records.event_log import append_line
 from halora.records.store import SweepFolder
+from halora.retries import backoff_s, retried
 
 STUDY_URL = "HALORA_STUDY_URL"
 """Environment variable: SQLAlchemy's address of a database for studies, such as a cluster's PostgreSQL."""
 
 _PATIENCE_S = 900.0  # how long a running sweep waits for a database that has gone
-_LONGEST_DELAY_S = 5.0
+_FIRST_DELAY_S, _LONGEST_DELAY_S = 0.2, 5.0
 _CONNECTING_S = 10  # that a database may take to answer
 
 
@@ -75,8 +76,7 @@ class StudyFile(JournalFileBackend):
     def append_logs(self, logs: Sequence[Any]) -> None:
         """Add lines, all of them or none."""
         lines = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs)
-        with open(self._file_path, "r+b", buffering=0) as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with locked(Path(self._file_path)), open(self._file_path, "r+b", buffering=0) as file:
             append_line(file.fileno(), lines.encode())
             os.fsync(file.fileno())
 
@@ -132,28 +132,27 @@ class PatientStorage(RDBStorage):
         Raises:
             UnreachableError: It stays away, or refuses for a reason that waiting does not change.
         """
-        patience_s = 0.0 if self._given_up else _PATIENCE_S
-        end, delay_s, gone = time.monotonic() + patience_s, 0.2, False
-        while True:
-            try:
-                found = (again if again and gone else call)()
-            except (StorageInternalError, SQLAlchemyError) as error:
-                if not _is_away(error):
-                    told = f"the study's database refuses: {_cause(error, self.url)}"
-                    raise UnreachableError(told, "put that right and resume the sweep") from None
-                if time.monotonic() >= end:
-                    self._given_up = True  # what is still to be written at the end of the sweep waits no more
-                    told = f"the study's database has been away for {_PATIENCE_S / 60:.0f} minutes"
-                    raise UnreachableError(told, "start it and resume the sweep") from None
-                if not gone:
-                    self._say("the study's database has gone; the sweep waits for it")
-                gone = True
-                time.sleep(delay_s)
-                delay_s = min(2 * delay_s, _LONGEST_DELAY_S)
-            else:
-                if gone:
-                    self._say("the study's database is back")
-                return found
+        gone = False
+
+        def waiting() -> None:
+            nonlocal gone
+            if not gone:
+                self._say("the study's database has gone; the sweep waits for it")
+            gone = True
+
+        waits_s = () if self._given_up else backoff_s(_FIRST_DELAY_S, _LONGEST_DELAY_S, _PATIENCE_S)
+        try:
+            found = retried(lambda: (again if again and gone else call)(), _is_away, waits_s, waiting)
+        except (StorageInternalError, SQLAlchemyError) as error:
+            if not _is_away(error):
+                told = f"the study's database refuses: {_cause(error, self.url)}"
+                raise UnreachableError(told, "put that right and resume the sweep") from None
+            self._given_up = True  # what is still to be written at the end of the sweep waits no more
+            told = f"the study's database has been away for {_PATIENCE_S / 60:.0f} minutes"
+            raise UnreachableError(told, "start it and resume the sweep") from None
+        if gone:
+            self._say("the study's database is back")
+        return found
 
 
 def _waiting(name: str) -> Callable[..., Any]:
@@ -189,6 +188,8 @@ def _is_away(error: BaseException) -> bool:
 
     A server that can be reached and refuses says why with the code of its error, or as FATAL while it is connected to.
     """
+    if not isinstance(error, StorageInternalError | SQLAlchemyError):
+        return False
     for each in causes(error):
         if isinstance(each, DBAPIError):
             text, code = str(each.orig), str(getattr(each.orig, "sqlstate", None) or "")

@@ -10,10 +10,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from halora.evaluation.intervals import crossed
+from halora.events import Reported, Scored
 from halora.files import write_json
 from halora.records.store import SweepFolder
 from halora.sweep.search.core import Decision, DecisionCore, Job
-from halora.sweep.search.running import RunningJobs, TrialEvents
+from halora.sweep.search.running import JobListener, RunningJobs
 from halora.trial_folder import REPORTS_FILE, RESULT_FILE, latest_checkpoint
 
 
@@ -48,7 +49,7 @@ class SimulatedClock:
 
 
 @dataclass(order=True)
-class _Event:
+class _Due:
     at_s: float
     order: int
     job: Job = field(compare=False)
@@ -63,7 +64,7 @@ def simulate(
     *,
     concurrent: int = 1,
     report_every: int | None = None,
-    events: TrialEvents | None = None,
+    listener: JobListener | None = None,
     folder: SweepFolder | None = None,
 ) -> None:
     """Run the core's jobs until it has none left, or until it is asked to stop.
@@ -74,11 +75,11 @@ def simulate(
         clock: Set to the time of each event; the core's own.
         concurrent: Jobs that run side by side.
         report_every: Optimiser steps between two reports; a job reports at its goal only when left out.
-        events: Who wants to know.
+        listener: Who wants to know.
         folder: Where trials keep their reports and how far they came, as real ones do; nowhere when left out.
     """
-    running = RunningJobs(core, events)
-    agenda: list[_Event] = []
+    running = RunningJobs(core, listener)
+    agenda: list[_Due] = []
     handed_out = 0
 
     def schedule(job: Job, step: int) -> None:
@@ -87,11 +88,11 @@ def simulate(
         left = job.goal.steps - step
         if left > 0:
             taken = min(report_every or left, left)
-            event = _Event(clock() + taken * curves.step_s(job.values), handed_out, job, step + taken, False)
+            due = _Due(clock() + taken * curves.step_s(job.values), handed_out, job, step + taken, False)
         else:
             chips = job.goal.chip_instances - job.goal.first_chip
-            event = _Event(clock() + chips * curves.chip_s(job.values), handed_out, job, step, True)
-        heapq.heappush(agenda, event)
+            due = _Due(clock() + chips * curves.chip_s(job.values), handed_out, job, step, True)
+        heapq.heappush(agenda, due)
 
     def fill() -> None:
         while len(agenda) < concurrent:
@@ -100,39 +101,39 @@ def simulate(
                 return
             keys[job.number] = f"{handed_out + 1}"
             begun = core.trial(job.number)
-            reached = int(begun.scores[-1]["step"]) if begun.scores else 0
+            reached = begun.scores[-1].step if begun.scores else 0
             schedule(job, max(reached, _steps_kept(folder, job)))
 
     keys: dict[int, str] = {}
     fill()
     while agenda:
-        event = heapq.heappop(agenda)
-        clock.now_s = event.at_s
-        job = event.job
-        if event.scored:
-            scores = _scores(curves, job, event.step)
+        due = heapq.heappop(agenda)
+        clock.now_s = due.at_s
+        job, key = due.job, keys[due.job.number]
+        if due.scored:
+            scored = _scored(curves, job, due.step)
             if folder:
-                _write(folder, job, RESULT_FILE, scores)
-            running.scored(keys[job.number], scores)
+                _write(folder, job, RESULT_FILE, {**scored.metrics, "accuracy_by_chip": scored.accuracy_by_chip})
+            running.take(key, scored)
         else:
-            report = {"stage": "training", "step": event.step, **curves.report(job.values, event.step)}
+            report = Reported(trial=job.number, step=due.step, metrics=curves.report(job.values, due.step))
             if folder:
                 _keep_report(folder, job, report)
-            if running.report(keys[job.number], report) is Decision.PAUSE:
-                running.left(keys[job.number])
+            if running.take(key, report) is Decision.PAUSE:
+                running.left(key)
             else:
-                schedule(job, event.step)
+                schedule(job, due.step)
         fill()
 
 
-def _scores(curves: Curves, job: Job, step: int) -> dict[str, Any]:
+def _scored(curves: Curves, job: Job, step: int) -> Scored:
     by_chip = [curves.accuracy(job.values, step, chip) for chip in range(job.goal.chip_instances)]
     mean, spread = fmean(by_chip), stdev(by_chip) if len(by_chip) > 1 else 0.0
     found = crossed(np.array(by_chip)[:, None]).interval()  # over chips: curves rest on no rows
     low, high = found.low, found.high
     known = {"margin": mean, "margin_low": low, "margin_high": high, "noise_db": 0.0}
     clean = curves.clean(job.values, step)
-    return {
+    metrics = {
         **known,
         "clean_accuracy_low": clean["clean_accuracy"],
         "clean_accuracy_high": clean["clean_accuracy"],
@@ -145,11 +146,15 @@ def _scores(curves: Curves, job: Job, step: int) -> dict[str, Any]:
         "accuracy_worst": min(by_chip),
         "drop_low": clean["clean_accuracy"] - high,
         "drop_high": clean["clean_accuracy"] - low,
-        "accuracy_by_chip": by_chip,
-        "stage": "evaluated",
-        "step": step,
-        "rows": job.goal.rows,
     }
+    return Scored(
+        trial=job.number,
+        step=step,
+        metrics=metrics,
+        accuracy_by_chip=by_chip,
+        rows=job.goal.rows,
+        final=job.final,
+    )
 
 
 # A simulated trial's folder holds what a real one's does, but for the adapter: reports, and how far it came.
@@ -160,15 +165,15 @@ def _steps_kept(folder: SweepFolder | None, job: Job) -> int:
     return int(json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))["step"]) if checkpoint else 0
 
 
-def _keep_report(folder: SweepFolder, job: Job, report: Mapping[str, Any]) -> None:
+def _keep_report(folder: SweepFolder, job: Job, report: Reported) -> None:
     path = folder.trial(job.number) / REPORTS_FILE
     reports = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    told = {name: value for name, value in report.items() if name != "stage"}
-    _write(folder, job, REPORTS_FILE, [*(r for r in reports if r["step"] < report["step"]), told])
-    _write(folder, job, f"step-{report['step']:06d}/progress.json", {"step": report["step"]})
+    told = {"step": report.step, **report.metrics}
+    _write(folder, job, REPORTS_FILE, [*(each for each in reports if each["step"] < report.step), told])
+    _write(folder, job, f"step-{report.step:06d}/progress.json", {"step": report.step})
 
 
 def _write(folder: SweepFolder, job: Job, name: str, content: Any) -> None:
     path = folder.trial(job.number) / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, content)
+    write_json(path, content, durable=False)  # simulated again at no loss

@@ -1,11 +1,12 @@
-"""What the entries of a journal add up to: every trial as it stands."""
+"""What the events of a log add up to: every trial as it stands."""
 
-import base64
 from collections.abc import Iterable, Set
+from dataclasses import asdict
 from typing import Any
 
-from halora.analysis.trials import Answers, RecordedTrial
-from halora.records.journal import Entry
+from halora.analysis.trials import RecordedTrial
+from halora.events import Answers, BasesProbed, Began, Compared, Event, FrontMoved, Reported, Scored
+from halora.records.names import metrics_of
 
 Content = dict[str, Any]
 """A trial as it stands, in plain JSON."""
@@ -15,11 +16,11 @@ _SWEEP = -1
 """The sweep itself, among the numbers of its trials."""
 
 
-class Ledger:
-    """A sweep and its trials, built entry by entry.
+class SweepState:
+    """A sweep and its trials, built event by event.
 
     Args:
-        contents: What stood after the entries taken so far, by trial number.
+        contents: What stood after the events taken so far, by trial number.
     """
 
     def __init__(self, contents: dict[int, Content] | None = None) -> None:
@@ -27,18 +28,18 @@ class Ledger:
         self._steps: dict[int, set[int]] = {}  # each grows in its place, as there may be very many
         self._points: dict[int, tuple[Content, RecordedTrial]] = {}
         self.milestones = 0
-        """Number of entries taken that change more than a curve."""
+        """Number of events taken that change more than a curve."""
 
-    def take(self, entries: Iterable[Entry]) -> set[int]:
-        """Add entries in their order; the keys of `contents` they change."""
+    def take(self, events: Iterable[Event]) -> set[int]:
+        """Add events in their order; the keys of `contents` they change."""
         touched = set()
-        for entry in entries:
-            key = _SWEEP if entry["trial"] is None else entry["trial"]
-            self.contents[key] = _after(self.contents.get(key), entry)
-            if entry["kind"] == "report":
-                self._steps.setdefault(key, set()).add(entry["step"])
+        for event in events:
+            key = _SWEEP if event.trial is None else event.trial
+            self.contents[key] = _after(self.contents.get(key), event)
+            if isinstance(event, Reported):
+                self._steps.setdefault(key, set()).add(event.step)
             touched.add(key)
-            self.milestones += entry["kind"] != "report"
+            self.milestones += not isinstance(event, Reported)
         return touched
 
     def points(self) -> list[RecordedTrial]:
@@ -86,7 +87,7 @@ class Ledger:
         return str(self.contents.get(number, {}).get("state", ""))
 
     def steps(self, number: int) -> Set[int]:
-        """Steps of the trial's reports among the entries taken."""
+        """Steps of the trial's reports among the events taken."""
         return self._steps.get(number, frozenset())
 
     def last_step(self, number: int) -> int:
@@ -109,35 +110,41 @@ class Ledger:
         """Steps of the rungs of early stopping at which the trial's scores are recorded."""
         return set(self.contents.get(number, {}).get("rungs", ()))
 
-    def answers(self, number: int) -> dict[str, Any] | None:
+    def answers(self, number: int) -> Answers | None:
         """The answers behind the trial's recorded scores; none before it is scored, or where it was simulated."""
-        return self.contents.get(number, {}).get("correct")
+        return _answers(self.contents.get(number, {}))
 
 
-def _after(content: Content | None, entry: Entry) -> Content:
-    """A trial after one more entry; what was there is not changed, as another thread may be reading it."""
+def _after(content: Content | None, event: Event) -> Content:
+    """A trial after one more event; what was there is not changed, as another thread may be reading it."""
     now: Content = {"state": "running", "cause": "", "metrics": {}, **(content or {})}
-    now["metrics"] = now["metrics"] | entry.get("metrics", {})
-    match entry["kind"]:
-        case "begin":
-            now |= {"params": entry["params"], "labels": entry["labels"], "began_ms": entry["time_ms"]}
-        case "report":
-            now["last_step"] = max(now.get("last_step", 0), entry["step"])
-        case "rung":
-            now["rungs"] = [*now.get("rungs", ()), entry["step"]]
-        case "scores":
-            now |= {"correct": entry["correct"], "measured": entry["metrics"], "scored_step": entry["step"]}
-        case "front":
-            now["front_step"] = entry["step"]
-        case "comparison" | "damage":
-            now[entry["kind"]] = entry["content"]
-        case "state":
-            now |= {"state": entry["state"], "cause": entry["cause"], "ended_ms": entry["time_ms"]}
+    now["metrics"] = now["metrics"] | metrics_of(event)
+    match event:
+        case Began():
+            now |= {"params": event.params, "labels": event.labels, "began_ms": event.time_ms}
+        case Reported():
+            now["last_step"] = max(now.get("last_step", 0), event.step)
+        case Scored(final=False):
+            now["rungs"] = [*now.get("rungs", ()), event.step]
+        case Scored():
+            answers = event.answers and asdict(event.answers)
+            now |= {"answers": answers, "measured": event.metrics, "scored_step": event.step}
+        case FrontMoved():
+            now["front_step"] = event.step
+        case Compared():
+            now["comparison"] = event.comparison
+        case BasesProbed():
+            now["damage"] = event.outcomes
+    if event.state:
+        now |= {"state": event.state, "cause": getattr(event, "cause", ""), "ended_ms": event.time_ms}
     return now
 
 
+def _answers(content: Content) -> Answers | None:
+    return Answers(**content["answers"]) if content.get("answers") else None
+
+
 def _point(number: int, content: Content) -> RecordedTrial:
-    correct = content.get("correct")
     return RecordedTrial(
         number=number,
         state=content["state"],
@@ -147,6 +154,5 @@ def _point(number: int, content: Content) -> RecordedTrial:
         metrics=content["metrics"],
         began_ms=content.get("began_ms", 0),
         ended_ms=content.get("ended_ms", 0),
-        correct=correct
-        and Answers(correct["group"], (correct["chips"], correct["rows"]), base64.b64decode(correct["bits"])),
+        correct=_answers(content),
     )

@@ -1,15 +1,15 @@
-"""How far a sweep's journal is delivered."""
+"""How far a sweep's event log is delivered."""
 
 import json
 from contextlib import suppress
 
 from halora.files import write_whole
-from halora.records import journal
+from halora.records import event_log
 from halora.records.store import Store, SweepFolder
 
 
-class Position:
-    """How far a journal is delivered to one MLflow; another MLflow gets it from its beginning.
+class DeliveryOffset:
+    """How far an event log is delivered to one MLflow; another MLflow gets it from its beginning.
 
     Args:
         folder: The sweep's folder.
@@ -18,7 +18,7 @@ class Position:
 
     def __init__(self, folder: SweepFolder, server: str) -> None:
         self._folder = folder
-        self._what = {"journal": journal.identity(folder.journal_file), "server": server}
+        self._what = {"log": event_log.identity(folder.event_log_file), "server": server}
         self.offset = 0
         with suppress(OSError, ValueError):  # none yet, or one that a power cut emptied
             sent = json.loads(folder.sent_file.read_text(encoding="utf-8"))
@@ -28,17 +28,19 @@ class Position:
     def move(self, offset: int) -> None:
         """Remember that all before is delivered."""
         self.offset = offset
-        write_whole(self._folder.sent_file, json.dumps({**self._what, "offset": offset}))
+        write_whole(
+            self._folder.sent_file, json.dumps({**self._what, "offset": offset}), durable=False
+        )  # else some is delivered again
 
     def left(self) -> int:
-        """Number of entries that are not delivered."""
-        return len(journal.read(self._folder.journal_file, self.offset)[0])
+        """Number of events that are not delivered."""
+        return len(event_log.read(self._folder.event_log_file, self.offset)[0])
 
 
 def undelivered(store: Store, sweep: str) -> int:
-    """Number of a sweep's entries that its MLflow lacks."""
+    """Number of a sweep's events that its MLflow lacks."""
     folder = store.sweep(sweep)
-    return Position(folder, store.serving(sweep).server).left() if folder.journal_file.exists() else 0
+    return DeliveryOffset(folder, store.serving(sweep).server).left() if folder.event_log_file.exists() else 0
 
 
 def refused(folder: SweepFolder) -> dict[int | None, str]:
@@ -49,4 +51,4 @@ def refused(folder: SweepFolder) -> dict[int | None, str]:
     if not folder.refused_file.exists():
         return {}
     kept = [json.loads(line) for line in folder.refused_file.read_text(encoding="utf-8").splitlines()]
-    return {each["entry"]["trial"]: str(each["error"]) for each in kept}
+    return {each["event"]["trial"]: str(each["error"]) for each in kept}

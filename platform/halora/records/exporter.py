@@ -1,6 +1,6 @@
-"""Delivers a sweep's journal to MLflow while the sweep runs, and what is left of it afterwards.
+"""Delivers a sweep's event log to MLflow while the sweep runs, and what is left of it afterwards.
 
-A thread of its own reads the journal from where it last got to and delivers in batches. What MLflow does not take now
+A thread of its own reads the event log from where it last got to and delivers in batches. What MLflow does not take now
 is tried again, later and later; the trials never wait for it.
 """
 
@@ -12,13 +12,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from halora.events import Event
 from halora.files import write_whole
-from halora.records import journal, tracking
-from halora.records.position import Position
+from halora.records import event_log, tracking
+from halora.records.delivery import DeliveryOffset
 from halora.records.publishing import Publisher
 from halora.records.recorder import SweepRecorder
 from halora.records.store import Store, SweepFolder
 from halora.records.tracking import MlflowSweep, first_line, is_refusal, is_silence, may_pass
+from halora.retries import backoff_s
 from halora.spaces.sweep import SweepConfig
 
 _LINES = 500
@@ -30,7 +32,7 @@ _PATIENCE_S = 60.0
 
 @contextmanager
 def recording(store: Store, sweep: SweepConfig, say: Callable[[str], None]) -> Iterator[SweepRecorder]:
-    """A recorder whose journal is delivered while the block runs, and to its end afterwards if MLflow answers.
+    """A recorder whose event log is delivered while the block runs, and to its end afterwards if MLflow answers.
 
     Args:
         store: The store, with the server to deliver to.
@@ -38,21 +40,25 @@ def recording(store: Store, sweep: SweepConfig, say: Callable[[str], None]) -> I
         say: Tells a person one line.
     """
     recorder = SweepRecorder(store.sweep(sweep.name), sweep)
-    sender = Sender(store, sweep, Publisher(store.sweep(sweep.name), sweep, recorder.ledger), say)
-    sender.start()
+    exporter = MlflowExporter(store, sweep, Publisher(store.sweep(sweep.name), sweep, recorder.recorded), say)
+    exporter.start()
     try:
         yield recorder
     finally:
         recorder.close()
-        if left := sender.finish():
+        if left := exporter.finish():
             say(
                 f"MLflow at {store.tracking_uri} lacks {left} records, which are kept; "
                 f"deliver them with: halora sweep resume {sweep.name}"
             )
 
 
-class Sender(threading.Thread):
-    """Delivers a journal.
+def _waits_s() -> Iterator[float]:
+    return backoff_s(2 * _PAUSE_S, _LONGEST_DELAY_S)
+
+
+class MlflowExporter(threading.Thread):
+    """Delivers an event log.
 
     Args:
         store: The store, with the server to deliver to.
@@ -62,11 +68,11 @@ class Sender(threading.Thread):
     """
 
     def __init__(self, store: Store, sweep: SweepConfig, publisher: Publisher, say: Callable[[str], None]) -> None:
-        super().__init__(name=f"sender of {sweep.name}", daemon=True)
+        super().__init__(name=f"exporter of {sweep.name}", daemon=True)
         self._folder: SweepFolder = store.sweep(sweep.name)
         self._mlflow, self._remote = MlflowSweep(store, sweep), store.remote
         self._publisher, self._say = publisher, say
-        self._position = Position(self._folder, store.server)
+        self._delivered = DeliveryOffset(self._folder, store.server)
         self._ending = threading.Event()
         self._gives_up_at = float("inf")
         self._failing_since: float | None = None
@@ -75,10 +81,10 @@ class Sender(threading.Thread):
         self._uploaded = 0
 
     def run(self) -> None:
-        """Deliver until the journal is closed and all of it is delivered, or time is up."""
-        delay = _PAUSE_S
+        """Deliver until the event log is closed and all of it is delivered, or time is up."""
+        delay, waits_s = _PAUSE_S, _waits_s()
         while True:
-            ending = self._ending.is_set()  # before the journal is read, so that nothing comes after
+            ending = self._ending.is_set()  # before the event log is read, so that nothing comes after
             self._draw(ending)
             try:
                 moved = self._deliver_some()
@@ -88,25 +94,25 @@ class Sender(threading.Thread):
                         self._mlflow.remove_duplicates()
                         return
                 self._answered()
-                delay = _PAUSE_S
+                delay, waits_s = _PAUSE_S, _waits_s()
             except Exception as error:  # MLflow, requests and SQLAlchemy raise many kinds
                 self._not_delivered(error)
                 moved = False
-                delay = min(2 * delay, _LONGEST_DELAY_S)
+                delay = next(waits_s)
             if time.monotonic() > self._gives_up_at:
                 return
             if not moved:
                 self._wait(delay)
 
     def finish(self) -> int:
-        """Wait until all is delivered, or until MLflow has not answered for so long; the number of entries left."""
+        """Wait until all is delivered, or until MLflow has not answered for so long; the number of events left."""
         self._gives_up_at = time.monotonic() + _PATIENCE_S
         self._ending.set()
         while self.is_alive():
             if self._failing_since is None:
                 self._gives_up_at = time.monotonic() + _PATIENCE_S
             self.join(0.2)
-        return self._position.left()
+        return self._delivered.left()
 
     def _wait(self, delay: float) -> None:
         if self._ending.is_set():
@@ -131,39 +137,39 @@ class Sender(threading.Thread):
             self._uploaded = drawn
 
     def _deliver_some(self) -> bool:
-        """Deliver the next entries, if there are any, and remember how far that was."""
-        entries, after = journal.read(self._folder.journal_file, self._position.offset, _LINES)
-        if after == self._position.offset:
+        """Deliver the next events, if there are any, and remember how far that was."""
+        events, after = event_log.read(self._folder.event_log_file, self._delivered.offset, _LINES)
+        if after == self._delivered.offset:
             return False
-        with self._folder.journal_file.open("rb") as file:
+        with self._folder.event_log_file.open("rb") as file:
             os.fsync(file.fileno())  # on this disk before in MLflow
-        by_trial: dict[int | None, list[journal.Entry]] = {}
-        for entry in entries:
-            by_trial.setdefault(entry["trial"], []).append(entry)
+        by_trial: dict[int | None, list[Event]] = {}
+        for event in events:
+            by_trial.setdefault(event.trial, []).append(event)
         with self._answer_awaited():
             for number, own in by_trial.items():
                 self._deliver(number, own)
-        self._position.move(after)
+        self._delivered.move(after)
         return True
 
-    def _deliver(self, number: int | None, entries: list[journal.Entry]) -> None:
-        """Deliver entries of one run; where some never can be, all the others, and keep those."""
+    def _deliver(self, number: int | None, events: list[Event]) -> None:
+        """Deliver events of one run; where some never can be, all the others, and keep those."""
         try:
-            self._mlflow.deliver(number, entries)
+            self._mlflow.deliver(number, events)
         except Exception as error:
             if may_pass(error):
                 raise
-            if len(entries) > 1:
-                for entry in entries:
-                    self._deliver(number, [entry])
+            if len(events) > 1:
+                for event in events:
+                    self._deliver(number, [event])
                 return
             what = f"a record of {'the sweep' if number is None else f'trial {number}'}"
             said = f"MLflow refused {what}" if is_refusal(error) else f"{what} cannot be delivered"
-            self._keep_refused({"entry": entries[0], "error": str(error) or first_line(error)})
+            self._keep_refused({"event": events[0].to_json(), "error": str(error) or first_line(error)})
             self._say(f"{said}, kept in {self._folder.refused_file}: {first_line(error)}")
 
     def _keep_refused(self, content: dict[str, Any]) -> None:
-        """Keep an entry and why it was refused, once, however often it is delivered."""
+        """Keep an event and why it was refused, once, however often it is delivered."""
         file, line = self._folder.refused_file, json.dumps(content)
         kept = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
         if line not in kept:

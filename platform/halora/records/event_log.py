@@ -1,4 +1,4 @@
-"""A sweep's journal: what was learned, one JSON object per line, on disk before anything else hears of it.
+"""A sweep's event log: what happened, an event per line as JSON, on disk before anything else hears of it.
 
 A line that was cut off by a crash is not there; a writer removes it. A process that is killed loses nothing it
 appended; a machine that loses power loses nothing up to the last `sync`.
@@ -15,14 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from halora.errors import UserError
+from halora.events import Event, event_of
 
-Entry = dict[str, Any]
-"""A line of the journal, with its `kind` and the time `time_ms` it was learned."""
-
-_VERSION = 2
+_VERSION = 3
 
 
-class Journal:
+class EventLog:
     """The writing end, held by the one process that runs the sweep.
 
     Args:
@@ -38,19 +36,22 @@ class Journal:
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         _cut_torn_line(self._file)
         if os.fstat(self._file).st_size == 0:
-            self.append({"journal": uuid.uuid4().hex, "version": _VERSION, "launch": launch})
+            self._append({"log": uuid.uuid4().hex, "version": _VERSION, "launch": launch})
             self.sync()
         elif (written := _header(path)["launch"]) != launch:
             os.close(self._file)
-            raise UserError(f"journal '{path}' is of launch {written}, not of {launch}", "bring the sweep's own back")
+            raise UserError(f"event log '{path}' is of launch {written}, not of {launch}", "bring the sweep's own back")
 
-    def append(self, entry: Mapping[str, Any]) -> None:
-        """Add a line atomically.
+    def append(self, event: Event) -> None:
+        """Add an event atomically.
 
         Raises:
             OSError: The disk is full or gone.
         """
-        line = json.dumps(entry, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass") + b"\n"
+        self._append(event.to_json())
+
+    def _append(self, content: Mapping[str, Any]) -> None:
+        line = json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass") + b"\n"
         append_line(self._file, line)
 
     def sync(self) -> None:
@@ -100,82 +101,82 @@ def _cut_torn_line(file: int) -> int:
     return end
 
 
-def read(path: Path, offset: int = 0, limit: int | None = None) -> tuple[list[Entry], int]:
-    """Whole entries from a place on, and the place after them.
+def read(path: Path, offset: int = 0, limit: int | None = None) -> tuple[list[Event], int]:
+    """Whole events from a place on, and the place after them.
 
     Args:
-        path: The journal's file.
-        offset: Byte where an entry begins; 0 for the first.
+        path: The event log's file.
+        offset: Byte where a line begins; 0 for the first.
         limit: Largest number of lines to read.
 
     Raises:
-        UserError: The file cannot be read, or a line is not an entry.
+        UserError: The file cannot be read, or a line is not an event.
     """
-    entries: list[Entry] = []
+    events: list[Event] = []
     try:
         with path.open("rb") as file:
             file.seek(offset)
             for line in islice(file, limit):
                 if not line.endswith(b"\n"):
                     break
-                entry = json.loads(line.decode("utf-8", "surrogatepass"))
-                if "kind" in entry:
-                    entries.append(entry)
+                content = json.loads(line.decode("utf-8", "surrogatepass"))
+                if "kind" in content:  # not the header
+                    events.append(event_of(content))
                 offset += len(line)
     except OSError as error:
-        raise UserError(f"journal '{path}' cannot be read: {error.strerror}") from None
-    except (ValueError, TypeError):
-        raise UserError(f"journal '{path}' is damaged at byte {offset}", "restore the file from a backup") from None
-    return entries, offset
+        raise UserError(f"event log '{path}' cannot be read: {error.strerror}") from None
+    except (ValueError, TypeError, KeyError):
+        raise UserError(f"event log '{path}' is damaged at byte {offset}", "restore the file from a backup") from None
+    return events, offset
 
 
-def entries_of(path: Path, trial: int) -> list[Entry]:
-    """The entries of one trial; only their lines are parsed. None where the file is not there.
+def events_of(path: Path, trial: int) -> list[Event]:
+    """The events of one trial; only their lines are parsed. None where the file is not there.
 
     Raises:
-        UserError: The file cannot be read, or one of these lines is not an entry.
+        UserError: The file cannot be read, or one of these lines is not an event.
     """
     wanted = re.compile(rb'"trial": ?%d[,}]' % trial)
-    entries = []
+    events: list[Event] = []
     try:
         with path.open("rb") as file:
             for line in file:
                 if line.endswith(b"\n") and wanted.search(line):
-                    entry = json.loads(line.decode("utf-8", "surrogatepass"))
-                    if entry.get("trial") == trial:  # not merely in a text of another's
-                        entries.append(entry)
+                    content = json.loads(line.decode("utf-8", "surrogatepass"))
+                    if content.get("trial") == trial:  # not merely in a text of another's
+                        events.append(event_of(content))
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise UserError(f"journal '{path}' cannot be read: {error.strerror}") from None
-    except (ValueError, TypeError, AttributeError):
-        raise UserError(f"journal '{path}' is damaged", "restore the file from a backup") from None
-    return entries
+        raise UserError(f"event log '{path}' cannot be read: {error.strerror}") from None
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise UserError(f"event log '{path}' is damaged", "restore the file from a backup") from None
+    return events
 
 
 def identity(path: Path) -> str:
-    """What tells this journal from another that was in its place before; empty where there is none.
+    """What tells this event log from another that was in its place before; empty where there is none.
 
     Raises:
-        UserError: It is of another version of the program, or no journal.
+        UserError: It is of another version of the program, or no event log.
     """
-    return _header(path)["journal"]
+    return _header(path)["log"]
 
 
 def _header(path: Path) -> dict[str, str]:
-    """Identities of the journal and of its launch; empty ones where there is none."""
+    """Identities of the event log and of its launch; empty ones where there is none."""
     try:
         with path.open("rb") as file:
             line = file.readline()
         if not line.endswith(b"\n"):
-            return {"journal": "", "launch": ""}
+            return {"log": "", "launch": ""}
         header = json.loads(line)
         if header["version"] == _VERSION:
-            return {name: str(header[name]) for name in ("journal", "launch")}
+            return {name: str(header[name]) for name in ("log", "launch")}
     except FileNotFoundError:
-        return {"journal": "", "launch": ""}
+        return {"log": "", "launch": ""}
     except OSError as error:
-        raise UserError(f"journal '{path}' cannot be read: {error.strerror}") from None
+        raise UserError(f"event log '{path}' cannot be read: {error.strerror}") from None
     except (ValueError, TypeError, KeyError):
-        raise UserError(f"'{path}' is not a journal") from None
-    raise UserError(f"journal '{path}' is of version {header['version']}, this program reads {_VERSION}")
+        raise UserError(f"'{path}' is not an event log") from None
+    raise UserError(f"event log '{path}' is of version {header['version']}, this program reads {_VERSION}")
