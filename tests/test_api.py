@@ -276,8 +276,16 @@ def test_a_table_has_the_same_columns_whatever_is_in_it(tmp_path, tiny_models, t
     assert table["began"][0].timestamp() == points[0].began_ms / 1000
     assert surface.Store(place).to_pandas("two")["sweep"].tolist() == ["two"]
     assert [str(kind) for kind in table.dtypes[:4]] == [str(kind) for kind in empty.dtypes[:4]]
-    table.to_parquet(tmp_path / "trials.parquet")
+    halora = surface.Store(place)
+    assert (halora.export(tmp_path / "trials.parquet"), halora.export(tmp_path / "two.csv", "two")) == (3, 1)
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "trials.parquet"), table)
+    (row,) = csv.DictReader((tmp_path / "two.csv").open(encoding="utf-8"))
+    assert list(row) == list(halora.to_pandas("two").columns)
+    assert (row["sweep"], row["trial"], row["on_front"], row["cause"]) == ("two", "0", "True", "")
+    with pytest.raises(surface.UserError, match="exists"):
+        halora.export(tmp_path / "two.csv")
+    with pytest.raises(surface.UserError, match="must end in"):
+        halora.export(tmp_path / "two.xlsx")
 
 
 def test_progress_is_lines_where_there_is_no_terminal(capsys, monkeypatch):

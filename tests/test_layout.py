@@ -184,9 +184,20 @@ def test_the_roots_share_one_package():
     import halora
 
     inits = [root for root in SOURCE_ROOTS if (ROOT / root / "halora" / "__init__.py").exists()]
-    assert inits == ["platform"]
+    assert inits == ["platform"]  # docs/decisions/027
     assert not [root for root in SOURCE_ROOTS if (ROOT / root / "__init__.py").exists()]
     assert {Path(place).resolve() for place in halora.__path__} == {ROOT / root / "halora" for root in SOURCE_ROOTS}
+
+
+def test_the_package_has_a_part_below_every_entry_of_the_path_in_its_order(tmp_path):
+    (tmp_path / "halora").mkdir()
+    (tmp_path / "halora" / "elsewhere.py").write_text("")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import halora.elsewhere, halora.hardware.chip\n"
+    code += "print(halora.__path__[0], halora.__file__)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    first, file = run.stdout.split()
+    assert first == str(tmp_path / "halora")
+    assert Path(file) == ROOT / "platform" / "halora" / "__init__.py"
 
 
 def test_the_lock_pins_every_direct_dependency_and_names_no_index():

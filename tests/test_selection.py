@@ -11,7 +11,7 @@ from halora.errors import UserError
 from halora.hardware.chip import load_chip
 from halora.records.names import registered_name
 from halora.selection.certificate import Certificate, chips_needed, yield_lower_bound
-from halora.selection.gates import Gate, certified_gates, search_gates
+from halora.selection.gates import Gate, branch_gates, certified_gates, search_gates
 from halora.selection.robustness import scenarios
 from halora.spaces.gates import Gates
 
@@ -112,6 +112,31 @@ def test_a_gate_at_its_threshold_passes_and_beyond_it_fails():
     assert gates_by_name(ALL_GATES).keys() == beyond.keys()
     for name, change in beyond.items():
         assert [gate.name for gate in gates_by_name(ALL_GATES, **change).values() if not gate.passed] == [name]
+
+
+def test_what_serving_asks_of_a_branch():
+    gates = Gates(max_rank=16, servable=True)
+    verdicts = {
+        (rank, variant): [gate.name for gate in branch_gates(gates, rank, variant) if not gate.passed]
+        for rank in (16, 17, 513)
+        for variant in ("plain", "rslora", "dora")
+    }
+    assert verdicts == {
+        (16, "plain"): [],
+        (16, "rslora"): [],
+        (16, "dora"): ["servable"],
+        (17, "plain"): ["max_rank"],
+        (17, "rslora"): ["max_rank"],
+        (17, "dora"): ["max_rank", "servable"],
+        (513, "plain"): ["max_rank", "servable"],
+        (513, "rslora"): ["max_rank", "servable"],
+        (513, "dora"): ["max_rank", "servable"],
+    }
+    assert branch_gates(Gates(), 999, "dora") == []
+    metrics = {"accuracy": 0.5, "clean_accuracy": 0.6, "energy_uj_per_token": 2.0}
+    found = RecordedTrial(number=0, params={"lora.rank": 32}, metrics=metrics)
+    assert [gate.name for gate in search_gates(found, gates) if not gate.passed] == ["max_rank"]
+    assert all(gate.passed for gate in search_gates(RecordedTrial(number=0, metrics=metrics), gates))
 
 
 def test_a_gate_tells_value_threshold_and_unit_and_no_number_fails():

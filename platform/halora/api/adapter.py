@@ -4,12 +4,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ValidationError
 
 from halora.analysis.trials import RecordedTrial
-from halora.api.evaluation import Evaluation, evaluated
+from halora.api.evaluation import Evaluation, base_of, evaluated, found_adapter
 from halora.api.store import Store
 from halora.errors import UserError
 from halora.records import store as records
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from halora.selection.candidates import Preference, Standing
     from halora.selection.claims import Certification
     from halora.selection.selecting import Selection
+
+
+Format = Literal["bundle", "peft", "gguf", "merged"]
 
 
 class Adapter:
@@ -111,20 +114,36 @@ class Adapter:
             self._registered = f"{found.registered.name}/{found.registered.version}"
         return found.certifications[-1]
 
-    def export(self, place: str | Path, *, sign: Path | None = None) -> None:
-        """Write it to a new folder, on this machine or on a URL, as a bundle with chip, energy and certificate.
+    def export(
+        self, place: str | Path, *, format: Format = "bundle", base: str | None = None, sign: Path | None = None
+    ) -> str:
+        """Write it to a new folder; for `gguf` to a new file.
 
         Args:
-            place: The folder.
-            sign: File of a private Ed25519 key to sign the bundle with.
+            place: The folder; that of a bundle may be on a URL.
+            format: `bundle`: with chip, energy and certificate, of a registered adapter; `peft`: PEFT's two files;
+                `gguf`: a LoRA for llama.cpp; `merged`: one model of `transformers`, base and adapter.
+            base: Its base model, a name, hub id or folder, where its trial does not tell or is elsewhere.
+            sign: File of a private Ed25519 key to sign a bundle with.
+
+        Returns:
+            What is given up by the format; else empty.
 
         Raises:
-            UserError: The folder exists, or the adapter is not registered.
+            UserError: The place exists, the adapter is not registered, or the format has no place for it.
         """
+        if format != "bundle":
+            from halora.selection.handover import MERGED, hand_over
+
+            if sign is not None:
+                raise UserError("sign: a bundle is signed, and nothing else")
+            with self._folder() as folder:
+                hand_over(found_adapter(folder)[0], Path(place), format, base or base_of(folder))
+            return MERGED if format == "merged" else ""
         if not self._registered:
             raise UserError(
                 f"'{self.source}' is not registered, and a bundle holds a certificate",
-                "certify it first, or name a registered adapter: NAME@ALIAS",
+                "certify it first, name a registered adapter (NAME@ALIAS), or export it as peft, gguf or merged",
             )
         from halora.records.registry import find_adapter
         from halora.records.tracking import open_client
@@ -132,6 +151,7 @@ class Adapter:
 
         client = open_client(self.store.place)
         export_to(client, find_adapter(client, self._registered), str(place), sign)
+        return ""
 
     @contextmanager
     def _folder(self) -> Iterator[Path]:

@@ -183,20 +183,43 @@ def adapter_and_trial(adapter: Path, overrides: Mapping[str, Any]) -> tuple[Path
     Raises:
         UserError: There is no adapter, or too little is known of its trial.
     """
-    folder = adapter_folder(adapter) or adapter
-    if not (folder / ADAPTER_WEIGHTS).is_file() or not (folder / ADAPTER_CONFIG).is_file():
-        raise UserError(
-            f"no adapter in '{adapter}': neither a trial's folder nor {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}"
-        )
-    trials = [parent / TRIAL_FILE for parent in (folder, *folder.parents[:2]) if (parent / TRIAL_FILE).is_file()]
-    if trials:
-        return folder, trial_from(described_trial(trials[0]), str(adapter), overrides)
+    folder, trial = found_adapter(adapter)
+    if trial:
+        return folder, trial_from(described_trial(trial), str(adapter), overrides)
     saved = read_saved_lora(folder)
     lora = {"rank": saved.rank, "targets": saved.targets, "variant": saved.variant}
     described = {"lora": lora | {"alpha_over_rank": saved.alpha / saved.rank}, "training": {"steps": 0}}
     if saved.base:
         described["model"] = saved.base
     return folder, trial_from(described, str(adapter), overrides)
+
+
+def found_adapter(adapter: Path) -> tuple[Path, Path | None]:
+    """The folder of an adapter's weights, and the file of the trial that made it, where there is one.
+
+    Raises:
+        UserError: There is no adapter.
+    """
+    folder = adapter_folder(adapter) or adapter
+    if not (folder / ADAPTER_WEIGHTS).is_file() or not (folder / ADAPTER_CONFIG).is_file():
+        raise UserError(
+            f"no adapter in '{adapter}': neither a trial's folder nor {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}"
+        )
+    trials = (parent / TRIAL_FILE for parent in (folder, *folder.parents[:2]))
+    return folder, next((trial for trial in trials if trial.is_file()), None)
+
+
+def base_of(adapter: Path) -> str:
+    """The base model of an adapter, by its trial or by PEFT.
+
+    Raises:
+        UserError: There is no adapter, or neither says.
+    """
+    folder, trial = found_adapter(adapter)
+    named = str(described_trial(trial).get("model") or "") if trial else read_saved_lora(folder).base
+    if not named:
+        raise UserError(f"'{adapter}' does not say which base model it is of", "name it")
+    return named
 
 
 def described_trial(trial: Path) -> dict[str, Any]:

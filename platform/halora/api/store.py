@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from halora.analysis.summary import FrontView, view_front
 from halora.analysis.table import table
 from halora.analysis.trials import RecordedTrial
+from halora.errors import UserError
 from halora.records import store as records
 from halora.records.index import read_sweep_state
 
@@ -105,6 +106,27 @@ class Store:
         return data_frame(
             self.place, [(name, point, views[name]) for name, points in found.items() for point in points]
         )
+
+    def export(self, file: str | Path, *sweeps: str) -> int:
+        """Write what `to_pandas` gives to a new `.csv` or `.parquet` file; the number of trials.
+
+        Raises:
+            UserError: The file exists, cannot be written or has another ending, or there is no such sweep.
+        """
+        path = Path(file)
+        if path.suffix not in (".csv", ".parquet"):
+            raise UserError(f"'{path}': the name must end in .csv or .parquet")
+        if path.exists():
+            raise UserError(f"'{path}' exists", "name a new file")
+        found = self.to_pandas(*sweeps)
+        try:
+            if path.suffix == ".csv":
+                found.to_csv(path, index=False, date_format="%Y-%m-%dT%H:%M:%S.%f%z")
+            else:
+                found.to_parquet(path, index=False)
+        except OSError as error:
+            raise UserError(f"'{path}' cannot be written: {error.strerror or error}") from None
+        return len(found)
 
     def __repr__(self) -> str:
         return f"Store({str(self.place.root)!r}, {len(self.sweeps())} sweeps)"

@@ -31,6 +31,15 @@ class Preference(StrEnum):
     ENERGY = "energy"
 
 
+class ExportFormat(StrEnum):
+    """Forms that an adapter is handed over in."""
+
+    BUNDLE = "bundle"
+    PEFT = "peft"
+    GGUF = "gguf"
+    MERGED = "merged"
+
+
 SweepArgument = Annotated[str, typer.Argument(metavar="SWEEP", help="Name of a launched sweep.")]
 AdapterArgument = Annotated[
     str, typer.Argument(metavar="ADAPTER", help="NAME@ALIAS or NAME/VERSION, as `halora adapter list` shows them.")
@@ -193,7 +202,17 @@ def promote(adapter: AdapterArgument, store: StoreOption = None, tracking_uri: S
 @app.command()
 def export(
     adapter: AdapterArgument,
-    output: Annotated[str, typer.Argument(metavar="FOLDER", help="A new folder, on this machine or on a URL.")],
+    output: Annotated[
+        str,
+        typer.Argument(metavar="FOLDER", help="A new folder, of a bundle on this machine or on a URL; gguf: a file."),
+    ],
+    format_: Annotated[
+        ExportFormat,
+        typer.Option("--format", help="bundle; PEFT's two files; a GGUF LoRA for llama.cpp; base and adapter merged."),
+    ] = ExportFormat.BUNDLE,
+    base: Annotated[
+        str | None, typer.Option(help="Its base model, where its trial does not tell.", show_default=False)
+    ] = None,
     sign: Annotated[
         Path | None,
         typer.Option(metavar="KEY", help="File of a private Ed25519 key to sign with.", show_default=False),
@@ -201,12 +220,21 @@ def export(
     store: StoreOption = None,
     tracking_uri: ServerOption = None,
 ) -> None:
-    """Write a registered adapter as a bundle: PEFT files, chip, energy, certificate, model card, checksums."""
+    """Write a registered adapter as a bundle: PEFT files, chip, energy, certificate, model card, checksums.
+
+    In the other formats ADAPTER may be a folder, or SWEEP/NUMBER, as well.
+    """
     from halora.api.adapter import Adapter
     from halora.api.store import Store as Surface
     from halora.selection.bundle import FILES
 
-    Adapter(adapter, store=Surface(open_store(store, tracking_uri))).export(output, sign=sign)
+    exported = Adapter(adapter, store=Surface(open_store(store, tracking_uri)))
+    remark = exported.export(output, format=format_.value, base=base, sign=sign)
+    if format_ is not ExportFormat.BUNDLE:
+        say(f"written: '{output}'")
+        if remark:
+            say(f"warning: {remark}")
+        return
     check = f"halora adapter verify {output}{' --key KEY.pub' if sign else ''}"
     say(f"{len(FILES) + 1 + bool(sign)} files in '{output}'; check them anywhere with: {check}")
 

@@ -10,7 +10,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from halora.cli import adapter, cluster, dashboard, doctor, energy, front, noise, space, sweep, train, trial
+from halora.cli import adapter, cluster, dashboard, doctor, energy, front, init, noise, space, sweep, train, trial
 from halora.cli.output import talk
 from halora.cli.remote_commands import check_client
 from halora.errors import UnreachableError, UserError
@@ -29,6 +29,7 @@ app.add_typer(trial.app, name="trial")
 app.add_typer(adapter.app, name="adapter")
 app.add_typer(noise.app, name="noise")
 app.add_typer(cluster.app, name="cluster")
+app.command("init")(init.init)
 app.command("train")(train.train)
 app.command("evaluate")(train.evaluate)
 app.command("energy")(energy.energy)

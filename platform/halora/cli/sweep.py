@@ -253,6 +253,21 @@ def report(name: NameArgument, store: StoreOption = None, address: AddressOption
 
 
 @app.command()
+def export(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A new file, .csv or .parquet.")],
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="Launched sweeps; default: all.", show_default=False)
+    ] = None,
+    store: StoreOption = None,
+) -> None:
+    """Write the trials of sweeps to a file, a row each, with columns that stay."""
+    from halora.api.store import Store as Surface
+
+    number = Surface(open_store(store)).export(file, *(names or ()))
+    say(f"{number} trials in '{file}'")
+
+
+@app.command()
 def validate(sweep: SweepArgument, set_: SweepSetOption = None) -> None:
     """Check a sweep file; all errors are reported together."""
     from halora.api.sweep import Sweep

@@ -14,7 +14,7 @@ from halora.hardware.energy import COSTS
 from halora.pricing import trial_energy
 from halora.records.publishing import baseline_energies
 from halora.selection.certificate import Certificate, yield_lower_bound
-from halora.selection.gates import Gate, certified_gates
+from halora.selection.gates import Gate, branch_gates, certified_gates
 from halora.selection.robustness import Scenario, scenarios, strength_name
 from halora.settings.trial import TrialConfig
 from halora.spaces.gates import Gates
@@ -240,7 +240,7 @@ def concluded(evidence: Evidence) -> Certification:
     return Certification(
         certificate=certificate,
         asked=asked,
-        gates=tuple(gates),
+        gates=(*gates, *branch_gates(asked, config.lora.rank, config.lora.variant)),
         robustness=tuple(lines),
         scores=summary,
         energy=evidence.energy,

@@ -8,6 +8,8 @@ from typing import Any, Literal
 from halora.analysis.trials import RecordedTrial
 from halora.spaces.gates import Gates
 
+_VLLM_MOST_RANK = 512  # the largest of the values that its `max_lora_rank` takes; it knows no DoRA
+
 
 @dataclass(frozen=True)
 class Gate:
@@ -75,7 +77,25 @@ def search_gates(point: RecordedTrial, gates: Gates) -> list[Gate]:
         Gate("min_accuracy", accuracy, ">=", gates.min_accuracy),
         *([] if gates.max_drop is None else [Gate("max_drop", clean - accuracy, "<=", gates.max_drop)]),
         *_costs(point.metrics, gates),
+        *branch_gates(gates, point.params.get("lora.rank"), point.params.get("lora.variant")),
     ]
+
+
+def branch_gates(gates: Gates, rank: int | None, variant: str | None) -> list[Gate]:
+    """What serving asks of a LoRA branch; of what is not known (a search records what it searches) nothing.
+
+    Args:
+        gates: The bounds.
+        rank: Its rank.
+        variant: `plain`, `rslora` or `dora`.
+    """
+    found = []
+    if gates.max_rank is not None and rank is not None:
+        found.append(Gate("max_rank", float(rank), "<=", gates.max_rank))
+    if gates.servable:
+        obstacles = (variant == "dora") + (rank is not None and rank > _VLLM_MOST_RANK)
+        found.append(Gate("servable", float(obstacles), "<=", 0, "obstacles to vLLM"))
+    return found
 
 
 def certified_gates(

@@ -25,6 +25,10 @@ class Gates(StrictModel):
     max_area_mm2: float | None = Field(default=None, gt=0)
     max_adapter_kb: float | None = Field(default=None, gt=0)
     """Size of the adapter's weights as stored, in units of 1,000 bytes."""
+    max_rank: int | None = Field(default=None, ge=1)
+    """LoRA rank, as a server of adapters allows it (vLLM's `max_lora_rank`)."""
+    servable: bool = False
+    """Whether vLLM has to be able to serve it beside its base: no DoRA, a rank of 512 at most."""
     max_ci_halfwidth: float | None = Field(default=None, gt=0, le=1)
     """Half of the 95 % interval of the accuracy over test rows and certified chips."""
     min_chips: int = Field(default=1, ge=1)

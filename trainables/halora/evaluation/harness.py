@@ -113,7 +113,7 @@ def harness_scores(
         say: Told of the progress.
 
     Raises:
-        UserError: See `check_tasks`; or a task's data cannot be had, or it asks for what is not decoded here.
+        UserError: See `check_tasks`; or a task's data are not available, or it asks for what is not decoded here.
     """
     from lm_eval.evaluator import simple_evaluate
 
@@ -238,7 +238,7 @@ def _harness_model() -> type[Any]:
             totals = []
             for request in requests:
                 (first, *_), (tokens,) = encode_texts("", [request.args[0]], self._base.tokenizer)
-                windows = get_rolling_token_windows(tokens, first, self._longest - 1, 1)
+                windows = get_rolling_token_windows(tokens, first, self._longest, 1)
                 packed = [
                     pack_tokens(f"{_row_id(request)}, window {i}", context, [continuation])
                     for i, (context, continuation) in enumerate(map(make_disjoint_window, windows))
