@@ -157,11 +157,11 @@ def test_what_cannot_be_put_on_a_chip_is_refused(tiny_models):
     assert isinstance(prefix, PeftModel)
     with torch.device("meta"):
         absent = AutoModelForCausalLM.from_config(model.config)
-    for strange, told in (
+    for unknown, told in (
         (other, "type 'gpt2' is not one of"),
         (torch.nn.Linear(2, 2), "a Linear is no causal language model"),
         (prefix, "PREFIX_TUNING"),
         (absent, "not in memory"),
     ):
-        with pytest.raises(UserError, match=told), on_chip(strange, instance):
+        with pytest.raises(UserError, match=told), on_chip(unknown, instance):
             pass

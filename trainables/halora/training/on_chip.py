@@ -126,8 +126,8 @@ def layers_of(model: Any) -> Iterator[RramArray]:
     if any(parameter.is_meta for parameter in causal_lm.parameters()):
         raise UserError("some of the model's weights are not in memory", "load it whole, without offloading")
     kinds = {str(getattr(each.peft_type, "value", each.peft_type)) for each in _peft_configs(model).values()}
-    if strange := kinds - {"LORA"}:
-        raise UserError(f"the model has an adapter of the kind {', '.join(sorted(strange))}; a chip's branch is LoRA")
+    if unknown := kinds - {"LORA"}:
+        raise UserError(f"the model has an adapter of the kind {', '.join(sorted(unknown))}; a chip's branch is LoRA")
     linears = {canonical_name(name) for name, module in modules.items() if isinstance(module, nn.Linear)}
     if missing := [name for name in shape.linear_layers if name not in linears]:
         raise UserError(f"the model has no plain linear layer '{missing[0]}', and {len(missing)} of them in all")
