@@ -83,6 +83,7 @@ _IDLE = (
     *("initializer_range", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id"),
     *("attention_dropout", "embd_pdrop", "pretraining_tp"),
 )
+_LLAMA_NORMS = ("input_layernorm", "post_attention_layernorm", "norm")
 _MOST_LAYERS, _LARGEST = 10_000, 2**24  # beyond any model; a shape lists its layers
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
@@ -157,7 +158,7 @@ class Family:
 
     name: str
     linears: tuple[Linear, ...] = _SEPARATE
-    norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm", "norm")
+    norms: tuple[str, ...] = _LLAMA_NORMS
     norm_kind: NormKind = "rounded"
     honoured: tuple[str, ...] = ()
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
@@ -211,7 +212,6 @@ def _whole(number: Any) -> int:
     return number if isinstance(number, int) and not isinstance(number, bool) and number > 0 else 0
 
 
-_LLAMA_NORMS = ("input_layernorm", "post_attention_layernorm", "norm")
 _OLMO_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm", "norm", "q_norm", "k_norm")
 _QWEN_WINDOWS = Sliding(
     window=4096,
