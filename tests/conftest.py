@@ -122,6 +122,7 @@ def halora(
 
     def run(arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["halora", *shlex.split(arguments)])
+        capsys.readouterr()  # what others said before, such as a model that was made
         with warnings.catch_warnings(), pytest.raises(SystemExit) as exit_:
             cli.main()
         told = capsys.readouterr()

@@ -13,6 +13,10 @@ IDENTITY = ("sweep", "launch", "trial", "state", "cause", "began", "ended", "on_
 LABELS = ("method", "model", "chip", "task", "noise", "noise_strength")
 METRICS = (
     "energy_uj_per_token",
+    "latency_us_per_token",
+    "tokens_per_s",
+    "power_w",
+    "area_mm2",
     "accuracy",
     "accuracy_low",
     "accuracy_high",
