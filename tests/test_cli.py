@@ -105,7 +105,7 @@ def test_mlflow_holds_the_whole_sweep(zoo, store, tiny_models):
         assert [step for step, _ in loss_history(store, run)] == [2, 4, 6]
         metrics = run.data.metrics
         components = [value for name, value in metrics.items() if name.startswith("energy_uj_per_token.")]
-        assert len(components) == 11
+        assert len(components) == 13
         assert sum(components) == pytest.approx(metrics["energy_uj_per_token"], rel=1e-9)
         assert metrics["accuracy_low"] <= metrics["accuracy"] <= metrics["accuracy_high"]
         (output,) = run.outputs.model_outputs
