@@ -31,6 +31,10 @@ def front_figure(view: FrontView, title: str) -> Figure:
     figure.suptitle(title, parse_math=False)
     for axes, side in zip(figure.subplots(1, len(sides), squeeze=False)[0], sides, strict=True):
         _draw_side(axes, view, *side)
+    if view.groups.feasible:  # below the axes, where it hides no interval
+        named = axes.get_legend_handles_labels()
+        for text in figure.legend(*named, fontsize="small", ncols=3, loc="outside lower center").get_texts():
+            text.set_parse_math(False)
     return figure
 
 
@@ -51,10 +55,7 @@ def _draw_side(axes: Axes, view: FrontView, upwards: Objective, rightwards: Obje
         axes.annotate(str(point.number), place, xytext=(5, 5), textcoords="offset points")
     interval = " (95 % interval)" if upwards == ACCURACY else ""
     axes.set(xlabel=rightwards.words, ylabel=f"{upwards.words}{interval}")
-    if points:
-        for text in axes.legend(fontsize="small", loc="best").get_texts():
-            text.set_parse_math(False)
-    else:
+    if not points:
         axes.text(0.5, 0.5, "no finished trial yet", ha="center", transform=axes.transAxes)
 
 
