@@ -12,7 +12,6 @@ import pytest
 from halora.evaluation.chips import ChipScores
 from halora.evaluation.intervals import share
 from halora.hardware.addressing import Role
-from halora.hardware.families import LINEAR_NAMES
 from halora.records.names import BESIDE_METRICS
 from halora.trial_folder import adapter_folder
 from halora.trial_runner import TrialRunner, task_rows
@@ -61,7 +60,8 @@ def test_chips_are_the_same_in_every_call_and_process_state(runner, tiny_trial, 
 def test_the_noise_of_each_layer_in_rram_is_told_on_every_chip(runner, tiny_trial):
     chip = {"preset": "halora-2026", "mapping": {"sram": ["*.v_proj"]}}
     first = runner.evaluate(tiny_trial(chip=chip, evaluation=EVALUATION), None)
-    assert {name.rpartition(".")[2] for name in first.layers} == {*LINEAR_NAMES} - {"v_proj"}
+    in_rram = {"q_proj", "k_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert {name.rpartition(".")[2] for name in first.layers} == in_rram
     assert np.shape(first.layer_noise_db) == (3, len(first.layers))
     for by_layer, mean in zip(first.layer_noise_db, first.noise_db, strict=True):
         assert 10 * np.log10(np.mean(10 ** (np.array(by_layer) / 10))) == pytest.approx(mean)

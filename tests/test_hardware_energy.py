@@ -180,8 +180,6 @@ def test_models_are_found_by_name_hub_id_and_file(tmp_path):
     assert known_shape("HuggingFaceTB/SmolLM2-135M-Instruct") == named_shapes()["smollm2-135m-instruct"]
     assert known_shape("google/gemma-3-1b-pt") == known_shape("google/gemma-3-1b-it") == named_shapes()["gemma-3-1b"]
     assert known_shape("HuggingFaceTB/SmolLM3-3B-Base") == named_shapes()["smollm3-3b"]
-    assert known_shape("google/gemma-3-1b-pt") == known_shape("google/gemma-3-1b-it") == named_shapes()["gemma-3-1b"]
-    assert known_shape("HuggingFaceTB/SmolLM3-3B-Base") == named_shapes()["smollm3-3b"]
     assert known_shape("nobody/nothing") is None
     path = tmp_path / "config.json"
     path.write_text(

@@ -20,7 +20,7 @@ def test_a_new_file_is_valid_for_every_model_task_and_chip(tiny_models, tiny_tas
         sweep = load_sweep(str(path))
         assert (sweep.trial["model"], sweep.trial["task"], sweep.trial["chip"]) == (model, task, chip)
         worst = {"lora.rank": 16, "chip.adc.bits": sweep.space["chip.adc.bits"].high}
-        assert trial_energy(sweep.resolve(worst)).total_uj_per_token < sweep.reference_point.energy_uj_per_token
+        assert trial_energy(sweep.resolve(worst)).total_uj_per_token < sweep.reference_point["energy_uj_per_token"]
     code, _, err = halora(f"init {tmp_path / 'new.yaml'} --model {tiny_models['qwen3']} --task {tiny_task} --name mine")
     assert code == 0, err
     assert yaml.safe_load((tmp_path / "new.yaml").read_text())["name"] == "mine"

@@ -1,7 +1,6 @@
 """The dimensions of a model that its energy depends on: known by name, or read from a `config.json`. No download."""
 
 import re
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -16,9 +15,6 @@ from halora.hardware.families import FAMILIES, LINEARS, adapted, family_of, part
 from halora.hardware.fill import LayerFill, estimated_fill
 from halora.hardware.mapping import LM_HEAD
 from halora.reading import is_file, read_object
-
-_TUNING = re.compile(r"-(instruct|base|it|pt)$")  # endings of hub ids, of models of the same dimensions
-
 
 _TUNING = re.compile(r"-(instruct|base|it|pt)$")  # endings of hub ids, of models of the same dimensions
 
