@@ -22,9 +22,8 @@ from selenium.webdriver.support.wait import WebDriverWait
 from services import axe_core, chrome
 
 from halora.analysis.parallel import parallel_axes
-from halora.analysis.trials import grouped
+from halora.analysis.trials import DEFAULT_OBJECTIVES, grouped
 from halora.dashboard.app import create_app
-from halora.dashboard.reading import NOISY
 from halora.records.exporter import recording
 from halora.records.index import read_sweep_state
 from halora.records.recorder import SweepRecorder
@@ -370,7 +369,11 @@ def test_a_brush_on_an_axis_filters_every_view(browser, address, store):
     _open(browser, f"{address}/sweeps/dozen")
     groups = grouped(read_sweep_state(store, "dozen").points())
     points = groups.feasible
-    axis = next(a for a in parallel_axes([*points, *groups.violating], NOISY) if a.field == "training.learning_rate")
+    axis = next(
+        a
+        for a in parallel_axes([*points, *groups.violating], DEFAULT_OBJECTIVES)
+        if a.field == "training.learning_rate"
+    )
     grabs = browser.find_elements(By.CSS_SELECTOR, "[data-axis]")
     (grab,) = [each for each in grabs if json.loads(each.get_attribute("data-axis"))["field"] == axis.field]
     browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", grab)
