@@ -62,7 +62,9 @@ def test_an_adapter_is_priced_as_what_it_is(saved, tiny_trial, settings, ranks):
     macs = sum(rank * (sizes[name].in_features + sizes[name].out_features) for name, rank in ranks.items())
     priced = trial_energy(config, ranks=found.ranks)
     assert priced.components_uj["lora_sram"] == pytest.approx(macs * energy_constants()["sram_mac_fj"] * 1e-9)
-    bare = energy_per_token(model_shape(config.model), config.chip, rank=0, context_tokens=priced.latency.context_tokens)
+    bare = energy_per_token(
+        model_shape(config.model), config.chip, rank=0, context_tokens=priced.latency.context_tokens
+    )
     moved = {name for name, energy in priced.components_uj.items() if energy != bare.components_uj[name]}
     assert moved <= {"lora_sram", "leakage"}  # a branch's macros leak as well
 
