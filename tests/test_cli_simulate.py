@@ -27,10 +27,10 @@ HALORA = Path(sys.executable).parent / "halora"
 STEPS, TRIALS = 12, 10
 
 
-def _start(store, *args):
+def _start(store, *args, **options):
     own = {"HALORA_STORE": str(store), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    command = [HALORA, *map(str, args)]
-    return subprocess.Popen(command, env=os.environ | own, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([HALORA, *map(str, args)], env=os.environ | own, **piped | options)
 
 
 def _halora(store, *args):
@@ -210,9 +210,9 @@ def test_a_lost_terminal_ends_a_sweep_as_ctrl_c_does_unless_it_is_to_be_ignored(
         if ignored:
             signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
-    process = subprocess.Popen(
-        [HALORA, "sweep", "launch", path, "--simulate", table],
-        env=os.environ | {"HALORA_STORE": str(store), "OMP_NUM_THREADS": "1"},
+    process = _start(
+        store,
+        *("sweep", "launch", path, "--simulate", table),
         stdin=terminal,
         stdout=subprocess.DEVNULL if ignored else terminal,
         stderr=subprocess.DEVNULL if ignored else terminal,

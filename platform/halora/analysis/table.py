@@ -7,16 +7,13 @@ from typing import Any
 
 from halora.analysis.summary import FrontView
 from halora.analysis.trials import RecordedTrial
+from halora.hardware.energy import COSTS
 
 IDENTITY = ("sweep", "launch", "trial", "state", "cause", "began", "ended", "on_front", "front_probability", "knee")
 """Columns of every table, in this order, then `LABELS` and `METRICS`; empty where a trial has no value."""
 LABELS = ("method", "model", "chip", "task", "noise", "noise_strength")
 METRICS = (
-    "energy_uj_per_token",
-    "latency_us_per_token",
-    "tokens_per_s",
-    "power_w",
-    "area_mm2",
+    *COSTS,
     "accuracy",
     "accuracy_low",
     "accuracy_high",

@@ -93,9 +93,7 @@ def evaluated(
     Raises:
         UserError: There is no adapter, too little is known of its trial, or the trial is wrong.
     """
-    given = {"chip": chip and str(chip), "task": task, "evaluation.chip_instances": instances, "evaluation.rows": rows}
-    overrides = {path: value for path, value in given.items() if value is not None} | dict(overrides or {})
-    folder, config = base_alone(adapter, overrides) if base else adapter_and_trial(adapter, overrides)
+    folder, config = _as_told(adapter, base, chip, instances, overrides, {"task": task, "evaluation.rows": rows})
     ranks = read_saved_lora(folder).ranks if folder else None
     costs = trial_energy(config, ranks=ranks).metrics  # refused before anything is loaded
 
@@ -142,9 +140,7 @@ def evaluated_by_harness(
     from halora.evaluation.harness import check_tasks, harness_scores
 
     check_tasks(tasks)
-    given = {"chip": chip and str(chip), "evaluation.chip_instances": instances}
-    values = {path: value for path, value in given.items() if value is not None} | dict(overrides or {})
-    folder, config = base_alone(adapter, values) if base else adapter_and_trial(adapter, values)
+    folder, config = _as_told(adapter, base, chip, instances, overrides)
 
     from halora.trial_runner import TrialRunner
 
@@ -162,6 +158,20 @@ def evaluated_by_harness(
             first_chip=first_chip,
             say=say,
         )
+
+
+def _as_told(
+    adapter: Path,
+    base: bool,
+    chip: str | Path | None,
+    instances: int | None,
+    overrides: Mapping[str, Any] | None,
+    others: Mapping[str, Any] | None = None,
+) -> tuple[Path | None, TrialConfig]:
+    """The adapter's folder, none for the base alone, and the trial with what is told; `overrides` win."""
+    told = {"chip": chip and str(chip), "evaluation.chip_instances": instances, **(others or {})}
+    values = {path: value for path, value in told.items() if value is not None} | dict(overrides or {})
+    return base_alone(adapter, values) if base else adapter_and_trial(adapter, values)
 
 
 def base_alone(where: Path, overrides: Mapping[str, Any]) -> tuple[None, TrialConfig]:

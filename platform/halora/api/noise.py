@@ -109,8 +109,10 @@ def chip_noise(chip: Chip, model: Any = None) -> Noise:
             ratios["without_outliers_db"] = _realised_db(array, with_mapping(chip, outliers=Outliers()))
         first = next((layer for layer in array.layers if layer.name in ratios["noise_db"]), None)
         drawn = None if first is None else (first.name, first.split(chip)[0].detach().float().cpu())
-    rows = [{"layer": name, **{what: _finite(of[name]) for what, of in ratios.items()}} for name in ratios["noise_db"]]
-    means = {what: _finite(mean_db(of.values())) for what, of in ratios.items()}
+    rows = [
+        {"layer": name, **{what: finite_db(of[name]) for what, of in ratios.items()}} for name in ratios["noise_db"]
+    ]
+    means = {what: finite_db(mean_db(of.values())) for what, of in ratios.items()}
     return Noise(chip, named(model), rows, means, drawn)
 
 
@@ -136,7 +138,7 @@ def _realised_db(array: RramArray, chip: Chip) -> dict[str, float]:
         array.clear()
 
 
-def _finite(ratio_db: float) -> float | None:
+def finite_db(ratio_db: float) -> float | None:
     """The ratio; nothing where there is no error, as JSON has no infinity."""
     return ratio_db if isfinite(ratio_db) else None
 

@@ -1,6 +1,7 @@
 """How a sweep tells of its progress: a bar on a terminal, a line per event in a notebook and elsewhere."""
 
 import time
+from contextlib import AbstractContextManager, nullcontext
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
@@ -11,6 +12,13 @@ talk = Console(stderr=True)
 def say(text: str) -> None:
     """A line on stderr as it is: no markup, no colours, not broken."""
     talk.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def shown_progress(
+    wanted: bool, trials: int, finished: int = 0, failed: int = 0
+) -> "AbstractContextManager[SweepProgress | Quiet]":
+    """Progress of a sweep, of whose trials some ended in earlier runs; one that shows nothing where none is wanted."""
+    return SweepProgress(trials, finished, failed) if wanted else nullcontext(Quiet())
 
 
 class Quiet:
@@ -24,10 +32,16 @@ class Quiet:
 
 
 class SweepProgress:
-    """Progress of a sweep: a bar on a terminal, a line per event elsewhere."""
+    """Progress of a sweep: a bar on a terminal, a line per event elsewhere.
 
-    def __init__(self, trials: int) -> None:
-        self._trials, self._done, self._failed = trials, 0, 0
+    Args:
+        trials: How many there will be.
+        finished: Those of earlier runs that finished.
+        failed: Those that failed.
+    """
+
+    def __init__(self, trials: int, finished: int = 0, failed: int = 0) -> None:
+        self._trials, self._done, self._failed = trials, finished, failed
         self._running: set[int] = set()
         self._paused: set[int] = set()
         self._began, self._ended_here = time.monotonic(), 0
@@ -40,6 +54,8 @@ class SweepProgress:
             disable=not talk.is_terminal,
         )
         self._task: TaskID = self._bar.add_task("trials", total=trials, state="")
+        if finished or failed:
+            self._refresh()
 
     def __enter__(self) -> "SweepProgress":
         self._bar.start()
@@ -47,11 +63,6 @@ class SweepProgress:
 
     def __exit__(self, *error: object) -> None:
         self._bar.stop()
-
-    def already_ended(self, finished: int, failed: int) -> None:
-        """Count the trials of earlier runs."""
-        self._done, self._failed = finished, failed
-        self._refresh()
 
     def say(self, text: str) -> None:
         """One line about what happens now."""

@@ -91,13 +91,11 @@ class Sweep:
             UserError: With every mistake; or its name is taken, or it could not run.
             UnreachableError: MLflow, the storage or the cluster does not answer.
         """
-        from halora.api.progress import Quiet, SweepProgress
+        from halora.api.progress import shown_progress
         from halora.sweep.run.launch import launch
 
         cluster, curves = _cluster(address, wheel), None if table is None else Path(table)
-        if not progress:
-            return launch(self.config, self.store.place, Quiet(), curves, cluster=cluster, metrics_port=metrics_port)
-        with SweepProgress(self.config.trials) as shown:
+        with shown_progress(progress, self.config.trials) as shown:
             return launch(self.config, self.store.place, shown, curves, cluster=cluster, metrics_port=metrics_port)
 
     def resume(
@@ -112,17 +110,14 @@ class Sweep:
 
         Arguments, results and errors are those of `launch`.
         """
-        from halora.api.progress import Quiet, SweepProgress
+        from halora.api.progress import shown_progress
         from halora.sweep.run.launch import resume
         from halora.sweep.run.state import load_core
 
         cluster = _cluster(address, wheel)
         config, core = load_core(self.name, self.store.place)
-        if not progress:
-            return resume(self.name, self.store.place, Quiet(), cluster=cluster, metrics_port=metrics_port)
-        with SweepProgress(config.trials) as shown:
-            counts = core.counts()
-            shown.already_ended(counts["finished"], counts["failed"])
+        counts = core.counts()
+        with shown_progress(progress, config.trials, counts["finished"], counts["failed"]) as shown:
             return resume(self.name, self.store.place, shown, cluster=cluster, metrics_port=metrics_port)
 
     def stop(self) -> bool:

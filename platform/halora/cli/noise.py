@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
-from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -152,11 +151,6 @@ def _loaded(model: str) -> "tuple[BaseModel, RramArray]":
     return base, install(base.causal_lm)
 
 
-def _finite(ratio_db: float) -> float | None:
-    """The ratio; nothing where there is no error, as JSON has no infinity."""
-    return ratio_db if isfinite(ratio_db) else None
-
-
 def _write(picture: Path, noise: "Noise") -> None:
     """Write the picture: of the first layer in RRAM, or without a model of a ramp of weights."""
     figure = noise.figure()
@@ -187,6 +181,8 @@ def _progress() -> "Iterator[Any]":
 
 
 def _show_sensitivity(found: "Sequence[LayerSensitivity]", chip: "Chip", form: SensitivityFormat, title: str) -> None:
+    from halora.api.noise import finite_db
+
     names = [layer.name for layer in found]
     if form is SensitivityFormat.YAML:
         print(_ranked_chip(chip, names), end="")
@@ -198,7 +194,7 @@ def _show_sensitivity(found: "Sequence[LayerSensitivity]", chip: "Chip", form: S
             {
                 "layer": layer.name,
                 "weights": layer.weights,
-                "noise_db": _finite(layer.noise_db),
+                "noise_db": finite_db(layer.noise_db),
                 "change_nats": layer.change_nats,
                 "change_per_million_weights": layer.change_per_million_weights,
                 **layer.by_outliers,

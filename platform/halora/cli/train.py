@@ -1,6 +1,7 @@
 """`halora train` and `halora evaluate`: one configuration outside a sweep, by the code that a sweep runs."""
 
 import sys
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +14,7 @@ from halora.errors import UserError
 
 if TYPE_CHECKING:
     from halora.evaluation.chips import ChipScores
+    from halora.evaluation.harness import HarnessScore
     from halora.settings.trial import TrialConfig
     from halora.trial_runner import TrialRunner
 
@@ -158,22 +160,18 @@ def evaluate(
     form: FormatOption = Format.TABLE,
 ) -> None:
     """Score an adapter, or the untrained base, on chip instances of the search pool, by its trial or as told here."""
-    if lm_eval is not None:
-        _evaluate_by_harness(adapter, lm_eval, chip, task, instances, rows, first_chip, first_row, base, set_, form)
-        return
-    from halora.api.evaluation import evaluated
+    from halora.api.evaluation import evaluated, evaluated_by_harness
 
-    found = evaluated(
-        adapter,
-        chip=chip,
-        task=task,
-        instances=instances,
-        rows=rows,
-        first_chip=first_chip,
-        first_row=first_row,
-        overrides=overrides_from(set_, example="chip.adc.bits=6"),
-        base=base,
-    )
+    if lm_eval is not None and first_row:
+        raise UserError("--first-row does not go with --lm-eval", "the harness takes a task's first documents")
+    overrides = overrides_from(set_, example="chip.adc.bits=6")
+    told: dict[str, Any] = {"chip": chip, "instances": instances, "first_chip": first_chip, "base": base}
+    if lm_eval is not None:
+        overrides |= {} if task is None else {"task": task}
+        tasks = [name for name in lm_eval.split(",") if name]
+        _show_harness(evaluated_by_harness(adapter, tasks, documents=rows, overrides=overrides, say=say, **told), form)
+        return
+    found = evaluated(adapter, task=task, rows=rows, first_row=first_row, overrides=overrides, **told)
     if found.damage:
         say(found.damage.warning or found.damage.said)
     show_rows(_by_name(found.to_json(), form), form)
@@ -181,35 +179,7 @@ def evaluate(
         say("one chip: the intervals are over rows alone, and say nothing about other chips")
 
 
-def _evaluate_by_harness(
-    adapter: Path,
-    tasks: str,
-    chip: str | None,
-    task: str | None,
-    instances: int | None,
-    documents: int | None,
-    first_chip: int,
-    first_row: int,
-    base: bool,
-    set_: list[str] | None,
-    form: Format,
-) -> None:
-    from halora.api.evaluation import evaluated_by_harness
-
-    if first_row:
-        raise UserError("--first-row does not go with --lm-eval", "the harness takes a task's first documents")
-    overrides = overrides_from(set_, example="chip.adc.bits=6") | ({} if task is None else {"task": task})
-    found = evaluated_by_harness(
-        adapter,
-        [name for name in tasks.split(",") if name],
-        chip=chip,
-        instances=instances,
-        documents=documents,
-        first_chip=first_chip,
-        overrides=overrides,
-        base=base,
-        say=say,
-    )
+def _show_harness(found: "Sequence[HarnessScore]", form: Format) -> None:
     rows = [each.to_json() for each in found]
     if form is not Format.JSON:
         for row in rows:

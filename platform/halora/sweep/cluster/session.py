@@ -17,6 +17,7 @@ import psutil
 import ray
 
 from halora.errors import UnreachableError, UserError
+from halora.retries import retried
 from halora.spaces.sweep import SweepConfig
 from halora.sweep.cluster.cluster import LOCAL, Cluster
 from halora.sweep.cluster.interrupts import children_ignore_hangups, signals_as_interrupt
@@ -82,7 +83,8 @@ def _start(folder: str, **options: Any) -> None:
 
     Ray gives its own processes 30 s, which on an overloaded machine are too few: it is then started once more.
     """
-    for attempt in range(_STARTS):
+
+    def start() -> None:
         try:
             with children_ignore_hangups():
                 ray.init(
@@ -95,14 +97,16 @@ def _start(folder: str, **options: Any) -> None:
                     _temp_dir=folder,
                     **options,
                 )
-        except Exception as error:  # OSError, RuntimeError, ConnectionError, TimeoutError ... by cause
+        except Exception:
             ray.shutdown()
             _end_processes(folder)
-            said = " ".join(str(error).split())[-300:] or type(error).__name__
-            if "timed out" not in said or attempt == _STARTS - 1:
-                raise UnreachableError(f"Ray does not start on this machine: {said}", "see `halora doctor`") from None
-        else:
-            return
+            raise
+
+    try:
+        retried(start, lambda error: "timed out" in str(error), (0.0,) * (_STARTS - 1))
+    except Exception as error:  # OSError, RuntimeError, ConnectionError, TimeoutError ... by cause
+        said = " ".join(str(error).split())[-300:] or type(error).__name__
+        raise UnreachableError(f"Ray does not start on this machine: {said}", "see `halora doctor`") from None
 
 
 def _end_processes(folder: str) -> None:
