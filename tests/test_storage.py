@@ -24,6 +24,7 @@ from services import free_port
 import halora.storage
 from halora.analysis.trials import RecordedTrial
 from halora.errors import StorageError, UnreachableError, UserError
+from halora.hardware.energy import ENERGY
 from halora.records.store import Store, SweepFolder
 from halora.settings.trial import Goal
 from halora.storage import TrialStorage, WorkFolder, check_storage, read_adapter
@@ -320,15 +321,14 @@ def test_a_trial_that_ended_keeps_what_a_race_needs_and_no_more(base, tmp_path):
     files, trials, points = TrialFiles(folder), [], []
     files.keep_at(base, "0" * 32, [])
     states = (State.FINISHED, State.FINISHED, State.FAILED, State.RUNNING)
-    jobs = [Job(number, {}, 1.0 + number, Goal(4, 2), True, "") for number in range(4)]
+    jobs = [Job(number, {}, {ENERGY: 1.0 + number}, Goal(4, 2), True, "") for number in range(4)]
     for job, state in zip(jobs, states, strict=True):
         worker = _checkpoint(tmp_path / f"worker-{job.number}", 4)
         (worker / "result.json").write_text(json.dumps({"of": job.number}))
         TrialStorage(folder.trial_url(job.number)).put_checkpoint(worker)
         TrialStorage(folder.trial_url(job.number)).put_result(worker, 4, 2)
         kept_as = {"rung": 0, "scores": (), "skipped": "", "lost_workers": 0, "halvings": 0, "violation": 0.0}
-        energy, frozen = job.energy_uj_per_token, create_trial(value=0.0)
-        trials.append(Trial(job.number, {}, energy, state=state, frozen=frozen, **kept_as))
+        trials.append(Trial(job.number, {}, job.costs, state=state, frozen=create_trial(value=0.0), **kept_as))
         if state is State.FINISHED:
             files.fetch(job)
             metrics = {"accuracy": 0.9 - job.number / 10, "energy_uj_per_token": job.energy_uj_per_token}
@@ -343,7 +343,7 @@ def test_a_trial_that_ended_keeps_what_a_race_needs_and_no_more(base, tmp_path):
     for driver in (files, TrialFiles(folder)):  # the second of a resume
         driver.prune(trials, points, settled=True)
         assert [kept(number) for number in range(4)] == [whole - {OPTIMIZER_FILE}, set(), set(), whole]
-    race = Job(1, {}, 2.0, Goal(4, 3, first_chip=2), True, "")
+    race = Job(1, {}, {ENERGY: 2.0}, Goal(4, 3, first_chip=2), True, "")
     files.provide(race)
     work = WorkFolder(tmp_path / "none", folder.trial_url(1))
     there = work.fetch(race.goal)

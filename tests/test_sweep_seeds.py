@@ -8,6 +8,7 @@ import pytest
 from halora.analysis.trials import RecordedTrial
 from halora.evaluation.chips import ChipScores, summary_over_seeds
 from halora.events import Failed, OutOfMemory, Reported, Scored, WorkerLost
+from halora.hardware.energy import ENERGY
 from halora.records.store import SweepFolder
 from halora.settings.trial import Goal
 from halora.spaces.sweep import Comparison
@@ -17,7 +18,9 @@ from halora.sweep.search.core import Decision, Job
 
 
 def _jobs(count, values=None):
-    return [Job(n, values or {}, 1.0, Goal(4, chip_instances=0), True, f"{n:05d}-seed-{n}") for n in range(count)]
+    return [
+        Job(n, values or {}, {ENERGY: 1.0}, Goal(4, chip_instances=0), True, f"{n:05d}-seed-{n}") for n in range(count)
+    ]
 
 
 def test_trainings_are_handed_out_until_each_is_done_or_has_failed():
