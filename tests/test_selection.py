@@ -6,12 +6,12 @@ import pytest
 from pydantic import ValidationError
 from scipy.stats import binom
 
+from halora.analysis.gates import Gate, branch_gates, certified_gates, search_gates
 from halora.analysis.trials import RecordedTrial
 from halora.errors import UserError
 from halora.hardware.chip import load_chip
 from halora.records.names import registered_name
 from halora.selection.certificate import Certificate, chips_needed, yield_lower_bound
-from halora.selection.gates import Gate, branch_gates, certified_gates, search_gates
 from halora.selection.robustness import scenarios
 from halora.spaces.gates import Gates
 
@@ -184,7 +184,7 @@ POINTS = [
     [("knee", [1, 0, 2, 3]), ("accuracy", [2, 1, 0, 3]), ("energy", [0, 1, 2, 3])],
 )
 def test_candidates_come_front_by_front_in_the_preferred_order(prefer, order):
-    from halora.selection.candidates import standings
+    from halora.analysis.candidates import standings
 
     found = standings(POINTS, Gates(min_accuracy=0.25, max_energy_uj_per_token=5), prefer)
     assert [each.point.number for each in found if each.qualifies] == order
@@ -199,7 +199,7 @@ def test_candidates_come_front_by_front_in_the_preferred_order(prefer, order):
 
 
 def test_without_trials_nobody_stands():
-    from halora.selection.candidates import standings
+    from halora.analysis.candidates import standings
 
     assert standings([], Gates()) == []
 
