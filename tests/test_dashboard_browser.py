@@ -422,7 +422,7 @@ def test_a_running_sweep_renews_itself_and_keeps_the_zoom(browser, address, stor
         assert kept == [0.1, 0.9]
         assert len([url for url in _requests(browser) if url.endswith("/sweeps/zero")]) == 1
         recorder.close()
-    _until(browser, lambda b: not b.find_elements(By.ID, "poll"))  # it has ended: no more renewal
+    _until(browser, lambda b: b.find_element(By.ID, "poll").get_attribute("data-every") == "30")  # it has ended
 
 
 def test_the_chip_s_sliders_answer_at_once(browser, address):

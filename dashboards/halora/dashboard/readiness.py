@@ -68,6 +68,8 @@ def readiness(snapshot: Snapshot, point: RecordedTrial) -> Readiness:
 
 def failed_gates(snapshot: Snapshot, point: RecordedTrial) -> tuple[str, ...]:
     """Why a trial is not a candidate, by the sweep's gates; none for a candidate."""
+    if snapshot.folder.simulated:
+        return ("it is simulated: there is no adapter",)
     return standings([point], snapshot.sweep.gates, objectives=snapshot.view.objectives)[0].reasons
 
 

@@ -35,9 +35,13 @@ def routes(site: Site) -> APIRouter:
         point = snapshot.point(number)
         against, problem = _against(request.query_params.get("against", ""), snapshot, point)
         ready = readiness(snapshot, point)
+        version = f"{snapshot.version}-{ready.attempts}-{ready.scored}-{ready.certification is not None}"
+        if request.query_params.get("version") == version:
+            return Response(status_code=204)  # htmx leaves the page as it is
         return site.page(
             request,
             "trial",
+            version=version,
             snapshot=snapshot,
             point=point,
             card=card(snapshot, point, ready),

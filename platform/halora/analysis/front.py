@@ -96,8 +96,8 @@ def knee_gains(members: Sequence[RecordedTrial], objectives: Sequence[Objective]
 
 
 def best(points: Sequence[RecordedTrial]) -> RecordedTrial | None:
-    """The most accurate point; the larger mean margin decides a tie."""
-    return max(points, key=lambda p: (p.accuracy, p.margin), default=None)
+    """The most accurate point; the larger mean margin decides a tie, where it is recorded."""
+    return max(points, key=lambda p: (p.accuracy, p.metrics.get("margin", 0.0)), default=None)
 
 
 def _loss(point: RecordedTrial, each: Objective) -> float:

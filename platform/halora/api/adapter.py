@@ -258,6 +258,8 @@ class Choice:
             gates = Gates.model_validate(sweep.gates.model_dump() | dict(asked))
         except ValidationError as error:
             raise UserError([f"gates.{problem}" for problem in describe(error, Gates)]) from None
+        if place.sweep(name).simulated:
+            raise UserError(f"sweep '{name}' is simulated from recorded curves: there is no adapter to certify")
         points = Store(place).trials(name) if trial is None else [recorded_trial(place, name, trial)]
         if not points:
             raise UserError(f"sweep '{name}' has no trial yet")
