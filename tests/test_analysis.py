@@ -124,6 +124,8 @@ def test_the_knee_is_furthest_from_the_chord():
     assert knee(members) is members[furthest]
     assert furthest in (1, 2)
     assert knee(members[:2]) is None
+    hollow = [_point(i, a, e) for i, (a, e) in enumerate([(0.367, 2.18), (0.5, 3.238), (0.667, 3.6)])]
+    assert knee(front(hollow)) is None  # the one between lies on the wrong side of the line
     assert knee([]) is None
 
 

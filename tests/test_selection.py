@@ -181,7 +181,7 @@ POINTS = [
 
 @pytest.mark.parametrize(
     ("prefer", "order"),
-    [("knee", [1, 0, 2, 3]), ("accuracy", [2, 1, 0, 3]), ("energy", [0, 1, 2, 3])],
+    [("knee", [1, 2, 0, 3]), ("accuracy", [2, 1, 0, 3]), ("energy", [0, 1, 2, 3])],
 )
 def test_candidates_come_front_by_front_in_the_preferred_order(prefer, order):
     from halora.analysis.candidates import standings
@@ -196,6 +196,13 @@ def test_candidates_come_front_by_front_in_the_preferred_order(prefer, order):
         7: ("it is failed: NaN loss",),
         8: ("no_nan 1 > 0 metrics",),
     }
+
+
+def test_where_nothing_lies_beyond_the_line_between_the_extremes_the_most_accurate_is_preferred():
+    from halora.analysis.candidates import standings
+
+    points = [_point(3, 0.367, 2.18), _point(5, 0.5, 3.238), _point(1, 0.667, 3.6)]  # of a demo
+    assert [each.point.number for each in standings(points, Gates())] == [1, 3, 5]
 
 
 def test_without_trials_nobody_stands():

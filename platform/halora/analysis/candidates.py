@@ -42,7 +42,8 @@ def standings(
 
     A trial that another candidate beats in all objectives is a candidate like any other, but comes after those
     of the front. `knee` prefers what lies furthest beyond the line through the front's extremes (see
-    `halora.analysis.front.knee`), `accuracy` the most accurate, `energy` the cheapest.
+    `halora.analysis.front.knee`) and, where nothing lies beyond it, the most accurate; `accuracy` the most accurate,
+    `energy` the cheapest.
     """
     found = _standings(points, gates, objectives)
     chosen = [each.point for each in found.values() if each.qualifies]
@@ -75,8 +76,9 @@ def _ordered(
             case "accuracy":
                 members = sorted(members, key=lambda point: -point.accuracy)
             case "knee":
-                gains = dict(zip((point.number for point in members), knee_gains(members, objectives), strict=True))
-                members = sorted(members, key=lambda point: -gains[point.number])
+                found = knee_gains(members, objectives).round(9)
+                gains = {point.number: gain for point, gain in zip(members, found, strict=True)}
+                members = sorted(members, key=lambda point: (-gains[point.number], -point.accuracy))
             case "energy":
                 members = sorted(members, key=lambda point: point.energy_uj_per_token)
         yield from members

@@ -51,7 +51,7 @@ class Front:
         return Front(self._store, self.sweep, self._named, (*self._conditions, *conditions))
 
     def knee(self) -> RecordedTrial | None:
-        """The member furthest beyond the line through the front's ends; none of an empty front."""
+        """The member furthest beyond the line through the front's ends; none where nothing lies beyond it."""
         return self.view.knee
 
     def recommendation(self) -> "Recommendation":
@@ -71,15 +71,16 @@ class Front:
         return recommend(sweep, self.view, progress, named_baselines(sweep, self.view))
 
     def adapter(self, trial: int | None = None) -> "Adapter":
-        """The adapter of a trial; of the knee where none is named.
+        """The adapter of a trial; of the recommended one where none is named.
 
         Raises:
-            UserError: The front is empty, or there is no such trial.
+            UserError: There is no such trial, or none to recommend.
         """
         if trial is None:
-            if self.view.knee is None:
-                raise UserError(f"the front of '{self.sweep}' is empty")
-            trial = self.view.knee.number
+            recommended = self.recommendation()
+            if recommended.trial is None:
+                raise UserError(f"sweep '{self.sweep}': {recommended.text}")
+            trial = recommended.trial.number
         return self._store.adapter(f"{self.sweep}/{trial}")
 
     def to_pandas(self, *, everything: bool = False) -> "DataFrame":
