@@ -539,7 +539,7 @@ def test_a_card_tells_gates_certificate_and_how_far_it_is(certified):
         assert page.text.count("Register") == 0  # this server was not asked to
     shortlist = _page(client, "/sweeps/dozen?pick=4&pick=5")
     reasons = {row[0].split()[1]: row[9] for row in shortlist.rows if row and row[0].startswith("trial ")}
-    assert reasons == {"4": "candidate", "5": "breaks clean_accuracy by 0.1"}
+    assert reasons == {"4": "candidate", "5": "violates clean_accuracy by 0.1"}
 
 
 def test_accuracy_over_time_is_drawn_as_certified_or_said_to_be_unknown(certified, client):
