@@ -13,10 +13,11 @@ from halora.analysis.figures import ErrorPanel, error_figure
 from halora.api.energy import named
 from halora.hardware import error_curves
 from halora.hardware.addressing import NoiseKey, Role
+from halora.hardware.cell_arrays import cells_err
 from halora.hardware.chip import Chip
 from halora.hardware.instance import ChipInstance
 from halora.hardware.mapping import Outliers
-from halora.hardware.noise import cells_err, mean_db, weight_error_factor
+from halora.hardware.noise import mean_db, weight_error_factor
 from halora.hardware.noise_models import GaussianNoise
 from halora.training.rram import RramArray
 
