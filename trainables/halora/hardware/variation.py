@@ -3,9 +3,16 @@
 Drawn, it is in `halora.hardware.manufactured`. All of it is off unless a chip says otherwise.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from pydantic import Field
 
 from halora.strict_model import StrictModel
+
+if TYPE_CHECKING:
+    from halora.hardware.chip import Chip
 
 PROGRAMMED_K = 300.0
 """Temperature at which cells are programmed and noise models hold, in kelvin."""
@@ -27,18 +34,6 @@ class Variation(StrictModel):
     """Offset of a column's ADC in its steps, a standard deviation over columns."""
     adc_inl_steps: float = Field(default=0.0, ge=0, le=64)
     """Largest integral non-linearity of a column's ADC in its steps, third order, a standard deviation over columns."""
-
-    def in_words(self) -> list[str]:
-        """Each spread that is not 0."""
-        said = {
-            f"strength of the noise (spread {self.strength:.3g})": self.strength,
-            f"mean conductance (spread {self.conductance:.3g})": self.conductance,
-            f"gradient over a tile ({self.gradient:.3g})": self.gradient,
-            f"ADC gain per column ({self.adc_gain:.3g})": self.adc_gain,
-            f"ADC offset per column ({self.adc_offset_steps:.3g} steps)": self.adc_offset_steps,
-            f"ADC INL per column ({self.adc_inl_steps:.3g} steps)": self.adc_inl_steps,
-        }
-        return [words for words, spread in said.items() if spread]
 
 
 class Temperature(StrictModel):
@@ -70,3 +65,22 @@ class Temperature(StrictModel):
             f"temperature: at {self.kelvin:g} K cells would conduct {low_us:g} to {high_us:g} uS; change kelvin, "
             "low_per_k or high_per_k"
         ]
+
+
+def differences(chip: Chip) -> list[str]:
+    """What differs between the instances of a chip besides their cells and reads, a few words each."""
+    variation, adc = chip.variation, chip.adc
+    converts = not adc.lossless
+    trimmed = f", trimmed by {adc.calibration_reads} reads" if adc.calibration_reads else ""
+    said = {
+        f"strength of the noise (spread {variation.strength:g})": variation.strength and chip.noise.level,
+        f"mean conductance (spread {variation.conductance:g})": variation.conductance,
+        f"gradient over a tile ({variation.gradient:g})": variation.gradient,
+        f"ADC gain of a column ({variation.adc_gain:g}{trimmed})": converts and variation.adc_gain,
+        f"ADC offset of a column ({variation.adc_offset_steps:g} steps{trimmed})": (
+            converts and variation.adc_offset_steps
+        ),
+        f"ADC INL of a column ({variation.adc_inl_steps:g} steps)": converts and variation.adc_inl_steps,
+        f"clusters of stuck cells ({chip.faults.clustering:g})": chip.faults.occur and chip.faults.clustering,
+    }
+    return [words for words, acts in said.items() if acts]
