@@ -161,7 +161,7 @@ FIELDS: dict[str, Walk] = {
     ),
     "mapping.outliers.shares": Walk({}, {"*.mlp.*": 0.002}, UP, DOWN, area=UP),
     "cells.g_min_us": Walk(9.0, 20.0, UP, UP),
-    "cells.g_max_us": Walk(15.0, 40.0, UP, DOWN),
+    "cells.g_max_us": Walk(12.0, 24.0, UP, DOWN),
     "cells.levels": Walk(4, 64, None, DOWN, "rounding moves the mean conductance either way by a little"),
     "cells.read_voltage_v": Walk(0.03, 0.3, UP, DOWN),
     "cells.read_time_ns": Walk(0.001, 1.0, UP, DOWN, latency=UP),
@@ -279,7 +279,7 @@ FIELDS: dict[str, Walk] = {
         {"cells": {"read_time_ns": 0.001}},
         energy_of={"rram-variation": DOWN},  # whose cells conduct less when warm
     ),
-    "temperature.low_per_k": Walk(0.0, 0.02, UP, UP, where=WARM),
+    "temperature.low_per_k": Walk(0.0, 0.02, UP, UP, where=WARM, energy_of={"pcm-like": NONE}),  # from 0 uS on
     "temperature.high_per_k": Walk(0.0, -0.003, DOWN, UP, where=WARM),
     "sram.weight_bits": Walk(4, 8, UP, DOWN, where=OUTSIDE, area=UP),
     "sram.input_bits": Walk(4, 8, UP, DOWN, where=OUTSIDE | AFTER, latency=UP),
