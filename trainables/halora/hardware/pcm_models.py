@@ -116,11 +116,9 @@ def pcm_read_noise_us(conductance_us: Tensor, fit: PcmFit, time_s: float) -> Ten
 def _shape(x: Tensor, fit: dict[str, Any]) -> Tensor:
     """What a fit says over conductance relative to the largest."""
     low, high = fit["bounds"]
-    if "power" in fit:
-        factor, exponent = fit["power"]
-        return (factor * x**exponent).clamp_(low, high)
-    slope, constant = fit["log"]
-    below = (slope * x.log() + constant).clamp_(low, high)
+    factor, exponent = fit["power"] if "power" in fit else fit["log"]
+    below: Tensor = factor * x**exponent if "power" in fit else factor * x.log() + exponent
+    below = below.clamp_(low, high)
     if "below" not in fit:
         return below
     return below.where(x < fit["below"], polynomial(x, fit["above"]))
