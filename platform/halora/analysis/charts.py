@@ -11,7 +11,7 @@ from typing import Any
 from halora.analysis.figures import METHOD_COLOURS, OTHER_COLOUR
 from halora.analysis.formats import searched_values
 from halora.analysis.front import front
-from halora.analysis.summary import FrontView, SweepSummary
+from halora.analysis.summary import FrontView
 from halora.analysis.trials import ACCURACY, DEFAULT_OBJECTIVES, Objective, RecordedTrial, projections
 from halora.hardware.energy import COSTS
 
@@ -95,7 +95,12 @@ def front_chart(
         trace |= {"name": trace["legendgroup"], "showlegend": True}  # one entry for a label: its trials on the front
     if view.groups.violating:
         broken = _trials(
-            view.groups.violating[:most], "breaks a constraint", "", view, pair, _Style(opacity=0.8, size=8, bars=False)
+            view.groups.violating[:most],
+            "violates a constraint",
+            "",
+            view,
+            pair,
+            _Style(opacity=0.8, size=8, bars=False),
         )
         broken["marker"] |= {"symbol": "x-thin", "line": {"width": 2, "color": "#D55E00"}}
         data.append(broken)
@@ -210,11 +215,11 @@ def energy_chart(view: FrontView) -> Chart:
     return {"data": data, "layout": layout}
 
 
-def importance_chart(summary: SweepSummary) -> Chart:
-    """Share of each searched field, for every objective."""
+def importance_chart(importance: Mapping[str, Mapping[str, float]]) -> Chart:
+    """Share of each searched field, by metric of the objective."""
     paths = sorted(
-        {path for shares in summary.importance.values() for path in shares},
-        key=lambda path: sum(shares.get(path, 0) for shares in summary.importance.values()),
+        {path for shares in importance.values() for path in shares},
+        key=lambda path: sum(shares.get(path, 0) for shares in importance.values()),
     )
     data = [
         {
@@ -225,7 +230,7 @@ def importance_chart(summary: SweepSummary) -> Chart:
             "y": [escape(path) for path in paths],
             "marker": {"color": colour},
         }
-        for (metric, shares), colour in zip(summary.importance.items(), _COMPONENT_COLOURS, strict=False)
+        for (metric, shares), colour in zip(importance.items(), _COMPONENT_COLOURS, strict=False)
         if shares
     ]
     layout = chart_layout("share of the importance", "") | {"barmode": "group", "height": 140 + 44 * len(paths)}

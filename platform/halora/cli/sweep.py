@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from halora.analysis.formats import duration
 from halora.cli.arguments import SweepArgument, SweepSetOption, overrides_from
 from halora.cli.comparison import print_comparison
 from halora.cli.output import (
     CheckpointUrlOption,
+    ColumnsOption,
     Format,
     FormatOption,
     ServerOption,
+    SortOption,
     StoreOption,
     SweepProgress,
     open_store,
@@ -142,6 +145,8 @@ def stop(name: NameArgument, store: StoreOption = None, address: AddressOption =
 @app.command()
 def status(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="A launched sweep; default: all.")] = None,
+    columns: ColumnsOption = None,
+    sort: SortOption = None,
     form: FormatOption = Format.TABLE,
     store: StoreOption = None,
     address: AddressOption = None,
@@ -159,13 +164,19 @@ def status(
             _tell_unreadable(each, error, alone=name is not None)
             rows.append({"sweep": each, "state": "unreadable"})
     if rows or form is not Format.TABLE:
-        show_rows(rows, form)
+        show_rows(rows, form, columns=columns, sort=sort)
     else:
         talk.print(f"no sweep in '{place.root}' yet; shipped: {', '.join(shipped_sweeps())}", markup=False)
 
 
 @app.command("list")
-def list_(form: FormatOption = Format.TABLE, store: StoreOption = None, address: AddressOption = None) -> None:
+def list_(
+    columns: ColumnsOption = None,
+    sort: SortOption = None,
+    form: FormatOption = Format.TABLE,
+    store: StoreOption = None,
+    address: AddressOption = None,
+) -> None:
     """Sweeps of the store, newest last, with the best they found and what MLflow still lacks of them."""
     elsewhere(Cluster.at(address))
     from halora.analysis.front import front
@@ -200,7 +211,7 @@ def list_(form: FormatOption = Format.TABLE, store: StoreOption = None, address:
             }
         )
     if rows or form is not Format.TABLE:
-        show_rows(rows, form)
+        show_rows(rows, form, columns=columns, sort=sort)
     else:
         talk.print(f"no sweep in '{place.root}' yet", markup=False)
 
@@ -248,7 +259,7 @@ def report(name: NameArgument, store: StoreOption = None, address: AddressOption
 
     place = open_store(store)
     folder = place.existing(name)
-    publish(load_sweep_of(folder), read_sweep_state(place, name), folder.published)
+    publish(load_sweep_of(folder), read_sweep_state(place, name), folder)
     print(folder.published / names.REPORT_FILE)
 
 
@@ -314,7 +325,7 @@ def _print_plan(sweep: "SweepConfig") -> None:
             "rows": each.goal.rows or "all",
             "chips": each.goal.chip_instances,
             "trials": each.trials,
-            "minutes each": each.seconds / 60,
+            "time each": duration(each.seconds),
         }
         for i, each in enumerate(planned.goals)
     ]
@@ -326,7 +337,7 @@ def _print_plan(sweep: "SweepConfig") -> None:
         f"memory of a trial: about {gib:.1f} GiB{processes}",
         f"at once: {planned.concurrent} as the sweep asks; {planned.fit} would fit on this machine now",
         *([f"the closing comparison trains {planned.trained_anew} adapters anew"] if planned.trained_anew else []),
-        f"the whole sweep: about {planned.hours:.2g} hours of training and scoring, good to a factor of two",
+        f"the whole sweep: about {duration(3600 * planned.hours)} of training and scoring, good to a factor of two",
     ):
         talk.print(line, markup=False, highlight=False, soft_wrap=True)
 
