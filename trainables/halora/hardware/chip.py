@@ -9,7 +9,7 @@ import json
 from copy import deepcopy
 from functools import cache
 from importlib.resources import files
-from math import ceil
+from math import ceil, inf
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,6 +21,8 @@ from halora.hardware.cell_models import CMO_US
 from halora.hardware.costs import AdcCosts, constant_names
 from halora.hardware.mapping import Mapping
 from halora.hardware.noise_settings import AgeingSetting, NoiseSetting
+from halora.hardware.pcm_models import PcmFit, pcm_range_us
+from halora.hardware.variation import Temperature, Variation
 from halora.reading import is_file
 from halora.strict_model import StrictModel
 from halora.yaml_files import read_yaml
@@ -111,6 +113,9 @@ class Faults(StrictModel):
     stuck_low_us: float = Field(default=0.0, ge=0, le=2000)
     stuck_high_us: float = Field(default=40.0, ge=0, le=2000)
     """Where stuck cells stand; it may lie outside the range in use."""
+    clustering: float = Field(default=0.0, ge=0, le=10)
+    """Variance of the rates from tile to tile over their squares, 1 / alpha: how many cells of a tile are stuck is then
+    negative binomial, as in the yield model of Stapper (1983)."""
 
     @property
     def occur(self) -> bool:
@@ -127,8 +132,8 @@ class Read(StrictModel):
     """White noise of one cell and read, standard deviation in microsiemens."""
     flicker: float = Field(default=0.0, ge=0, le=1)
     """1/f noise of one cell as a fraction of its conductance; the floor under averaging."""
-    slow: Literal["none", "cmo"] = "none"
-    """Published 1/f noise besides, by conductance and age: `cmo`, that of CMO/HfOx cells (arXiv 2502.04524)."""
+    slow: Literal["none", "cmo"] | PcmFit = "none"
+    """Published 1/f noise besides, by conductance and age: of CMO/HfOx cells (arXiv 2502.04524), or of PCM cells."""
     thermal: bool = True
     """Thermal noise of the read pulse: sigma_G / G = sqrt(2 k T / read energy of the cell). Without it the read pulse
     (`cells.read_voltage_v`, `cells.read_time_ns`) costs energy and buys nothing."""
@@ -171,6 +176,9 @@ class Adc(StrictModel):
     """True: no quantisation error (energy is still that of `bits`)."""
     noise_steps: float = Field(default=0.0, ge=0, le=16)
     """Output noise before each conversion, standard deviation in ADC steps."""
+    calibration_reads: int = Field(default=0, ge=0, le=4096)
+    """Conversions of nothing, and as many of a full input, by which every column's offset and gain are trimmed whenever
+    cells are programmed; 0: never."""
     costs: AdcCosts = "isaac"
     """Where the energy per conversion comes from."""
 
@@ -263,6 +271,8 @@ class Chip(StrictModel):
     adc: Adc
     tile: Tile
     wires: Wires
+    variation: Variation = Variation()
+    temperature: Temperature = Temperature()
     die: Die = Die()
     pipeline: Pipeline = Pipeline()
     sram: Products = Products()
@@ -291,12 +301,25 @@ class Chip(StrictModel):
         models = [model for model in (self.noise, self.retention.ageing) if model is not None]
         known_for = (self.cells.g_min_us, self.cells.g_max_us, self.retention.refresh_interval_s)
         problems = [problem for model in models for problem in model.problems(*known_for)]
-        low_us, high_us = CMO_US
-        if self.read.slow == "cmo" and not low_us <= self.cells.g_min_us < self.cells.g_max_us <= high_us:
-            problems.append(f"read.slow: cmo was measured from {low_us:g} to {high_us:g} uS; change the cells")
+        slow = self.read.slow
+        low_us, high_us = (0.0, inf) if slow == "none" else CMO_US if slow == "cmo" else pcm_range_us(slow)
+        if not low_us <= self.cells.g_min_us < self.cells.g_max_us <= high_us:
+            problems.append(f"read.slow: {slow} was measured from {low_us:g} to {high_us:g} uS; change the cells")
+        problems += self.temperature.problems(self.cells.g_min_us, self.cells.g_max_us)
         if problems:
             raise UserError(problems)
         return self
+
+    @property
+    def warm_cells(self) -> Cells:
+        """The cells at the chip's temperature."""
+        low_us, high_us = self.temperature.of_range(self.cells.g_min_us, self.cells.g_max_us)
+        return self.cells.model_copy(update={"g_min_us": low_us, "g_max_us": high_us})
+
+    @property
+    def tokens_between_refreshes(self) -> float:
+        """Tokens that share the effort of one."""
+        return self.boundary.tokens_per_s * self.retention.refresh_interval_s
 
     @property
     def ages(self) -> bool:

@@ -8,6 +8,8 @@ cycles of b_d bits and K reads averaged:
     array            2 d_in d_out N_w N_rep N_i K            reads of a cell, V^2 G t each (differential pairs), G by
                                                              the layer's fill (`halora.hardware.fill`)
     programming      2 d_in d_out N_w N_rep                  cells, over the tokens between two refreshes
+    calibration      2 n d_out ceil(d_in / R) N_w N_rep      conversions with their shift-adds, n calibration reads of
+                                                             nothing and n of a full input, over the same tokens
 
 and r (d_in + d_out) SRAM multiply-accumulates per adapted layer, and those of what `mapping.outliers` keeps in SRAM.
 Digital products cost by their bits of weights and inputs, with which scoring computes them. The output projection
@@ -78,6 +80,7 @@ class EnergyBreakdown:
 class _Counts:
     """Events of one token in the layers that sit in RRAM, and what they occupy."""
 
+    columns: int
     conversions: int
     driven_inputs: int
     cells: int
@@ -144,6 +147,10 @@ def energy_per_token(
         "outliers": outliers.energy_fj * 1e-9,
         **_around(shape, chip, constants, list(layers.values()), counts.cells, lora_weights, context_tokens),
     }
+    if chip.adc.calibration_reads:
+        conversion_pj = adc.conversion_pj + constants["shift_add_pj"]
+        reads = 2 * chip.adc.calibration_reads * counts.columns
+        components["calibration"] = reads * conversion_pj * 1e-6 / chip.tokens_between_refreshes
     sram_bits = (
         chip.sram.weight_bits * sram_weights
         + chip.digital.weight_bits * digital_weights
@@ -196,8 +203,10 @@ def _count(layers: list[LinearShape], chip: Chip) -> _Counts:
     reads = _reads(chip)
     rows, columns = chip.tile.rows, chip.tile.columns
     cells = _CELLS_PER_WEIGHT * sum(layer.weights for layer in layers)
+    tile_columns = sum(layer.out_features * ceil(layer.in_features / rows) for layer in layers)
     return _Counts(
-        conversions=reads * sum(layer.out_features * ceil(layer.in_features / rows) for layer in layers),
+        columns=copies * tile_columns,
+        conversions=reads * tile_columns,
         driven_inputs=reads * sum(layer.in_features * ceil(layer.out_features / columns) for layer in layers),
         cells=copies * cells,
         tiles=copies * sum(ceil(layer.in_features / rows) * ceil(layer.out_features / columns) for layer in layers),
@@ -213,7 +222,7 @@ def _array_fj(layers: Mapping[str, LinearShape], shape: ModelShape, chip: Chip) 
     """Femtojoule per token of all cells' reads."""
     stated = chip.cells.mean_fill
     weight_fj = sum(
-        layer.weights * chip.cells.read_energy_fj(shape.fill(name, chip) if stated is None else stated)
+        layer.weights * chip.warm_cells.read_energy_fj(shape.fill(name, chip) if stated is None else stated)
         for name, layer in layers.items()
     )
     return _CELLS_PER_WEIGHT * _reads(chip) * weight_fj
@@ -279,8 +288,7 @@ def _around(
         components["buffers"] = bits * constants["buffer_pj_per_bit"] * 1e-6
     if boundary.programming:
         pulses = cells * chip.write_verify.pulses * chip.noise.effort
-        tokens = boundary.tokens_per_s * chip.retention.refresh_interval_s
-        components["programming"] = pulses * chip.write_verify.pulse_energy_pj * 1e-6 / tokens
+        components["programming"] = pulses * chip.write_verify.pulse_energy_pj * 1e-6 / chip.tokens_between_refreshes
     if boundary.adapter_swap_tokens is not None:
         bits = lora_weights * chip.lora.weight_bits
         components["adapter_swap"] = bits * constants["dram_pj_per_bit"] * 1e-6 / boundary.adapter_swap_tokens
