@@ -168,9 +168,9 @@ def explore(setting: Setting) -> Explored:
     shape, rank = named_shapes()[setting.model], int(setting.values["rank"])
     targets = LoraSettings().targets
     energy = energy_per_token(shape, described, rank=rank, targets=targets, context_tokens=setting.context_tokens)
-    sizes, places = shape.sizes, described.mapping.places(shape.sizes)
-    on_chip = sum(size for name, size in sizes.items() if places[name] is not Placement.HOST)
-    in_rram = sum(size for name, size in sizes.items() if places[name] is Placement.RRAM)
+    sizes, met = shape.sizes, described.on_layers(shape.sizes)
+    on_chip = sum(size for name, size in sizes.items() if met[name].place is not Placement.HOST)
+    in_rram = sum(size for name, size in sizes.items() if met[name].place is Placement.RRAM)
     named = {
         f"{name} ({it.phase})": found
         for name, it in baselines().items()

@@ -12,7 +12,7 @@ from halora.hardware.chip import Chip, load_chip
 from halora.pricing import trial_energy
 from halora.settings.trial import TrialConfig
 from halora.spaces.language import Categorical, Distribution, Range
-from halora.spaces.mistakes import describe, field_paths
+from halora.spaces.mistakes import describe, field_of, field_paths
 from halora.spaces.resolving import NamedChips, fixed_value, formula, resolve_trial
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def _space_problems(
         conditions = readable[path].when if path in readable else {}
         unknown = [name for name in conditions if name not in searched_before]
         searched_before.append(path)
-        if path not in known_paths:
+        if field_of(path) not in known_paths:
             problems.append(f"space.{path}: a trial has no such field{nearest(path, known_paths)}")
         elif path in _FIXED:
             problems.append(f"space.{path}: cannot be searched, every trial has the same; set trial.{path}")
@@ -194,7 +194,7 @@ def _derived_problems(trial: Mapping[str, Any], space: Mapping[str, Any], derive
     for path, text in derived.items() if isinstance(derived, dict) else ():
         if path in space:
             problems.append(f"derived.{path}: is searched already; leave it out of one of the two")
-        elif path not in known_paths or path in _FIXED:
+        elif field_of(path) not in known_paths or path in _FIXED:
             problems.append(f"derived.{path}: a trial has no such field{nearest(path, known_paths)}")
         try:
             names = formula(text).names if isinstance(text, str) else ()

@@ -47,7 +47,7 @@ def expected_noise(chip: Chip, *, inputs: int = 1024, outputs: int = 128, tokens
     """
     weight = _normal("weight", outputs, inputs)
     x, calibration = _normal("inputs", tokens, inputs), _normal("calibration", tokens, inputs)
-    rest, side = in_rram(weight, chip, _KEY.module)
+    rest, side = in_rram(weight, chip)
     programming, key = Programming.of(rest, chip, chip.noise.level), _KEY.part("programming")
     held = programming.held(rest, key)
     clean, through_held, of_side = x @ weight.T, x @ held.T, 0.0 if side is None else side.product(x)
