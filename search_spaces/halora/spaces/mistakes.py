@@ -14,8 +14,6 @@ from halora.spaces.language import Categorical, Range
 ANY_NAME = "NAME"
 """Stands in a path for a name of one's own, as of a group of layers."""
 
-_OWN_NAMES = re.compile(r"^(chip\.layers\.)[\w-]+\.")
-
 _DISTRIBUTIONS: dict[str, type[BaseModel]] = {"Categorical": Categorical, "Range": Range}
 
 
@@ -73,11 +71,6 @@ def _keys(model: type[BaseModel], parents: list[str]) -> list[str]:
 def _fields(model: type[BaseModel]) -> list[str]:
     """Keys of a section; a noise model has those of every shipped kind."""
     return noise_fields() if model is NoiseModel else list(model.model_fields)
-
-
-def field_of(path: str) -> str:
-    """The field of a trial that a path names, as `field_paths` has it."""
-    return _OWN_NAMES.sub(rf"\1{ANY_NAME}.", path)
 
 
 def field_paths(model: type[BaseModel], prefix: str = "") -> list[str]:

@@ -49,6 +49,7 @@ class EnergyBreakdown:
         boundary: What is included and what is not.
         area_mm2: Area of ADCs, cells and SRAM, in square millimetre; rough.
         fill: Where the fill of the cells comes from: the chip, the weights, or an estimate.
+        layers_uj: Microjoule per token of each linear layer on the chip by canonical name, its LoRA branch left out.
     """
 
     components_uj: Mapping[str, float]
@@ -56,6 +57,7 @@ class EnergyBreakdown:
     boundary: str
     area_mm2: float
     fill: str
+    layers_uj: Mapping[str, float]
 
     @property
     def total_uj_per_token(self) -> float:
@@ -116,20 +118,22 @@ def energy_per_token(
     assert met is not None
 
     layers = {name: layer for name, layer in layers.items() if met[name].place is not Placement.HOST}
-    costs = [
-        _layer_costs(layer, met[name], _fill_of(name, shape, met[name].chip), adcs, constants)
+    costs = {
+        name: _layer_costs(layer, met[name], _fill_of(name, shape, met[name].chip), adcs, constants)
         for name, layer in layers.items()
-    ]
+    }
     lora_weights = sum(
         each * (layers[name].in_features + layers[name].out_features) for name, each in ranks.items() if name in layers
     )
     around = _around(shape, chip, constants, lora_weights, context_tokens)
     components = {
-        name: around[name] if name in around else fsum(layer.energy_fj.get(name, 0.0) for layer in costs) * 1e-9
+        name: around[name]
+        if name in around
+        else fsum(layer.energy_fj.get(name, 0.0) for layer in costs.values()) * 1e-9
         for name in _components(chip)
     }
     lora_um2 = chip.lora.weight_bits * lora_weights * constants["sram_bit_um2"]
-    area_um2 = fsum(layer.area_um2 for layer in costs) + lora_um2
+    area_um2 = fsum(layer.area_um2 for layer in costs.values()) + lora_um2
     latency = token_latency(
         shape,
         chip,
@@ -149,7 +153,11 @@ def energy_per_token(
         leakage_w = area_um2 * 1e-9 * constants["leakage_mw_per_mm2"]
         components["leakage"] = leakage_w * latency.us_per_token / sequences
     fill = "chip" if chip.cells.mean_fill is not None else shape.fill_source
-    return EnergyBreakdown(components, latency, _describe(chip), area_um2 * 1e-6, fill)
+    layers_uj = {
+        name: fsum(fj for component, fj in layer.energy_fj.items() if component in components) * 1e-9
+        for name, layer in costs.items()
+    }
+    return EnergyBreakdown(components, latency, _describe(chip), area_um2 * 1e-6, fill, layers_uj)
 
 
 def _problems(
