@@ -24,6 +24,7 @@ from halora.hardware.noise_settings import _model, noise_kinds
 from halora.hardware.rounding import rounded
 from halora.hardware.shapes import ModelShape, known_shape
 from halora.settings.training import LoraSettings
+from halora.spaces.ranked import FINER
 from halora.training.adapter import attach, lora_pairs
 from halora.training.batches import Batch, lay_out, pack_answer
 from halora.training.calibration import calibrate
@@ -347,7 +348,7 @@ def test_every_field_moves_energy_time_and_area_as_declared(shape, preset):
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("preset", preset_names())
+@pytest.mark.parametrize("preset", ["halora-2026", "isaac"])
 def test_a_group_of_all_layers_costs_what_the_chip_does(shape, preset):
     for path in OF_LAYERS:
         walk = FIELDS[path]
@@ -455,3 +456,9 @@ def test_a_group_that_says_what_the_chip_says_changes_nothing(blocks, shape):
     assert grouped.content_hash != chip.content_hash
     assert _priced(grouped, shape) == _priced(chip, shape)
     assert blocks.error(grouped, False) == blocks.error(chip, False)
+
+
+def test_what_counts_as_finer_lowers_the_error():
+    for path, sign in FINER.items():
+        walk = FIELDS[path]
+        assert walk.error == (DOWN if (walk.high > walk.low) == (sign > 0) else UP), path

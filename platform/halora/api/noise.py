@@ -15,7 +15,7 @@ from halora.hardware import error_curves
 from halora.hardware.addressing import NoiseKey, Role
 from halora.hardware.chip import Chip
 from halora.hardware.instance import ChipInstance
-from halora.hardware.layers import changed_everywhere, in_group
+from halora.hardware.layers import changed_by, changed_everywhere
 from halora.hardware.noise import cells_err, mean_db, weight_error_factor
 from halora.hardware.noise_models import GaussianNoise
 from halora.training.rram import RramArray
@@ -70,7 +70,7 @@ class Noise:
     def other_causes(self) -> list[str]:
         """What moves weights and products of the chip besides what the rows of the chip alone state."""
         chip = self.chip
-        alone = [chip, *(in_group(chip, name) for name in chip.layers)]
+        alone = [chip, *(changed_by(chip, [name]) for name in chip.layers)]
         causes = {
             "finite levels": chip.cells.levels is not None,
             "stuck cells": chip.faults.occur,
@@ -111,7 +111,7 @@ def chip_noise(chip: Chip, model: Any = None) -> Noise:
         rows = _chip_rows(chip)
         if chip.layers:
             rows = [{"layers": "the others", **row} for row in rows]
-            rows += [{"layers": name, **row} for name in chip.layers for row in _chip_rows(in_group(chip, name))]
+            rows += [{"layers": name, **row} for name in chip.layers for row in _chip_rows(changed_by(chip, [name]))]
         return Noise(chip, "", rows, _drawn=_Drawn("a ramp of weights", chip, error_curves.ramp()))
     with _layers(model) as array:
         met = array.on_layers(chip)

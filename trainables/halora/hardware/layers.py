@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 from halora.errors import UserError, attempt
-from halora.hardware.mapping import Placement, matches_none
+from halora.hardware.mapping import LM_HEAD, Placement, matches_none
 from halora.strict_model import StrictModel
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def on_layers(chip: Chip, sizes: Mapping[str, int]) -> dict[str, OnLayer]:
     """
     problems: list[str] = []
     places = attempt(problems, lambda: chip.mapping.places(sizes))
-    present = [name for name in sizes if places is None or places[name] is not Placement.HOST]
+    present = [name for name in sizes if name != LM_HEAD or chip.mapping.lm_head]
     members = _members(chip.layers, present, list(sizes), problems)
     problems += _conflicts(chip.layers, members)
     if problems or places is None:
@@ -144,7 +144,7 @@ def on_layers(chip: Chip, sizes: Mapping[str, int]) -> dict[str, OnLayer]:
     for name, place in places.items():
         groups = tuple(group for group, layers in members.items() if name in layers)
         if groups not in made:
-            made[groups] = _changed_by(chip, [chip.layers[group] for group in groups])
+            made[groups] = changed_by(chip, groups)
         own = made[groups]
         whole = place is Placement.RRAM and own.mapping.outliers.share == 1
         found[name] = OnLayer(Placement.SRAM if whole else place, own, groups)
@@ -193,18 +193,14 @@ def dotted(changes: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _changed_by(chip: Chip, groups: Iterable[LayerGroup]) -> Chip:
+def changed_by(chip: Chip, groups: Iterable[str]) -> Chip:
+    """The chip as a layer meets it that is in some of its groups, by their names."""
     if not chip.layers:
         return chip
     plain = chip.model_copy(update={"layers": {}})
-    for group in groups:
-        plain = _changed(plain, group.changes)
+    for name in groups:
+        plain = _changed(plain, chip.layers[name].changes)
     return plain
-
-
-def in_group(chip: Chip, name: str) -> Chip:
-    """The chip as layers meet it that are in one of its groups and in no other."""
-    return _changed_by(chip, [chip.layers[name]])
 
 
 def _changed[Model: BaseModel](model: Model, changes: Mapping[str, Any]) -> Model:
