@@ -121,8 +121,8 @@ def layer_sensitivity(
             if with_outliers is not None:
                 array.program(ChipInstance(with_outliers, key, chip.noise.level), reads_beside, alone=layer.name)
                 own = array.on_layers(with_outliers)[layer.name].chip
-                tile, by = (own.tile.rows, own.tile.columns), own.mapping.outliers.by
-                count = outlier_count(layer.in_features, layer.out_features, outliers, by, tile)
+                setting, tile = own.mapping.outliers, (own.tile.rows, own.tile.columns)
+                count = outlier_count(layer.in_features, layer.out_features, setting.share, setting.by, tile)
                 left = mean_change(clean, scores())
                 measured = replace(measured, outliers=count, change_with_outliers_nats=left)
             found.append(measured)

@@ -125,11 +125,12 @@ class Mapping(StrictModel):
         return places | host
 
     def ranked(self, layers: Iterable[str]) -> list[str]:
-        """Names of the ranked layers, most sensitive first; `layers` come in the order of the forward pass."""
+        """Names of the ranked layers, most sensitive first and each once; `layers` come in the order of the forward pass."""
         layers = list(layers)
         if self.ranking == "depth":
             return layers
-        return [name for pattern in self.ranking for name in layers if fnmatchcase(name, pattern)]
+        found = (name for pattern in self.ranking for name in layers if fnmatchcase(name, pattern))
+        return list(dict.fromkeys(found))
 
 
 def matches_none(patterns: Iterable[str], present: Collection[str], known: Collection[str]) -> list[str]:
