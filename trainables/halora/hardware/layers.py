@@ -37,10 +37,14 @@ class _Changes(StrictModel):
         return {name: value for name, value in serialise(self).items() if value is not None}
 
 
+def _several(given: Any) -> Any:
+    return (given,) if isinstance(given, str) else given
+
+
 class LayerGroup(_Changes):
     """Layers of a model, and what is theirs alone. Both `match` and `depth` have to be met, where both are given."""
 
-    match: Annotated[tuple[str, ...], BeforeValidator(lambda given: (given,) if isinstance(given, str) else given)] = ()
+    match: Annotated[tuple[str, ...], BeforeValidator(_several, json_schema_input_type=str | tuple[str, ...])] = ()
     """Patterns of canonical names, as `mapping` takes them; one of them has to match."""
     depth: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]] | None = None
     """Decoder blocks from one share of the depth to another: [0, 0.5] is the first half of the blocks."""

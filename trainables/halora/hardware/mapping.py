@@ -125,7 +125,7 @@ class Mapping(StrictModel):
         return places | host
 
     def ranked(self, layers: Iterable[str]) -> list[str]:
-        """Names of the ranked layers, most sensitive first and each once; `layers` come in the order of the forward pass."""
+        """Names of the ranked layers, most sensitive first, each once; `layers` come in the order of the pass."""
         layers = list(layers)
         if self.ranking == "depth":
             return layers
