@@ -293,7 +293,9 @@ class Chip(StrictModel):
     lora: Products = Products()
     """The LoRA branch, in SRAM macros: a weight scale per rank; what lies between A and B is an input as well."""
     attention: Attention = Attention()
-    layers: dict[Annotated[str, Field(pattern=r"^[A-Za-z][\w-]*$")], _LayerGroup] = Field(default_factory=dict)
+    layers: dict[Annotated[str, Field(pattern=r"^[A-Za-z][\w-]*$")], _LayerGroup] = Field(
+        default_factory=dict, max_length=100
+    )
     """Groups of layers with values of their own, by names of your own; no two may give a layer the same value."""
     boundary: Boundary = Boundary()
     costs: dict[str, float] = Field(default_factory=dict)
