@@ -127,6 +127,7 @@ def certify_made_up(store: Store, sweep: str, number: int, *, failures: int = 0,
         chip="halora-2026",
         chip_hash="0123456789ab",
         noise="gaussian",
+        variation=(),
     )
     energy = point.energy_uj_per_token
     found = certified_gates(

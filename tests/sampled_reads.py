@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 
 from halora.hardware.addressing import NoiseKey
+from halora.hardware.cell_arrays import cell_arrays
 from halora.hardware.cells import mapped
 from halora.hardware.chip import Chip
-from halora.hardware.noise import cell_arrays, ir_drop_gain
+from halora.hardware.noise import ir_drop_gain
 from halora.hardware.read_noise import slow_deviation_us, white_variance_us2
 from halora.hardware.regions import widened
 

@@ -65,6 +65,7 @@ class Walk:
         latency_of: Presets whose time changes otherwise, for the reason given.
         area_of: Presets whose area changes otherwise, for the reason given.
         head: Look at the logits, not at the block's output.
+        chips: Chip instances over which the error's power is averaged.
     """
 
     low: Any
@@ -79,6 +80,7 @@ class Walk:
     latency_of: dict[str, int] = field(default_factory=dict)
     area_of: dict[str, int] = field(default_factory=dict)
     head: bool = False
+    chips: tuple[int, ...] = (0,)
 
 
 FREE = "a property of the cells, not an effort"
@@ -86,7 +88,9 @@ DEAR_CELLS = dict.fromkeys(("neurram-2022", "isaac"), DOWN)  # a product in RRAM
 SAME_WAIT = dict.fromkeys(("ideal", "neurram-2022"), NONE)
 """The LoRA branch is what a token waits for there, at 16 bits, or beside reads of 2 ns, wherever the weights are.
 Of NeuRRAM's layers without one, some are faster in RRAM than an SRAM macro's pass of 20 ns."""
-SERIAL = dict.fromkeys(("cmo-hfox", *(name for name in preset_names() if name.startswith(("halora", "ideal")))), NONE)
+SERIAL = dict.fromkeys(
+    ("cmo-hfox", *(name for name in preset_names() if name.startswith(("halora", "ideal", "rram")))), NONE
+)
 """They drive all bits at once."""
 AFTER = {"pipeline": {"branch": "after"}}
 OUTSIDE = {"mapping": {"sram": ["*.mlp.*"]}}
@@ -103,6 +107,7 @@ QUIET = {
 DRIFT = {"kind": "power-law", "nu_mean": 0.05, "nu_std": 0.02}
 DRIFTING = {"retention": {"ageing": DRIFT, "refresh_interval_s": 1e5}, "noise": WAN}
 STUCK = {"faults": {"stuck_low_rate": 0.02, "stuck_high_rate": 0.02}}
+WARM = {"temperature": {"kelvin": 400.0}}
 GAUSSIAN = {"noise": {"kind": "gaussian", "sigma": 0.02, "reference": "tensor_max"}}
 TILES = {"noise": GAUSSIAN["noise"] | {"reference": "tile_max"}, "coding": {"scale": "tile_max"}}
 MILO = {"noise": {"kind": "milo"}, "cells": {"g_min_us": 50.0, "g_max_us": 225.0}}
@@ -192,6 +197,7 @@ FIELDS: dict[str, Walk] = {
     "faults.stuck_high_rate": Walk(0.0, 0.05, NONE, UP, FREE),
     "faults.stuck_low_us": Walk(1.0, 30.0, NONE, UP, FREE, STUCK),
     "faults.stuck_high_us": Walk(20.0, 120.0, NONE, UP, FREE, STUCK),
+    "faults.clustering": Walk(0.0, 4.0, NONE, None, "as many stuck cells on average, closer together", STUCK),
     "retention.refresh_interval_s": Walk(10.0, 1.7e5, DOWN, UP),
     "retention.compensation": Walk("none", "column", NONE, DOWN, "probe reads are not priced", DRIFTING),
     "retention.ageing": Walk(None, DRIFT, NONE, UP, FREE),
@@ -215,6 +221,9 @@ FIELDS: dict[str, Walk] = {
     "adc.bits": Walk(5, 8, UP, DOWN, latency=UP, area=UP),
     "adc.lossless": Walk(False, True, NONE, DOWN, "no chip: the reference of tests", {"adc": {"bits": 6}}),
     "adc.noise_steps": Walk(0.0, 4.0, NONE, UP, "a property of the converter, not an effort"),
+    "adc.calibration_reads": Walk(
+        0, 64, UP, DOWN, where={"variation": {"adc_gain": 0.1, "adc_offset_steps": 8.0}}, latency=UP
+    ),
     "adc.costs": Walk(
         "isaac", "survey", None, NONE, "another source of the same converter's price", latency=None, area=None
     ),
@@ -242,6 +251,23 @@ FIELDS: dict[str, Walk] = {
     "die.area_mm2": Walk(100.0, 2000.0, DOWN, NONE, "the same bits pass the links", latency=DOWN),
     "pipeline.branch": Walk("beside", "after", UP, NONE, "the same sum", latency=UP),
     "wires.resistance_ohm": Walk(0.0, 20.0, NONE, UP, "loss in the wires is part of the read energy V^2 G t"),
+    "variation.strength": Walk(0.0, 1.0, NONE, UP, FREE, chips=(0, 1, 2, 3)),
+    "variation.conductance": Walk(0.0, 0.3, NONE, UP, FREE, chips=(0, 1)),
+    "variation.gradient": Walk(0.0, 0.2, NONE, UP, FREE),
+    "variation.adc_gain": Walk(0.0, 0.2, NONE, UP, FREE),
+    "variation.adc_offset_steps": Walk(0.0, 8.0, NONE, UP, FREE),
+    "variation.adc_inl_steps": Walk(0.0, 8.0, NONE, UP, FREE),
+    "temperature.kelvin": Walk(
+        220.0,
+        440.0,
+        NONE,
+        UP,
+        FREE,
+        {"cells": {"read_time_ns": 0.001}},
+        energy_of={"rram-variation": DOWN},  # whose cells conduct less when warm
+    ),
+    "temperature.low_per_k": Walk(0.0, 0.02, UP, UP, where=WARM),
+    "temperature.high_per_k": Walk(0.0, -0.003, DOWN, UP, where=WARM),
     "sram.weight_bits": Walk(4, 8, UP, DOWN, where=OUTSIDE, area=UP),
     "sram.input_bits": Walk(4, 8, UP, DOWN, where=OUTSIDE | AFTER, latency=UP),
     "digital.weight_bits": Walk(4, 8, UP, DOWN, where=LOGIC, area=UP),
@@ -255,7 +281,14 @@ FIELDS: dict[str, Walk] = {
     "boundary.buffers": Walk(False, True, UP, NONE, "moved without error", latency=UP),
     "boundary.leakage": Walk(False, True, UP, NONE, "no part of a product"),
     "boundary.programming": Walk(False, True, UP, NONE, "programmed either way"),
-    "boundary.tokens_per_s": Walk(10.0, 1000.0, DOWN, NONE, "how many tokens share a refresh"),
+    "boundary.tokens_per_s": Walk(
+        10.0,
+        1000.0,
+        DOWN,
+        NONE,
+        "how many tokens share a refresh",
+        latency_of={"rram-variation": DOWN},  # whose columns are calibrated at every refresh
+    ),
     "boundary.adapter_swap_tokens": Walk(10.0, 1000.0, DOWN, NONE, "loaded without error"),
     "costs": Walk({}, {"shift_add_pj": 5.0}, UP, NONE, "prices"),
 }
@@ -377,7 +410,7 @@ class Blocks:
             b.requires_grad_(False).copy_(0.05 * torch.randn(b.shape, generator=generator))
         self.stored = [(a.clone(), b.clone()) for a, b in self.pairs]
         self.clean = {head: self._outputs(head) for head in (False, True)}
-        self.known: dict[tuple[str, bool], float] = {}
+        self.known: dict[tuple[str, bool, tuple[int, ...]], float] = {}
 
     @torch.no_grad()
     def _outputs(self, head: bool) -> torch.Tensor:
@@ -386,19 +419,22 @@ class Blocks:
             return self.batch.logits(causal_lm) if head else self.batch.hidden(causal_lm)[0]
 
     @torch.no_grad()
-    def error(self, chip: Chip, head: bool) -> float:
+    def error(self, chip: Chip, head: bool, chips: tuple[int, ...]) -> float:
         """Relative error of the outputs, every conversion carried out."""
-        known = (chip.content_hash, head)
+        known = (chip.content_hash, head, chips)
         if known not in self.known:
             for pair, stored in zip(self.pairs, self.stored, strict=True):
                 for dim, (weight, original) in zip((1, 0), zip(pair, stored, strict=True), strict=True):
                     weight.copy_(rounded(original, chip.lora.weight_bits, dim=dim))
             reads = calibrate(self.base, self.array, chip, self.calibration, 64, "exact")
-            key = NoiseKey(role=Role.SEARCH, chip_seed=0)
-            self.array.program(ChipInstance(chip, key, chip.noise.level), reads, digital=True)
-            error = self._outputs(head) - self.clean[head]
-            self.array.clear()
-            self.known[known] = (error.norm() / self.clean[head].norm()).item()
+            errors = []
+            for seed in chips:
+                key = NoiseKey(role=Role.SEARCH, chip_seed=seed)
+                self.array.program(ChipInstance(chip, key, chip.noise.level), reads, digital=True)
+                errors.append(self._outputs(head) - self.clean[head])
+                self.array.clear()
+            power = torch.stack(errors).square().sum() / len(chips)
+            self.known[known] = (power.sqrt() / self.clean[head].norm()).item()
         return self.known[known]
 
 
@@ -415,7 +451,7 @@ SEEN = {UP: lambda low, high: high > 1.02 * low, DOWN: lambda low, high: high < 
 @pytest.mark.parametrize("path", [path for path, walk in FIELDS.items() if walk.error is not None])
 def test_every_field_moves_the_error_as_declared(blocks, path):
     walk = FIELDS[path]
-    low, high = (blocks.error(_set(walk, path, value, CHIP), walk.head) for value in (walk.low, walk.high))
+    low, high = (blocks.error(_set(walk, path, value, CHIP), walk.head, walk.chips) for value in (walk.low, walk.high))
     print(f"{path}: error {low:.4f} -> {high:.4f}, declared {_SIGNS[walk.error]}")
     assert SEEN[walk.error](low, high)
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from halora.hardware.addressing import NoiseKey, Role
+from halora.hardware.cell_arrays import cell_arrays
 from halora.hardware.cells import (
     clip_limit,
     clipped,
@@ -15,7 +16,7 @@ from halora.hardware.cells import (
     with_faults,
 )
 from halora.hardware.chip import Cells, Coding, Faults, Tile, load_chip
-from halora.hardware.noise import cell_arrays, programmed_weight
+from halora.hardware.noise import programmed_weight
 from halora.hardware.read_noise import white_variance_us2
 from halora.hardware.regions import widened
 

@@ -20,7 +20,10 @@ BASE = "halora-2026"
 
 def test_presets_load_and_say_what_their_files_say():
     readings = {f"halora-2026-{reference}" for reference in ("tensor-max", "channel-max", "absolute")}
-    assert set(preset_names()) == {"halora-2026", "neurram-2022", "isaac", "cmo-hfox", "ideal"} | readings
+    assert (
+        set(preset_names())
+        == {"halora-2026", "neurram-2022", "isaac", "cmo-hfox", "ideal", "rram-variation"} | readings
+    )
     for name in preset_names():
         chip = load_chip(name)
         assert chip.name == name
@@ -28,7 +31,7 @@ def test_presets_load_and_say_what_their_files_say():
         base = said.pop("preset", None)
         assert merge(chip.model_dump(), said) == chip.model_dump()
         if base is not None:
-            assert chip.adc == load_chip(base).adc
+            assert chip.tile == load_chip(base).tile
 
 
 def test_overrides_reach_into_sections_and_keep_the_rest():

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from halora.hardware.addressing import NoiseKey, Role
+from halora.hardware.cell_arrays import cells_err, write_verify_factor
 from halora.hardware.chip import load_chip
 from halora.hardware.error_curves import (
     drawn_cell_error,
@@ -17,7 +18,7 @@ from halora.hardware.error_curves import (
     stated_cell_error,
     stated_weight_error,
 )
-from halora.hardware.noise import cells_err, programmed_weight, write_verify_factor
+from halora.hardware.noise import programmed_weight
 
 KEY = NoiseKey(role=Role.SEARCH, chip_seed=0, module="layer", purpose="programming")
 

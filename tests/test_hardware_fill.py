@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 
 from halora.hardware.addressing import NoiseKey, Role
+from halora.hardware.cell_arrays import cell_arrays
 from halora.hardware.cells import clip_limit, clipped, weight_scale
 from halora.hardware.chip import Chip, load_chip
 from halora.hardware.energy import energy_per_token
 from halora.hardware.families import LINEAR_NAMES
 from halora.hardware.fill import layer_fill
 from halora.hardware.mapping import LM_HEAD
-from halora.hardware.noise import cell_arrays, ir_drop_gain, programmed_weight
+from halora.hardware.noise import ir_drop_gain, programmed_weight
 from halora.hardware.shapes import known_shape, named_shapes
 from halora.training.models import model_shape, plain_base
 

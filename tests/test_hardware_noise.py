@@ -13,17 +13,10 @@ from sampled_reads import sampled_read_error
 from torch import Tensor
 
 from halora.hardware.addressing import NoiseKey, Role
+from halora.hardware.cell_arrays import cell_arrays, write_verify_factor
 from halora.hardware.chip import load_chip, preset_names
 from halora.hardware.converters import drive, full_scale, noise_power
-from halora.hardware.noise import (
-    Programming,
-    cell_arrays,
-    ir_drop_gain,
-    mean_db,
-    noise_to_signal_db,
-    programmed_weight,
-    write_verify_factor,
-)
+from halora.hardware.noise import Programming, ir_drop_gain, mean_db, noise_to_signal_db, programmed_weight
 from halora.hardware.read_noise import read_noise, slow_deviation_us
 
 KEY = NoiseKey(role=Role.SEARCH, chip_seed=0, module="layer", purpose="programming")

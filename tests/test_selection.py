@@ -1,5 +1,6 @@
 """Oracles: the binomial distribution, brute force over chip counts, orderings by hand."""
 
+import json
 from math import nan
 
 import pytest
@@ -41,7 +42,7 @@ def certificate(failures=0, earlier=2, spent=0.05 * 2 / 3, chips=107, **changes)
         "sweep": "s", "trial": 4, "launch": "1a2b", "attempt": 1, "earlier": earlier, "spent": spent,
         "confidence": 0.95, "min_accuracy": 0.4, "scoring": "options", "min_yield": 0.95, "chips": chips,
         "failures": failures, "task": "arc-easy", "rows": 100, "rows_digest": "d",
-        "chip": "c", "chip_hash": "h", "noise": "gaussian",
+        "chip": "c", "chip_hash": "h", "noise": "gaussian", "variation": (),
     }  # fmt: skip
     return Certificate(**content | changes)
 
@@ -59,6 +60,13 @@ def test_a_certificate_states_its_conditions_and_comes_back_from_json():
     assert "how dies, wafers and lots differ is not modelled" in one.statement()
     assert "and the 2 begun before it on these rows in this store together" in one.statement()
     assert "results on new rows" in one.statement()
+    varied = certificate(variation=("strength of the noise (spread 0.1)", "gradient over a tile (0.01)"))
+    assert Certificate.from_json(json.loads(json.dumps(varied.to_json()))) == varied
+    assert (
+        "and of what differs from chip to chip in this one description: strength of the noise (spread 0.1), gradient "
+        "over a tile (0.01). Chips of other spreads, wafers and lots are not modelled." in varied.statement()
+    )
+    assert "how dies" not in varied.statement()
     first = certificate(earlier=0, spent=0.0).statement()
     assert "before it" not in first
     assert "new rows" not in first

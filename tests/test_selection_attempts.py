@@ -31,6 +31,7 @@ def certificate_of(attempt, failures, gates):
         earlier=attempt.spent.earlier, spent=attempt.spent.error, confidence=gates.confidence,
         min_accuracy=gates.min_accuracy, scoring="options", min_yield=gates.min_yield, chips=attempt.chips,
         failures=failures, task="tiny", rows=8, rows_digest="d", chip="c", chip_hash="h", noise="gaussian",
+        variation=(),
     )  # fmt: skip
 
 

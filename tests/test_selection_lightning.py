@@ -13,9 +13,11 @@ import torch
 from services import required
 
 from halora.hardware.addressing import NoiseKey, Role
+from halora.hardware.cell_arrays import write_verify_factor
 from halora.hardware.chip import load_chip, preset_names
 from halora.hardware.converters import full_scale, tilewise_product
-from halora.hardware.noise import programmed_weight, write_verify_factor
+from halora.hardware.noise import programmed_weight
+from halora.hardware.variation import Variation
 from halora.selection.lightning import PACKAGE, lightning_settings
 
 ROWS, OUTPUTS = 64, 48
@@ -217,8 +219,15 @@ LOUD = {  # a chip on which every change below can show
     "preset": "neurram-2022",
     "faults": {"stuck_low_rate": 0.01},
     "retention": {"ageing": {"kind": "power-law", "nu_mean": 0.05, "nu_std": 0.01, "t0_s": 1.0}},
+    "temperature": {"kelvin": 350.0},
 }
 CHANGES = [
+    *({"variation": {spread: 0.1}} for spread in Variation.model_fields),
+    {"faults": {"clustering": 1.0}},
+    {"temperature": {"kelvin": 360.0}},
+    {"temperature": {"low_per_k": 0.001}},
+    {"temperature": {"high_per_k": -0.001}},
+    {"adc": {"calibration_reads": 4}},
     {"noise": {"kind": "gaussian", "sigma": 0.01, "reference": "tensor_max"}},
     {"noise": {"kind": "gaussian", "sigma": 0.01, "reference": "channel_max"}},
     {"noise": {"kind": "gaussian", "sigma": 0.01, "reference": "tile_max"}},

@@ -16,8 +16,10 @@ from halora.hardware.addressing import NoiseKey, Role
 from halora.hardware.chip import load_chip
 from halora.hardware.converter_model import fit_converters
 from halora.hardware.converters import ExactReads, tilewise_product
+from halora.hardware.draws import coarse_normal
 from halora.hardware.families import LINEAR_NAMES
 from halora.hardware.instance import ChipInstance
+from halora.hardware.manufactured import Columns, strength_factor
 from halora.hardware.noise import Programming, noise_to_signal_db, programmed_weight
 from halora.training.models import load_base
 from halora.training.rram import RramLinear, install
@@ -269,6 +271,46 @@ def test_slices_and_replicas_of_a_programmed_layer_are_converted_one_by_one(laye
         copies = Programming.of(linear.weight, chip, 1.0).copies(linear.weight, at)
         torch.testing.assert_close(outputs[-1], tilewise_product(x[0], copies, chip, reads.converters))
         torch.testing.assert_close(linear.effective_weight(), programmed_weight(linear.weight, chip, at, 1.0))
+    assert torch.equal(outputs[0], outputs[2])
+    assert not torch.allclose(outputs[0], outputs[1])
+
+
+VARIED = {
+    "preset": "rram-variation",
+    "tile": {"rows": 16},
+    "read": {"thermal": False},
+    "variation": {"strength": 0.5, "adc_gain": 0.1, "adc_offset_steps": 3.0},
+    "adc": {"calibration_reads": 0},
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", ["exact", "statistical"])
+@pytest.mark.parametrize("regenerate", [False, True])
+def test_a_layer_is_read_by_the_columns_of_the_chip_instance_under_it(layer, way, regenerate):
+    """The strength of the noise, the weights' gains and the columns are those of one address, whoever asks."""
+    model, array = layer
+    linear, chip = model["q_proj"], load_chip(VARIED)
+    calibration, x = torch.randn(64, 48), torch.randn(1, 30, 48)
+    fitted = ExactReads.calibrated if way == "exact" else fit_converters
+    reads, outputs = fitted(calibration, linear.weight, chip), []
+    for seed in (1, 2, 1):
+        instance = ChipInstance(chip, replace(INSTANCE.key, chip_seed=seed), chip.noise.level)
+        array.program(instance, {"q_proj": reads}, regenerate=regenerate)
+        with array.reading([("a", 30)]):
+            outputs.append(linear(x)[0] - linear.bias)
+        at = instance.key.at(module="q_proj", purpose="programming")
+        level = chip.noise.level * strength_factor(chip, at)
+        assert instance.level_at("q_proj") == level != chip.noise.level
+        held, columns = programmed_weight(linear.weight, chip, at, level), Columns.of(chip, at, linear.weight)
+        torch.testing.assert_close(linear.effective_weight(), held)
+        if way == "exact":
+            expected = tilewise_product(x[0], held, chip, reads.converters, columns)
+        else:
+            driven = reads.drive(x[0], columns)
+            draws = coarse_normal(instance.key.at(module="q_proj", purpose="read", example="a"), (30, len(held)))
+            expected = reads.read(driven.inputs @ held.T, driven, torch.from_numpy(draws))
+        torch.testing.assert_close(outputs[-1], expected, rtol=1e-4, atol=1e-5)
     assert torch.equal(outputs[0], outputs[2])
     assert not torch.allclose(outputs[0], outputs[1])
 

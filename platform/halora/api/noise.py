@@ -13,11 +13,13 @@ from halora.analysis.figures import ErrorPanel, error_figure
 from halora.api.energy import named
 from halora.hardware import error_curves
 from halora.hardware.addressing import NoiseKey, Role
+from halora.hardware.cell_arrays import cells_err
 from halora.hardware.chip import Chip
 from halora.hardware.instance import ChipInstance
 from halora.hardware.layers import changed_by, changed_everywhere
-from halora.hardware.noise import cells_err, mean_db, weight_error_factor
+from halora.hardware.noise import mean_db, weight_error_factor
 from halora.hardware.noise_models import GaussianNoise
+from halora.hardware.variation import PROGRAMMED_K, differences
 from halora.training.rram import RramArray
 
 if TYPE_CHECKING:
@@ -79,8 +81,9 @@ class Noise:
             "read noise": chip.read.noisy,
             "DAC": not chip.dac.lossless,
             "ADC": not chip.adc.lossless,
+            f"temperature ({chip.temperature.kelvin:g} K)": chip.temperature.kelvin != PROGRAMMED_K,
         }
-        return [cause for cause, acts in causes.items() if acts]
+        return [*(cause for cause, acts in causes.items() if acts), *differences(chip)]
 
     def to_pandas(self) -> "DataFrame":
         """The rows as a table."""

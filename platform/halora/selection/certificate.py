@@ -4,8 +4,9 @@ n chip instances are fixed beforehand and all are tried. With k failures among t
 Pearson (Biometrika 1934), one-sided: the share p at which n - k or more successes would be seen with a probability of
 just the error level.
 
-What a chip is here: one draw of everything that differs from cell to cell and from read to read under one description.
-Not modelled: what differs from die to die, wafer to wafer or lot to lot, so the yield is none of manufacturing.
+What a chip is here: one draw of everything that differs from cell to cell and from read to read under one description,
+and of what that says of differences between chips (`variation`), which the certificate names. The yield is over these
+draws and no others. Not modelled: wafers and lots, and whether the stated spreads are those of a line.
 """
 
 from collections.abc import Mapping
@@ -78,6 +79,7 @@ class Certificate:
         chip: Name of the chip's description.
         chip_hash: Its content hash.
         noise: The noise model in a few words.
+        variation: What differs from chip to chip besides cells and reads, a few words each; empty for nothing.
     """
 
     sweep: str
@@ -98,6 +100,7 @@ class Certificate:
     chip: str
     chip_hash: str
     noise: str
+    variation: tuple[str, ...]
 
     @property
     def series(self) -> str:
@@ -126,8 +129,7 @@ class Certificate:
             f"({self.rows} rows of {self.task}, scored by {self.scoring}), under this noise model ({self.noise}; chip "
             f"{self.chip} {self.chip_hash}): {self.chips - self.failures} of {self.chips} chip instances that no "
             f"search saw did (series {self.series}, this certification's own).",
-            "A chip is a draw of its cells' errors and reads under this one description; how dies, wafers and lots "
-            "differ is not modelled.",
+            self._population(),
         ]
         level = f"of an error level of {1 - self.confidence:.3g} it takes {self.error:.3g}"
         if not self.earlier:
@@ -149,6 +151,18 @@ class Certificate:
             ]
         )
 
+    def _population(self) -> str:
+        """What the yield is over."""
+        if not self.variation:
+            return (
+                "A chip is a draw of its cells' errors and reads under this one description; how dies, wafers and lots "
+                "differ is not modelled."
+            )
+        return (
+            "A chip is a draw of its cells' errors and reads, and of what differs from chip to chip in this one "
+            f"description: {', '.join(self.variation)}. Chips of other spreads, wafers and lots are not modelled."
+        )
+
     def to_json(self) -> dict[str, Any]:
         """Plain values, the derived ones and the statement included."""
         derived = {"error": self.error, "bound": self.bound, "passed": self.passed, "statement": self.statement()}
@@ -157,7 +171,9 @@ class Certificate:
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "Certificate":
         """What `to_json` gave."""
-        return cls(**{name: content[name] for name in cls.__dataclass_fields__})
+        return cls(
+            **{name: content[name] for name in cls.__dataclass_fields__} | {"variation": tuple(content["variation"])}
+        )
 
 
 def error_share(confidence: float, earlier: int, spent: float) -> float:

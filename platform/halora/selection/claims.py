@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from pydantic import ConfigDict
 
 from halora.hardware.energy import COSTS
+from halora.hardware.variation import PROGRAMMED_K, differences
 from halora.pricing import trial_energy
 from halora.records.publishing import baseline_energies
 from halora.selection.certificate import Certificate, yield_lower_bound
@@ -220,6 +221,7 @@ def concluded(evidence: Evidence) -> Certification:
         chip=config.chip.name,
         chip_hash=config.chip.content_hash,
         noise=noise_words(config),
+        variation=tuple(differences(config.chip)),
     )
     lines = [_line(scenario, evidence) for scenario in evidence.scenarios]
     by_name = {
@@ -306,4 +308,6 @@ def noise_words(config: TrialConfig) -> str:
     words = [config.chip.noise.kind, *(f"{name} {value}" for name, value in noise.items())]
     if ageing is not None:
         words.append(f"aged by {ageing.kind} for {config.chip.retention.refresh_interval_s:g} s")
+    if (kelvin := config.chip.temperature.kelvin) != PROGRAMMED_K:
+        words.append(f"read at {kelvin:g} K")
     return ", ".join(words)

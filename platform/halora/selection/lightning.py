@@ -13,6 +13,7 @@ from halora.hardware.chip import Chip
 from halora.hardware.noise import weight_error_factor
 from halora.hardware.noise_models import GaussianNoise
 from halora.hardware.rounding import AS_IT_IS
+from halora.hardware.variation import PROGRAMMED_K, differences
 
 PACKAGE = "aihwkit-lightning==2.1.0"
 
@@ -200,7 +201,17 @@ def _unknown_there(chip: Chip, draft: _Draft) -> None:
     left_out = {
         f"Ageing: the package knows no time; cells of this chip are {retention.refresh_interval_s:g} s old.": chip.ages,
         f"Drift compensation ({retention.compensation}): the package has no drift.": (
-            chip.ages and retention.compensation != "none"
+            (chip.ages or chip.temperature.kelvin != PROGRAMMED_K) and retention.compensation != "none"
+        ),
+        f"Differences between chips: the package draws none; this chip has {'; '.join(differences(chip))}.": (
+            differences(chip) != []
+        ),
+        f"Calibration of columns ({chip.adc.calibration_reads} reads): the package has no columns of their own.": (
+            chip.adc.calibration_reads > 0
+        ),
+        f"Temperature: the package knows none; this chip is read at {chip.temperature.kelvin:g} K, where its cells "
+        f"conduct {chip.warm_cells.g_min_us:g} to {chip.warm_cells.g_max_us:g} uS.": (
+            chip.temperature.kelvin != PROGRAMMED_K
         ),
         f"Stuck cells: the package has none; this chip has {rates}.": faults.occur,
         "Read noise: weights of the package do not change from read to read.": chip.read.noisy,

@@ -58,16 +58,17 @@ def target_conductance(stored: Tensor, sign: int, cells: Cells) -> Tensor:
     return conductance.add_(cells.g_min_us)
 
 
-def with_faults(conductance: Tensor, faults: Faults, uniform: Tensor | None) -> Tensor:
+def with_faults(conductance: Tensor, faults: Faults, uniform: Tensor | None, rates: Tensor | float = 1.0) -> Tensor:
     """Conductances that are not negative, in place, and those of stuck cells where `uniform` draws over [0, 1) say so.
 
     Args:
         conductance: In microsiemens; overwritten.
         faults: Rates and conductances of stuck cells.
         uniform: One draw per cell; none when no cell can be stuck.
+        rates: What the rates are multiplied by, broadcasting over the cells.
     """
     conductance.clamp_min_(0)
     if uniform is not None:
-        conductance.masked_fill_(uniform < faults.stuck_low_rate, faults.stuck_low_us)
-        conductance.masked_fill_(uniform >= 1 - faults.stuck_high_rate, faults.stuck_high_us)
+        conductance.masked_fill_(uniform < rates * faults.stuck_low_rate, faults.stuck_low_us)
+        conductance.masked_fill_(uniform >= 1 - rates * faults.stuck_high_rate, faults.stuck_high_us)
     return conductance

@@ -23,6 +23,7 @@ from halora.hardware.costs import AdcCosts, constant_names
 from halora.hardware.layers import LayerGroup, OnLayer, group_of, on_layers
 from halora.hardware.mapping import Mapping
 from halora.hardware.noise_settings import AgeingSetting, NoiseSetting
+from halora.hardware.variation import Temperature, Variation
 from halora.reading import is_file
 from halora.strict_model import StrictModel
 from halora.yaml_files import read_yaml
@@ -113,6 +114,9 @@ class Faults(StrictModel):
     stuck_low_us: float = Field(default=0.0, ge=0, le=2000)
     stuck_high_us: float = Field(default=40.0, ge=0, le=2000)
     """Where stuck cells stand; it may lie outside the range in use."""
+    clustering: float = Field(default=0.0, ge=0, le=10)
+    """Variance of the rates from tile to tile over their squares, 1 / alpha: how many cells of a tile are stuck is then
+    negative binomial, as in the yield model of Stapper (1983)."""
 
     @property
     def occur(self) -> bool:
@@ -173,6 +177,9 @@ class Adc(StrictModel):
     """True: no quantisation error (energy is still that of `bits`)."""
     noise_steps: float = Field(default=0.0, ge=0, le=16)
     """Output noise before each conversion, standard deviation in ADC steps."""
+    calibration_reads: int = Field(default=0, ge=0, le=4096)
+    """Conversions of nothing, and as many of a full input, by which every column's offset and gain are trimmed whenever
+    cells are programmed; 0: never."""
     costs: AdcCosts = "isaac"
     """Where the energy per conversion comes from."""
 
@@ -284,6 +291,8 @@ class Chip(StrictModel):
     adc: Adc
     tile: Tile
     wires: Wires
+    variation: Variation = Variation()
+    temperature: Temperature = Temperature()
     die: Die = Die()
     pipeline: Pipeline = Pipeline()
     sram: Products = Products()
@@ -319,6 +328,7 @@ class Chip(StrictModel):
         low_us, high_us = CMO_US
         if self.read.slow == "cmo" and not low_us <= self.cells.g_min_us < self.cells.g_max_us <= high_us:
             problems.append(f"read.slow: cmo was measured from {low_us:g} to {high_us:g} uS; change the cells")
+        problems += self.temperature.problems(self.cells.g_min_us, self.cells.g_max_us)
         if problems:
             raise UserError(problems)
         return self
@@ -326,6 +336,17 @@ class Chip(StrictModel):
     def on_layers(self, sizes: MappingOf[str, int]) -> dict[str, OnLayer]:
         """Where every layer of a model sits, and the chip it meets there; see `halora.hardware.layers`."""
         return on_layers(self, sizes)
+
+    @property
+    def warm_cells(self) -> Cells:
+        """The cells at the chip's temperature."""
+        low_us, high_us = self.temperature.of_range(self.cells.g_min_us, self.cells.g_max_us)
+        return self.cells.model_copy(update={"g_min_us": low_us, "g_max_us": high_us})
+
+    @property
+    def tokens_between_refreshes(self) -> float:
+        """Tokens that share the effort of one."""
+        return self.boundary.tokens_per_s * self.retention.refresh_interval_s
 
     @property
     def ages(self) -> bool:

@@ -10,7 +10,8 @@ A tile's ADC has a full scale of its own for each cycle and slice, that of least
 clipping included. With one for all cycles the low-order digits, which are large everywhere, would set the step of the
 high-order ones, which are mostly zero and count most (docs/decisions/010).
 
-Noise of reads and of the ADC's input is added after the conversions, as one normal draw per output.
+Noise of reads and of the ADC's input is added after the conversions, as one normal draw per output. What the ADCs of a
+chip instance's columns err by is in every conversion (`halora.hardware.manufactured`); ranges are set without it.
 """
 
 from collections.abc import Callable
@@ -24,9 +25,12 @@ from torch.nn import functional as F
 from halora.hardware.addressing import NoiseKey, Role
 from halora.hardware.cells import mapped
 from halora.hardware.chip import Chip, Dac, Retention
+from halora.hardware.manufactured import Columns
 from halora.hardware.noise import Programming
 from halora.hardware.read_noise import ReadNoise, read_noise
 from halora.hardware.regions import in_tiles, widened
+from halora.hardware.rounding import top_code
+from halora.hardware.variation import Temperature, Variation
 
 _SMALLER, _LARGER = (
     (0.7, 0.5, 0.35, 0.25, 0.18, 0.12, 0.08),
@@ -66,11 +70,18 @@ def calibration_copies(weight: Tensor, chip: Chip) -> Tensor:
 
     A matrix that is held once is taken as it is meant, so that its converters serve at every strength of the noise and
     every age. Slices hold what those before got wrong, and replicas differ by their errors: they are those of a chip
-    instance that no adapter meets, right after programming, at the chip's own noise.
+    instance that no adapter meets, right after programming, at the chip's own noise, alike in all else.
     """
     if chip.coding.copies == 1:
         return mapped(weight, chip.coding, chip.tile)[0][None, None]
-    fresh = chip.model_copy(update={"retention": Retention(refresh_interval_s=chip.noise.first_s or 1.0)})
+    fresh = chip.model_copy(
+        update={
+            "adc": chip.adc.model_copy(update={"calibration_reads": 0}),
+            "retention": Retention(refresh_interval_s=chip.noise.first_s or 1.0),
+            "variation": Variation(),
+            "temperature": Temperature(),
+        }
+    )
     return Programming.of(weight, fresh, chip.noise.level).copies(weight, _CALIBRATION)
 
 
@@ -144,7 +155,9 @@ def _clipped_power(limit: Tensor) -> Tensor:
     return ((1 + limit.square()) * beyond - limit * density).clamp_min(0)
 
 
-def tilewise_product(x: Tensor, weight: Tensor, chip: Chip, converters: Converters) -> Tensor:
+def tilewise_product(
+    x: Tensor, weight: Tensor, chip: Chip, converters: Converters, columns: Columns | None = None
+) -> Tensor:
     """x W^T through the converters, exactly, in float32.
 
     Args:
@@ -152,12 +165,13 @@ def tilewise_product(x: Tensor, weight: Tensor, chip: Chip, converters: Converte
         weight: What slices and replicas hold, `(replicas, slices, d_out, d_in)`, or `(d_out, d_in)` where there is one.
         chip: Its converters, tiles and coding.
         converters: Their ranges.
+        columns: What the columns' ADCs err by besides their gain, which is in the weights; none where they are alike.
     """
     scale, cycles = drive(x, chip.dac, converters.input_range)
-    return _converted(cycles, weight, chip, converters).mul_(scale)
+    return _converted(cycles, weight, chip, converters, columns).mul_(scale)
 
 
-def _converted(cycles: Cycles, weight: Tensor, chip: Chip, converters: Converters) -> Tensor:
+def _converted(cycles: Cycles, weight: Tensor, chip: Chip, converters: Converters, columns: Columns | None) -> Tensor:
     """The products of all cycles of driven inputs (N, d_in), converted tile by tile and added up, (N, d_out)."""
     copies = weight if weight.ndim == 4 else weight[None, None]
     replicas, slices, d_out, _ = copies.shape
@@ -172,14 +186,18 @@ def _converted(cycles: Cycles, weight: Tensor, chip: Chip, converters: Converter
     for cycle, (significance, driven) in enumerate(cycles):
         for index, share in enumerate(shares):
             of_codes = (steps[cycle, index] * (significance * share)).unbind()
-            for of_replica in copies[:, index]:
+            for replica, of_replica in enumerate(copies[:, index]):
                 tiles = [
                     tile.T / step
                     for tile, step in zip(torch.split(of_replica, rows, 1), steps[cycle, index], strict=True)
                 ]
                 for tokens, sums in zip(torch.split(driven, _TOKENS), torch.split(total, _TOKENS), strict=True):
-                    for inputs, weights, of_code in zip(torch.split(tokens, rows, 1), tiles, of_codes, strict=True):
-                        sums.addcmul_(torch.mm(inputs, weights).round_().clamp_(-top, top), of_code)
+                    each = zip(torch.split(tokens, rows, 1), tiles, of_codes, strict=True)
+                    for tile, (inputs, weights, of_code) in enumerate(each):
+                        seen = torch.mm(inputs, weights)
+                        if columns is not None:
+                            columns.move(seen, (replica, index, tile), top)
+                        sums.addcmul_(seen.round_().clamp_(-top, top), of_code)
     return total
 
 
@@ -202,16 +220,19 @@ class ExactReads:
         """The reads of a layer, see `full_scale`."""
         return cls(chip, full_scale(x, weight, chip), read_noise(weight, chip))
 
-    def product(self, x: Tensor, weight: Tensor, unit_noise: Callable[[Tensor], Tensor]) -> Tensor:
+    def product(
+        self, x: Tensor, weight: Tensor, unit_noise: Callable[[Tensor], Tensor], columns: Columns | None = None
+    ) -> Tensor:
         """x W^T as it is read, in float32.
 
         Args:
             x: `(..., d_in)`.
             weight: What the chip instance holds, as `tilewise_product` takes it.
             unit_noise: Standard normal draws shaped like its argument; asked only if reads are noisy.
+            columns: Those of the chip instance, see `tilewise_product`.
         """
         scale, cycles = drive(x.flatten(0, -2), self.chip.dac, self.converters.input_range)
-        product = _converted(cycles, weight, self.chip, self.converters).mul_(scale).view(*x.shape[:-1], -1)
+        product = _converted(cycles, weight, self.chip, self.converters, columns).mul_(scale).view(*x.shape[:-1], -1)
         power = noise_power(scale, cycles, weight.shape[-2], self.chip, self.converters, self.noise)
         if power is None:
             return product
@@ -281,11 +302,6 @@ def whole(cycles: Cycles) -> Tensor:
     for significance, driven in others:
         total.add_(driven, alpha=significance)
     return total
-
-
-def top_code(bits: int) -> int:
-    """Largest code of a signed mid-tread converter with 2^bits - 1 codes; one bit tells the sign alone."""
-    return max((1 << (bits - 1)) - 1, 1)
 
 
 def _quantise(values: Tensor, bits: int, scale: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ cycles of b_d bits and K reads averaged:
     array            2 d_in d_out N_w N_rep N_i K            reads of a cell, V^2 G t each (differential pairs), G by
                                                              the layer's fill (`halora.hardware.fill`)
     programming      2 d_in d_out N_w N_rep                  cells, over the tokens between two refreshes
+    calibration      2 n d_out ceil(d_in / R) N_w N_rep      conversions with their shift-adds, n calibration reads of
+                                                             nothing and n of a full input, over the same tokens
 
 and r (d_in + d_out) SRAM multiply-accumulates per adapted layer, and those of what `mapping.outliers` keeps in SRAM.
 Every layer counts with the values that it meets (`halora.hardware.layers`).
@@ -239,7 +241,9 @@ def _in_rram(layer: LinearShape, chip: Chip, fill: float, adc: AdcCost, constant
     cells = _CELLS_PER_WEIGHT * copies * layer.weights
     conversions, driven_inputs = reads * layer.out_features * row_tiles, reads * layer.in_features * column_tiles
     pulses = cells * chip.write_verify.pulses * chip.noise.effort
-    tokens = chip.boundary.tokens_per_s * chip.retention.refresh_interval_s
+    tokens = chip.tokens_between_refreshes
+    columns = copies * layer.out_features * row_tiles
+    calibration_pj = 2 * chip.adc.calibration_reads * columns * (adc.conversion_pj + constants["shift_add_pj"])
     outliers = _outliers(layer, chip, constants)
     adcs = copies * row_tiles * column_tiles * ceil(tile.columns / (tile.adc_share or tile.columns))
     sram_um2 = outliers.bits * constants["sram_bit_um2"]
@@ -248,9 +252,10 @@ def _in_rram(layer: LinearShape, chip: Chip, fill: float, adc: AdcCost, constant
             "adc": conversions * adc.conversion_pj * 1e3,
             "dac": driven_inputs * min(chip.dac.bits, chip.dac.input_bits) * constants["dac_pj_per_bit"] * 1e3,
             "shift_add": conversions * constants["shift_add_pj"] * 1e3,
-            "array": _CELLS_PER_WEIGHT * reads * layer.weights * chip.cells.read_energy_fj(fill),
+            "array": _CELLS_PER_WEIGHT * reads * layer.weights * chip.warm_cells.read_energy_fj(fill),
             "outliers": outliers.energy_fj,
             "programming": pulses * chip.write_verify.pulse_energy_pj * 1e3 / tokens,
+            "calibration": calibration_pj * 1e3 / tokens,
         },
         adcs * adc.area_um2 + cells * constants["rram_cell_um2"] + sram_um2,
     )
@@ -306,6 +311,7 @@ def _components(chip: Chip) -> list[str]:
         "buffers": boundary.buffers,
         "programming": boundary.programming,
         "adapter_swap": boundary.adapter_swap_tokens is not None,
+        "calibration": chip.adc.calibration_reads > 0,
     }
     always = ["adc", "dac", "shift_add", "array", "sram", "digital", "lora_sram", "outliers"]
     return always + [name for name, included in asked.items() if included]

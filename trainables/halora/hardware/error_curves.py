@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from halora.hardware.addressing import NoiseKey
+from halora.hardware.cell_arrays import cell_arrays, write_verify_ratio
 from halora.hardware.cells import mapped
 from halora.hardware.chip import Chip
-from halora.hardware.noise import added_spread, block_rows, cell_arrays, programmed_weight, write_verify_ratio
+from halora.hardware.manufactured import strength_factor, stuck_rates
+from halora.hardware.noise import added_spread, block_rows, programmed_weight
 from halora.hardware.noise_models import quadrature
 from halora.hardware.regions import at_rows, widened
 
@@ -87,7 +89,8 @@ def drawn_cell_error(weight: Tensor, chip: Chip, key: NoiseKey, moment: Moment, 
     first = slice(0, block_rows(weight))
     coded, scale = mapped(weight, chip.coding, chip.tile)
     stored = coded[first] / at_rows(scale, first, weight.shape[1], chip.tile.rows)
-    real = cell_arrays(stored, chip, chip.noise, key.part("rows 0"))
+    noise, rates = chip.noise.with_level(_level(chip, key)), stuck_rates(chip, key, weight)
+    real = cell_arrays(stored, chip, noise, key.part("rows 0"), None if rates is None else rates[:, first])
     wanted = cell_arrays(stored, chip, None, None)
     targets, errors = [], []
     for cells, aim in islice(zip(real, wanted, strict=True), _SIDES):
@@ -125,8 +128,13 @@ def drawn_weight_error(weight: Tensor, chip: Chip, key: NoiseKey, bins: int = 24
         bins: Equal parts of -1 to 1 over which draws are gathered; those with few draws are left out.
     """
     largest = weight.float().abs().max()
-    error = (programmed_weight(weight, chip, key, chip.noise.level).float() - weight.float()) / largest
+    error = (programmed_weight(weight, chip, key, _level(chip, key)).float() - weight.float()) / largest
     return _binned((weight.float() / largest).flatten(), error.flatten(), -1.0, 1.0, bins)
+
+
+def _level(chip: Chip, key: NoiseKey) -> float:
+    """Strength of the noise on the chip instance at that address."""
+    return chip.noise.level * strength_factor(chip, key)
 
 
 def ramp(outputs: int = 128, inputs: int = 2048) -> Tensor:

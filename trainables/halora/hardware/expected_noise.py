@@ -13,6 +13,8 @@ from torch import Tensor
 from halora.hardware.addressing import NoiseKey, Role
 from halora.hardware.chip import Chip
 from halora.hardware.converters import ExactReads, drive, noise_power, reads_are_exact, tilewise_product
+from halora.hardware.instance import ChipInstance
+from halora.hardware.manufactured import Columns
 from halora.hardware.noise import Programming, noise_to_signal_db, ratio_db
 from halora.hardware.outliers import in_rram
 
@@ -48,14 +50,16 @@ def expected_noise(chip: Chip, *, inputs: int = 1024, outputs: int = 128, tokens
     weight = _normal("weight", outputs, inputs)
     x, calibration = _normal("inputs", tokens, inputs), _normal("calibration", tokens, inputs)
     rest, side = in_rram(weight, chip)
-    programming, key = Programming.of(rest, chip, chip.noise.level), _KEY.part("programming")
+    programming = Programming.of(rest, chip, ChipInstance(chip, _KEY, chip.noise.level).level_at(_KEY.module))
+    key = _KEY.part("programming")
     held = programming.held(rest, key)
     clean, through_held, of_side = x @ weight.T, x @ held.T, 0.0 if side is None else side.product(x)
     converted, product, reads_db = through_held, through_held, -inf
     if not reads_are_exact(chip):
         reads, copies = ExactReads.calibrated(calibration, rest, chip), programming.copies(rest, key)
-        converted = tilewise_product(x, copies, chip, reads.converters)
-        product = reads.product(x, copies, lambda like: _normal("reads", *like.shape))
+        columns = Columns.of(chip, key, rest)
+        converted = tilewise_product(x, copies, chip, reads.converters, columns)
+        product = reads.product(x, copies, lambda like: _normal("reads", *like.shape), columns)
         scale, cycles = drive(x, chip.dac, reads.converters.input_range)
         power = noise_power(scale, cycles, outputs, chip, reads.converters, reads.noise)
         if power is not None:

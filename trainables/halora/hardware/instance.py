@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from halora.hardware.addressing import NoiseKey
 from halora.hardware.chip import Chip
+from halora.hardware.manufactured import strength_factor
 
 
 @dataclass(frozen=True)
@@ -14,7 +15,7 @@ class ChipInstance:
     Attributes:
         chip: Its description.
         key: Its address.
-        level: Strength its noise model was programmed with, in the model's own measure.
+        level: Strength of its noise model, in the model's own measure, before what differs from chip to chip.
         multipliers: What the level is multiplied by, by canonical name of the layer; 1 for the others.
     """
 
@@ -25,4 +26,4 @@ class ChipInstance:
 
     def level_at(self, layer: str) -> float:
         """Strength of the noise of one layer."""
-        return self.level * self.multipliers.get(layer, 1.0)
+        return self.level * self.multipliers.get(layer, 1.0) * strength_factor(self.chip, self.key)

@@ -19,8 +19,10 @@ model whose area is more than a die's passes a link for every further die.
     prefill     (path + (sequences x context - 1) interval) / context
                                                                  time to the first token over those of the prompt
 
-The interval is that of the slowest stage. Not modelled: norms, activations, rotary embeddings and residual additions,
-the host, contention for the network, pipeline bubbles other than the fill, reloading what does not fit.
+The interval is that of the slowest stage. Where columns are calibrated, all tiles at once, nothing else works for 2 n
+cycles whenever cells are programmed; every token's path and interval have their share of it. Not modelled: norms,
+activations, rotary embeddings and residual additions, the host, contention for the network, pipeline bubbles other than
+the fill, reloading what does not fit.
 """
 
 from collections.abc import Iterable, Mapping
@@ -161,9 +163,12 @@ def token_latency(
     intervals = {name: stage.interval_ns for name, stage in (stages | around).items()}
     intervals |= {"links": crossing_ns} if dies > 1 else {}
     bottleneck = max(intervals, key=intervals.__getitem__)
+    calibration_ns = 0.0
+    if chip.adc.calibration_reads:
+        calibration_ns = path["calibration"] = _calibration_ns(shape, met, adcs) / chip.tokens_between_refreshes
     return Latency(
         {name: ns * 1e-3 for name, ns in path.items()},
-        intervals[bottleneck] * 1e-3,
+        (intervals[bottleneck] + calibration_ns) * 1e-3,
         bottleneck,
         phase,
         context_tokens,
@@ -228,13 +233,31 @@ def _product(
     if place is Placement.DIGITAL:
         all_ns = layer.weights * constants["digital_mac_ps"] * 1e-3
         return "digital", all_ns, all_ns
-    columns = min(chip.tile.columns, layer.out_features)
-    convert_ns = min(chip.tile.adc_share or columns, columns) * adc.conversion_ns
-    read_ns, reads = chip.cells.read_time_ns, reads_in_turn(chip)
-    cycle_ns = max(read_ns, convert_ns)
+    read_ns, convert_ns = chip.cells.read_time_ns, _conversions_ns(layer, chip, adc)
+    reads, cycle_ns = reads_in_turn(chip), max(read_ns, convert_ns)
     arrays = ceil(layer.in_features / chip.tile.rows) * chip.coding.copies
     merge_ns = (1 + ceil(log2(arrays))) * constants["clock_ns"]
     return "tiles", read_ns + (reads - 1) * cycle_ns + convert_ns + merge_ns, reads * cycle_ns
+
+
+def _conversions_ns(layer: LinearShape, chip: Chip, adc: AdcCost) -> float:
+    """Nanoseconds in which the columns that share an ADC are converted in turn."""
+    columns = min(chip.tile.columns, layer.out_features)
+    return min(chip.tile.adc_share or columns, columns) * adc.conversion_ns
+
+
+def _calibration_ns(shape: ModelShape, met: Mapping[str, OnLayer], adcs: Mapping[int, AdcCost]) -> float:
+    """Nanoseconds of a calibration: cycles of the layer with the slowest columns."""
+    in_rram = [(layer, met[name].chip) for name, layer in shape.all_layers.items() if met[name].place is Placement.RRAM]
+    return max(
+        (
+            2
+            * chip.adc.calibration_reads
+            * max(chip.cells.read_time_ns, _conversions_ns(layer, chip, adcs[chip.adc.bits]))
+            for layer, chip in in_rram
+        ),
+        default=0.0,
+    )
 
 
 def _outliers(layer: LinearShape, chip: Chip, constants: Mapping[str, Any]) -> tuple[float, float]:

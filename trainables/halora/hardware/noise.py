@@ -2,23 +2,25 @@
 
 Clip, scale, slices of differential pairs, finite levels, programming error, stuck cells and ageing move conductances;
 back in weights come the programming error of models in the weight domain, drift compensation and IR drop. All of this
-is static until the cells are programmed again: drawn or computed once, the same for every read. Read noise is fresh
-for every product and given by its variance. The frozen weight is never written; the functions return a new tensor.
+is static until the cells are programmed again: drawn or computed once, the same for every read. So is what temperature
+makes of conductances, and what is a gain of weights from chip to chip (`halora.hardware.manufactured`). Read noise is
+fresh for every product, given by its variance. The frozen weight is never written; the functions return a new tensor.
 """
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from functools import cache
-from math import exp, inf, isinf, log10, pi, sqrt
+from math import inf, log10, sqrt
 
 import torch
 from torch import Tensor
 
 from halora.hardware.addressing import NoiseKey
-from halora.hardware.cells import clip_limit, clipped, target_conductance, weight_scale, with_faults
+from halora.hardware.cell_arrays import address_of, cell_arrays, cells_act, write_verify_ratio
+from halora.hardware.cells import clip_limit, clipped, weight_scale
 from halora.hardware.chip import Chip
 from halora.hardware.draws import normal_rows, standard_normal
 from halora.hardware.fill import layer_fill
+from halora.hardware.manufactured import WeightGain, stuck_rates
 from halora.hardware.noise_models import NoiseModel, WeightNoise
 from halora.hardware.regions import at_rows
 
@@ -78,12 +80,18 @@ class Programming:
     @property
     def only_adds(self) -> bool:
         """Whether the weights get an error added and nothing else happens to them."""
-        return self.spread is not None and all(part is None for part in (self.limit, self.scale, self.row_gain))
+        others = (self.limit, self.scale, self.row_gain)
+        return self.spread is not None and all(part is None for part in others) and self.warmth == 1
 
     @property
     def changes_nothing(self) -> bool:
         """Whether the weight is held as it is."""
-        return all(part is None for part in (self.limit, self.scale, self.spread, self.row_gain))
+        return all(part is None for part in (self.limit, self.scale, self.spread, self.row_gain)) and self.warmth == 1
+
+    @property
+    def warmth(self) -> float:
+        """What weights are read as at the chip's temperature over what they were programmed as."""
+        return self.chip.temperature.gain(self.chip.cells.g_min_us, self.chip.cells.g_max_us)
 
     def held(
         self,
@@ -106,28 +114,35 @@ class Programming:
             A new tensor; `weight` itself, in `dtype`, when nothing moves it.
         """
         dtype, chip = dtype or weight.dtype, self.chip
-        if self.changes_nothing and copies is None:
+        gain = WeightGain.of(chip, key, weight)
+        if self.changes_nothing and gain is None and copies is None:
             return weight.to(dtype)
         compensation = chip.retention.compensation
         held = into
         if held is None or compensation == "global":
             held = torch.empty_like(weight, dtype=torch.float32 if compensation == "global" else dtype)
-        units = normal_rows(_address(key, self.noise), held, block_rows(weight))
-        if self.only_adds and self.spread is not None and copies is None:
+        units = normal_rows(address_of(key, self.noise), held, block_rows(weight))
+        if self.only_adds and self.spread is not None and gain is None and copies is None:
             for rows in _row_blocks(weight):
                 unit, signs = next(units)
                 deviation = (self._at(self.spread, rows) * signs).to(unit.dtype)
                 torch.addcmul(weight[rows], unit, deviation, out=held[rows])
             return held.to(dtype)
         before = after = torch.zeros((), device=weight.device)
+        rates = stuck_rates(chip, key, weight)
+        of_copies = gain is not None and gain.columns is not None and chip.coding.copies > 1
         for rows in _row_blocks(weight):
             block = held[rows] if held.dtype == torch.float32 else None
             fresh = aged = clipped(weight[rows], None if self.limit is None else self._at(self.limit, rows), chip.tile)
             block_key, parts = key.part(f"rows {rows.start}"), None if copies is None else copies[:, rows]
+            if parts is None and of_copies:
+                parts = fresh.new_empty(chip.coding.copies, *fresh.shape)
             if parts is not None:
                 parts.zero_()[:: chip.coding.slices] = fresh if self.scale is None else 0
             if self.scale is not None:
-                fresh, aged = _through_cells(fresh, self._at(self.scale, rows), chip, self.noise, block_key, parts)
+                stuck = None if rates is None else rates[:, rows]
+                scale = self._at(self.scale, rows)
+                fresh, aged = _through_cells(fresh, scale, chip, self.noise, block_key, parts, stuck)
             ages = aged is not fresh
             if self.spread is not None:
                 unit, signs = next(units)
@@ -136,26 +151,32 @@ class Programming:
                 aged = torch.addcmul(aged, unit, deviation, out=block)
                 if parts is not None:
                     _share_out(
-                        parts, unit * deviation, self._at(self.spread, rows), chip, _address(block_key, self.noise)
+                        parts, unit * deviation, self._at(self.spread, rows), chip, address_of(block_key, self.noise)
                     )
-            if ages and compensation == "column":
-                gain = _gain(fresh.abs().mean(dim=1, keepdim=True), aged.abs().mean(dim=1, keepdim=True))
-                aged = aged * gain
+            if self.warmth != 1:
+                fresh, aged, ages = fresh if ages else aged, aged * self.warmth, True
                 if parts is not None:
-                    parts.mul_(gain)
+                    parts.mul_(self.warmth)
+            if ages and compensation == "column":
+                undoing = _undoing(fresh.abs().mean(dim=1, keepdim=True), aged.abs().mean(dim=1, keepdim=True))
+                aged = aged * undoing
+                if parts is not None:
+                    parts.mul_(undoing)
             if ages and compensation == "global":
                 before, after = before + fresh.abs().sum(), after + aged.abs().sum()
             if self.row_gain is not None:
                 aged = torch.mul(aged, self.row_gain, out=block)
                 if parts is not None:
                     parts.mul_(self.row_gain)
+            if gain is not None:
+                aged = _with_gain(aged, gain, rows, chip, parts)
             if aged is not block:
                 held[rows] = aged
         if after > 0:
-            gain = _gain(before, after)
-            held.mul_(gain)
+            undoing = _undoing(before, after)
+            held.mul_(undoing)
             if copies is not None:
-                copies.mul_(gain)
+                copies.mul_(undoing)
         return held.to(dtype)
 
     def copies(self, weight: Tensor, key: NoiseKey) -> Tensor:
@@ -202,114 +223,28 @@ def added_spread(weight: Tensor, chip: Chip, noise: NoiseModel) -> Tensor | None
     return stated * weight_error_factor(chip)
 
 
-def _gain(before: Tensor, after: Tensor) -> Tensor:
+def _undoing(before: Tensor, after: Tensor) -> Tensor:
     """Digital gain that brings the mean |W| back to that right after programming."""
     return before / after.clamp_min(torch.finfo(after.dtype).tiny)
 
 
-def cells_act(chip: Chip, noise: NoiseModel) -> bool:
-    """Whether anything happens to single cells, so that conductances have to be computed."""
-    return cells_err(chip, noise) or chip.cells.levels is not None or chip.faults.occur
-
-
-def cells_err(chip: Chip, noise: NoiseModel) -> bool:
-    """Whether a model moves single cells: the programming error, or the chip's ageing."""
-    ageing = chip.retention.ageing
-    return (noise.domain == "conductance" and noise.level > 0) or (ageing is not None and ageing.level > 0)
-
-
-@dataclass(frozen=True)
-class CellArray:
-    """The cells of one side of one slice of one replica.
-
-    Attributes:
-        copy: Number of the slice of the replica: replica times slices, plus slice.
-        weight_per_us: What one microsiemens is of weight over scale; negative on the negative side of the pairs.
-        significance: What that counts for in the product of all slices and replicas.
-        fresh: Conductances right after programming, `(d_out, d_in)`, in microsiemens.
-        aged: At the end of the refresh interval; the same tensor when nothing ages.
-        name: Tells this array from the others of the layer.
-    """
-
-    copy: int
-    weight_per_us: float
-    significance: float
-    fresh: Tensor
-    aged: Tensor
-    name: str
-
-    @property
-    def share(self) -> float:
-        """What one microsiemens adds to weight over scale, all slices and replicas together."""
-        return self.weight_per_us * self.significance
-
-
-def cell_arrays(stored: Tensor, chip: Chip, noise: NoiseModel | None, key: NoiseKey | None) -> Iterator[CellArray]:
-    """All cell arrays of a layer, made one at a time.
-
-    Args:
-        stored: Weights over scale, `(d_out, d_in)` in [-1, 1]; left unchanged.
-        chip: Coding, cells, faults and retention.
-        noise: Programming error.
-        key: Address of the chip instance; without one the cells are as wanted: no error, no fault, no ageing.
-    """
-    coding, span = chip.coding, chip.cells.g_max_us - chip.cells.g_min_us
-    for replica in range(coding.replicas):
-        left = stored
-        for index in range(coding.slices):
-            copy, significance = replica * coding.slices + index, coding.slice_ratio**-index / coding.replicas
-            wanted, held = left.clamp(-1, 1), torch.zeros_like(stored)
-            for sign in (1, -1):
-                name = f"replica {replica}, slice {index}, side {sign}"
-                target = target_conductance(wanted, sign, chip.cells)
-                fresh = aged = target
-                if noise is not None and key is not None:
-                    fresh, aged = _programmed(target, chip, noise, key.part(name))
-                held.add_(fresh, alpha=sign / span)
-                yield CellArray(copy, sign / span, significance, fresh, aged, name)
-            left = (left - held).mul_(coding.slice_ratio)
-
-
-def _programmed(target: Tensor, chip: Chip, noise: NoiseModel, key: NoiseKey) -> tuple[Tensor, Tensor]:
-    """Conductances right after programming and at the end of the refresh interval, (d_out, d_in) in microsiemens."""
-    faults, ageing, time_s = chip.faults, chip.retention.ageing, chip.retention.refresh_interval_s
-    uniform = None
-    if faults.occur:
-        draws = key.part("faults").lasting().uniform(tuple(target.shape))
-        uniform = torch.from_numpy(draws).to(target.device)
-    fresh = later = target
-    if noise.domain == "conductance" and noise.level > 0:
-        unit = _unit(key, noise, target).mul_(write_verify_ratio(chip))
-        first_s = time_s if noise.first_s is None else min(noise.first_s, time_s)
-        fresh = later = noise.apply(target, unit, first_s)
-        if first_s < time_s:
-            later = with_faults(noise.apply(target, unit, time_s), faults, uniform)
-    fresh = with_faults(fresh, faults, uniform)
-    if ageing is not None and ageing.level > 0:
-        unit = _unit(key.part("ageing"), ageing, target)
-        later = with_faults(ageing.apply(later, unit, time_s), faults, uniform)
-    return fresh, later
-
-
-def _address(key: NoiseKey, model: NoiseModel) -> NoiseKey:
-    """The address of draws that last as long as the model says."""
-    return key.lasting() if model.lifetime == "chip" else key
-
-
-def _unit(key: NoiseKey, model: NoiseModel, like: Tensor) -> Tensor:
-    return standard_normal(_address(key, model), like)
-
-
 def _through_cells(
-    coded: Tensor, scale: Tensor, chip: Chip, noise: NoiseModel, key: NoiseKey, parts: Tensor | None
+    coded: Tensor,
+    scale: Tensor,
+    chip: Chip,
+    noise: NoiseModel,
+    key: NoiseKey,
+    parts: Tensor | None,
+    stuck: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Weights that the cells hold after programming and at the end; the same tensor when nothing ages.
 
-    `parts`, zeros (copies, d_out, d_in), gets what each slice of each replica holds at the end.
+    `parts`, zeros (copies, d_out, d_in), gets what each slice of each replica holds at the end; `stuck` is what
+    `stuck_rates` gives for these outputs.
     """
     fresh = torch.zeros_like(coded)
     aged: Tensor | None = None
-    for array in cell_arrays(coded / scale, chip, noise, key):
+    for array in cell_arrays(coded / scale, chip, noise, key, stuck):
         if array.aged is not array.fresh and aged is None:
             aged = torch.zeros_like(coded)
         fresh.add_(array.fresh, alpha=array.share)
@@ -321,6 +256,24 @@ def _through_cells(
     if parts is not None:
         parts.mul_(scale)
     return fresh, fresh if aged is None else aged.mul_(scale)
+
+
+def _with_gain(held: Tensor, gain: WeightGain, rows: slice, chip: Chip, parts: Tensor | None) -> Tensor:
+    """Weights (rows, d_in) as one chip instance reads them; `parts`, each copy's, likewise, in place.
+
+    The gains of columns differ between copies, so where there are several the weights are the sum of their parts.
+    """
+    of_cells = gain.of_cells(rows)
+    if parts is not None:
+        parts.mul_(of_cells)
+    if gain.columns is None or parts is None:
+        held = held * of_cells
+        return held if gain.columns is None else held.mul_(gain.of_columns(0, rows))
+    coding, total = chip.coding, torch.zeros_like(held)
+    for copy, part in enumerate(parts):
+        part.mul_(gain.of_columns(copy, rows))
+        total.add_(part, alpha=coding.slice_ratio ** -(copy % coding.slices) / coding.replicas)
+    return total
 
 
 def _share_out(parts: Tensor, error: Tensor, spread: Tensor, chip: Chip, key: NoiseKey) -> None:
@@ -347,25 +300,6 @@ def _share_out(parts: Tensor, error: Tensor, spread: Tensor, chip: Chip, key: No
     copies[:, 1:] -= errors[:, :-1] * coding.slice_ratio
 
 
-@cache
-def write_verify_factor(pulses: float) -> float:
-    """Standard deviation of the programming error over that of a single pulse, for a mean number of pulses per cell.
-
-    Each pulse is an independent try x ~ N(0, 1) that is kept once |x| < a. The number of tries is geometric with mean
-    n = 1 / P(|x| < a), which sets a; what is kept is a truncated normal of variance 1 - 2 a phi(a) / P(|x| < a).
-    """
-    window = sqrt(2) * float(torch.erfinv(torch.tensor(1 / pulses, dtype=torch.float64)))
-    if isinf(window):
-        return 1.0
-    return sqrt(1 - 2 * window * exp(-(window**2) / 2) / sqrt(2 * pi) * pulses)
-
-
-def write_verify_ratio(chip: Chip) -> float:
-    """Programming error at the chip's pulses over what its noise model states, which is for the reference pulses."""
-    effort = chip.write_verify
-    return write_verify_factor(effort.pulses) / write_verify_factor(effort.reference_pulses)
-
-
 def weight_error_factor(chip: Chip) -> float:
     """Error of a weight over what a noise model of the weight domain states for one pair of cells.
 
@@ -387,7 +321,7 @@ def ir_drop_gain(weight: Tensor, chip: Chip) -> Tensor:
     rows, inputs = chip.tile.rows, weight.shape[1]
     if chip.wires.resistance_ohm == 0:
         return torch.ones(inputs, device=weight.device)
-    mean_s = chip.cells.mean_us(layer_fill(weight, chip)) * 1e-6
+    mean_s = chip.warm_cells.mean_us(layer_fill(weight, chip)) * 1e-6
     position = torch.arange(inputs, dtype=torch.float32, device=weight.device) % rows + 1
     loss = chip.wires.resistance_ohm * mean_s * (position * rows - position.square() / 2)
     gain = 1 / (1 + loss)

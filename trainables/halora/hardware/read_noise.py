@@ -10,14 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from halora.hardware.cell_arrays import cell_arrays
 from halora.hardware.cell_models import cmo_read_noise_us
 from halora.hardware.cells import mapped
 from halora.hardware.chip import Chip
-from halora.hardware.noise import block_rows, cell_arrays, ir_drop_gain
+from halora.hardware.noise import block_rows, ir_drop_gain
 from halora.hardware.regions import at_rows, in_tiles
 
 BOLTZMANN_J_PER_K = 1.380649e-23
-TEMPERATURE_K = 300.0
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,10 @@ def read_noise(weight: Tensor, chip: Chip) -> ReadNoise | None:
         rows = slice(start, start + step)
         block_scale = at_rows(scale, rows, d_in, chip.tile.rows)
         for array in cell_arrays(whole[rows] / block_scale, chip, None, None):
-            variances = [white_variance_us2(array.aged, chip).div_(chip.read.averaged)]
+            warm = at_temperature(array.aged, chip)
+            variances = [white_variance_us2(warm, chip).div_(chip.read.averaged)]
             if chip.read.lasting:
-                variances.append(slow_deviation_us(array.aged, chip).square_())
+                variances.append(slow_deviation_us(warm, chip).square_())
             for kind, variance in enumerate(variances):
                 power = variance.mul_((array.share * block_scale).square())
                 by_input[kind] += power.sum(dim=0)
@@ -83,6 +84,14 @@ def read_noise(weight: Tensor, chip: Chip) -> ReadNoise | None:
     relative = torch.where(mean > 0, by_output / mean.clamp_min(torch.finfo(mean.dtype).tiny), 1.0)
     fresh, *lasting = (ReadPower(by_input[kind], relative[kind], chip.tile.rows) for kind in range(kinds))
     return ReadNoise(fresh, lasting[0] if lasting else None)
+
+
+def at_temperature(conductance: Tensor, chip: Chip) -> Tensor:
+    """What cells conduct at the chip's temperature that conduct so when they are programmed, in microsiemens."""
+    cells, warm = chip.cells, chip.warm_cells
+    if warm == cells:
+        return conductance
+    return (conductance - cells.g_min_us) * chip.temperature.gain(cells.g_min_us, cells.g_max_us) + warm.g_min_us
 
 
 def white_variance_us2(conductance: Tensor, chip: Chip) -> Tensor:
@@ -95,7 +104,7 @@ def white_variance_us2(conductance: Tensor, chip: Chip) -> Tensor:
     variance = torch.full_like(conductance, read.white_us**2)
     if read.thermal:
         energy_per_us_j = cells.read_voltage_v**2 * cells.read_time_ns * 1e-9 * 1e-6
-        variance.add_(conductance, alpha=2 * BOLTZMANN_J_PER_K * TEMPERATURE_K / energy_per_us_j)
+        variance.add_(conductance, alpha=2 * BOLTZMANN_J_PER_K * chip.temperature.kelvin / energy_per_us_j)
     return variance
 
 

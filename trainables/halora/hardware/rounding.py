@@ -1,4 +1,4 @@
-"""Rounding of what exact, digital products multiply."""
+"""Rounding: codes of converters, and what exact, digital products multiply."""
 
 import torch
 from torch import Tensor
@@ -24,3 +24,8 @@ def rounded(values: Tensor, bits: int, dim: int) -> Tensor:
     step = wide.abs().amax(dim=dim, keepdim=True).clamp_min(torch.finfo(wide.dtype).tiny) / (2 ** (bits - 1) - 1)
     nearest: Tensor = ((wide / step).round_() * step).to(values.dtype)
     return nearest
+
+
+def top_code(bits: int) -> int:
+    """Largest code of a signed mid-tread converter with 2^bits - 1 codes; one bit tells the sign alone."""
+    return max((1 << (bits - 1)) - 1, 1)

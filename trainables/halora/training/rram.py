@@ -26,6 +26,7 @@ from halora.hardware.draws import coarse_normal
 from halora.hardware.families import LINEAR_NAMES, forward_order
 from halora.hardware.instance import ChipInstance
 from halora.hardware.layers import OnLayer
+from halora.hardware.manufactured import Columns
 from halora.hardware.mapping import LM_HEAD, Outliers, Placement
 from halora.hardware.noise import Programming, noise_to_signal_db
 from halora.hardware.outliers import SideMatrix, side_matrix
@@ -73,6 +74,7 @@ class RramLinear(FrozenLinear):
         self._kept: Tensor | None = None
         self._spare: Tensor | None = None  # memory of the copy before
         self._apart: Tensor | None = None  # slices and replicas, where they are converted one by one
+        self._columns: tuple[Columns | None] | None = None  # of the chip instance, once they are drawn
         self._programming: Programming | None = None
         self._known_side: tuple[tuple[Outliers, Tile], SideMatrix | None] | None = None  # with what it was made for
 
@@ -80,11 +82,11 @@ class RramLinear(FrozenLinear):
         """Have the next forward make the programmed copy anew, in the memory of this one."""
         if self._kept is not None and self._kept.data_ptr() != self.weight.data_ptr():
             self._spare = self._kept
-        self._kept = self._apart = None
+        self._kept = self._apart = self._columns = None
 
     def forget(self) -> None:
         """Drop the programmed copy and its memory."""
-        self._kept = self._spare = self._apart = None
+        self._kept = self._spare = self._apart = self._columns = None
 
     @property
     def noisy(self) -> bool:
@@ -208,11 +210,21 @@ class RramLinear(FrozenLinear):
         return product if branch is None else product + branch.output(input, bits)
 
     def _read(self, input: Tensor, reads: Reads) -> Tensor:
+        columns = self._drawn_columns()
         if isinstance(reads, ExactReads):
-            return reads.product(input, self._copies(), self._read_noise)
-        driven = reads.drive(input)
+            return reads.product(input, self._copies(), self._read_noise, columns)
+        driven = reads.drive(input, columns)
         product = super().product(driven.inputs)
         return reads.read(product, driven, self._read_noise(product))
+
+    def _drawn_columns(self) -> Columns | None:
+        """What the columns' ADCs of the chip instance err by, see `Columns`."""
+        if self._columns is None:
+            instance = self._wiring.instance
+            assert instance is not None
+            key = instance.key.at(module=self.name, purpose="programming")
+            self._columns = (Columns.of(self._chip, key, self.weight),)
+        return self._columns[0]
 
     def _read_noise(self, like: Tensor) -> Tensor:
         """Standard normal draws of one read, shaped as the product; the same for a row in any batch if it is named."""
