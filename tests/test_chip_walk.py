@@ -474,11 +474,11 @@ def test_layers_compute_with_the_values_of_their_groups(blocks):
     assert sorted(OF_LAYERS) == sorted(dotted(EVERY_KNOB))
     outside = {"mapping": {"sram": ["*.o_proj"], "digital": ["*.up_proj"]}}
     base = merge(CHIP, outside)
-    uniform = blocks.error(load_chip(merge(base, EVERY_KNOB)), False)
+    uniform = blocks.error(load_chip(merge(base, EVERY_KNOB)), False, (0,))
     kinds = {"attention": {"match": "*.self_attn.*", **EVERY_KNOB}, "mlp": {"match": "*.mlp.*", **EVERY_KNOB}}
-    assert blocks.error(load_chip(base | {"layers": kinds}), False) == uniform
-    only = blocks.error(load_chip(base | {"layers": {"attention": kinds["attention"]}}), False)
-    assert only not in (uniform, blocks.error(load_chip(base), False))
+    assert blocks.error(load_chip(base | {"layers": kinds}), False, (0,)) == uniform
+    only = blocks.error(load_chip(base | {"layers": {"attention": kinds["attention"]}}), False, (0,))
+    assert only not in (uniform, blocks.error(load_chip(base), False, (0,)))
 
 
 def test_a_group_that_says_what_the_chip_says_changes_nothing(blocks, shape):
@@ -491,7 +491,7 @@ def test_a_group_that_says_what_the_chip_says_changes_nothing(blocks, shape):
     grouped = load_chip(CHIP | {"layers": {"mlp": group}})
     assert grouped.content_hash != chip.content_hash
     assert _priced(grouped, shape) == _priced(chip, shape)
-    assert blocks.error(grouped, False) == blocks.error(chip, False)
+    assert blocks.error(grouped, False) == blocks.error(chip, False, (0,))
 
 
 def test_what_counts_as_finer_lowers_the_error():
