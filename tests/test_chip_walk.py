@@ -89,7 +89,7 @@ SAME_WAIT = dict.fromkeys(("ideal", "neurram-2022"), NONE)
 """The LoRA branch is what a token waits for there, at 16 bits, or beside reads of 2 ns, wherever the weights are.
 Of NeuRRAM's layers without one, some are faster in RRAM than an SRAM macro's pass of 20 ns."""
 SERIAL = dict.fromkeys(
-    ("cmo-hfox", *(name for name in preset_names() if name.startswith(("halora", "ideal", "rram")))), NONE
+    ("cmo-hfox", *(name for name in preset_names() if name.startswith(("halora", "ideal", "rram", "pcm")))), NONE
 )
 """They drive all bits at once."""
 AFTER = {"pipeline": {"branch": "after"}}
@@ -112,6 +112,12 @@ GAUSSIAN = {"noise": {"kind": "gaussian", "sigma": 0.02, "reference": "tensor_ma
 TILES = {"noise": GAUSSIAN["noise"] | {"reference": "tile_max"}, "coding": {"scale": "tile_max"}}
 MILO = {"noise": {"kind": "milo"}, "cells": {"g_min_us": 50.0, "g_max_us": 225.0}}
 CMO = {"noise": {"kind": "cmo"}, "cells": {"g_min_us": 9.0, "g_max_us": 88.2}, "read": {"white_us": 0.0}}
+PCM = {
+    "noise": {"kind": "pcm"},
+    "cells": {"g_min_us": 0.5, "g_max_us": 20.0},
+    "read": {"white_us": 0.0},
+}
+DRIFTED = merge(PCM, {"retention": {"ageing": {"kind": "pcm-drift"}, "refresh_interval_s": 86400.0}})
 RELAXED = merge(CMO, {"retention": {"ageing": {"kind": "cmo-relaxation"}, "refresh_interval_s": 86400.0}})
 STATES = [{"conductance_us": g, "mean_us": g, "std_us": 1.0, "time_s": 1.0} for g in (0.0, 60.0)]
 NOISIER = [state | {"std_us": 3.0} for state in STATES]
@@ -186,6 +192,11 @@ FIELDS: dict[str, Walk] = {
     "noise[cmo].strength": Walk(1.0, 10.0, NONE, UP, FREE, CMO),
     "noise[cmo].acceptance_percent": Walk(2.0, 0.2, UP, DOWN, where=merge(CMO, {"noise": {"strength": 5.0}})),
     "noise[cmo].extrapolate": Walk(False, True, NONE, NONE, PERMISSION, CMO),
+    "noise[pcm].kind": Walk("pcm", "pcm", NONE, NONE, LABEL, PCM),
+    "noise[pcm].strength": Walk(0.5, 4.0, NONE, UP, FREE, PCM),
+    "noise[pcm].fit": Walk("pcm-like", "hermes-2", NONE, UP, FREE, PCM),
+    "noise[pcm].g_max_us": Walk(20.0, 80.0, NONE, UP, FREE, PCM),
+    "noise[pcm].extrapolate": Walk(False, True, NONE, NONE, PERMISSION, PCM),
     "noise[measured].kind": Walk("measured", "measured", NONE, NONE, LABEL, MEASURED),
     "noise[measured].strength": Walk(0.5, 3.0, NONE, UP, FREE, MEASURED),
     "noise[measured].states": Walk(STATES, NOISIER, NONE, UP, FREE, MEASURED),
@@ -209,6 +220,11 @@ FIELDS: dict[str, Walk] = {
     "retention.ageing[cmo-relaxation].kind": Walk("cmo-relaxation", "cmo-relaxation", NONE, NONE, LABEL, RELAXED),
     "retention.ageing[cmo-relaxation].strength": Walk(1.0, 10.0, NONE, UP, FREE, RELAXED),
     "retention.ageing[cmo-relaxation].extrapolate": Walk(False, True, NONE, NONE, PERMISSION, RELAXED),
+    "retention.ageing[pcm-drift].kind": Walk("pcm-drift", "pcm-drift", NONE, NONE, LABEL, DRIFTED),
+    "retention.ageing[pcm-drift].strength": Walk(0.5, 2.0, NONE, UP, FREE, DRIFTED),
+    "retention.ageing[pcm-drift].fit": Walk("hermes-2", "pcm-like", NONE, UP, FREE, DRIFTED),
+    "retention.ageing[pcm-drift].g_max_us": Walk(20.0, 80.0, NONE, UP, FREE, DRIFTED),
+    "retention.ageing[pcm-drift].extrapolate": Walk(False, True, NONE, NONE, PERMISSION, DRIFTED),
     "read.averaged": Walk(1, 8, UP, DOWN, latency=UP),
     "read.white_us": Walk(0.0, 2.0, NONE, UP, FREE),
     "read.flicker": Walk(0.0, 0.1, NONE, UP, FREE),

@@ -22,7 +22,7 @@ def test_presets_load_and_say_what_their_files_say():
     readings = {f"halora-2026-{reference}" for reference in ("tensor-max", "channel-max", "absolute")}
     assert (
         set(preset_names())
-        == {"halora-2026", "neurram-2022", "isaac", "cmo-hfox", "ideal", "rram-variation"} | readings
+        == {"halora-2026", "neurram-2022", "isaac", "cmo-hfox", "ideal", "rram-variation", "pcm-like"} | readings
     )
     for name in preset_names():
         chip = load_chip(name)

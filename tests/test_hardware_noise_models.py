@@ -19,6 +19,8 @@ from halora.hardware.chip import Chip, load_chip
 from halora.hardware.noise import programmed_weight
 from halora.hardware.noise_models import NoiseModel
 from halora.hardware.noise_settings import AgeingSetting, NoiseSetting
+from halora.hardware.pcm_models import pcm_read_noise_us
+from halora.hardware.read_noise import slow_deviation_us
 
 DAY = 86400.0
 KEY = NoiseKey(role=Role.SEARCH, chip_seed=0, module="layer", purpose="conformance")
@@ -86,6 +88,7 @@ class Case:
     times: tuple[float, ...] = (1.0,)
     low: float = 1.0
     high: float = 40.0
+    folded: bool = False  # at a draw, where it has a kink that no quadrature finds
     log: bool = False  # strength multiplies the logarithm of the change instead of the change
 
     @property
@@ -118,6 +121,19 @@ CASES = {
         {"kind": "power-law", "nu_mean": 0.05, "nu_std": 0.02, "t0_s": 2.0}, ages=True, times=(10.0, 1e6), log=True
     ),
     "cmo-relaxation": Case({"kind": "cmo-relaxation"}, ages=True, times=(1.0, 3600.0, 1e8), low=9.0, high=88.2),
+    "pcm": Case({"kind": "pcm"}, low=0.5, high=25.0),
+    "pcm of hermes": Case({"kind": "pcm", "fit": "hermes-2"}, low=0.5, high=20.7),
+    "pcm at 50 uS": Case({"kind": "pcm", "g_max_us": 50.0}, low=0.5, high=50.0),
+    "pcm-drift": Case({"kind": "pcm-drift"}, ages=True, times=(10.0, 1e6), low=0.5, high=25.0, log=True, folded=True),
+    "pcm-drift of hermes": Case(
+        {"kind": "pcm-drift", "fit": "hermes-1"},
+        ages=True,
+        times=(10.0, 1e6),
+        low=0.5,
+        high=10.35,
+        log=True,
+        folded=True,
+    ),
     "plug-in": Case({"kind": "lab-lognormal", "spread": 0.1}, log=True),
 }
 
@@ -220,7 +236,9 @@ def test_weight_noise_has_its_standard_deviation_in_every_part_of_a_matrix(milli
         assert part.mean().item() == pytest.approx(0, abs=0.02)
 
 
-def test_closed_form_agrees_with_quadrature(case):
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.folded])
+def test_closed_form_agrees_with_quadrature(name):
+    case = CASES[name]
     for time_s in case.times:
         closed = case.model.std(case.values.double(), time_s).expand(case.values.shape)
         by_quadrature = NoiseModel.std(case.model, case.values.double(), time_s)
@@ -360,12 +378,71 @@ def test_power_law_drift_is_its_formula_and_starts_at_t0():
         torch.testing.assert_close(model.apply(values, unit, time_s), values, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["wan-2022", "measured", "power-law", "cmo-relaxation"])
+@pytest.mark.parametrize("name", ["wan-2022", "measured", "power-law", "cmo-relaxation", "pcm-drift"])
 def test_a_cell_keeps_its_draw_while_it_ages_where_aihwkit_draws_anew(name, million):
     case = CASES[name]
     values = torch.full_like(million, 20.0)
     changes = torch.stack([case.model.apply(values, million, time_s) for time_s in case.times[:3]])
     assert torch.corrcoef(changes).min() > 0.98  # not 1: drift is exponential in the draw
+
+
+# aihwkit/inference/noise/pcm.py and hermes.py: programming, and t0, mean and spread of nu, read noise at x of g_max.
+PCM = {
+    "pcm-like": (25.0, [0.26348, 1.9650, -1.1731], 20.0, 250e-9),
+    "hermes-1": (10.35, [0.15781817, 2.32443916, -2.16310839, 0.68841818], 200.0, 512e-9),
+    "hermes-2": (20.7, [0.16603222, 4.71806468, -8.48101252, 4.68961419], 300.0, 512e-9),
+}
+
+
+def _clamp(value, low, high):
+    return min(max(value, low), high)
+
+
+def _published(fit, x):
+    """Mean and spread of nu, and the read noise's share."""
+    ln = math.log(x)
+    if fit == "pcm-like":
+        return (
+            _clamp(-0.0155 * ln + 0.0244, 0.049, 0.1),
+            _clamp(-0.0125 * ln - 0.0059, 0.008, 0.045),
+            min(0.0088 / max(x**0.65, 1e-3), 0.2),
+        )
+    mean = _clamp(-0.0387 * ln - 0.0182, 0.072, 0.13) if x < 0.0945 else -0.0436 * x**2 - 0.0126 * x + 0.0736
+    if fit == "hermes-1":
+        spread = _clamp(-0.0120 * ln - 0.0023, 0.0124, 0.04) if x < 0.3039 else -0.0165 * x**2 + 0.0116 * x + 0.0104
+        high = 0.0664 * x**3 - 0.1352 * x**2 + 0.0768 * x + 0.0088
+        return mean, spread, _clamp(-0.0078 * ln + 0.0038, 0.0179, 0.04) if x < 0.1591 else high
+    spread = _clamp(-0.0117 * ln - 0.0057, 0.0091, 0.04) if x < 0.3055 else -0.0118 * x**2 + 0.0093 * x + 0.0073
+    high = 0.0069 * x**3 - 0.0280 * x**2 + 0.0211 * x + 0.0123
+    return mean, spread, _clamp(-0.0117 * ln - 0.0069, 0.015, 0.04) if x < 0.16 else high
+
+
+@pytest.mark.parametrize("fit", PCM)
+def test_pcm_cells_are_those_of_aihwkit(fit):
+    g_max, programming, t0, t_read = PCM[fit]
+    noise, drift = read({"kind": "pcm", "fit": fit}), read({"kind": "pcm-drift", "fit": fit}, ages=True)
+    for x in (0.002, 0.05, 0.1, 0.2, 0.31, 0.6, 1.0):
+        g = torch.tensor([x * g_max], dtype=torch.float64)
+        expected = sum(coefficient * x**power for power, coefficient in enumerate(programming))
+        assert _std(noise, x * g_max) == pytest.approx(expected, rel=1e-6)
+        mean, spread, share = _published(fit, x)
+        for unit in (-3.0, 0.0, 1.0):
+            moved = drift.apply(g, torch.full_like(g, unit), DAY)
+            assert moved.item() == pytest.approx(x * g_max * ((DAY + t0) / t0) ** -abs(mean + unit * spread), rel=1e-6)
+        for time_s in (1.0, DAY):
+            sigma = share * x * g_max * math.sqrt(math.log((time_s + t0 + t_read) / (2 * t_read)))
+            assert pcm_read_noise_us(g, fit, time_s).item() == pytest.approx(sigma, rel=1e-6)
+    assert drift.apply(g, torch.ones_like(g), 0.0).item() == pytest.approx(g_max)
+
+
+def test_pcm_chips_have_their_1_f_noise_and_no_more_conductance_than_was_measured():
+    chip = load_chip("pcm-like")
+    cells = torch.tensor([0.5, 12.0, 25.0])
+    torch.testing.assert_close(slow_deviation_us(cells, chip), pcm_read_noise_us(cells, "pcm-like", DAY))
+    for section in ("noise", "read"):
+        hermes = {"noise": {"kind": "pcm", "fit": "hermes-2"}, "read": {"slow": "hermes-2"}}[section]
+        with pytest.raises(ValidationError, match=r"was measured from 0 to 20\.7 uS"):
+            load_chip({"preset": "pcm-like", section: hermes})
 
 
 # What the sources cover.
@@ -395,7 +472,7 @@ def test_chips_outside_what_was_measured_are_refused_unless_marked(chip, problem
 def test_programming_error_and_ageing_are_not_taken_for_each_other():
     with pytest.raises(ValidationError, match=r"'power-law' is not a model of programming error \(known: cmo, gauss"):
         read({"kind": "power-law", "nu_mean": 0.1})
-    with pytest.raises(ValidationError, match=r"'gaussian' is not an ageing model \(known: cmo-relaxation, power-law"):
+    with pytest.raises(ValidationError, match=r"'gaussian' is not an ageing model \(known: cmo-relaxation, pcm-dr"):
         read(CASES["gaussian std"].setting, ages=True)
 
 

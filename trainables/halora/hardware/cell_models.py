@@ -62,7 +62,7 @@ class Wan2022Noise(FittedNoise):
         fits = coefficients("wan-2022")
         before, after, share = _neighbours(sorted(fits), time_s)
         fit = [(1 - share) * a + share * b for a, b in zip(fits[before], fits[after], strict=True)]
-        return _polynomial(values / self.g_max_us, fit).mul_(self.strength * self.g_max_us / 40.0)
+        return polynomial(values / self.g_max_us, fit).mul_(self.strength * self.g_max_us / 40.0)
 
 
 class MiloNoise(FittedNoise):
@@ -77,7 +77,7 @@ class MiloNoise(FittedNoise):
 
     def std(self, values: Tensor, time_s: float) -> Tensor:
         """Falls with the conductance."""
-        return _polynomial(values, coefficients("milo")).mul_(self.strength)
+        return polynomial(values, coefficients("milo")).mul_(self.strength)
 
 
 class CmoNoise(FittedNoise):
@@ -106,7 +106,7 @@ class CmoNoise(FittedNoise):
 
     def std(self, values: Tensor, time_s: float) -> Tensor:
         """Grows with the conductance."""
-        return _polynomial(values, coefficients("cmo-programming")[self.acceptance_percent]).mul_(self.strength)
+        return polynomial(values, coefficients("cmo-programming")[self.acceptance_percent]).mul_(self.strength)
 
 
 class MeasuredNoise(FittedNoise):
@@ -252,7 +252,7 @@ def cmo_read_noise_us(conductance_us: Tensor, time_s: float) -> Tensor:
     return conductance_us.clamp_min(1.0).log10().mul_(fit["factor"] * sqrt(max(age, 0.0)))
 
 
-def _polynomial(x: Tensor, fit: Sequence[float]) -> Tensor:
+def polynomial(x: Tensor, fit: Sequence[float]) -> Tensor:
     """fit[0] + fit[1] x + ..., never below 0."""
     total = x.new_full(x.shape, fit[-1])
     for coefficient in reversed(fit[:-1]):

@@ -10,7 +10,7 @@ from collections.abc import Mapping as MappingOf
 from copy import deepcopy
 from functools import cache
 from importlib.resources import files
-from math import ceil
+from math import ceil, inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -23,6 +23,7 @@ from halora.hardware.costs import AdcCosts, constant_names
 from halora.hardware.layers import LayerGroup, OnLayer, group_of, on_layers
 from halora.hardware.mapping import Mapping
 from halora.hardware.noise_settings import AgeingSetting, NoiseSetting
+from halora.hardware.pcm_models import PcmFit, pcm_range_us
 from halora.hardware.variation import Temperature, Variation
 from halora.reading import is_file
 from halora.strict_model import StrictModel
@@ -133,8 +134,8 @@ class Read(StrictModel):
     """White noise of one cell and read, standard deviation in microsiemens."""
     flicker: float = Field(default=0.0, ge=0, le=1)
     """1/f noise of one cell as a fraction of its conductance; the floor under averaging."""
-    slow: Literal["none", "cmo"] = "none"
-    """Published 1/f noise besides, by conductance and age: `cmo`, that of CMO/HfOx cells (arXiv 2502.04524)."""
+    slow: Literal["none", "cmo"] | PcmFit = "none"
+    """Published 1/f noise besides, by conductance and age: of CMO/HfOx cells (arXiv 2502.04524), or of PCM cells."""
     thermal: bool = True
     """Thermal noise of the read pulse: sigma_G / G = sqrt(2 k T / read energy of the cell). Without it the read pulse
     (`cells.read_voltage_v`, `cells.read_time_ns`) costs energy and buys nothing."""
@@ -325,9 +326,10 @@ class Chip(StrictModel):
         models = [model for model in (self.noise, self.retention.ageing) if model is not None]
         known_for = (self.cells.g_min_us, self.cells.g_max_us, self.retention.refresh_interval_s)
         problems = [problem for model in models for problem in model.problems(*known_for)]
-        low_us, high_us = CMO_US
-        if self.read.slow == "cmo" and not low_us <= self.cells.g_min_us < self.cells.g_max_us <= high_us:
-            problems.append(f"read.slow: cmo was measured from {low_us:g} to {high_us:g} uS; change the cells")
+        slow = self.read.slow
+        low_us, high_us = (0.0, inf) if slow == "none" else CMO_US if slow == "cmo" else pcm_range_us(slow)
+        if not low_us <= self.cells.g_min_us < self.cells.g_max_us <= high_us:
+            problems.append(f"read.slow: {slow} was measured from {low_us:g} to {high_us:g} uS; change the cells")
         problems += self.temperature.problems(self.cells.g_min_us, self.cells.g_max_us)
         if problems:
             raise UserError(problems)

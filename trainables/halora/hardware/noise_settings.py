@@ -19,13 +19,24 @@ from halora.hardware.cell_models import (
     Wan2022Noise,
 )
 from halora.hardware.noise_models import GaussianNoise, NoiseModel, WeightNoise
+from halora.hardware.pcm_models import PcmDrift, PcmNoise
 
 ENTRY_POINTS = "halora.noise_models"
 """Entry-point group of plug-in models."""
 
 _SHIPPED: dict[str, type[NoiseModel]] = {
     str(model.model_fields["kind"].default): model
-    for model in (GaussianNoise, Wan2022Noise, MiloNoise, CmoNoise, MeasuredNoise, PowerLawDrift, CmoRelaxation)
+    for model in (
+        GaussianNoise,
+        Wan2022Noise,
+        MiloNoise,
+        CmoNoise,
+        PcmNoise,
+        MeasuredNoise,
+        PowerLawDrift,
+        CmoRelaxation,
+        PcmDrift,
+    )
 }
 
 

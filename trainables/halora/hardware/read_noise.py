@@ -15,6 +15,7 @@ from halora.hardware.cell_models import cmo_read_noise_us
 from halora.hardware.cells import mapped
 from halora.hardware.chip import Chip
 from halora.hardware.noise import block_rows, ir_drop_gain
+from halora.hardware.pcm_models import pcm_read_noise_us
 from halora.hardware.regions import at_rows, in_tiles
 
 BOLTZMANN_J_PER_K = 1.380649e-23
@@ -114,6 +115,8 @@ def slow_deviation_us(conductance: Tensor, chip: Chip) -> Tensor:
     A share of the conductance, and the published law if the chip names one; as independent causes.
     """
     share = conductance * chip.read.flicker
-    if chip.read.slow == "none":
+    slow, time_s = chip.read.slow, chip.retention.refresh_interval_s
+    if slow == "none":
         return share
-    return torch.hypot(share, cmo_read_noise_us(conductance, chip.retention.refresh_interval_s))
+    law = cmo_read_noise_us(conductance, time_s) if slow == "cmo" else pcm_read_noise_us(conductance, slow, time_s)
+    return torch.hypot(share, law)
