@@ -507,7 +507,7 @@ def test_a_group_that_says_what_the_chip_says_changes_nothing(blocks, shape):
     grouped = load_chip(CHIP | {"layers": {"mlp": group}})
     assert grouped.content_hash != chip.content_hash
     assert _priced(grouped, shape) == _priced(chip, shape)
-    assert blocks.error(grouped, False) == blocks.error(chip, False, (0,))
+    assert blocks.error(grouped, False, (0,)) == blocks.error(chip, False, (0,))
 
 
 def test_what_counts_as_finer_lowers_the_error():
