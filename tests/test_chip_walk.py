@@ -15,13 +15,16 @@ import pytest
 import torch
 
 from halora.hardware.addressing import NoiseKey, Role
-from halora.hardware.chip import Chip, load_chip, merge, preset_names
+from halora.hardware.chip import LAYER_FIELDS, Chip, load_chip, merge, preset_names
 from halora.hardware.energy import EnergyBreakdown, energy_per_token
 from halora.hardware.instance import ChipInstance
+from halora.hardware.layers import dotted
+from halora.hardware.mapping import Placement
 from halora.hardware.noise_settings import _model, noise_kinds
 from halora.hardware.rounding import rounded
 from halora.hardware.shapes import ModelShape, known_shape
 from halora.settings.training import LoraSettings
+from halora.spaces.ranked import FINER
 from halora.training.adapter import attach, lora_pairs
 from halora.training.batches import Batch, lay_out, pack_answer
 from halora.training.calibration import calibrate
@@ -119,6 +122,7 @@ RELAXED = merge(CMO, {"retention": {"ageing": {"kind": "cmo-relaxation"}, "refre
 STATES = [{"conductance_us": g, "mean_us": g, "std_us": 1.0, "time_s": 1.0} for g in (0.0, 60.0)]
 NOISIER = [state | {"std_us": 3.0} for state in STATES]
 MEASURED = {"noise": {"kind": "measured", "states": STATES, "extrapolate": True}}
+COARSE = {"layers": {"group": {"match": "*", "adc": {"bits": 5}}}}
 PERMISSION = "a permission to compute beyond what was measured"
 LABEL = "a name"
 
@@ -159,7 +163,6 @@ FIELDS: dict[str, Walk] = {
         {"mapping": {"outliers": {"share": 0.002}}},
         area=UP,
     ),
-    "mapping.outliers.shares": Walk({}, {"*.mlp.*": 0.002}, UP, DOWN, area=UP),
     "cells.g_min_us": Walk(9.0, 20.0, UP, UP),
     "cells.g_max_us": Walk(12.0, 24.0, UP, DOWN),
     "cells.levels": Walk(4, 64, None, DOWN, "rounding moves the mean conductance either way by a little"),
@@ -288,6 +291,8 @@ FIELDS: dict[str, Walk] = {
     "lora.weight_bits": Walk(3, 8, UP, DOWN, where=QUIET, area=UP),
     "lora.input_bits": Walk(3, 8, UP, DOWN, where=QUIET | AFTER, latency=UP),
     "attention.bits": Walk(3, 8, UP, DOWN, latency=UP),
+    "layers.match": Walk("*.k_proj", "*.mlp.*", DOWN, UP, where=COARSE, latency=DOWN, area=DOWN, latency_of=SAME_WAIT),
+    "layers.depth": Walk([0.0, 0.2], [0.0, 0.9], DOWN, None, "one block has no depth", COARSE, latency=DOWN, area=DOWN),
     "boundary.attention": Walk(False, True, UP, NONE, "computed either way", latency=UP),
     "boundary.buffers": Walk(False, True, UP, NONE, "moved without error", latency=UP),
     "boundary.leakage": Walk(False, True, UP, NONE, "no part of a product"),
@@ -303,6 +308,10 @@ FIELDS: dict[str, Walk] = {
     "boundary.adapter_swap_tokens": Walk(10.0, 1000.0, DOWN, NONE, "loaded without error"),
     "costs": Walk({}, {"shift_add_pj": 5.0}, UP, NONE, "prices"),
 }
+
+
+OF_LAYERS = [f"{section}.{field}" for section, (_, fields) in LAYER_FIELDS.items() for field in fields]
+"""What a group of layers may have a value of its own of: it does there what it does to a chip."""
 
 
 def _fields(model: type[pydantic.BaseModel], prefix: str = "") -> Iterator[str]:
@@ -324,7 +333,7 @@ def _fields(model: type[pydantic.BaseModel], prefix: str = "") -> Iterator[str]:
 
 
 def test_every_field_is_declared():
-    assert sorted(_fields(Chip)) == sorted(FIELDS)
+    assert sorted(_fields(Chip)) == sorted([*FIELDS, *(f"layers.{path}" for path in OF_LAYERS)])
     for path, walk in FIELDS.items():
         unsigned = [side for side in (walk.energy, walk.error) if side in (NONE, None)]
         unsaid = [side for side in (walk.latency, walk.area) if side is None]
@@ -334,9 +343,8 @@ def test_every_field_is_declared():
 def _set(walk: Walk, path: str, value: Any, base: Any) -> Chip:
     """The base with what the field needs to act, and the field at a value."""
     names = path.split("[")[0] + (path.partition("]")[2] if "[" in path else "")
-    change: Any = value
-    for name in reversed(names.split(".")):
-        change = {name: change}
+    names = names.replace("layers.", "layers.group.")
+    change = _nested(names, value)
     chip = merge(merge(base, walk.where), change)
     if value is not None and isinstance(value, dict):  # replaces the whole
         *sections, last = names.split(".")
@@ -345,6 +353,12 @@ def _set(walk: Walk, path: str, value: Any, base: Any) -> Chip:
             place = place[name]
         place[last] = value
     return load_chip(chip)
+
+
+def _nested(path: str, value: Any) -> Any:
+    for name in reversed(path.split(".")):
+        value = {name: value}
+    return value
 
 
 @pytest.fixture(scope="module")
@@ -381,6 +395,18 @@ def test_every_field_moves_energy_time_and_area_as_declared(shape, preset):
             if expected is not None and _sign(before, after) != expected:
                 wrong.append(f"{path}: {before:.6g} -> {after:.6g} {what}, declared {_SIGNS[expected]}")
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("preset", ["halora-2026", "isaac"])
+def test_a_group_of_all_layers_costs_what_the_chip_does(shape, preset):
+    for path in OF_LAYERS:
+        walk = FIELDS[path]
+        everywhere = merge({"preset": preset}, walk.where)
+        alike = everywhere | {"layers": {"all": {"match": "*", **_nested(path, walk.high)}}}
+        uniform, grouped = load_chip(merge(everywhere, _nested(path, walk.high))), load_chip(alike)
+        on_chip = [layer for layer in grouped.on_layers(shape.sizes).values() if layer.place is not Placement.HOST]
+        assert all(layer.chip == uniform for layer in on_chip), path
+        assert _priced(grouped, shape) == _priced(uniform, shape), path
 
 
 class Blocks:
@@ -444,3 +470,47 @@ def test_every_field_moves_the_error_as_declared(blocks, path):
     low, high = (blocks.error(_set(walk, path, value, CHIP), walk.head, walk.chips) for value in (walk.low, walk.high))
     print(f"{path}: error {low:.4f} -> {high:.4f}, declared {_SIGNS[walk.error]}")
     assert SEEN[walk.error](low, high)
+
+
+EVERY_KNOB = {
+    "adc": {"bits": 6},
+    "coding": {"scale": "tile_max", "clip_std": 3.0, "slices": 2, "slice_ratio": 8.0, "replicas": 2},
+    "dac": {"input_bits": 6, "bits": 3, "range": "calibrated"},
+    "digital": {"weight_bits": 5, "input_bits": 5},
+    "mapping": {"outliers": {"share": 0.002, "by": "tile", "weight_bits": 4}},
+    "read": {"averaged": 2},
+    "sram": {"weight_bits": 5, "input_bits": 6},
+    "tile": {"rows": 128, "columns": 32, "adc_share": 8},
+    "write_verify": {"pulses": 4.0},
+}
+
+
+def test_layers_compute_with_the_values_of_their_groups(blocks):
+    """All of a chip's knobs by a group of all layers, or by the chip: the same output, bit for bit."""
+    assert sorted(OF_LAYERS) == sorted(dotted(EVERY_KNOB))
+    outside = {"mapping": {"sram": ["*.o_proj"], "digital": ["*.up_proj"]}}
+    base = merge(CHIP, outside)
+    uniform = blocks.error(load_chip(merge(base, EVERY_KNOB)), False, (0,))
+    kinds = {"attention": {"match": "*.self_attn.*", **EVERY_KNOB}, "mlp": {"match": "*.mlp.*", **EVERY_KNOB}}
+    assert blocks.error(load_chip(base | {"layers": kinds}), False, (0,)) == uniform
+    only = blocks.error(load_chip(base | {"layers": {"attention": kinds["attention"]}}), False, (0,))
+    assert only not in (uniform, blocks.error(load_chip(base), False, (0,)))
+
+
+def test_a_group_that_says_what_the_chip_says_changes_nothing(blocks, shape):
+    chip = load_chip(CHIP)
+    same = {name: section for name, section in chip.model_dump().items() if name in LAYER_FIELDS}
+    own = {path: dotted(same)[path] for path in OF_LAYERS if dotted(same)[path] is not None}
+    group: dict[str, Any] = {"match": ["*.mlp.*"]}
+    for path, value in own.items():
+        group = merge(group, _nested(path, value))
+    grouped = load_chip(CHIP | {"layers": {"mlp": group}})
+    assert grouped.content_hash != chip.content_hash
+    assert _priced(grouped, shape) == _priced(chip, shape)
+    assert blocks.error(grouped, False, (0,)) == blocks.error(chip, False, (0,))
+
+
+def test_what_counts_as_finer_lowers_the_error():
+    for path, sign in FINER.items():
+        walk = FIELDS[path]
+        assert walk.error == (DOWN if (walk.high > walk.low) == (sign > 0) else UP), path

@@ -43,6 +43,21 @@ def answer(halora_json):
     return lambda arguments: halora_json(f"energy {arguments}")
 
 
+def test_layers_are_shown_by_their_groups(answer, halora):
+    arguments = """llama-3.2-1b --set 'layers={down: {match: "*.down_proj", adc: {bits: 6}}}'"""
+    said = answer(arguments)
+    down, others = said["groups"]
+    assert (down["layers"], down["number"], down["values"]) == ("down", 16, {"adc.bits": 6})
+    assert (others["layers"], others["number"], others["values"]) == ("the others", 96, {})
+    assert down["weights_share"] + others["weights_share"] == pytest.approx(1)
+    parts = ("attention", "softmax", "lora_sram", "links", "leakage")
+    around_mj = sum(said["components_mj"][part] for part in parts)
+    assert down["energy_mj"] + others["energy_mj"] == pytest.approx(said["total_mj"] - around_mj)
+    code, table, _ = halora(f"energy {arguments}")
+    assert code == 0
+    assert "adc.bits 6" in table
+
+
 @pytest.mark.parametrize(("model", "published_mj"), [("llama-3.2-1b", 18.1), ("llama-3.2-3b", 51.3)])
 def test_totals_of_the_paper(model, published_mj, answer):
     said = answer(f"{model} --chip halora-2026 --rank 4 --tokens 512")

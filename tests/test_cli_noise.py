@@ -96,6 +96,25 @@ def test_with_a_model_every_layer_in_rram_has_its_realised_noise(answer, tiny_mo
     assert _pixels(path) == (420, 1000)
 
 
+def test_groups_of_layers_have_noise_of_their_own(answer, tiny_models):
+    groups = '{v: {match: "*.v_proj", coding: {replicas: 4}}, last: {depth: [0.5, 1], tile: {rows: 128}}}'
+    stated = {row["layers"]: row for row in answer(f"show --set 'layers={groups}'")["rows"]}
+    assert [*stated] == ["the others", "v", "last"]
+    assert stated["v"]["std"] == stated["the others"]["std"] / 2
+    assert "128 inputs" in stated["last"]["times"]
+    shown = answer(f"show --model {tiny_models['llama']} --set 'layers={groups}'")["layers"]
+    of_groups = {row["layer"]: row["groups"] for row in shown}
+    assert of_groups["model.layers.0.self_attn.v_proj"] == "v"
+    assert of_groups["model.layers.1.self_attn.v_proj"] == "v last"
+    assert of_groups["model.layers.0.mlp.up_proj"] == ""
+    before = {row["layer"]: row["noise_db"] for row in answer(f"show --model {tiny_models['llama']}")["layers"]}
+    for row in shown:
+        if row["groups"] == "v":
+            assert row["noise_db"] == pytest.approx(before[row["layer"]] - 6, abs=1.5)
+        if row["groups"] == "":
+            assert row["noise_db"] == before[row["layer"]]
+
+
 def test_a_chip_without_error_has_no_ratio(answer, halora, tiny_models, tmp_path):
     said = answer(f"show --chip ideal --model {tiny_models['llama']}")
     assert {row["noise_db"] for row in said["layers"]} == {said["mean_db"]} == {None}

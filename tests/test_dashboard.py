@@ -7,7 +7,7 @@ import shlex
 import socket
 from html.parser import HTMLParser
 from math import log10
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import numpy as np
 import pytest
@@ -307,6 +307,18 @@ def test_the_chip_explorer_says_what_the_command_line_says(client, halora_json):
     (bar,) = page.figure("energy")["data"]
     total = dict(zip(bar["y"], bar["x"], strict=True))["halora-2026: total"]
     assert total * 64 / 1000 == pytest.approx(answer["total_mj"], rel=1e-12)
+    groups = quote("{down: {match: '*.down_proj', adc: {bits: 5}}}")
+    page = _page(client, f"/chip?model=qwen2.5-0.5b&layers={groups}&tokens=64")
+    (command,) = re.findall(r"halora energy \S+ .*", page.text)
+    answer = halora_json(command.removeprefix("halora ").strip())
+    assert [group["layers"] for group in answer["groups"]] == ["down", "the others"]
+    shown = {row[0]: row for row in page.rows if len(row) == 6}
+    for group in answer["groups"]:
+        assert float(shown[group["layers"]][3]) == pytest.approx(group["energy_mj"] / 512 * 1000, rel=1e-3)
+    assert float(shown["down"][4]) > float(shown["the others"][4]) + 1  # dB
+    wrong = _page(client, f"/chip?layers={quote('{down: {match: x, adc: {bitz: 5}}}')}").text
+    assert "chip.layers.down.adc.bitz: unknown key" in wrong
+    assert "layers is not YAML" in _page(client, "/chip?layers={").text
     assert "the costs 'isaac' cover 4 to 10 bits, got 12" in _page(client, "/chip?bits=12").text
     assert "'x' is not a number" in _page(client, "/chip?rank=x").text
     assert "no chip 'nope'" in _page(client, "/chip?preset=nope").text

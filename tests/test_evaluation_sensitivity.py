@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from halora.evaluation.scoring import option_scores
-from halora.evaluation.sensitivity import layer_sensitivity, mean_change, with_mapping
+from halora.evaluation.sensitivity import layer_sensitivity, mean_change
 from halora.hardware.addressing import NoiseKey, Role
 from halora.hardware.chip import load_chip
 from halora.hardware.instance import ChipInstance
@@ -119,7 +119,8 @@ def test_protecting_what_the_ranking_puts_first_saves_more_than_what_it_puts_las
     clean = option_scores(base.causal_lm, array, packed, 8)
 
     def change(ranking):
-        protected = with_mapping(chip, sram_fraction=0.1 if ranking else 0.0, ranking=ranking or "depth")
+        mapping = {"sram_fraction": 0.1 if ranking else 0.0, "ranking": ranking or "depth"}
+        protected = load_chip({"preset": "halora-2026", "mapping": mapping})
         changes = []
         for chip_seed in (1, 2, 3):  # chips the ranking has not seen
             instance = ChipInstance(protected, NoiseKey(role=Role.SEARCH, chip_seed=chip_seed), chip.noise.level)

@@ -146,6 +146,11 @@ def test_mapping_by_fraction_takes_whole_layers_in_the_order_of_the_ranking():
     assert in_sram == {"model.layers.3.mlp.up_proj", "model.layers.0.mlp.down_proj"}
 
 
+def test_a_layer_that_two_patterns_rank_takes_its_room_once():
+    ranking = ("model.layers.3.mlp.up_proj", "*.3.*", "*")
+    assert set(Mapping(sram_fraction=1.0, ranking=ranking).places(SIZES).values()) == {Placement.SRAM}
+
+
 def test_mapping_by_pattern_with_digital_above_sram():
     places = Mapping(sram=("*.layers.0.*",), digital=("*.0.mlp.up_proj",)).places(SIZES)
     assert places["model.layers.0.mlp.up_proj"] is Placement.DIGITAL

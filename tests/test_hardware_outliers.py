@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from halora.errors import UserError
-from halora.hardware.chip import Tile
-from halora.hardware.mapping import Mapping, Outliers, Placement, outlier_count
+from halora.hardware.chip import Tile, load_chip
+from halora.hardware.mapping import Outliers, Placement, outlier_count
 from halora.hardware.outliers import SparseSide, side_matrix
 
 TILE = Tile(rows=32, columns=16)
@@ -97,18 +96,6 @@ def test_no_share_is_no_side(by):
 
 def test_the_whole_share_puts_a_layer_in_sram():
     sizes = {"model.layers.0.mlp.up_proj": 10, "model.layers.0.mlp.down_proj": 10}
-    mapping = Mapping(outliers=Outliers(share=0.1, shares={"*.down_proj": 1.0}))
-    assert list(mapping.places(sizes).values()) == [Placement.RRAM, Placement.SRAM]
-
-
-def test_a_layer_has_the_share_of_the_first_pattern_that_matches():
-    outliers = Outliers(share=0.001, shares={"*.0.*.down_proj": 0.005, "*.down_proj": 0.0})
-    assert outliers.of("model.layers.0.mlp.down_proj").share == 0.005
-    assert outliers.of("model.layers.1.mlp.down_proj").share == 0.0
-    assert outliers.of("model.layers.1.mlp.up_proj").share == 0.001
-
-
-def test_patterns_that_match_no_layer_are_refused():
-    mapping = Mapping(outliers=Outliers(shares={"*.down_porj": 0.01}))
-    with pytest.raises(UserError, match=r"outliers\.shares: '\*\.down_porj' matches no layer"):
-        mapping.places({"model.layers.0.mlp.down_proj": 10})
+    down = {"match": "*.down_proj", "mapping": {"outliers": {"share": 1}}}
+    chip = load_chip({"preset": "ideal", "mapping": {"outliers": {"share": 0.1}}, "layers": {"down": down}})
+    assert [layer.place for layer in chip.on_layers(sizes).values()] == [Placement.RRAM, Placement.SRAM]

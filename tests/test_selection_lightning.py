@@ -260,6 +260,8 @@ CHANGES = [
     {"lora": {"weight_bits": 16}},
     {"mapping": {"sram_fraction": 0.1}},
     {"mapping": {"digital": ["*.v_proj"]}},
+    {"layers": {"values": {"match": "*.v_proj", "adc": {"bits": 6}}}},
+    {"layers": {"values": {"match": "*.v_proj", "mapping": {"outliers": {"share": 0.01}}}}},
 ]
 
 

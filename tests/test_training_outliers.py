@@ -73,7 +73,7 @@ def test_the_rest_is_programmed_alone_and_the_side_added(layer, preset, by):
     linear, array = layer
     chip = _chip(preset, by=by)
     _program(array, chip)
-    rest, side = in_rram(linear.weight, chip, LAYER)
+    rest, side = in_rram(linear.weight, chip)
     expected = Programming.of(rest, chip, chip.noise.level).held(rest, KEY.at(module=LAYER, purpose="programming"))
     expected = expected.clone()
     side.add_to(expected)
@@ -89,7 +89,7 @@ def test_the_same_cells_err_whatever_the_share(layer):
         chip = load_chip({"preset": "halora-2026-tensor-max", "wires": {"resistance_ohm": 0.0}})
         chip = load_chip(chip.model_dump(mode="json") | {"mapping": {"outliers": {"share": share}}})
         _program(array, chip)
-        rest, _ = in_rram(linear.weight, chip, LAYER)
+        rest, _ = in_rram(linear.weight, chip)
         units.append((linear.effective_weight() - linear.weight) / rest.abs().max())
     torch.testing.assert_close(units[1], units[0], rtol=0, atol=1e-6)
     torch.testing.assert_close(units[2], units[0], rtol=0, atol=1e-6)
@@ -102,7 +102,7 @@ def test_converters_see_the_rest_and_sram_multiplies_the_side(layer, by, copies)
     linear, array = layer
     chip = load_chip({**_chip(by=by).model_dump(mode="json"), "coding": {"scale": "tile_max", **copies}})
     calibration, x = torch.randn(64, 96), torch.randn(1, 12, 96)
-    rest, side = in_rram(linear.weight, chip, LAYER)
+    rest, side = in_rram(linear.weight, chip)
     reads = ExactReads.calibrated(calibration, rest, chip)
     with array.reading([("a", 12)]):
         _program(array, chip, reads={LAYER: reads}, digital=True)

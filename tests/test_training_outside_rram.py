@@ -232,8 +232,8 @@ def test_a_pattern_for_the_head_asks_for_it_on_the_chip(tiny_models):
     array = install(load_base(tiny_models["llama"], "fp32").causal_lm)
     chip = load_chip({"preset": "ideal", "mapping": {"sram": ["lm_head"]}})
     with pytest.raises(UserError, match=r"'lm_head' matches no layer of the chip: chip\.mapping\.lm_head puts"):
-        array.places(chip)
-    inside = array.places(load_chip({"preset": "ideal", "mapping": {"sram": ["lm_head"], "lm_head": True}}))
-    assert inside[LM_HEAD] == "sram"
-    by_share = array.places(load_chip({"preset": "ideal", "mapping": {"lm_head": True, "sram_fraction": 0.02}}))
-    assert by_share[LM_HEAD] == "rram"
+        array.on_layers(chip)
+    inside = array.on_layers(load_chip({"preset": "ideal", "mapping": {"sram": ["lm_head"], "lm_head": True}}))
+    assert inside[LM_HEAD].place == "sram"
+    by_share = array.on_layers(load_chip({"preset": "ideal", "mapping": {"lm_head": True, "sram_fraction": 0.02}}))
+    assert by_share[LM_HEAD].place == "rram"

@@ -1,7 +1,9 @@
 """What a model takes on a chip and the noise to expect there, before anything is trained."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from shlex import quote
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -10,6 +12,7 @@ from starlette.datastructures import QueryParams
 from starlette.responses import HTMLResponse
 
 from halora.analysis.charts import Chart
+from halora.analysis.layers import GroupFigures, by_group
 from halora.analysis.trial_charts import beside_chart
 from halora.dashboard.site import Site, is_fragment
 from halora.errors import UserError
@@ -17,13 +20,17 @@ from halora.hardware.baselines import baselines
 from halora.hardware.chip import Chip, expand_chip, preset_names
 from halora.hardware.energy import EnergyBreakdown, energy_per_token
 from halora.hardware.expected_noise import ExpectedNoise, expected_noise
+from halora.hardware.layers import changed_by
 from halora.hardware.mapping import Placement
 from halora.hardware.shapes import named_shapes
 from halora.settings.training import LoraSettings
 from halora.spaces.language import with_values
 from halora.spaces.mistakes import describe
+from halora.yaml_files import parse_yaml
 
 _MOST_INPUTS = 2048
+_MOST_TEXT = 4000
+_MOST_GROUPS = 12  # whose noise is looked at
 
 
 @dataclass(frozen=True)
@@ -69,12 +76,14 @@ class Setting:
         preset: A shipped chip.
         context_tokens: Tokens that each token attends to.
         values: Value of each knob.
+        layers: Groups of layers with values of their own, in YAML as a chip file has them; empty for none.
     """
 
     model: str
     preset: str
     context_tokens: int
     values: Mapping[str, float]
+    layers: str = ""
 
 
 @dataclass(frozen=True)
@@ -84,6 +93,8 @@ class Explored:
     Attributes:
         energy: By component.
         noise: On a stand-in layer.
+        groups: Of layers with values of their own.
+        noise_of: Noise of the product in dB by group, on the stand-in layer.
         rram_share: Share of the linear weights that sits in RRAM.
         named_uj: Energy per token of named baselines, in microjoule.
         chart: The energies.
@@ -92,6 +103,8 @@ class Explored:
 
     energy: EnergyBreakdown
     noise: ExpectedNoise
+    groups: Sequence[GroupFigures]
+    noise_of: Mapping[str, float]
     rram_share: float
     named_uj: Mapping[str, float]
     chart: Chart
@@ -150,7 +163,11 @@ def read_setting(params: QueryParams, problems: list[str]) -> Setting:
     if not (context.isdecimal() and 0 < int(context[:9]) <= 10**6):
         problems.append(f"context: '{context[:40]}' is not a number of tokens up to a million")
         context = "512"
-    return Setting(model, preset, int(context), values)
+    layers = "" if fresh else params.get("layers", "").strip()
+    if len(layers) > _MOST_TEXT:
+        problems.append(f"layers: {len(layers)} characters, {_MOST_TEXT} at most")
+        layers = ""
+    return Setting(model, preset, int(context), values, layers)
 
 
 def explore(setting: Setting) -> Explored:
@@ -161,16 +178,19 @@ def explore(setting: Setting) -> Explored:
     """
     overrides = {knob.path: setting.values[knob.name] for knob in KNOBS if knob.path}
     overrides = {path: int(value) if float(value).is_integer() else value for path, value in overrides.items()}
+    groups = parse_yaml(setting.layers, "layers") if setting.layers else {}
     try:
-        described = Chip.model_validate(with_values(expand_chip(setting.preset), overrides))
+        described = Chip.model_validate(
+            with_values(expand_chip(setting.preset), overrides) | ({"layers": groups} if groups else {})
+        )
     except ValidationError as error:
         raise UserError([f"chip.{problem}" for problem in describe(error, Chip)]) from None
     shape, rank = named_shapes()[setting.model], int(setting.values["rank"])
     targets = LoraSettings().targets
     energy = energy_per_token(shape, described, rank=rank, targets=targets, context_tokens=setting.context_tokens)
-    sizes, places = shape.sizes, described.mapping.places(shape.sizes)
-    on_chip = sum(size for name, size in sizes.items() if places[name] is not Placement.HOST)
-    in_rram = sum(size for name, size in sizes.items() if places[name] is Placement.RRAM)
+    sizes, met = shape.sizes, described.on_layers(shape.sizes)
+    on_chip = sum(size for name, size in sizes.items() if met[name].place is not Placement.HOST)
+    in_rram = sum(size for name, size in sizes.items() if met[name].place is Placement.RRAM)
     named = {
         f"{name} ({it.phase})": found
         for name, it in baselines().items()
@@ -180,9 +200,18 @@ def explore(setting: Setting) -> Explored:
     moved = [k.path for k in KNOBS if k.path and own[k.name] != overrides[k.path]]
     command = ["halora energy", setting.model, "--chip", setting.preset, "--rank", str(rank)]
     command += ["--tokens", str(setting.context_tokens), *(f"--set {path}={overrides[path]}" for path in moved)]
+    if groups:
+        command += ["--set", quote(f"layers={json.dumps(groups)}")]
+    inputs = min(shape.hidden, _MOST_INPUTS)
+    figures = by_group(described, sizes, energy.layers_uj)
     return Explored(
         energy=energy,
-        noise=expected_noise(described, inputs=min(shape.hidden, _MOST_INPUTS)),
+        noise=expected_noise(described, inputs=inputs),
+        groups=figures,
+        noise_of={
+            group.name: expected_noise(changed_by(described, group.groups), inputs=inputs).product_db
+            for group in figures[:_MOST_GROUPS]
+        },
         rram_share=in_rram / on_chip,
         named_uj=named,
         chart=beside_chart(energy.components_uj, named, setting.preset),

@@ -1,10 +1,11 @@
 """What a model takes on a chip, from its dimensions alone, and the ratio to a named baseline."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from halora.analysis.layers import GroupFigures, by_group
 from halora.errors import UserError, attempt, nearest
 from halora.hardware.baselines import (
     baseline_energy_uj_per_token,
@@ -31,6 +32,7 @@ class ModelEnergy:
         per_token: Energy of one token by component, area, and what is counted.
         baseline: Name of the baseline compared with.
         baseline_uj_per_token: Its energy per token, in microjoule.
+        groups: Of the chip's groups of layers; empty where it has none.
     """
 
     model: str
@@ -40,6 +42,7 @@ class ModelEnergy:
     per_token: EnergyBreakdown
     baseline: str
     baseline_uj_per_token: float
+    groups: Sequence[GroupFigures] = ()
 
     @property
     def uj_per_token(self) -> float:
@@ -90,6 +93,16 @@ class ModelEnergy:
             "total_mj": self.total_mj,
             "components_mj": self.components_mj,
             "lora_share": found.lora_share,
+            **({"groups": [self._of_group(group) for group in self.groups]} if self.groups else {}),
+        }
+
+    def _of_group(self, group: GroupFigures) -> dict[str, Any]:
+        return {
+            "layers": group.name,
+            "number": group.layers,
+            "weights_share": group.weights_share,
+            "energy_mj": group.energy_uj * self.tokens / 1000,
+            "values": dict(group.values),
         }
 
     def _comparison(self) -> dict[str, Any]:
@@ -155,7 +168,8 @@ def model_energy(
     assert found is not None
     against = against or default_baseline(shape, found.latency.phase)
     baseline_uj = baseline_energy_uj_per_token(against, shape, described, found.latency.context_tokens)
-    return ModelEnergy(named(model), described, rank, tokens, found, against, baseline_uj)
+    groups = by_group(described, shape.sizes, found.layers_uj)
+    return ModelEnergy(named(model), described, rank, tokens, found, against, baseline_uj, groups)
 
 
 def named(model: Any) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import isfinite
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from halora.hardware.addressing import NoiseKey, Role
 from halora.hardware.cell_arrays import cells_err
 from halora.hardware.chip import Chip
 from halora.hardware.instance import ChipInstance
-from halora.hardware.mapping import Outliers
+from halora.hardware.layers import changed_by, changed_everywhere
 from halora.hardware.noise import mean_db, weight_error_factor
 from halora.hardware.noise_models import GaussianNoise
 from halora.hardware.variation import PROGRAMMED_K, differences
@@ -37,6 +37,14 @@ _REFERENCES = {
 }
 
 
+class _Drawn(NamedTuple):
+    """The layer that the figure shows, the chip it meets, and what that programs of its weight."""
+
+    name: str
+    chip: Chip
+    weight: Tensor
+
+
 @dataclass(frozen=True)
 class Noise:
     """Noise of a chip alone, or of a model's layers on it.
@@ -53,7 +61,7 @@ class Noise:
     model: str
     rows: Sequence[Mapping[str, Any]]
     means: Mapping[str, float | None] = field(default_factory=dict)
-    _drawn: tuple[str, Tensor] | None = None  # name and weight of the layer that the figure shows
+    _drawn: _Drawn | None = None
 
     @property
     def mean_db(self) -> float | None:
@@ -64,10 +72,11 @@ class Noise:
     def other_causes(self) -> list[str]:
         """What moves weights and products of the chip besides what the rows of the chip alone state."""
         chip = self.chip
+        alone = [chip, *(changed_by(chip, [name]) for name in chip.layers)]
         causes = {
             "finite levels": chip.cells.levels is not None,
             "stuck cells": chip.faults.occur,
-            "clipping": chip.coding.clip_std is not None,
+            "clipping": any(each.coding.clip_std is not None for each in alone),
             "IR drop": chip.wires.resistance_ohm > 0,
             "read noise": chip.read.noisy,
             "DAC": not chip.dac.lossless,
@@ -94,26 +103,37 @@ class Noise:
         """Errors stated and drawn, of a ramp of weights or the model's first layer in RRAM; none without one."""
         if self._drawn is None:
             return None
-        name, weight = self._drawn
         noise_db = {row["layer"]: row["noise_db"] for row in self.rows if self.model and row["noise_db"] is not None}
-        title = f"{self.chip.name}, chip instance 0: {name}"
-        return error_figure(_panels(self.chip, name, weight), noise_db, title)
+        title = f"{self.chip.name}, chip instance 0: {self._drawn.name}"
+        return error_figure(_panels(self._drawn), noise_db, title)
 
 
 def chip_noise(chip: Chip, model: Any = None) -> Noise:
     """The noise of a chip alone, or of a model's layers on it, see `halora.Chip.noise`."""
     if model is None:
-        return Noise(chip, "", _chip_rows(chip), _drawn=("a ramp of weights", error_curves.ramp()))
-    from halora.evaluation.sensitivity import with_mapping
-
+        rows = _chip_rows(chip)
+        if chip.layers:
+            rows = [{"layers": "the others", **row} for row in rows]
+            rows += [{"layers": name, **row} for name in chip.layers for row in _chip_rows(changed_by(chip, [name]))]
+        return Noise(chip, "", rows, _drawn=_Drawn("a ramp of weights", chip, error_curves.ramp()))
     with _layers(model) as array:
+        met = array.on_layers(chip)
         ratios = {"noise_db": _realised_db(array, chip)}
-        if chip.mapping.outliers.occur:
-            ratios["without_outliers_db"] = _realised_db(array, with_mapping(chip, outliers=Outliers()))
+        if any(layer.chip.mapping.outliers.share for layer in met.values()):
+            bare = changed_everywhere(chip, "mapping.outliers.share", 0.0)
+            ratios["without_outliers_db"] = _realised_db(array, bare)
         first = next((layer for layer in array.layers if layer.name in ratios["noise_db"]), None)
-        drawn = None if first is None else (first.name, first.split(chip)[0].detach().float().cpu())
+        drawn = None
+        if first is not None:
+            own = met[first.name].chip
+            drawn = _Drawn(first.name, own, first.split(own)[0].detach().float().cpu())
     rows = [
-        {"layer": name, **{what: finite_db(of[name]) for what, of in ratios.items()}} for name in ratios["noise_db"]
+        {
+            "layer": name,
+            **({"groups": " ".join(met[name].groups)} if chip.layers else {}),
+            **{what: finite_db(of[name]) for what, of in ratios.items()},
+        }
+        for name in ratios["noise_db"]
     ]
     means = {what: finite_db(mean_db(of.values())) for what, of in ratios.items()}
     return Noise(chip, named(model), rows, means, drawn)
@@ -180,8 +200,9 @@ def _meaning(chip: Chip) -> dict[str, Any]:
     return {"sigma": noise.sigma, "times": _REFERENCES[noise.reference] + size, "lasts": "until programmed again"}
 
 
-def _panels(chip: Chip, name: str, weight: Tensor) -> list[ErrorPanel]:
-    key = _INSTANCE.at(module=name, purpose="programming")
+def _panels(layer: _Drawn) -> list[ErrorPanel]:
+    chip, weight = layer.chip, layer.weight
+    key = _INSTANCE.at(module=layer.name, purpose="programming")
     panels = []
     if cells_err(chip, chip.noise):
         conductance = torch.linspace(chip.cells.g_min_us, chip.cells.g_max_us, 100)

@@ -60,11 +60,17 @@ def _show(answer: dict[str, Any], form: Format) -> None:
         {"component": name, "energy_mj": energy_mj, "share": energy_mj / answer["total_mj"]}
         for name, energy_mj in components.items()
     ]
+    if form is Format.TABLE and answer.get("groups"):
+        groups = [
+            group | {"values": ", ".join(f"{path} {value}" for path, value in group["values"].items())}
+            for group in answer["groups"]
+        ]
+        show_rows(groups, form, "layers with values of their own")
     title = f"{answer['model']} on {answer['chip']}, rank {answer['rank']}, {answer['tokens']} tokens"
     show_rows(rows, form, title)
     if form is Format.TABLE:
         waits: dict[str, float] = answer["path_components_us"]
         path = [{"component": name, "time_us": us, "share": us / answer["path_us"]} for name, us in waits.items()]
         show_rows(path, form, "path of one token")
-        told = ("components_mj", "path_components_us", "model", "chip", "rank", "tokens")
+        told = ("components_mj", "path_components_us", "groups", "model", "chip", "rank", "tokens")
         show_rows([{"": name, "value": value} for name, value in answer.items() if name not in told], form)

@@ -124,7 +124,7 @@ def _check_model(problems: list[str], model: str | None, chip: "Chip | None") ->
 
     shape = attempt(problems, lambda: model_shape(model)) if model is not None else None
     if shape is not None and chip is not None:
-        attempt(problems, lambda: chip.mapping.places(shape.sizes))
+        attempt(problems, lambda: chip.on_layers(shape.sizes))
 
 
 def _check_task(task: str) -> None:
@@ -215,7 +215,9 @@ def _show_sensitivity(found: "Sequence[LayerSensitivity]", chip: "Chip", form: S
 def _ranked_chip(chip: "Chip", names: Sequence[str]) -> str:
     import yaml
 
-    from halora.evaluation.sensitivity import with_mapping
+    from halora.hardware.layers import changed_everywhere
 
-    ranked = with_mapping(chip, ranking=tuple(names)).model_copy(update={"name": f"{chip.name}-ranked"})
+    ranked = changed_everywhere(chip, "mapping.ranking", tuple(names)).model_copy(
+        update={"name": f"{chip.name}-ranked"}
+    )
     return yaml.safe_dump(ranked.model_dump(mode="json"), sort_keys=False)

@@ -33,7 +33,7 @@ def show(sweep: SweepArgument, set_: SweepSetOption = None, form: FormatOption =
     """The searched fields of a sweep, what follows from them, and the points tried first."""
     from halora.spaces.language import size
     from halora.spaces.recipes import first_points
-    from halora.spaces.resolving import fixed_value
+    from halora.spaces.resolving import default_value, fixed_value
     from halora.spaces.sweep import load_sweep
 
     config = load_sweep(sweep, overrides_from(set_))
@@ -44,7 +44,7 @@ def show(sweep: SweepArgument, set_: SweepSetOption = None, form: FormatOption =
             "kind": _kind(distribution),
             "values": _values(distribution),
             "when": _when(distribution),
-            "default": _text(fixed_value(config.trial if path == "chip" else defaults, path)),
+            "default": _text(fixed_value(config.trial, path) if path == "chip" else default_value(defaults, path)),
         }
         for path, distribution in config.space.items()
     ]

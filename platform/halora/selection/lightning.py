@@ -197,6 +197,7 @@ def _outputs(chip: Chip, draft: _Draft) -> None:
 def _unknown_there(chip: Chip, draft: _Draft) -> None:
     mapping, retention, faults, lora = chip.mapping, chip.retention, chip.faults, chip.lora
     rates = f"{faults.stuck_low_rate:g} low, {faults.stuck_high_rate:g} high"
+    own = [f"{name}: {group.in_words}" for name, group in chip.layers.items()]
     left_out = {
         f"Ageing: the package knows no time; cells of this chip are {retention.refresh_interval_s:g} s old.": chip.ages,
         f"Drift compensation ({retention.compensation}): the package has no drift.": (
@@ -218,8 +219,9 @@ def _unknown_there(chip: Chip, draft: _Draft) -> None:
         "Layers in SRAM or digital logic: to be named in `exclude_modules` of `convert_to_analog`.": (
             mapping.sram != () or mapping.digital != () or mapping.sram_fraction > 0
         ),
+        f"Layers with values of their own ({'; '.join(own)}): the settings are those of the others.": own != [],
         "Outliers in SRAM: to be taken off the weights before `convert_to_analog`, and added beside it.": (
-            mapping.outliers.occur
+            mapping.outliers.share > 0
         ),
         f"LoRA branch: its {lora.weight_bits} bits of weights and {lora.input_bits} of inputs; the package has no "
         "digital branch.": min(lora.weight_bits, lora.input_bits) < AS_IT_IS,

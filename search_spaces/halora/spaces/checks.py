@@ -12,8 +12,8 @@ from halora.hardware.chip import Chip, load_chip
 from halora.pricing import trial_energy
 from halora.settings.trial import TrialConfig
 from halora.spaces.language import Categorical, Distribution, Range
-from halora.spaces.mistakes import describe, field_paths
-from halora.spaces.resolving import NamedChips, fixed_value, formula, resolve_trial
+from halora.spaces.mistakes import ANY_NAME, describe, field_paths
+from halora.spaces.resolving import NamedChips, fixed_value, formula, group_and_field, resolve_trial
 
 if TYPE_CHECKING:
     from halora.spaces.sweep import SweepConfig
@@ -133,7 +133,7 @@ def _space_problems(
         conditions = readable[path].when if path in readable else {}
         unknown = [name for name in conditions if name not in searched_before]
         searched_before.append(path)
-        if path not in known_paths:
+        if _as_listed(path) not in known_paths:
             problems.append(f"space.{path}: a trial has no such field{nearest(path, known_paths)}")
         elif path in _FIXED:
             problems.append(f"space.{path}: cannot be searched, every trial has the same; set trial.{path}")
@@ -146,6 +146,12 @@ def _space_problems(
             never = _condition_problems(readable, path)
             problems += never or _probe_problems(trial, readable, path, wrong_anyway, chips)
     return by_path
+
+
+def _as_listed(path: str) -> str:
+    """The field that a path names, as `field_paths` lists it."""
+    of_group = group_and_field(path)
+    return f"chip.layers.{ANY_NAME}.{of_group[1]}" if of_group else path
 
 
 def _condition_problems(space: _Space, path: str) -> list[str]:
@@ -194,7 +200,7 @@ def _derived_problems(trial: Mapping[str, Any], space: Mapping[str, Any], derive
     for path, text in derived.items() if isinstance(derived, dict) else ():
         if path in space:
             problems.append(f"derived.{path}: is searched already; leave it out of one of the two")
-        elif path not in known_paths or path in _FIXED:
+        elif _as_listed(path) not in known_paths or path in _FIXED:
             problems.append(f"derived.{path}: a trial has no such field{nearest(path, known_paths)}")
         try:
             names = formula(text).names if isinstance(text, str) else ()

@@ -2,7 +2,7 @@
 
 import re
 from types import UnionType
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -10,6 +10,9 @@ from halora.errors import UserError, nearest
 from halora.hardware.noise_models import NoiseModel
 from halora.hardware.noise_settings import noise_fields
 from halora.spaces.language import Categorical, Range
+
+ANY_NAME = "NAME"
+"""Stands in a path for a name of one's own, as of a group of layers."""
 
 _DISTRIBUTIONS: dict[str, type[BaseModel]] = {"Categorical": Categorical, "Range": Range}
 
@@ -45,13 +48,23 @@ def _submodel(annotation: Any) -> type[BaseModel] | None:
     return None
 
 
+def _valued(annotation: Any) -> type[BaseModel] | None:
+    """What every value of a mapping is, whose keys are names of one's own."""
+    return _submodel(get_args(annotation)[1]) if get_origin(annotation) is dict else None
+
+
 def _keys(model: type[BaseModel], parents: list[str]) -> list[str]:
     """Keys allowed below `parents`; a distribution's error names its class on the way."""
-    for parent in parents:
+    left = iter(parents)
+    for parent in left:
         if parent in _DISTRIBUTIONS:
             return list(_DISTRIBUTIONS[parent].model_fields)
         field = model.model_fields.get(parent)
-        model = (_submodel(field.annotation) if field else None) or model
+        if field is not None and (below := _valued(field.annotation)):
+            next(left, None)  # the name
+            model = below
+        else:
+            model = (_submodel(field.annotation) if field else None) or model
     return _fields(model)
 
 
@@ -61,9 +74,11 @@ def _fields(model: type[BaseModel]) -> list[str]:
 
 
 def field_paths(model: type[BaseModel], prefix: str = "") -> list[str]:
-    """Dotted paths of every field below a model."""
+    """Dotted paths of every field below a model, with `ANY_NAME` for names of one's own."""
     paths = []
     for name, field in model.model_fields.items():
+        if valued := _valued(field.annotation):
+            paths += field_paths(valued, f"{prefix}{name}.{ANY_NAME}.")
         below = _submodel(field.annotation)
         if below is NoiseModel:
             paths += [f"{prefix}{name}.{key}" for key in noise_fields()]

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from halora.spaces.resolving import fixed_value
+from halora.spaces.ranked import ranked_points
+from halora.spaces.resolving import default_value, fixed_value
 
 if TYPE_CHECKING:
     from halora.spaces.sweep import SweepConfig
@@ -33,11 +34,15 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
 
 
 def first_points(sweep: "SweepConfig") -> list[dict[str, Any]]:
-    """The file's own points, then the recipes, each as near as the space allows; a method it lacks is left out.
+    """The file's own points, those of the chip's ranking, then the recipes; a method the space lacks is left out.
 
-    A point of the file that has a recipe's values stands for it, at whatever learning rate.
+    Those of the ranking are like the file's first point otherwise, a recipe is as near as the space allows. A point of
+    the file that has a recipe's values stands for it, at whatever learning rate.
     """
     points = [{path: sweep.space[path].own(value) for path, value in point.items()} for point in sweep.first]
+    like = points[0] if points else {}
+    ranked = [_nearest_point(sweep, {**like, **values}) for values in ranked_points(sweep)]
+    points += [point for point in ranked if point is not None and point not in points]
     for recipe in RECIPES.values():
         if any(path.startswith("chip.") and path not in sweep.space for path in recipe):
             continue
@@ -52,13 +57,14 @@ def first_points(sweep: "SweepConfig") -> list[dict[str, Any]]:
 
 def _nearest_point(sweep: "SweepConfig", recipe: Mapping[str, Any]) -> dict[str, Any] | None:
     defaults = sweep.resolve({}).model_dump(mode="json")
-    if _METHOD not in sweep.space and defaults["training"]["method"] != recipe[_METHOD]:
+    own_method = defaults["training"]["method"]
+    if _METHOD not in sweep.space and recipe.get(_METHOD, own_method) != own_method:
         return None
     values: dict[str, Any] = {}
     for path, distribution in sweep.space.items():
         if not distribution.applies(values):
             continue
-        default = fixed_value(sweep.trial if path == "chip" else defaults, path)
+        default = fixed_value(sweep.trial, path) if path == "chip" else default_value(defaults, path)
         value = distribution.nearest(recipe.get(path, default))
         if value is not None:
             values[path] = value

@@ -1,5 +1,6 @@
 """From a sweep's fixed fields and the values of searched ones to the full description of a trial."""
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import Any, NamedTuple
@@ -16,6 +17,8 @@ from halora.spaces.language import with_values
 
 _LOCATED: dict[str, Callable[[Any], Any]] = {"model": located, "task": as_sum}
 """Fields that may name folders, and what gives them by absolute path."""
+
+_OF_GROUP = re.compile(r"chip\.layers\.([\w-]+)\.(.+)")
 
 formula = cache(Expression)
 """A derived value's formula, read once."""
@@ -166,6 +169,18 @@ def fixed_value(trial: Mapping[str, Any], path: str) -> Any:
     for key in path.split("."):
         node = node.get(key) if isinstance(node, Mapping) else None
     return node
+
+
+def default_value(described: Mapping[str, Any], path: str) -> Any:
+    """A field's value in a whole trial; of a group of layers that gives none, the chip's. None where there is none."""
+    value, of_group = fixed_value(described, path), group_and_field(path)
+    return fixed_value(described, f"chip.{of_group[1]}") if value is None and of_group else value
+
+
+def group_and_field(path: str) -> tuple[str, str] | None:
+    """Name of a group of a chip's layers and field that a path names; none for other paths."""
+    found = _OF_GROUP.match(path)
+    return (found[1], found[2]) if found else None
 
 
 def named_chip(chip: Any, chips: NamedChips) -> Any:

@@ -1,10 +1,11 @@
 """The JSON Schema of a sweep file, for editors; `halora sweep validate` checks more than a schema can say."""
 
+import re
 from typing import Any
 
 from halora.hardware.noise_settings import noise_fields
 from halora.settings.trial import TrialConfig
-from halora.spaces.mistakes import field_paths
+from halora.spaces.mistakes import ANY_NAME, field_paths
 from halora.spaces.search import METRICS, Constraint
 from halora.spaces.sweep import SweepConfig
 
@@ -26,7 +27,9 @@ def sweep_schema() -> dict[str, Any]:
         "description": Constraint.__doc__,
         "pattern": rf"^\s*({'|'.join(METRICS)})\s*(<=|>=)\s*[-+\d.eE]+\s*$",
     }
-    paths = {"enum": sorted(field_paths(TrialConfig))}
+    plain = [path for path in field_paths(TrialConfig) if ANY_NAME not in path]
+    named = [re.escape(path).replace(ANY_NAME, r"[\w-]+") for path in field_paths(TrialConfig) if ANY_NAME in path]
+    paths = {"anyOf": [{"enum": sorted(plain)}, {"pattern": f"^({'|'.join(named)})$"}]}
     properties = schema["properties"]
     properties["trial"] |= {"$ref": "#/$defs/Trial"}
     properties["chips"]["additionalProperties"] = {"$ref": "#/$defs/ChipSetting"}

@@ -8,6 +8,7 @@ from halora.evaluation.scoring import option_scores
 from halora.hardware.addressing import NoiseKey, Role
 from halora.hardware.chip import Chip
 from halora.hardware.instance import ChipInstance
+from halora.hardware.layers import changed_everywhere
 from halora.hardware.mapping import Placement, outlier_count
 from halora.settings.evaluation import EvaluationSettings
 from halora.training.batches import pack
@@ -98,17 +99,17 @@ def layer_sensitivity(
         return option_scores(base.causal_lm, array, packed, settings.batch_size)
 
     array.clear()
-    chip = with_mapping(chip, sram_fraction=0.0)
+    chip = changed_everywhere(chip, "mapping.sram_fraction", 0.0)
     reads = calibrate(base, array, chip, calibration_rows, settings.calibration_tokens, settings.converters)
     with_outliers = None
     if outliers is not None:
-        with_outliers = with_mapping(chip, outliers=chip.mapping.outliers.model_copy(update={"share": outliers}))
+        with_outliers = changed_everywhere(chip, "mapping.outliers.share", outliers)
         reads_beside = calibrate(
             base, array, with_outliers, calibration_rows, settings.calibration_tokens, settings.converters
         )
     clean = scores()
-    places = array.places(chip)
-    candidates = [layer for layer in array.layers if places[layer.name] is Placement.RRAM]
+    met = array.on_layers(chip)
+    candidates = [layer for layer in array.layers if met[layer.name].place is Placement.RRAM]
     key = NoiseKey(role=Role.SEARCH, chip_seed=chip_seed)
     found: list[LayerSensitivity] = []
     try:
@@ -119,7 +120,8 @@ def layer_sensitivity(
             measured = LayerSensitivity(layer.name, weights, noise_db, change)
             if with_outliers is not None:
                 array.program(ChipInstance(with_outliers, key, chip.noise.level), reads_beside, alone=layer.name)
-                setting, tile = with_outliers.mapping.outliers.of(layer.name), (chip.tile.rows, chip.tile.columns)
+                own = array.on_layers(with_outliers)[layer.name].chip
+                setting, tile = own.mapping.outliers, (own.tile.rows, own.tile.columns)
                 count = outlier_count(layer.in_features, layer.out_features, setting.share, setting.by, tile)
                 left = mean_change(clean, scores())
                 measured = replace(measured, outliers=count, change_with_outliers_nats=left)
@@ -128,11 +130,6 @@ def layer_sensitivity(
     finally:
         array.clear()
     return sorted(found, key=lambda layer: layer.rank, reverse=True)
-
-
-def with_mapping(chip: Chip, **changes: object) -> Chip:
-    """The chip with some fields of its mapping changed."""
-    return chip.model_copy(update={"mapping": chip.mapping.model_copy(update=changes)})
 
 
 def mean_change(clean: Sequence[Sequence[float]], noisy: Sequence[Sequence[float]]) -> float:

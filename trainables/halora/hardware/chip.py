@@ -6,12 +6,13 @@ is not, and the source of each constant.
 
 import hashlib
 import json
+from collections.abc import Mapping as MappingOf
 from copy import deepcopy
 from functools import cache
 from importlib.resources import files
 from math import ceil, inf
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import BeforeValidator, Field, field_validator, model_validator
@@ -19,6 +20,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from halora.errors import UserError, nearest
 from halora.hardware.cell_models import CMO_US
 from halora.hardware.costs import AdcCosts, constant_names
+from halora.hardware.layers import LayerGroup, OnLayer, group_of, on_layers
 from halora.hardware.mapping import Mapping
 from halora.hardware.noise_settings import AgeingSetting, NoiseSetting
 from halora.hardware.pcm_models import PcmFit, pcm_range_us
@@ -254,6 +256,25 @@ class Attention(StrictModel):
     """Of queries, keys, values and softmax weights; 16 leaves them as they are."""
 
 
+LAYER_FIELDS: MappingOf[str, tuple[type[StrictModel], tuple[str, ...]]] = {
+    "adc": (Adc, ("bits",)),
+    "coding": (Coding, tuple(Coding.model_fields)),
+    "dac": (Dac, ("input_bits", "bits", "range")),
+    "digital": (Products, tuple(Products.model_fields)),
+    "mapping": (Mapping, ("outliers.share", "outliers.by", "outliers.weight_bits")),
+    "read": (Read, ("averaged",)),
+    "sram": (Products, tuple(Products.model_fields)),
+    "tile": (Tile, tuple(Tile.model_fields)),
+    "write_verify": (WriteVerify, ("pulses",)),
+}
+"""What may differ from layer to layer, by section: how a chip is built and operated, not what its cells are."""
+
+if TYPE_CHECKING:
+    _LayerGroup = LayerGroup
+else:
+    _LayerGroup = group_of(LAYER_FIELDS)
+
+
 class Chip(StrictModel):
     """A hybrid compute-in-memory chip: frozen weights in RRAM tiles, LoRA in SRAM."""
 
@@ -282,6 +303,10 @@ class Chip(StrictModel):
     lora: Products = Products()
     """The LoRA branch, in SRAM macros: a weight scale per rank; what lies between A and B is an input as well."""
     attention: Attention = Attention()
+    layers: dict[Annotated[str, Field(pattern=r"^[A-Za-z][\w-]*$")], _LayerGroup] = Field(
+        default_factory=dict, max_length=100
+    )
+    """Groups of layers with values of their own, by names of your own; no two may give a layer the same value."""
     boundary: Boundary = Boundary()
     costs: dict[str, float] = Field(default_factory=dict)
     """Constants of `constants.yaml` that this chip replaces, by name."""
@@ -309,6 +334,10 @@ class Chip(StrictModel):
         if problems:
             raise UserError(problems)
         return self
+
+    def on_layers(self, sizes: MappingOf[str, int]) -> dict[str, OnLayer]:
+        """Where every layer of a model sits, and the chip it meets there; see `halora.hardware.layers`."""
+        return on_layers(self, sizes)
 
     @property
     def warm_cells(self) -> Cells:

@@ -42,7 +42,7 @@ def constant_names() -> frozenset[str]:
     return frozenset(name for name, value in energy_constants().items() if isinstance(value, int | float))
 
 
-def adc_cost(costs: AdcCosts, bits: int, constants: Mapping[str, Any]) -> AdcCost:
+def adc_cost(costs: AdcCosts, bits: int, constants: Mapping[str, Any], where: str = "chip.adc.bits") -> AdcCost:
     """Energy, area and time of a converter.
 
     Args:
@@ -52,6 +52,7 @@ def adc_cost(costs: AdcCosts, bits: int, constants: Mapping[str, Any]) -> AdcCos
             the bits, one comparison each; that of `survey` is the rate asked of it.
         bits: Resolution.
         constants: Values by the names of `constants.yaml`.
+        where: Field that the bits are from, for whom they are wrong.
 
     Raises:
         UserError: The source does not cover these bits, or a constant it needs is zero.
@@ -59,10 +60,10 @@ def adc_cost(costs: AdcCosts, bits: int, constants: Mapping[str, Any]) -> AdcCos
     match costs:
         case "isaac":
             table: dict[int, float] = constants["adc_isaac_pj"]
-            _check_range("isaac", bits, table)
+            _check_range("isaac", bits, table, where)
             return AdcCost(table[bits], constants["adc_isaac_um2"][bits], bits * constants["adc_isaac_ns_per_bit"])
         case "survey":
-            _check_range("survey", bits, _SURVEY_BITS)
+            _check_range("survey", bits, _SURVEY_BITS, where)
             return _survey_cost(bits, constants["adc_survey_node_nm"], constants["adc_survey_rate_msps"])
         case "linear":
             per_bit = (constants[f"adc_linear_{unit}_per_bit"] for unit in ("pj", "um2", "ns"))
@@ -71,9 +72,9 @@ def adc_cost(costs: AdcCosts, bits: int, constants: Mapping[str, Any]) -> AdcCos
             assert_never(unknown)
 
 
-def _check_range(costs: AdcCosts, bits: int, covered: range | Mapping[int, float]) -> None:
+def _check_range(costs: AdcCosts, bits: int, covered: range | Mapping[int, float], where: str) -> None:
     if bits not in covered:
-        raise UserError(f"chip.adc.bits: the costs '{costs}' cover {min(covered)} to {max(covered)} bits, got {bits}")
+        raise UserError(f"{where}: the costs '{costs}' cover {min(covered)} to {max(covered)} bits, got {bits}")
 
 
 @cache

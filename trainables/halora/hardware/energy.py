@@ -12,6 +12,7 @@ cycles of b_d bits and K reads averaged:
                                                              nothing and n of a full input, over the same tokens
 
 and r (d_in + d_out) SRAM multiply-accumulates per adapted layer, and those of what `mapping.outliers` keeps in SRAM.
+Every layer counts with the values that it meets (`halora.hardware.layers`).
 Digital products cost by their bits of weights and inputs, with which scoring computes them. The output projection
 counts where the mapping puts it on the chip. Counts are exact; a token passes every linear layer once, in prefill and
 in decode. Time is that of `halora.hardware.latency`; the chip's area leaks for as long as a token takes, shared by the
@@ -21,14 +22,15 @@ traffic, the probe reads of drift compensation, the area of attention and of the
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from math import ceil, log2
+from dataclasses import dataclass, replace
+from math import ceil, fsum, log2
 from typing import Any
 
 from halora.errors import UserError, attempt, nearest
 from halora.hardware.chip import Chip
-from halora.hardware.costs import adc_cost, energy_constants
+from halora.hardware.costs import AdcCost, adc_cost, energy_constants
 from halora.hardware.latency import Latency, Phase, link_bits, reads_in_turn, token_latency
+from halora.hardware.layers import OnLayer, dotted
 from halora.hardware.mapping import Placement, outlier_count
 from halora.hardware.shapes import LinearShape, ModelShape
 
@@ -49,6 +51,7 @@ class EnergyBreakdown:
         boundary: What is included and what is not.
         area_mm2: Area of ADCs, cells and SRAM, in square millimetre; rough.
         fill: Where the fill of the cells comes from: the chip, the weights, or an estimate.
+        layers_uj: Microjoule per token of each linear layer on the chip by canonical name, its LoRA branch left out.
     """
 
     components_uj: Mapping[str, float]
@@ -56,6 +59,7 @@ class EnergyBreakdown:
     boundary: str
     area_mm2: float
     fill: str
+    layers_uj: Mapping[str, float]
 
     @property
     def total_uj_per_token(self) -> float:
@@ -74,17 +78,6 @@ class EnergyBreakdown:
     def lora_share(self) -> float:
         """Share of the LoRA branch in the total."""
         return self.components_uj["lora_sram"] / self.total_uj_per_token
-
-
-@dataclass(frozen=True)
-class _Counts:
-    """Events of one token in the layers that sit in RRAM, and what they occupy."""
-
-    columns: int
-    conversions: int
-    driven_inputs: int
-    cells: int
-    tiles: int
 
 
 def energy_per_token(
@@ -119,52 +112,36 @@ def energy_per_token(
     adapted = [name for name, layer in layers.items() if layer.name in targeted]
     ranks = rank if isinstance(rank, Mapping) else dict.fromkeys(adapted, rank)
     problems = _problems(shape, rank, targets, context_tokens, sequences)
-    adc = attempt(problems, lambda: adc_cost(chip.adc.costs, chip.adc.bits, constants))
-    places = attempt(problems, lambda: chip.mapping.places(shape.sizes))
+    adcs = attempt(problems, lambda: _converters(chip, constants))
+    met = attempt(problems, lambda: chip.on_layers(shape.sizes))
     if problems:
         raise UserError(problems)
-    assert adc is not None
-    assert places is not None
+    assert adcs is not None
+    assert met is not None
 
-    layers = {name: layer for name, layer in layers.items() if places[name] is not Placement.HOST}
-    rram = {name: layer for name, layer in layers.items() if places[name] is Placement.RRAM}
-    counts, outliers = _count(list(rram.values()), chip), _outliers(rram, chip, constants)
-    sram_weights, digital_weights = (
-        sum(layer.weights for name, layer in layers.items() if places[name] is place)
-        for place in (Placement.SRAM, Placement.DIGITAL)
-    )
+    layers = {name: layer for name, layer in layers.items() if met[name].place is not Placement.HOST}
+    costs = {
+        name: _layer_costs(layer, met[name], _fill_of(name, shape, met[name].chip), adcs, constants)
+        for name, layer in layers.items()
+    }
     lora_weights = sum(
         each * (layers[name].in_features + layers[name].out_features) for name, each in ranks.items() if name in layers
     )
+    around = _around(shape, chip, constants, lora_weights, context_tokens)
     components = {
-        "adc": counts.conversions * adc.conversion_pj * 1e-6,
-        "dac": counts.driven_inputs * min(chip.dac.bits, chip.dac.input_bits) * constants["dac_pj_per_bit"] * 1e-6,
-        "shift_add": counts.conversions * constants["shift_add_pj"] * 1e-6,
-        "array": _array_fj(rram, shape, chip) * 1e-9,
-        "sram": sram_weights * constants["sram_mac_fj"] * chip.sram.cost * 1e-9,
-        "digital": digital_weights * _digital_mac_fj(chip, constants) * 1e-9,
-        "lora_sram": lora_weights * constants["sram_mac_fj"] * chip.lora.cost * 1e-9,
-        "outliers": outliers.energy_fj * 1e-9,
-        **_around(shape, chip, constants, list(layers.values()), counts.cells, lora_weights, context_tokens),
+        name: around[name]
+        if name in around
+        else fsum(layer.energy_fj.get(name, 0.0) for layer in costs.values()) * 1e-9
+        for name in _components(chip)
     }
-    if chip.adc.calibration_reads:
-        conversion_pj = adc.conversion_pj + constants["shift_add_pj"]
-        reads = 2 * chip.adc.calibration_reads * counts.columns
-        components["calibration"] = reads * conversion_pj * 1e-6 / chip.tokens_between_refreshes
-    sram_bits = (
-        chip.sram.weight_bits * sram_weights
-        + chip.digital.weight_bits * digital_weights
-        + chip.lora.weight_bits * lora_weights
-        + outliers.bits
-    )
-    adcs = counts.tiles * ceil(chip.tile.columns / (chip.tile.adc_share or chip.tile.columns))
-    area_um2 = adcs * adc.area_um2 + counts.cells * constants["rram_cell_um2"] + sram_bits * constants["sram_bit_um2"]
+    lora_um2 = chip.lora.weight_bits * lora_weights * constants["sram_bit_um2"]
+    area_um2 = fsum(layer.area_um2 for layer in costs.values()) + lora_um2
     latency = token_latency(
         shape,
         chip,
-        places=places,
+        met=met,
         ranks=ranks,
-        adc=adc,
+        adcs=adcs,
         constants=constants,
         area_mm2=area_um2 * 1e-6,
         context_tokens=context_tokens,
@@ -173,12 +150,16 @@ def energy_per_token(
     )
     if not latency.us_per_token:
         raise UserError("chip.costs: a token takes no time with these; leave out some of the times that are 0")
-    components["links"] = (latency.dies - 1) * link_bits(shape, chip) * constants["link_pj_per_bit"] * 1e-6
+    components["links"] = (latency.dies - 1) * link_bits(shape, met) * constants["link_pj_per_bit"] * 1e-6
     if chip.boundary.leakage:
         leakage_w = area_um2 * 1e-9 * constants["leakage_mw_per_mm2"]
         components["leakage"] = leakage_w * latency.us_per_token / sequences
     fill = "chip" if chip.cells.mean_fill is not None else shape.fill_source
-    return EnergyBreakdown(components, latency, _describe(chip), area_um2 * 1e-6, fill)
+    layers_uj = {
+        name: fsum(fj for component, fj in layer.energy_fj.items() if component in components) * 1e-9
+        for name, layer in costs.items()
+    }
+    return EnergyBreakdown(components, latency, _describe(chip), area_um2 * 1e-6, fill, layers_uj)
 
 
 def _problems(
@@ -198,51 +179,97 @@ def _problems(
     return problems
 
 
-def _count(layers: list[LinearShape], chip: Chip) -> _Counts:
-    copies = chip.coding.slices * chip.coding.replicas
-    reads = _reads(chip)
-    rows, columns = chip.tile.rows, chip.tile.columns
-    cells = _CELLS_PER_WEIGHT * sum(layer.weights for layer in layers)
-    tile_columns = sum(layer.out_features * ceil(layer.in_features / rows) for layer in layers)
-    return _Counts(
-        columns=copies * tile_columns,
-        conversions=reads * tile_columns,
-        driven_inputs=reads * sum(layer.in_features * ceil(layer.out_features / columns) for layer in layers),
-        cells=copies * cells,
-        tiles=copies * sum(ceil(layer.in_features / rows) * ceil(layer.out_features / columns) for layer in layers),
+def _converters(chip: Chip, constants: Mapping[str, Any]) -> dict[int, AdcCost]:
+    """What the chip's converters cost, by their bits.
+
+    Raises:
+        UserError: With every field whose bits the costs do not cover.
+    """
+    bits = {
+        f"chip.layers.{name}.adc.bits": dotted(group.changes).get("adc.bits") for name, group in chip.layers.items()
+    }
+    problems: list[str] = []
+    found = {
+        each: attempt(problems, lambda: adc_cost(chip.adc.costs, each, constants, where))  # noqa: B023 (called at once)
+        for where, each in {"chip.adc.bits": chip.adc.bits, **bits}.items()
+        if each is not None
+    }
+    if problems:
+        raise UserError(problems)
+    return {each: cost for each, cost in found.items() if cost is not None}
+
+
+def _fill_of(layer: str, shape: ModelShape, chip: Chip) -> float:
+    return shape.fill(layer, chip) if chip.cells.mean_fill is None else chip.cells.mean_fill
+
+
+@dataclass(frozen=True)
+class _LayerCosts:
+    """What a layer takes: femtojoule per token by component, and area in square micrometre."""
+
+    energy_fj: Mapping[str, float]
+    area_um2: float
+
+
+def _layer_costs(
+    layer: LinearShape, met: OnLayer, fill: float, adcs: Mapping[int, AdcCost], constants: Mapping[str, Any]
+) -> _LayerCosts:
+    """Of a layer that is on the chip, at the mean fill of its cells."""
+    chip = met.chip
+    match met.place:
+        case Placement.RRAM:
+            found = _in_rram(layer, chip, fill, adcs[chip.adc.bits], constants)
+        case Placement.SRAM:
+            energy_fj = {"sram": layer.weights * constants["sram_mac_fj"] * chip.sram.cost}
+            found = _LayerCosts(energy_fj, layer.weights * chip.sram.weight_bits * constants["sram_bit_um2"])
+        case Placement.DIGITAL:
+            bits = chip.digital
+            mac_fj = constants["digital_mac_fj"] * bits.cost + constants["digital_read_fj_per_bit"] * bits.weight_bits
+            energy_fj = {"digital": layer.weights * mac_fj}
+            found = _LayerCosts(energy_fj, layer.weights * bits.weight_bits * constants["sram_bit_um2"])
+        case Placement.HOST:
+            return _LayerCosts({}, 0.0)
+    moved_bits = chip.dac.input_bits * (layer.in_features + layer.out_features)
+    return replace(found, energy_fj={**found.energy_fj, "buffers": moved_bits * constants["buffer_pj_per_bit"] * 1e3})
+
+
+def _in_rram(layer: LinearShape, chip: Chip, fill: float, adc: AdcCost, constants: Mapping[str, Any]) -> _LayerCosts:
+    """Of a layer in RRAM, with what it keeps in SRAM."""
+    tile, copies = chip.tile, chip.coding.copies
+    reads = copies * reads_in_turn(chip)  # of every pair of cells that one product takes
+    row_tiles, column_tiles = ceil(layer.in_features / tile.rows), ceil(layer.out_features / tile.columns)
+    cells = _CELLS_PER_WEIGHT * copies * layer.weights
+    conversions, driven_inputs = reads * layer.out_features * row_tiles, reads * layer.in_features * column_tiles
+    pulses = cells * chip.write_verify.pulses * chip.noise.effort
+    tokens = chip.tokens_between_refreshes
+    columns = copies * layer.out_features * row_tiles
+    calibration_pj = 2 * chip.adc.calibration_reads * columns * (adc.conversion_pj + constants["shift_add_pj"])
+    outliers = _outliers(layer, chip, constants)
+    adcs = copies * row_tiles * column_tiles * ceil(tile.columns / (tile.adc_share or tile.columns))
+    sram_um2 = outliers.bits * constants["sram_bit_um2"]
+    return _LayerCosts(
+        {
+            "adc": conversions * adc.conversion_pj * 1e3,
+            "dac": driven_inputs * min(chip.dac.bits, chip.dac.input_bits) * constants["dac_pj_per_bit"] * 1e3,
+            "shift_add": conversions * constants["shift_add_pj"] * 1e3,
+            "array": _CELLS_PER_WEIGHT * reads * layer.weights * chip.warm_cells.read_energy_fj(fill),
+            "outliers": outliers.energy_fj,
+            "programming": pulses * chip.write_verify.pulse_energy_pj * 1e3 / tokens,
+            "calibration": calibration_pj * 1e3 / tokens,
+        },
+        adcs * adc.area_um2 + cells * constants["rram_cell_um2"] + sram_um2,
     )
-
-
-def _reads(chip: Chip) -> int:
-    """Reads of every pair of cells that one product takes, over all slices and replicas."""
-    return chip.coding.copies * reads_in_turn(chip)
-
-
-def _array_fj(layers: Mapping[str, LinearShape], shape: ModelShape, chip: Chip) -> float:
-    """Femtojoule per token of all cells' reads."""
-    stated = chip.cells.mean_fill
-    weight_fj = sum(
-        layer.weights * chip.warm_cells.read_energy_fj(shape.fill(name, chip) if stated is None else stated)
-        for name, layer in layers.items()
-    )
-    return _CELLS_PER_WEIGHT * _reads(chip) * weight_fj
-
-
-def _digital_mac_fj(chip: Chip, constants: Mapping[str, Any]) -> float:
-    """Femtojoule of a multiply-accumulate in plain logic with its weight's read."""
-    bits = chip.digital
-    return float(constants["digital_mac_fj"] * bits.cost + constants["digital_read_fj_per_bit"] * bits.weight_bits)
 
 
 @dataclass(frozen=True)
 class _Outliers:
-    """What the layers in RRAM keep in SRAM: femtojoule per token, and bits with their addresses."""
+    """What a layer in RRAM keeps in SRAM: femtojoule per token, and bits with their addresses."""
 
-    energy_fj: float = 0.0
-    bits: int = 0
+    energy_fj: float
+    bits: int
 
 
-def _outliers(layers: Mapping[str, LinearShape], chip: Chip, constants: Mapping[str, Any]) -> _Outliers:
+def _outliers(layer: LinearShape, chip: Chip, constants: Mapping[str, Any]) -> _Outliers:
     """Single weights are multiplied by plain logic, which reads value, address and input from SRAM.
 
     An address is that of a row and a column within the tile. Columns and the singular part are dense, and multiplied in
@@ -251,48 +278,43 @@ def _outliers(layers: Mapping[str, LinearShape], chip: Chip, constants: Mapping[
     setting, inputs = chip.mapping.outliers, chip.sram.input_bits
     products = setting.weight_bits * inputs / 64
     address = ceil(log2(chip.tile.rows)) + ceil(log2(chip.tile.columns))
-    energy_fj, bits = 0.0, 0
-    for name, layer in layers.items():
-        d_in, d_out, share = layer.in_features, layer.out_features, setting.of(name).share
-        count = outlier_count(d_in, d_out, share, setting.by, (chip.tile.rows, chip.tile.columns))
-        if setting.by in ("weight", "tile"):
-            read_bits = setting.weight_bits + address + inputs
-            energy_fj += count * (
-                constants["digital_mac_fj"] * products + constants["digital_read_fj_per_bit"] * read_bits
-            )
-            bits += count * (setting.weight_bits + address)
-        else:
-            values = count * (d_out if setting.by == "column" else d_in + d_out)
-            energy_fj += values * constants["sram_mac_fj"] * products
-            bits += values * setting.weight_bits
-    return _Outliers(energy_fj, bits)
+    d_in, d_out = layer.in_features, layer.out_features
+    count = outlier_count(d_in, d_out, setting.share, setting.by, (chip.tile.rows, chip.tile.columns))
+    if setting.by in ("weight", "tile"):
+        read_bits = setting.weight_bits + address + inputs
+        each_fj = constants["digital_mac_fj"] * products + constants["digital_read_fj_per_bit"] * read_bits
+        return _Outliers(count * each_fj, count * (setting.weight_bits + address))
+    values = count * (d_out if setting.by == "column" else d_in + d_out)
+    return _Outliers(values * constants["sram_mac_fj"] * products, values * setting.weight_bits)
 
 
 def _around(
-    shape: ModelShape,
-    chip: Chip,
-    constants: Mapping[str, Any],
-    layers: list[LinearShape],
-    cells: int,
-    lora_weights: int,
-    context_tokens: int,
+    shape: ModelShape, chip: Chip, constants: Mapping[str, Any], lora_weights: int, context_tokens: int
 ) -> dict[str, float]:
-    """Microjoule per token of what the chip's boundary adds to its linear layers."""
-    boundary, components = chip.boundary, dict[str, float]()
-    if boundary.attention:
-        macs, scores = shape.attention_macs(context_tokens), shape.heads * shape.attended(context_tokens)
-        components["attention"] = macs * constants["attention_mac_fj"] * (chip.attention.bits / 8) ** 2 * 1e-9
-        components["softmax"] = scores * constants["softmax_element_pj"] * 1e-6
-    if boundary.buffers:
-        bits = chip.dac.input_bits * sum(layer.in_features + layer.out_features for layer in layers)
-        components["buffers"] = bits * constants["buffer_pj_per_bit"] * 1e-6
-    if boundary.programming:
-        pulses = cells * chip.write_verify.pulses * chip.noise.effort
-        components["programming"] = pulses * chip.write_verify.pulse_energy_pj * 1e-6 / chip.tokens_between_refreshes
-    if boundary.adapter_swap_tokens is not None:
-        bits = lora_weights * chip.lora.weight_bits
-        components["adapter_swap"] = bits * constants["dram_pj_per_bit"] * 1e-6 / boundary.adapter_swap_tokens
-    return components
+    """Microjoule per token of what the chip does besides its linear layers."""
+    macs, scores = shape.attention_macs(context_tokens), shape.heads * shape.attended(context_tokens)
+    swapped_bits, swap_tokens = lora_weights * chip.lora.weight_bits, chip.boundary.adapter_swap_tokens
+    return {
+        "lora_sram": lora_weights * constants["sram_mac_fj"] * chip.lora.cost * 1e-9,
+        "attention": macs * constants["attention_mac_fj"] * (chip.attention.bits / 8) ** 2 * 1e-9,
+        "softmax": scores * constants["softmax_element_pj"] * 1e-6,
+        "adapter_swap": swapped_bits * constants["dram_pj_per_bit"] * 1e-6 / swap_tokens if swap_tokens else 0.0,
+    }
+
+
+def _components(chip: Chip) -> list[str]:
+    """What the chip's boundary has inside, but for links and leakage, which follow from the time."""
+    boundary = chip.boundary
+    asked = {
+        "attention": boundary.attention,
+        "softmax": boundary.attention,
+        "buffers": boundary.buffers,
+        "programming": boundary.programming,
+        "adapter_swap": boundary.adapter_swap_tokens is not None,
+        "calibration": chip.adc.calibration_reads > 0,
+    }
+    always = ["adc", "dac", "shift_add", "array", "sram", "digital", "lora_sram", "outliers"]
+    return always + [name for name, included in asked.items() if included]
 
 
 def _describe(chip: Chip) -> str:

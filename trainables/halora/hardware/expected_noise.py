@@ -49,7 +49,7 @@ def expected_noise(chip: Chip, *, inputs: int = 1024, outputs: int = 128, tokens
     """
     weight = _normal("weight", outputs, inputs)
     x, calibration = _normal("inputs", tokens, inputs), _normal("calibration", tokens, inputs)
-    rest, side = in_rram(weight, chip, _KEY.module)
+    rest, side = in_rram(weight, chip)
     programming = Programming.of(rest, chip, ChipInstance(chip, _KEY, chip.noise.level).level_at(_KEY.module))
     key = _KEY.part("programming")
     held = programming.held(rest, key)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _BLOCK = 2**19  # weights looked at together, about
 
 LayerFill = Callable[[str, Chip], float]
-"""Fill of a layer, by its canonical name, on a chip whose cells state none."""
+"""Fill of a layer, by its canonical name, on the chip that it meets, whose cells state none."""
 
 
 def mean_fill(stored: Tensor | np.ndarray, cells: Cells, coding: Coding) -> float:
@@ -77,10 +77,10 @@ def estimated_fill(source: str) -> LayerFill:
 
 def _estimate(source: str, layer: str, chip: Chip) -> float:
     """Of a fused layer the mean over its parts."""
-    return fmean(_kind_estimate(source, layer, kind, chip) for kind in parts_of(layer.rpartition(".")[2]))
+    return fmean(_kind_estimate(source, kind, chip) for kind in parts_of(layer.rpartition(".")[2]))
 
 
-def _kind_estimate(source: str, layer: str, kind: str, chip: Chip) -> float:
+def _kind_estimate(source: str, kind: str, chip: Chip) -> float:
     coding, entry = chip.coding, _statistics()[source]
     factors = entry.get("peaks_over", {})
     layers: dict[str, Any] = _statistics()[factors.get("source", source)]["layers"]
@@ -90,7 +90,7 @@ def _kind_estimate(source: str, layer: str, kind: str, chip: Chip) -> float:
     magnitudes = np.array(layers[kind][name]["magnitudes"])
     peaks = np.array(layers[kind][name]["peaks"]) * factors.get(name.partition(" ")[0], {}).get(kind, 1.0)
     limit = np.inf if coding.clip_std is None else coding.clip_std
-    outliers = chip.mapping.outliers.of(layer)
+    outliers = chip.mapping.outliers
     if outliers.by in ("weight", "tile") and outliers.share:
         peaks = _without_largest(magnitudes, peaks, outliers.share)
     stored = np.minimum(magnitudes, limit)[None] / np.minimum(peaks, limit)[:, None]

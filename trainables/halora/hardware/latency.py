@@ -33,6 +33,7 @@ from typing import Any
 
 from halora.hardware.chip import Chip
 from halora.hardware.costs import AdcCost
+from halora.hardware.layers import OnLayer
 from halora.hardware.mapping import Placement, outlier_count
 from halora.hardware.shapes import LinearShape, ModelShape
 
@@ -119,9 +120,9 @@ def token_latency(
     shape: ModelShape,
     chip: Chip,
     *,
-    places: Mapping[str, Placement],
+    met: Mapping[str, OnLayer],
     ranks: Mapping[str, int],
-    adc: AdcCost,
+    adcs: Mapping[int, AdcCost],
     constants: Mapping[str, Any],
     area_mm2: float,
     context_tokens: int,
@@ -133,21 +134,22 @@ def token_latency(
     Args:
         shape: Dimensions of the model.
         chip: The chip.
-        places: Where each layer sits, by canonical name.
+        met: Where each layer sits and the chip it meets there, by canonical name.
         ranks: LoRA rank of each adapted layer by canonical name.
-        adc: The converters.
+        adcs: The converters, by their bits.
         constants: Values by the names of `constants.yaml`.
         area_mm2: Area of the whole model, in square millimetre.
         context_tokens: Tokens each token attends to.
         phase: What the tokens are.
         sequences: Sequences that are worked on at once.
     """
-    outliers, known, stages = chip.mapping.outliers, dict[Any, _Stage](), dict[str, _Stage]()
+    known, stages = dict[Any, _Stage](), dict[str, _Stage]()
     for name, layer in shape.all_layers.items():
-        if places[name] is not Placement.HOST:
-            alike = (layer, places[name], ranks.get(name, 0), outliers.of(name).share)
+        place, own, groups = met[name]
+        if place is not Placement.HOST:
+            alike = (layer, place, ranks.get(name, 0), groups)
             if alike not in known:
-                known[alike] = _layer(*alike, chip, adc, constants)
+                known[alike] = _layer(layer, place, ranks.get(name, 0), own, adcs[own.adc.bits], constants)
             stages[name] = known[alike]
     around = _attention(shape, chip, constants, context_tokens)
     path = dict.fromkeys(("tiles", "sram", "digital", "branch", *around, "moving"), 0.0)
@@ -156,14 +158,14 @@ def token_latency(
             path[name] += ns
     path |= {name: stage.total_ns for name, stage in around.items()}
     dies = max(ceil(area_mm2 / chip.die.area_mm2), 1)
-    crossing_ns = link_bits(shape, chip) * constants["link_ps_per_bit"] * 1e-3
+    crossing_ns = link_bits(shape, met) * constants["link_ps_per_bit"] * 1e-3
     path["links"] = (dies - 1) * (constants["link_ns"] + crossing_ns)
     intervals = {name: stage.interval_ns for name, stage in (stages | around).items()}
     intervals |= {"links": crossing_ns} if dies > 1 else {}
     bottleneck = max(intervals, key=intervals.__getitem__)
     calibration_ns = 0.0
     if chip.adc.calibration_reads:
-        calibration_ns = path["calibration"] = _calibration_ns(shape, chip, places, adc) / chip.tokens_between_refreshes
+        calibration_ns = path["calibration"] = _calibration_ns(shape, met, adcs) / chip.tokens_between_refreshes
     return Latency(
         {name: ns * 1e-3 for name, ns in path.items()},
         (intervals[bottleneck] + calibration_ns) * 1e-3,
@@ -175,9 +177,10 @@ def token_latency(
     )
 
 
-def link_bits(shape: ModelShape, chip: Chip) -> int:
-    """Bits that pass from a die to the next for every token: what a layer hands on, at the inputs' resolution."""
-    return shape.hidden * chip.dac.input_bits
+def link_bits(shape: ModelShape, met: Mapping[str, OnLayer]) -> int:
+    """Bits that pass from a die to the next for every token: what a layer hands on, at the finest of the inputs."""
+    finest = max((layer.chip.dac.input_bits for layer in met.values() if layer.place is not Placement.HOST), default=0)
+    return shape.hidden * finest
 
 
 def reads_in_turn(chip: Chip) -> int:
@@ -199,7 +202,6 @@ def _layer(
     layer: LinearShape,
     place: Placement,
     rank: int,
-    outliers: float,
     chip: Chip,
     adc: AdcCost,
     constants: Mapping[str, Any],
@@ -210,7 +212,7 @@ def _layer(
         pass_ns = chip.lora.input_bits * constants["sram_ns_per_bit"]
         branch_ns, branch_interval_ns = 2 * pass_ns, pass_ns  # A, and then B
     if place is Placement.RRAM:
-        outliers_ns, outliers_interval_ns = _outliers(layer, outliers, chip, constants)
+        outliers_ns, outliers_interval_ns = _outliers(layer, chip, constants)
         branch_ns = max(branch_ns, outliers_ns)
         branch_interval_ns = max(branch_interval_ns, outliers_interval_ns)
     waits_ns = branch_ns if chip.pipeline.branch == "after" else max(branch_ns - main_ns, 0.0)
@@ -244,24 +246,28 @@ def _conversions_ns(layer: LinearShape, chip: Chip, adc: AdcCost) -> float:
     return min(chip.tile.adc_share or columns, columns) * adc.conversion_ns
 
 
-def _calibration_ns(shape: ModelShape, chip: Chip, places: Mapping[str, Placement], adc: AdcCost) -> float:
-    """Nanoseconds of a calibration: cycles of the layer with most columns to an ADC."""
-    cycles = [
-        max(chip.cells.read_time_ns, _conversions_ns(layer, chip, adc))
-        for name, layer in shape.all_layers.items()
-        if places[name] is Placement.RRAM
-    ]
-    return 2 * chip.adc.calibration_reads * max(cycles, default=0.0)
+def _calibration_ns(shape: ModelShape, met: Mapping[str, OnLayer], adcs: Mapping[int, AdcCost]) -> float:
+    """Nanoseconds of a calibration: cycles of the layer with the slowest columns."""
+    in_rram = [(layer, met[name].chip) for name, layer in shape.all_layers.items() if met[name].place is Placement.RRAM]
+    return max(
+        (
+            2
+            * chip.adc.calibration_reads
+            * max(chip.cells.read_time_ns, _conversions_ns(layer, chip, adcs[chip.adc.bits]))
+            for layer, chip in in_rram
+        ),
+        default=0.0,
+    )
 
 
-def _outliers(layer: LinearShape, share: float, chip: Chip, constants: Mapping[str, Any]) -> tuple[float, float]:
+def _outliers(layer: LinearShape, chip: Chip, constants: Mapping[str, Any]) -> tuple[float, float]:
     """Nanoseconds of what SRAM holds of a layer in RRAM, and to the next token's."""
-    by, tile = chip.mapping.outliers.by, (chip.tile.rows, chip.tile.columns)
-    count = outlier_count(layer.in_features, layer.out_features, share, by, tile)
+    outliers, tile = chip.mapping.outliers, (chip.tile.rows, chip.tile.columns)
+    count = outlier_count(layer.in_features, layer.out_features, outliers.share, outliers.by, tile)
     if not count:
         return 0.0, 0.0
     pass_ns = chip.sram.input_bits * constants["sram_ns_per_bit"]
-    match by:
+    match outliers.by:
         case "column":
             return pass_ns, pass_ns
         case "singular":

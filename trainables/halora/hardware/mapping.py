@@ -1,11 +1,11 @@
 """Which linear layer sits where: in RRAM (noisy), in SRAM or plain digital logic (both rounded), or off the chip."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from collections.abc import Mapping as MappingOf
 from enum import StrEnum
 from fnmatch import fnmatchcase
 from math import ceil
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -40,20 +40,6 @@ class Outliers(StrictModel):
     """What is taken out."""
     weight_bits: int = Field(default=8, ge=2, le=16)
     """Precision of the values in SRAM; 16 leaves them as they are."""
-    shares: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(default_factory=dict)
-    """Other shares for some layers, by pattern; the first that matches counts."""
-
-    def of(self, layer: str) -> "Outliers":
-        """The outliers of one layer, by its canonical name."""
-        if not self.shares:
-            return self
-        share = next((share for pattern, share in self.shares.items() if fnmatchcase(layer, pattern)), self.share)
-        return self.model_copy(update={"share": share, "shares": {}})
-
-    @property
-    def occur(self) -> bool:
-        """Whether any layer can have them."""
-        return self.share > 0 or any(self.shares.values())
 
 
 def outlier_count(d_in: int, d_out: int, share: float, by: OutlierKind, tile: tuple[int, int]) -> int:
@@ -119,12 +105,10 @@ class Mapping(StrictModel):
         patterns = {"sram": self.sram, "digital": self.digital}
         if self.ranking != "depth":
             patterns["ranking"] = self.ranking
-        patterns["outliers.shares"] = tuple(self.outliers.shares)
         problems = [
-            f"chip.mapping.{where}: '{pattern}' matches no layer{_hint(pattern, sizes, host)}"
+            f"chip.mapping.{where}: {problem}"
             for where, group in patterns.items()
-            for pattern in group
-            if not any(fnmatchcase(name, pattern) for name in sizes)
+            for problem in matches_none(group, sizes, [*sizes, *host])
         ]
         if problems:
             raise UserError(problems)
@@ -136,20 +120,29 @@ class Mapping(StrictModel):
             if sizes[name] <= room:
                 places[name] = Placement.SRAM
                 room -= sizes[name]
-        places |= {name: Placement.SRAM for name in sizes if self.outliers.of(name).share == 1}
         for place, group in ((Placement.SRAM, self.sram), (Placement.DIGITAL, self.digital)):
             places |= {name: place for name in sizes if any(fnmatchcase(name, pattern) for pattern in group)}
         return places | host
 
     def ranked(self, layers: Iterable[str]) -> list[str]:
-        """Names of the ranked layers, most sensitive first; `layers` come in the order of the forward pass."""
+        """Names of the ranked layers, most sensitive first, each once; `layers` come in the order of the pass."""
         layers = list(layers)
         if self.ranking == "depth":
             return layers
-        return [name for pattern in self.ranking for name in layers if fnmatchcase(name, pattern)]
+        found = (name for pattern in self.ranking for name in layers if fnmatchcase(name, pattern))
+        return list(dict.fromkeys(found))
 
 
-def _hint(pattern: str, sizes: MappingOf[str, int], host: MappingOf[str, Placement]) -> str:
-    if any(fnmatchcase(name, pattern) for name in host):
+def matches_none(patterns: Iterable[str], present: Collection[str], known: Collection[str]) -> list[str]:
+    """What is wrong with patterns that match none of the layers that are present on a chip, of all that are known."""
+    return [
+        f"'{pattern}' matches no layer{_hint(pattern, present, known)}"
+        for pattern in patterns
+        if not any(fnmatchcase(name, pattern) for name in present)
+    ]
+
+
+def _hint(pattern: str, present: Collection[str], known: Collection[str]) -> str:
+    if any(fnmatchcase(name, pattern) for name in known):
         return " of the chip: chip.mapping.lm_head puts the output projection there"
-    return nearest(pattern, list(sizes))
+    return nearest(pattern, list(present))

@@ -124,11 +124,11 @@ def side_matrix(weight: Tensor, outliers: Outliers, tile: Tile) -> SideMatrix | 
         tile: Its size; read where every tile gives its own share.
     """
     share, bits = outliers.share, outliers.weight_bits
-    values = weight.detach().float()
-    d_out, d_in = values.shape
+    d_out, d_in = weight.shape
     count = outlier_count(d_in, d_out, share, outliers.by, (tile.rows, tile.columns))
     if count == 0:
         return None
+    values = weight.detach().float()
     magnitudes = values.abs()
     match outliers.by:
         case "weight":
@@ -144,17 +144,14 @@ def side_matrix(weight: Tensor, outliers: Outliers, tile: Tile) -> SideMatrix | 
             assert_never(unknown)
 
 
-def in_rram(weight: Tensor, chip: Chip, layer: str) -> tuple[Tensor, SideMatrix | None]:
+def in_rram(weight: Tensor, chip: Chip) -> tuple[Tensor, SideMatrix | None]:
     """What a chip programs into RRAM of a layer's weight (d_out, d_in), and what it keeps of it in SRAM.
 
     Args:
         weight: `(d_out, d_in)`; left unchanged, and returned where SRAM keeps nothing.
-        chip: Its outliers and its tile.
-        layer: Canonical name of the layer.
+        chip: Its outliers and its tile, as the layer meets them.
     """
-    if not chip.mapping.outliers.occur:
-        return weight, None
-    side = side_matrix(weight, chip.mapping.outliers.of(layer), chip.tile)
+    side = side_matrix(weight, chip.mapping.outliers, chip.tile)
     return (weight, None) if side is None else (side.rest_of(weight), side)
 
 

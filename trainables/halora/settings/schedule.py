@@ -185,7 +185,7 @@ def _ageing_problems(chip: Chip, times_s: tuple[float, float]) -> list[str]:
 
 def _ranks(layers: Sequence[str], chip: Chip) -> dict[str, int]:
     """Place of every layer in the chip's ranking; those it leaves out share the last."""
-    ranked = list(dict.fromkeys(chip.mapping.ranked(layers)))
+    ranked = chip.mapping.ranked(layers)
     return dict.fromkeys(layers, len(ranked)) | {name: rank for rank, name in enumerate(ranked)}
 
 

@@ -12,7 +12,7 @@ from halora.hardware.chip import Chip
 from halora.hardware.converter_model import fit_converters
 from halora.hardware.converters import ExactReads, reads_are_exact
 from halora.hardware.mapping import Placement
-from halora.hardware.read_noise import read_noise
+from halora.hardware.read_noise import ReadNoise, read_noise
 from halora.training.batches import PackedRow, lay_out, pack_answer
 from halora.training.models import BaseModel
 from halora.training.rram import Reads, RramArray, RramLinear
@@ -54,14 +54,15 @@ def setting_converters(
         reads: Filled, by name of the layer; what it holds already stays.
         num_tokens: Tokens of the input to set a layer's converters on at most.
     """
-    places = array.places(chip)
+    met = array.on_layers(chip)
     fitted = ExactReads.calibrated if converters == "exact" else fit_converters
 
     @torch.no_grad()
     def fit(layer: RramLinear, x: Tensor) -> None:
-        if layer.name not in reads and places[layer.name] is Placement.RRAM:
+        place, own, _ = met[layer.name]
+        if layer.name not in reads and place is Placement.RRAM:
             seen = x.flatten(0, -2)[:num_tokens].float()
-            reads[layer.name] = fitted(seen, layer.split(chip)[0].float(), chip)
+            reads[layer.name] = fitted(seen, layer.split(own)[0].float(), own)
 
     return array.watching_inputs(fit)
 
@@ -71,8 +72,10 @@ def at_age(reads: Mapping[str, Reads], array: RramArray, chip: Chip) -> dict[str
     """The reads of the same chip at the age of `chip`: converters stay as they are set, read noise may grow."""
     if chip.read.slow == "none":
         return dict(reads)
-    return {
-        layer.name: replace(reads[layer.name], noise=read_noise(layer.weight.float(), chip))
-        for layer in array.layers
-        if layer.name in reads
-    }
+    met = array.on_layers(chip)
+
+    def noise(layer: RramLinear) -> ReadNoise | None:
+        own = met[layer.name].chip
+        return read_noise(layer.split(own)[0].float(), own)
+
+    return {layer.name: replace(reads[layer.name], noise=noise(layer)) for layer in array.layers if layer.name in reads}

@@ -11,7 +11,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -186,37 +186,43 @@ def _measured(folder: Path) -> dict[str, Any]:
 
 
 class _MeasuredFill:
-    """Fills of a model's layers, measured on its weights; all of them once per coding."""
+    """Fills of a model's layers, measured on its weights; each once per coding."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._paths = paths
-        self._known: dict[str, dict[str, float]] = {}
+        self._known: dict[tuple[str, str], float] = {}
 
     def __call__(self, layer: str, chip: Chip) -> float:
-        coding = json.dumps(
-            [part.model_dump(mode="json") for part in (chip.coding, chip.tile, chip.cells, chip.mapping.outliers)]
-            + [chip.mapping.lm_head]
-        )
-        if coding not in self._known:
-            self._known[coding] = self._measure(chip)
-        return self._known[coding][layer]
+        parts = (chip.coding, chip.tile, chip.cells, chip.mapping.outliers)
+        known = layer, json.dumps([part.model_dump(mode="json") for part in parts])
+        if known not in self._known:
+            self._known[known] = self._measure(layer, chip)
+        return self._known[known]
 
-    def _measure(self, chip: Chip) -> dict[str, float]:
+    def _measure(self, layer: str, chip: Chip) -> float:
         from safetensors import safe_open
 
         from halora.hardware.outliers import in_rram
 
-        found: dict[str, float] = {}
-        embedding = None
+        path, name = self._stored[layer]
+        with safe_open(path, framework="pt") as weights:
+            return layer_fill(in_rram(weights.get_tensor(name), chip)[0], chip)
+
+    @cached_property
+    def _stored(self) -> dict[str, tuple[Path, str]]:
+        """File and name of every layer's weight."""
+        from safetensors import safe_open
+
+        found: dict[str, tuple[Path, str]] = {}
         for path in self._paths:
             with safe_open(path, framework="pt") as weights:
                 for name in weights.keys():  # noqa: SIM118 (no mapping)
                     layer = name.removesuffix(".weight")
                     if layer.rpartition(".")[2] in (*LINEAR_NAMES, LM_HEAD):
-                        found[layer] = layer_fill(in_rram(weights.get_tensor(name), chip, layer)[0], chip)
-                    elif layer.endswith("embed_tokens") and chip.mapping.lm_head:
-                        embedding = layer_fill(in_rram(weights.get_tensor(name), chip, LM_HEAD)[0], chip)
-        return found if embedding is None else {LM_HEAD: embedding, **found}  # a tied head is stored once
+                        found[layer] = path, name
+                    elif layer.endswith("embed_tokens"):
+                        found.setdefault(LM_HEAD, (path, name))  # a tied head is stored once
+        return found
 
 
 def check_available(model: str) -> None:

@@ -54,7 +54,7 @@ def on_chip(
             another kind than LoRA, or a chip lies under it already.
     """
     causal_lm, chip = _causal_lm(model), instance.chip
-    chip.mapping.places(shape_of(model).sizes)
+    chip.on_layers(shape_of(model).sizes)
     with ExitStack() as undo:
         array = undo.enter_context(layers_of(model))
         if chip.attention.bits < AS_IT_IS:

@@ -25,6 +25,7 @@ from halora.hardware.converters import ExactReads
 from halora.hardware.draws import coarse_normal
 from halora.hardware.families import LINEAR_NAMES, forward_order
 from halora.hardware.instance import ChipInstance
+from halora.hardware.layers import OnLayer
 from halora.hardware.manufactured import Columns
 from halora.hardware.mapping import LM_HEAD, Outliers, Placement
 from halora.hardware.noise import Programming, noise_to_signal_db
@@ -43,7 +44,7 @@ class _Wiring:
 
     instance: ChipInstance | None = None
     regenerate: bool = False
-    places: Mapping[str, Placement] = field(default_factory=dict)
+    met: Mapping[str, OnLayer] = field(default_factory=dict)  # what each layer meets on it, by name
     reads: Mapping[str, Reads] = field(default_factory=dict)
     rows: Sequence[tuple[str, int]] = ()  # being read: id, number of tokens
     predicting: Sequence[tuple[str, int]] = ()  # the same for the output projection, which reads some tokens only
@@ -90,17 +91,20 @@ class RramLinear(FrozenLinear):
     @property
     def noisy(self) -> bool:
         """Whether a chip instance lies under the model and keeps this layer in RRAM."""
-        return self._wiring.instance is not None and self._wiring.places[self.name] is Placement.RRAM
+        return self._wiring.instance is not None and self._wiring.met[self.name].place is Placement.RRAM
+
+    @property
+    def _chip(self) -> Chip:
+        """The chip under the model as this layer meets it."""
+        return self._wiring.met[self.name].chip
 
     @property
     def _products(self) -> Products | None:
         """Precision of the frozen products, where they are rounded."""
-        instance = self._wiring.instance
-        if instance is None or not self._wiring.digital:
+        if self._wiring.instance is None or not self._wiring.digital:
             return None
-        return {Placement.SRAM: instance.chip.sram, Placement.DIGITAL: instance.chip.digital}.get(
-            self._wiring.places[self.name]
-        )
+        place, chip, _ = self._wiring.met[self.name]
+        return {Placement.SRAM: chip.sram, Placement.DIGITAL: chip.digital}.get(place)
 
     @property
     def branch_bits(self) -> int:
@@ -128,7 +132,7 @@ class RramLinear(FrozenLinear):
         regenerate, dtype = self._wiring.regenerate, self.product_dtype
         with torch.no_grad():
             room = self._wiring.room_for(self.weight, dtype) if regenerate else self._spare
-            rest, side = self.split(instance.chip)
+            rest, side = self.split(self._chip)
             weight = self._programmed(instance, rest).held(rest, key, dtype, into=room)
             if side is not None and self._side_apart is None:
                 side.add_to(weight)
@@ -145,15 +149,13 @@ class RramLinear(FrozenLinear):
         return weight
 
     def split(self, chip: Chip) -> tuple[Tensor, SideMatrix | None]:
-        """What a chip programs into RRAM of the weight, and what it keeps of it in SRAM."""
+        """What a chip, as this layer meets it, programs into RRAM of the weight, and what it keeps of it in SRAM."""
         weight, side = self.weight.detach(), self._side(chip)
         return (weight, None) if side is None else (side.rest_of(weight), side)
 
     def _side(self, chip: Chip) -> SideMatrix | None:
         """What a chip keeps of the weight in SRAM; the last one again, for another chip that keeps the same."""
-        if not chip.mapping.outliers.occur:
-            return None
-        wanted = chip.mapping.outliers.of(self.name), chip.tile
+        wanted = chip.mapping.outliers, chip.tile
         if self._known_side is None or self._known_side[0] != wanted:
             self._known_side = wanted, side_matrix(self.weight.detach(), *wanted)
         return self._known_side[1]
@@ -161,16 +163,15 @@ class RramLinear(FrozenLinear):
     @property
     def _side_apart(self) -> SideMatrix | None:
         """The side matrix where it is multiplied separately: beside converters, or at the precision of SRAM."""
-        instance = self._wiring.instance
         apart = self._wiring.digital or self.name in self._wiring.reads
-        return self._side(instance.chip) if instance is not None and self.noisy and apart else None
+        return self._side(self._chip) if self.noisy and apart else None
 
     def _programmed(self, instance: ChipInstance, rest: Tensor) -> Programming:
         """The last one again, for another instance of the same chip."""
-        known, level = self._programming, instance.level_at(self.name)
-        if known is not None and known.chip == instance.chip and known.noise.level == level:
+        known, chip, level = self._programming, self._chip, instance.level_at(self.name)
+        if known is not None and known.chip == chip and known.noise.level == level:
             return known
-        programming = Programming.of(rest, instance.chip, level)
+        programming = Programming.of(rest, chip, level)
         small = programming.spread is None or programming.spread.numel() < self.weight.numel()
         self._programming = programming if small else None
         return programming
@@ -179,13 +180,13 @@ class RramLinear(FrozenLinear):
         """What slices and replicas hold, `(replicas, slices, d_out, d_in)`, see `Programming.copies`."""
         instance = self._wiring.instance
         assert instance is not None
-        if instance.chip.coding.copies == 1:
+        if self._chip.coding.copies == 1:
             return self.effective_weight()[None, None]
         if self._apart is not None:
             return self._apart
         key = instance.key.at(module=self.name, purpose="programming")
         with torch.no_grad():
-            rest, _ = self.split(instance.chip)
+            rest, _ = self.split(self._chip)
             copies = self._programmed(instance, rest).copies(rest, key)
         if not self._wiring.regenerate:
             self._apart = copies
@@ -204,9 +205,7 @@ class RramLinear(FrozenLinear):
             seen = input if products is None else rounded(input, products.input_bits, dim=-1)
             product = super().product(seen)
         if side is not None:
-            instance = self._wiring.instance
-            assert instance is not None
-            side_bits = instance.chip.sram.input_bits if self._wiring.digital else AS_IT_IS
+            side_bits = self._chip.sram.input_bits if self._wiring.digital else AS_IT_IS
             product = product + side.product(rounded(input, side_bits, dim=-1))
         return product if branch is None else product + branch.output(input, bits)
 
@@ -224,7 +223,7 @@ class RramLinear(FrozenLinear):
             instance = self._wiring.instance
             assert instance is not None
             key = instance.key.at(module=self.name, purpose="programming")
-            self._columns = (Columns.of(instance.chip, key, self.weight),)
+            self._columns = (Columns.of(self._chip, key, self.weight),)
         return self._columns[0]
 
     def _read_noise(self, like: Tensor) -> Tensor:
@@ -281,9 +280,9 @@ class RramArray:
             UserError: The chip's mapping names layers that the model has not.
         """
         self._wiring.instance = None
-        self._wiring.places = {
-            name: place if alone in (None, name) else Placement.HOST
-            for name, place in self.places(instance.chip).items()
+        self._wiring.met = {
+            name: layer if alone in (None, name) else layer._replace(place=Placement.HOST)
+            for name, layer in self.on_layers(instance.chip).items()
         }
         self._wiring.digital = digital
         for layer in self.layers:
@@ -296,14 +295,14 @@ class RramArray:
         self._wiring.regenerate = regenerate
         set_attention_bits(self._attentions, instance.chip.attention.bits if digital else AS_IT_IS)
 
-    def places(self, chip: Chip) -> dict[str, Placement]:
-        """Where the chip's mapping puts every layer."""
-        return chip.mapping.places({layer.name: layer.in_features * layer.out_features for layer in self.layers})
+    def on_layers(self, chip: Chip) -> dict[str, OnLayer]:
+        """Where the chip has every layer, and what it is there."""
+        return chip.on_layers({layer.name: layer.in_features * layer.out_features for layer in self.layers})
 
     def mapped(self, chip: Chip) -> list[RramLinear]:
         """The layers that are on the chip, in the order of the forward pass."""
-        places = self.places(chip)
-        return [layer for layer in self.layers if places[layer.name] is not Placement.HOST]
+        met = self.on_layers(chip)
+        return [layer for layer in self.layers if met[layer.name].place is not Placement.HOST]
 
     def clear(self) -> None:
         """Take the chip away: the model computes with its clean weights, and no copy of them is kept."""
