@@ -126,6 +126,13 @@ class SlurmCluster:
         pid = self._slurmds[name].pid
         return living([pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))])
 
+    def listening(self, name: str) -> set[int]:
+        """TCP ports that a node listens on."""
+        pid = next(iter(self.processes(name))).pid if self._namespaces else os.getpid()
+        tables = [Path(f"/proc/{pid}/net/{kind}").read_text().splitlines()[1:] for kind in ("tcp", "tcp6")]
+        rows = [line.split() for table in tables for line in table]
+        return {int(row[1].rpartition(":")[2], 16) for row in rows if row[3] == "0A"}
+
     def states(self) -> dict[str, str]:
         """State of every node by its name; nothing while the controller does not answer."""
         lines = self.ask("sinfo", "--noheader", "--Node", "--partition=main", "--format=%N %T").stdout.split("\n")

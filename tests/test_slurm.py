@@ -5,14 +5,25 @@ left.
 """
 
 import json
+import os
+import pwd
+import shutil
 import subprocess
+import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
-from cluster_runs import HALORA, assert_whole, driver_log, trains, wait_for, write_sweep
+from cluster_runs import HALORA, PATIENCE_S, assert_whole, trains, wait_for, write_sweep
 from slurm_cluster import SlurmCluster, slurm
+
+from halora.sweep.cluster.slurm_node import BLOCKS, FIRST_PORT, PORTS_OF_A_BLOCK
+from halora.training.models import extensions_dir
+
+STEPS = 300
 
 
 @pytest.fixture(scope="module")
@@ -22,38 +33,131 @@ def cluster() -> Iterator[SlurmCluster]:
         yield cluster
 
 
-def submitted(cluster: SlurmCluster, file: Path, store: Path, *options: str) -> str:
-    """The number of a job that `halora cluster slurm --submit` submits on both nodes."""
-    command = [HALORA, "cluster", "slurm", file, "--nodes", "2", "--cpus", "1", "--submit", "--store", store, *options]
-    done = subprocess.run(
-        list(map(str, command)), env=cluster.environment(), capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+class User:
+    """Somebody who submits jobs, with a folder, a sweep file and a store.
 
+    Args:
+        cluster: The cluster.
+        account: Of whom, where the tests run as root.
+        model: Folder of a tiny model.
+        task: Folder of a tiny task.
+    """
 
-def output(store: Path, job: str) -> str:
-    """What a job said."""
-    path = store / "jobs" / f"{job}.log"
-    return path.read_text() if path.exists() else ""
+    def __init__(self, cluster: SlurmCluster, account: str, model: str, task: str) -> None:
+        folder = cluster.folder / account
+        self.store = folder / "store"
+        for source, copy in ((model, "model"), (task, "task"), (extensions_dir(), "extensions")):
+            if Path(source).exists():
+                shutil.copytree(source, folder / copy)  # an account sees none of another's
+        self.file = write_sweep(folder / "shared.yaml", str(folder / "model"), str(folder / "task"), steps=STEPS)
+        self._environment = cluster.environment() | {
+            "HOME": str(folder),
+            "TORCH_EXTENSIONS_DIR": str(folder / "extensions"),
+        }
+        self._as: dict[str, Any] = {}
+        if os.geteuid() == 0:
+            self._as = {"user": account, "group": pwd.getpwnam(account).pw_gid, "extra_groups": []}
+            for path in (folder, *folder.rglob("*")):
+                shutil.chown(path, account)
+
+    def halora(self, *arguments: Any) -> str:
+        """Run the command, which must succeed; what it says on stdout."""
+        done = subprocess.run(
+            [HALORA, *map(str, arguments), "--store", self.store],
+            env=self._environment,
+            cwd=self.store.parent,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+            **self._as,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    def submit(self, *options: str) -> str:
+        """The number of a job that runs the sweep on a core of both nodes."""
+        return self.halora("cluster", "slurm", self.file, "--nodes", "2", "--cpus", "1", "--submit", *options)
+
+    def said(self, job: str) -> str:
+        """What a job said."""
+        path = self.store / "jobs" / f"{job}.log"
+        return path.read_text() if path.exists() else ""
+
+    def secrets(self) -> list[Path]:
+        """Tokens and addresses of jobs."""
+        return [path for path in (self.store / "jobs").glob("*/*") if path.name in ("token", "address")]
 
 
 @pytest.mark.slow
-def test_a_sweep_is_paused_before_the_limit_requeued_and_brought_to_its_end(cluster, tiny_models, tiny_task, tmp_path):
-    file = write_sweep(tmp_path / "limited.yaml", tiny_models["llama"], tiny_task, steps=300)
-    store = tmp_path / "store"
-    job = submitted(cluster, file, store, "--time", "1:00:00", "--notice", "60")
-    wait_for(store, "limited", trains)
-    status = subprocess.run(
-        [HALORA, "sweep", "status", "limited", "--format", "json", "--store", store], capture_output=True, check=True
-    )
-    (row,) = json.loads(status.stdout)
+def test_a_sweep_is_paused_before_the_limit_requeued_and_brought_to_its_end(cluster, tiny_models, tiny_task):
+    user = User(cluster, "root", tiny_models["llama"], tiny_task)
+    job = user.submit("--time", "1:00:00", "--notice", "60")
+    wait_for(user.store, "shared", trains)
+    (row,) = json.loads(user.halora("sweep", "status", "shared", "--format", "json"))
     assert (row["state"], row["job"]) == ("running", job)
+    (token, _) = sorted(user.secrets(), reverse=True)
+    assert (token.name, token.stat().st_mode & 0o777, token.parent.stat().st_mode & 0o777) == ("token", 0o600, 0o700)
     minutes = 2 + int(cluster.job(job)["RunTime"].split(":")[1])
     assert cluster.ask("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}").returncode == 0
     cluster.wait_for(job, "PENDING")
+    (row,) = json.loads(user.halora("sweep", "status", "shared", "--format", "json"))
+    assert (row["state"], "job" in row) == ("interrupted", False)
     assert cluster.ask("scontrol", "update", f"JobId={job}", "TimeLimit=60").returncode == 0
     told = cluster.wait_for(job, "COMPLETED", "FAILED", "TIMEOUT", "CANCELLED")
-    assert (told["JobState"], told["Restarts"]) == ("COMPLETED", "1"), output(store, job)
-    assert_whole(store, "limited", steps=300)
-    assert {line["node"] for line in driver_log(store, "limited") if "node" in line} != set()
+    assert (told["JobState"], told["Restarts"]) == ("COMPLETED", "1"), user.said(job)
+    assert_whole(user.store, "shared", steps=STEPS)
+    assert left_of(job) == user.secrets() == []
+
+
+@pytest.mark.slow
+def test_jobs_of_two_users_share_nodes_one_is_cancelled_and_the_other_outlives_a_node(cluster, tiny_models, tiny_task):
+    one, other = (User(cluster, account, tiny_models["llama"], tiny_task) for account in ("daemon", "nobody"))
+    kept, cancelled = one.submit("--time", "1:00:00"), other.submit("--time", "1:00:00")
+    for user in (one, other):
+        wait_for(user.store, "shared", trains)
+    assert cluster.job(kept)["NodeList"] == cluster.job(cancelled)["NodeList"]
+    before = processes_of(kept)
+    assert len(ports_of(cluster, cancelled)) > 2
+    assert cluster.ask("scancel", cancelled).returncode == 0
+    cluster.wait_for(cancelled, "CANCELLED")
+    end = time.monotonic() + PATIENCE_S
+    while left_of(cancelled):  # Slurm says so before the last process has gone
+        assert time.monotonic() < end, left_of(cancelled)
+        time.sleep(0.5)
+    assert ports_of(cluster, cancelled) == other.secrets() == []
+    assert before - processes_of(kept) == set()
+    other.halora("sweep", "status", "shared")
+
+    told = cluster.job(kept)
+    (dies,) = set(cluster.nodes) - {told["BatchHost"]}
+    cluster.kill_node(dies)
+    wait_for(one.store, "shared", lambda line: "resumes from its checkpoint" in line["message"])
+    told = cluster.wait_for(kept, "COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL")
+    assert (told["JobState"], told["Restarts"]) == ("COMPLETED", "0"), one.said(kept)
+    assert_whole(one.store, "shared", steps=STEPS)
+
+
+def processes_of(job: str) -> set[tuple[int, float]]:
+    """Living processes that Slurm started for a job, or that those did, by number and birth."""
+    found = set()
+    for process in psutil.process_iter():
+        try:
+            of_job = process.environ().get("SLURM_JOB_ID") == job and "slurmstepd" not in process.name()
+            if of_job and process.status() != psutil.STATUS_ZOMBIE:
+                found.add((process.pid, process.create_time()))
+        except psutil.Error:
+            continue
+    return found
+
+
+def left_of(job: str) -> list[Any]:
+    """Processes and temporary folders of a job."""
+    return [*processes_of(job), *Path(tempfile.gettempdir()).glob(f"halora-{job}-*")]
+
+
+def ports_of(cluster: SlurmCluster, job: str) -> list[int]:
+    """Ports of a job's own block that somebody listens on, on any of the nodes."""
+    first = FIRST_PORT + int(job) % BLOCKS * PORTS_OF_A_BLOCK
+    found = [port for name in cluster.nodes for port in cluster.listening(name)]
+    return [port for port in found if first <= port < first + PORTS_OF_A_BLOCK]

@@ -119,7 +119,7 @@ class SlurmJob:
 
     def _directives(self, name: str, store: Store) -> list[str]:
         asked = [("partition", self.partition), ("account", self.account), ("gres", self.gres)]
-        chain = self.jobs > 1
+        chain, folder = self.jobs > 1, str(jobs_folder(store)).replace("%", "%%")
         return [
             f"job-name=halora-{name}",
             f"nodes={self.nodes}",
@@ -131,7 +131,7 @@ class SlurmJob:
             f"signal=B:USR1@{self.notice_s}",
             *([f"array=1-{self.jobs}%1", "no-requeue"] if chain else ["requeue", "open-mode=append"]),
             "no-kill",
-            f"output={shlex.quote(str(jobs_folder(store)).replace('%', '%%') + ('/%A_%a.log' if chain else '/%j.log'))}",
+            f"output={shlex.quote(folder + ('/%A_%a.log' if chain else '/%j.log'))}",
         ]
 
     def _python(self, store: Store) -> list[str]:
@@ -209,17 +209,15 @@ _SCRIPT = """\
 {directives}
 
 set -euo pipefail
-umask 077
 {exports}
 
-# What is this start's alone, for its own user: address and token of its Ray, and a log of every node.
-folder=$HALORA_STORE/jobs/$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}}
-mkdir -p "$HALORA_STORE/jobs" "$folder"
+# This start's own folder, which only its user can enter: address and token of its Ray, a log of every node.
+folder=$(mktemp -d "$HALORA_STORE/jobs/$SLURM_JOB_ID-XXXXXX")
 
-# {notice} s before the limit, or before it is preempted, the job is told; the sweep pauses at its trials' next reports.
+# Slurm tells the job {notice} s before its limit; trials pause at their next reports.
 trap 'touch "$folder/pause"' USR1
 
-# Each node runs Ray, and the first one the sweep's driver. The job lives on without a node that dies.
+# Each node runs Ray, and the first one also the sweep's driver. A node that dies does not end the job.
 srun --no-kill --kill-on-bad-exit=0 --wait=0 --input=0 \\
     {python} -m halora.sweep.cluster.slurm_node "$folder" {sweep} {patience} <<'{end}' &
 {yaml}

@@ -39,6 +39,8 @@ FIRST_PORT, PORTS_OF_A_BLOCK, BLOCKS = 20000, 16, 790
 
 _STARTING_S = 300.0  # that a node may take to start Ray, and the head to wait for all nodes
 _ENDING_S = 15.0  # that a driver may take to close its records; Slurm kills 30 s after it asked a job to end
+_STARTS = 3  # of Ray, which gives its own processes 30 s; too few where the node is overloaded
+_RUNS = b"Ray runtime started"
 _POLL_S = 1.0
 _SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 _PROGRESS = ("reported", "scored")
@@ -69,6 +71,10 @@ class JobFolder:
         """There once a node is part of the job's Ray."""
         return self.root / f"joined-{node}"
 
+    def left(self, node: str) -> Path:
+        """There once a node is no part of it, and will not be."""
+        return self.root / f"left-{node}"
+
     def log(self, node: str) -> Path:
         """What `ray start` says on a node."""
         return self.root / f"node-{node}.log"
@@ -80,7 +86,7 @@ def main() -> None:
     node, job = os.environ["SLURM_NODEID"], int(os.environ["SLURM_JOB_ID"])
     signals_as_interrupt()
     try:
-        with own_folder(f"h{job}-") as scratch, reserved_ports(job) as ports, _descendants_ended():
+        with own_folder(f"halora-{job}-") as scratch, reserved_ports(job) as ports, descendants_kept():
             ray_here = _Ray(folder, node, Path(scratch), ports)
             try:
                 _head(folder, ray_here, sweep, patience_s) if node == "0" else _worker(folder, ray_here)
@@ -88,7 +94,7 @@ def main() -> None:
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Slurm's, a second time
                 ray_here.keep_logs()
     except UserError as error:
-        _say(f"error: {error}")
+        _say(f"error: {error}")  # on this node; the job runs on without it, if it is not the first
         sys.exit(3 if isinstance(error, UnreachableError) else 2)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGTERM)
@@ -103,8 +109,9 @@ def _head(folder: JobFolder, ray_here: "_Ray", sweep: str, patience_s: float) ->
         ray_here.start("--head", *ray_here.ports_of(_HEAD_PORTS), "--include-dashboard=false")
         write_whole(folder.address, address)
         nodes = int(os.environ["SLURM_JOB_NUM_NODES"])
-        _wait_until(lambda: all(folder.joined(str(node)).exists() for node in range(1, nodes)))
-        there = 1 + sum(folder.joined(str(node)).exists() for node in range(1, nodes))
+        others = list(map(str, range(1, nodes)))
+        _wait_until(lambda: all(folder.joined(node).exists() or folder.left(node).exists() for node in others))
+        there = 1 + sum(folder.joined(node).exists() and not folder.left(node).exists() for node in others)
         _say(f"job {job_name()}: {there} of {nodes} nodes are there")
         code = _drive(folder, address, ray_here.environment, sweep, patience_s)
         write_whole(folder.code, str(code))
@@ -120,13 +127,17 @@ def _worker(folder: JobFolder, ray_here: "_Ray") -> None:
     if not folder.address.exists():
         _say("the first node does not start Ray")
         return
-    ray_here.start(f"--address={folder.address.read_text(encoding='utf-8')}")
-    folder.joined(ray_here.node).touch()
-    while not folder.ended.exists():
-        if ray_here.over():
-            _say(f"Ray has ended here; its log: {folder.log(ray_here.node)}")
-            return  # the job goes on without this node
-        time.sleep(_POLL_S)
+    try:
+        ray_here.start(f"--address={folder.address.read_text(encoding='utf-8')}")
+        folder.joined(ray_here.node).touch()
+        while not folder.ended.exists():
+            if ray_here.over():
+                raise UnreachableError(
+                    f"Ray has ended on node {ray_here.node} of the job", "the job runs on without it"
+                )
+            time.sleep(_POLL_S)
+    finally:
+        folder.left(ray_here.node).touch()
 
 
 def _drive(folder: JobFolder, address: str, environment: dict[str, str], sweep: str, patience_s: float) -> int:
@@ -205,19 +216,19 @@ class _Ray:
         own = [f"--node-ip-address={self.address}", f"--temp-dir={self._scratch}", *self.ports_of(_NODE_PORTS)]
         own += ["--min-worker-port=0", "--max-worker-port=0", f"--num-cpus={os.environ['SLURM_CPUS_ON_NODE']}"]
         own += [f"--object-store-memory={OBJECT_STORE_BYTES}", "--disable-usage-stats", "--block"]
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", *arguments, *own]
         log = self._folder.log(self.node)
-        with log.open("wb") as out:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "ray.scripts.scripts", "start", *arguments, *own],
-                env=self.environment,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=out,
-            )
-        _wait_until(lambda: self.over() or b"Ray runtime started" in log.read_bytes())
-        if self.over() or b"Ray runtime started" not in log.read_bytes():
-            said = " ".join(log.read_text(encoding="utf-8", errors="replace").split())[-300:]
-            raise UnreachableError(f"Ray does not start on node {self.node} of the job: {said}", f"see '{log}'")
+        for _ in range(_STARTS):
+            end_descendants()  # of a start that failed
+            with log.open("wb") as out:
+                self._process = subprocess.Popen(
+                    command, env=self.environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out
+                )
+            _wait_until(lambda: self.over() or _RUNS in log.read_bytes())
+            if not self.over() and _RUNS in log.read_bytes():
+                return
+        said = " ".join(log.read_text(encoding="utf-8", errors="replace").split())[-300:]
+        raise UnreachableError(f"Ray does not start on node {self.node} of the job: {said}", f"see '{log}'")
 
     def over(self) -> bool:
         """Whether it has ended, or was never started."""
@@ -263,17 +274,22 @@ def _check_free(port: int) -> None:
 
 
 @contextmanager
-def _descendants_ended() -> Iterator[None]:
-    """End all that this process began, and all that those began, after the block; each stays below it until then."""
-    ctypes.CDLL(None, use_errno=True).prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+def descendants_kept() -> Iterator[None]:
+    """What this process begins stays below it, also what loses its parent, and is ended after the block."""
+    ctypes.CDLL(None).prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     try:
         yield
     finally:
-        while found := [each for each in psutil.Process().children(recursive=True) if _lives(each)]:
-            for process in found:
-                with suppress(psutil.NoSuchProcess):
-                    process.kill()
-            psutil.wait_procs(found, timeout=5)
+        end_descendants()
+
+
+def end_descendants() -> None:
+    """End all processes below this one at once."""
+    while found := [each for each in psutil.Process().children(recursive=True) if _lives(each)]:
+        for process in found:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(found, timeout=5)
 
 
 def _lives(process: psutil.Process) -> bool:
