@@ -93,11 +93,13 @@ def main() -> None:
             finally:
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Slurm's, a second time
                 ray_here.keep_logs()
-    except UserError as error:
-        _say(f"error: {error}")  # on this node; the job runs on without it, if it is not the first
+    except UserError as error:  # of this node; the job ends by it if it is the first one
+        _say(f"error: {error}")
         sys.exit(3 if isinstance(error, UnreachableError) else 2)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGTERM)
+    finally:
+        (folder.ended if node == "0" else folder.left(node)).touch()
 
 
 def _head(folder: JobFolder, ray_here: "_Ray", sweep: str, patience_s: float) -> None:
@@ -116,53 +118,52 @@ def _head(folder: JobFolder, ray_here: "_Ray", sweep: str, patience_s: float) ->
         code = _drive(folder, address, ray_here.environment, sweep, patience_s)
         write_whole(folder.code, str(code))
     finally:
-        folder.ended.touch()
         folder.token.unlink(missing_ok=True)
         folder.address.unlink(missing_ok=True)
 
 
 def _worker(folder: JobFolder, ray_here: "_Ray") -> None:
     """Another node: joins the head, and leaves with it."""
-    _wait_until(lambda: folder.address.exists() or folder.ended.exists())
-    if not folder.address.exists():
-        _say("the first node does not start Ray")
-        return
-    try:
-        ray_here.start(f"--address={folder.address.read_text(encoding='utf-8')}")
-        folder.joined(ray_here.node).touch()
-        while not folder.ended.exists():
-            if ray_here.over():
-                raise UnreachableError(
-                    f"Ray has ended on node {ray_here.node} of the job", "the job runs on without it"
-                )
-            time.sleep(_POLL_S)
-    finally:
-        folder.left(ray_here.node).touch()
+    while not folder.address.exists():
+        if folder.ended.exists():
+            _say("the first node does not start Ray")
+            return
+        time.sleep(_POLL_S)
+    ray_here.start(f"--address={folder.address.read_text(encoding='utf-8')}")
+    folder.joined(ray_here.node).touch()
+    while not folder.ended.exists():
+        if ray_here.over():
+            raise UnreachableError(f"Ray has ended on node {ray_here.node} of the job", "the job runs on without it")
+        time.sleep(_POLL_S)
 
 
 def _drive(folder: JobFolder, address: str, environment: dict[str, str], sweep: str, patience_s: float) -> int:
     """Launch the sweep, or resume it, until it ends or is to pause; the job's exit code."""
     command = [sys.executable, "-m", "halora.cli.main", "sweep"]
     log = Store.at().sweep(sweep).event_log_file
-    before, asked_s, pausing = _reports(log), 0.0, list[subprocess.Popen[bytes]]()
+    before = _reports(log)
     launch = [*command, "launch", "-", "--or-resume", "--follow", f"--address={address}"]
-    driver = subprocess.Popen(launch, env=environment)  # which reads the sweep's file where this process would
+    driver = subprocess.Popen(launch, env=environment)  # which reads the sweep where this process would
     try:
-        while driver.poll() is None:
-            if folder.pause.exists() and not asked_s:
-                _say("the limit is near: trials pause at their next reports")
-                asked_s = time.monotonic()
-                pausing.append(subprocess.Popen([*command, "stop", sweep], env=environment))
-            if asked_s and time.monotonic() - asked_s > patience_s:
-                driver.terminate()  # trials go back to their last reports; asking again does nothing
+        while driver.poll() is None and not folder.pause.exists():
             time.sleep(_POLL_S)
-    except BaseException:  # Slurm ends the job: cancelled, preempted or at its limit
-        driver.terminate()
+        if driver.poll() is not None:
+            return driver.returncode
+        _say("the limit is near: trials pause at their next reports")
+        asked = subprocess.Popen([*command, "stop", sweep], env=environment)
+        try:
+            driver.wait(patience_s)
+        except subprocess.TimeoutExpired:
+            driver.terminate()  # as Ctrl-C: trials go back to their last reports
+            driver.wait()
+        asked.kill()
+        asked.wait()
+    except BaseException:  # Slurm ends the job, cancelled, preempted or at its limit, and has told the driver too
         with suppress(subprocess.TimeoutExpired):
             driver.wait(_ENDING_S)
         raise
-    if not asked_s or driver.returncode == 0:
-        return driver.returncode
+    if driver.returncode == 0:
+        return 0
     if _reports(log) == before:
         _say("no trial came to a report within this job, so the next would not either: it takes more --time")
         return 1
