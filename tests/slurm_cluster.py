@@ -11,7 +11,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -123,8 +123,10 @@ class SlurmCluster:
         """Living processes of a node, its slurmd among them."""
         if self._namespaces:
             return living(pids_in(name))
-        pid = self._slurmds[name].pid
-        return living([pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))])
+        with suppress(psutil.NoSuchProcess):
+            slurmd = psutil.Process(self._slurmds[name].pid)
+            return living([slurmd.pid, *(child.pid for child in slurmd.children(recursive=True))])
+        return []
 
     def listening(self, name: str) -> set[int]:
         """TCP ports that a node listens on."""

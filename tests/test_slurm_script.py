@@ -128,6 +128,15 @@ def test_the_script_holds_the_sweep_and_what_was_asked_for(halora, sweep_file, t
     assert (store / "jobs").stat().st_mode & 0o777 == 0o700  # where Slurm is to write
 
 
+@pytest.mark.slow
+def test_nothing_but_the_script_is_on_stdout_where_a_model_is_converted_for_it(sweep_file, tmp_path):
+    own = {"HALORA_CACHE": str(tmp_path / "cache"), "HALORA_STORE": str(tmp_path / "store")}
+    command = [sys.executable, "-m", "halora.cli.main", "cluster", "slurm", sweep_file, "--nodes", "1", "--time", "60"]
+    ran = subprocess.run(command, env=source_environment() | own, capture_output=True, text=True, check=True)
+    assert list((tmp_path / "cache").iterdir())
+    assert ran.stdout.startswith("#!/bin/bash\n")
+
+
 def test_jobs_go_on_where_something_is_left_to_do(cluster, halora, sweep_file, tmp_path):
     store, options = tmp_path / "store", "--nodes 2 --cpus 1 --time 60 --notice 90"
     one, chain = (
