@@ -108,6 +108,9 @@ def test_a_sweep_is_paused_at_the_limit_requeued_preempted_and_comes_to_its_end(
     token, _ = sorted(user.secrets(), reverse=True)
     assert (token.name, token.stat().st_mode & 0o777, token.parent.stat().st_mode & 0o777) == ("token", 0o600, 0o700)
 
+    fixed = {6379, 8265, 10001, 44217, 44227, 52365}  # Ray's own choice, which another Ray of the node may have
+    assert not [port for name in cluster.nodes for port in cluster.listening(name) if port in fixed]
+
     minutes = 4 + int(cluster.job(job)["RunTime"].split(":")[1])  # of which 5 are notice: Slurm gives it now
     assert cluster.ask("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}").returncode == 0
     cluster.wait_for(job, "PENDING")

@@ -103,6 +103,10 @@ def slurm(
     described = attempt(problems, lambda: Sweep(sweep, overrides_from(set_), name=name, seed=seed).config)
     if problems or described is None:
         raise UserError(problems)
+    if place.sweep(described.name).sweep_file.exists():
+        from halora.sweep.run.state import check_same
+
+        check_same(described, place.sweep(described.name))  # the job would be refused
     script = asked.script(described, place)
     jobs_of_slurm.make_jobs_folder(place)
     if not submit:

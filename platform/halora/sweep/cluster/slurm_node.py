@@ -45,6 +45,7 @@ _POLL_S = 1.0
 _SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 _PROGRESS = ("reported", "scored")
 _HEAD_PORTS = ("port", "ray-client-server-port")
+_METRIC_PORTS = ("AUTOSCALER_METRIC_PORT", "DASHBOARD_METRIC_PORT")  # Ray has variables for them, and no options
 _NODE_PORTS = (
     "node-manager-port",
     "object-manager-port",
@@ -201,6 +202,7 @@ class _Ray:
             "TMPDIR": str(scratch),
             "RAY_worker_niceness": "0",
             "RAY_USAGE_STATS_ENABLED": "0",
+            **{name: str(port) for name, port in zip(_METRIC_PORTS, reversed(ports), strict=False)},
         }
 
     def ports_of(self, names: Sequence[str]) -> list[str]:
