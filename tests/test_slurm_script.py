@@ -18,8 +18,11 @@ import yaml
 from raylets import source_environment
 from slurm_cluster import SlurmCluster, slurm
 
+from halora.records.store import Store
+from halora.spaces.sweep import load_sweep
 from halora.sweep.cluster.slurm import seconds_of
 from halora.sweep.cluster.slurm_node import BLOCKS, FIRST_PORT, PORTS_OF_A_BLOCK, reserved_ports
+from halora.sweep.run.state import write_sweep
 
 _SWEEP = """
 name: short
@@ -194,6 +197,17 @@ def test_all_that_is_wrong_is_told_together(halora, sweep_file):
         assert told in err
     code, _, err = halora(f"cluster slurm {sweep_file} --nodes 2 --time 5")
     assert (code, "--time 5: no longer than the 300 s of --notice" in err) == (2, True)
+
+
+def test_a_sweep_that_was_launched_otherwise_is_refused_before_it_waits_in_a_queue(halora, sweep_file, tmp_path):
+    folder = Store.at(tmp_path / "store").sweep("short")
+    folder.root.mkdir(parents=True)
+    write_sweep(folder, load_sweep(str(sweep_file)))
+    command = f"cluster slurm {sweep_file} --nodes 2 --time 60 --store {tmp_path / 'store'}"
+    assert halora(command)[0] == 0
+    code, out, err = halora(f"{command} --set trials=3")
+    assert (code, out) == (2, "")
+    assert "sweep 'short' was launched before with another trials" in err
 
 
 def test_without_slurm_the_way_out_is_told(halora, sweep_file, tmp_path, monkeypatch):
