@@ -34,12 +34,12 @@ services: ## Debian packages that some tests start their own servers and browser
 	@mkdir -p .cache/axe-core; test -e .cache/axe-core/axe.min.js || ! command -v npm >/dev/null || { cd .cache/axe-core && \
 	npm pack --silent axe-core@$(AXE_VERSION) >/dev/null && tar xzf axe-core-*.tgz --strip-components=1 package/axe.min.js; } || \
 	echo "axe-core cannot be fetched: its tests are skipped" >&2
-	@if ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 && command -v chromium >/dev/null && command -v chromedriver >/dev/null && command -v faketime >/dev/null; then exit 0; fi; \
-	command -v apt-get >/dev/null || { echo "no apt-get here: install PostgreSQL, Chromium and libfaketime your system's way" >&2; exit 2; }; \
+	@if ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 && command -v chromium >/dev/null && command -v chromedriver >/dev/null && command -v faketime >/dev/null && test -x /usr/sbin/slurmctld; then exit 0; fi; \
+	command -v apt-get >/dev/null || { echo "no apt-get here: install PostgreSQL, Chromium, libfaketime, Slurm and munge your system's way" >&2; exit 2; }; \
 	as_root=$$(test "$$(id -u)" = 0 || echo sudo); install="$$as_root env DEBIAN_FRONTEND=noninteractive apt-get install --yes --quiet --no-install-recommends"; \
 	set -e; $$as_root apt-get update --quiet; $$install postgresql-common; \
 	$$as_root sed -i 's/^#* *create_main_cluster.*/create_main_cluster = false/' /etc/postgresql-common/createcluster.conf; \
-	$$install postgresql chromium chromium-driver faketime
+	$$install postgresql chromium chromium-driver faketime slurm-wlm munge
 
 demo: $(READY) ## the main job on the embedded default: a sweep of SmolLM2-135M on ARC-Easy, ending in a front
 	$(BIN)/halora sweep launch quickstart --name "demo-$$(date +%Y%m%d-%H%M%S)"

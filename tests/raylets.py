@@ -5,26 +5,32 @@ as root on Linux; elsewhere all nodes share one address. Ray's token authenticat
 `ray start`, its death is SIGKILL of all its processes.
 """
 
-import fcntl
 import json
 import os
-import random
-import re
 import secrets
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
+from namespaces import (
+    can_make_namespaces,
+    command_of,
+    kill_all,
+    left_over,
+    living,
+    make_namespace,
+    new_folder,
+    pids_in,
+    remove,
+)
 from services import free_port
 
 ROOT = Path(__file__).parents[1]
@@ -38,10 +44,6 @@ QUICK_HEALTH_CHECKS = {
     "RAY_health_check_timeout_ms": "3000",
     "RAY_health_check_failure_threshold": "3",
 }
-_NAMES = re.compile(
-    r"hr(\d+)x\d+(n\d+)?"
-)  # of clusters: `hr`, our process id, `x`, a count; of nodes with `n`, a count
-_TEMPORARY = Path(tempfile.gettempdir())
 
 
 def source_environment() -> dict[str, str]:
@@ -71,19 +73,19 @@ class Node:
     def processes(self) -> list[psutil.Process]:
         """Its living processes: all in its namespace, or else those that `ray start` began."""
         if self.namespace:
-            return _living(_pids_in(self.namespace))
+            return living(pids_in(self.namespace))
         with suppress(psutil.NoSuchProcess):
             starter = psutil.Process(self.starter.pid)
-            return _living([starter.pid, *(child.pid for child in starter.children(recursive=True))])
+            return living([starter.pid, *(child.pid for child in starter.children(recursive=True))])
         return []
 
     def workers(self) -> list[psutil.Process]:
         """Its worker processes: actors and tasks, idle ones too."""
-        return [process for process in self.processes() if _command(process).startswith("ray::")]
+        return [process for process in self.processes() if command_of(process).startswith("ray::")]
 
     def kill(self) -> None:
         """End all its processes at once, as a power cut would."""
-        _kill_all(self.processes)
+        kill_all(self.processes)
         self.starter.wait()
 
     def log(self, lines: int = 40) -> str:
@@ -112,15 +114,9 @@ class Cluster:
         self._ports = {name: free_port() for name in ("gcs", "dashboard", "client")}
         self.nodes: dict[str, Node] = {}
         self.head_address, self.network = "127.0.0.1", "127.0.0.0/8"
-        with (_TEMPORARY / "hr.lock").open("w") as lock:  # one process at a time chooses names and addresses
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            self.folder = _new_folder()
-            if namespaces:
-                prefix = _free_prefix()
-                self.head_address, self.network = f"{prefix}.1", f"{prefix}.0/24"
-                _ip("link", "add", self.folder.name, "type", "bridge")
-                _ip("addr", "add", f"{self.head_address}/24", "dev", self.folder.name)
-                _ip("link", "set", self.folder.name, "up")
+        self.folder, address = new_folder(bridge=namespaces)
+        if address:
+            self.head_address, self.network = address, f"{address.rpartition('.')[0]}.0/24"
         self.token_path = self.folder / "token"
         self.token_path.touch(mode=0o600)
         self.token_path.write_text(secrets.token_hex(32))
@@ -161,7 +157,7 @@ class Cluster:
         address, namespace = self.head_address, ""
         if self._namespaces:
             address, namespace = f"{self.head_address.rpartition('.')[0]}.{10 + count}", f"{self.folder.name}n{count}"
-            _make_namespace(namespace, self.folder.name, address, self.head_address)
+            make_namespace(namespace, self.folder.name, address, self.head_address)
         return self._start(f"node{count}", address, namespace, [f"--address={self.address}"], cpus, resources or {})
 
     def _start(
@@ -232,7 +228,7 @@ class Cluster:
         """End every process of the cluster, drivers too; remove namespaces, bridge and folder."""
         for node in self.nodes.values():
             node.kill()
-        _remove(self.folder.name)
+        remove(self.folder.name)
 
 
 @contextmanager
@@ -248,7 +244,7 @@ def raylets(
         namespaces: Whether every worker has an address of its own; by default where possible.
     """
     for name in left_over():
-        _remove(name)
+        remove(name)
     cluster = Cluster(can_make_namespaces() if namespaces is None else namespaces, settings or {})
     try:
         cluster.start_head(head_cpus)
@@ -272,147 +268,3 @@ def frozen(pid: int) -> Iterator[None]:
     finally:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGCONT)
-
-
-def can_make_namespaces() -> bool:
-    """Whether nodes can have network namespaces here: root, and a kernel that makes bridges."""
-    if not _has_ip() or shutil.which("nsenter") is None:
-        return False
-    probe = f"hr{os.getpid()}x"
-    made = subprocess.run(["ip", "link", "add", probe, "type", "bridge"], capture_output=True, check=False)
-    if made.returncode == 0:
-        _ip("link", "del", probe)
-    return made.returncode == 0
-
-
-def traces(name: str) -> list[str]:
-    """What there still is of a cluster: processes that use its folder, namespaces, interfaces, the folder."""
-    found = [f"process {process.pid}: {_command(process)}" for process in _using(_TEMPORARY / name)]
-    found += [f"{kind} {one}" for kind, ones in _network_names().items() for one in ones if _cluster_of(one) == name]
-    return found + ([f"folder {_TEMPORARY / name}"] if (_TEMPORARY / name).exists() else [])
-
-
-def left_over() -> set[str]:
-    """Names of clusters whose test process has gone without tidying up."""
-    found = {path.name for path in _TEMPORARY.glob("hr*x*")}
-    found |= {_cluster_of(one) for ones in _network_names().values() for one in ones}
-    return {name for name in found if (ours := _NAMES.fullmatch(name)) and not psutil.pid_exists(int(ours[1]))}
-
-
-def _remove(name: str) -> None:
-    namespaces = [one for one in _network_names()["namespace"] if _cluster_of(one) == name]
-    for namespace in namespaces:
-        _kill_all(lambda namespace=namespace: _living(_pids_in(namespace)))  # type: ignore[misc]
-        _ip("netns", "del", namespace)  # its interfaces go with it
-    _kill_all(lambda: _using(_TEMPORARY / name))
-    if name in _network_names()["interface"]:
-        _ip("link", "del", name)
-    shutil.rmtree(_TEMPORARY / name, ignore_errors=True)
-
-
-def _kill_all(processes: Callable[[], Iterable[psutil.Process]]) -> None:
-    """Kill what is found until nothing is: a process that is ending may have started another."""
-    while found := list(processes()):
-        for process in found:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(found, timeout=10)
-
-
-def _living(pids: Iterable[int]) -> list[psutil.Process]:
-    """The processes that are not zombies."""
-    living = []
-    for pid in pids:
-        with suppress(psutil.NoSuchProcess):
-            process = psutil.Process(pid)
-            if process.status() != psutil.STATUS_ZOMBIE:
-                living.append(process)
-    return living
-
-
-def _using(folder: Path) -> list[psutil.Process]:
-    """Processes with an open file or their working directory below a folder, or with its path in their command.
-
-    Neither this process nor one that it descends from is among them.
-    """
-    spared = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
-    below = f"{folder}/"
-    found = []
-    for process in _living(set(psutil.pids()) - spared):
-        with suppress(psutil.Error, OSError):
-            links = [*Path(f"/proc/{process.pid}/fd").iterdir(), Path(f"/proc/{process.pid}/cwd")]
-            if below in f"{_command(process)}/" or any(_target(link).startswith(below) for link in links):
-                found.append(process)
-    return found
-
-
-def _target(link: Path) -> str:
-    try:
-        return os.readlink(link) + "/"
-    except OSError:
-        return ""
-
-
-def _command(process: psutil.Process) -> str:
-    with suppress(psutil.NoSuchProcess):
-        return " ".join(process.cmdline())
-    return ""
-
-
-def _new_folder() -> Path:
-    count = 1
-    while True:
-        with suppress(FileExistsError):
-            folder = _TEMPORARY / f"hr{os.getpid()}x{count}"
-            folder.mkdir(mode=0o755)
-            return folder
-        count += 1
-
-
-def _free_prefix() -> str:
-    """The first three bytes of a private network that no interface and no route of this machine has."""
-    used = subprocess.run(["ip", "-4", "route", "show", "table", "all"], capture_output=True, text=True, check=True)
-    while True:
-        prefix = f"10.{random.randrange(128, 256)}.{random.randrange(256)}"
-        if f" {prefix}." not in used.stdout and f"10.{prefix.split('.')[1]}.0.0/16" not in used.stdout:
-            return prefix
-
-
-def _make_namespace(name: str, bridge: str, address: str, gateway: str) -> None:
-    """A namespace with loopback and one interface, joined to a bridge."""
-    _ip("netns", "add", name)
-    _ip("link", "add", name, "type", "veth", "peer", "name", "eth0", "netns", name)
-    _ip("link", "set", name, "master", bridge, "up")
-    _ip("-n", name, "addr", "add", f"{address}/24", "dev", "eth0")
-    _ip("-n", name, "link", "set", "eth0", "up")
-    _ip("-n", name, "link", "set", "lo", "up")
-    _ip("-n", name, "route", "add", "default", "via", gateway)
-
-
-def _has_ip() -> bool:
-    return os.geteuid() == 0 and shutil.which("ip") is not None
-
-
-def _ip(*arguments: str) -> str:
-    return subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True).stdout
-
-
-def _pids_in(namespace: str) -> list[int]:
-    listed = subprocess.run(["ip", "netns", "pids", namespace], capture_output=True, text=True, check=False)
-    return [int(pid) for pid in listed.stdout.split()]
-
-
-def _network_names() -> dict[str, list[str]]:
-    """Names of namespaces and interfaces that look as if they were made here."""
-    if not _has_ip():
-        return {"namespace": [], "interface": []}
-    namespaces = [row["name"] for row in json.loads(_ip("-j", "netns", "list") or "[]")]
-    interfaces = [row["ifname"] for row in json.loads(_ip("-j", "link", "show"))]
-    return {
-        "namespace": [name for name in namespaces if _NAMES.fullmatch(name)],
-        "interface": [name for name in interfaces if _NAMES.fullmatch(name)],
-    }
-
-
-def _cluster_of(name: str) -> str:
-    return name.partition("n")[0]

@@ -291,3 +291,16 @@ def test_a_table_that_does_not_fit_is_refused_before_anything_is_written(files, 
     assert code == 2
     assert "column 'lora.rnk' is neither a score nor a searched field; did you mean 'lora.rank'?" in err
     assert not (tmp_path / "store" / "sweeps").exists()
+
+
+def test_a_launch_or_resume_takes_the_very_same_sweep_only(files, tmp_path):
+    path, table = files("either")
+    launch = ("sweep", "launch", path, "--simulate", table, "--or-resume")
+    for _ in range(2):  # the second time nothing is left to do
+        code, _, err = _halora(tmp_path, *launch)
+        assert code == 0, err
+        _check_whole(tmp_path, "either")
+    code, _, err = _halora(tmp_path, *launch, "--seed", "4", "--set", "trials=11")
+    assert code == 2
+    assert "sweep 'either' was launched before with another seed, trials" in err
+    assert "--name" in err

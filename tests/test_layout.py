@@ -113,6 +113,7 @@ def test_no_packages_import_each_other_in_a_circle():
                 "sweep.cluster.preflight",
                 "sweep.cluster.remote",
                 "sweep.cluster.session",
+                "sweep.cluster.slurm_node",
             },
         ),
         ("mlflow", {"records.queries", "records.registry", "records.tracking", "dashboard.mlflow_app"}),

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from raylets import can_make_namespaces, frozen, left_over, raylets, source_environment, traces
+from namespaces import can_make_namespaces, left_over, traces
+from raylets import frozen, raylets, source_environment
 from services import postgres_server
 
 ASK_EVERY_NODE = """
@@ -38,7 +39,8 @@ assert all(ray.get([actor.reaches.remote(host, int(port)) for actor in actors.va
 
 KILLED = """
 import os, signal, sys
-from raylets import Cluster, can_make_namespaces
+from namespaces import can_make_namespaces
+from raylets import Cluster
 
 cluster = Cluster(can_make_namespaces(), {})
 cluster.start_head()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from halora.errors import UserError
-from halora.sweep.cluster.session import _own_folder
+from halora.sweep.cluster.session import own_folder
 
 _ANOTHER = """
 import ray, sys
@@ -48,7 +48,7 @@ def test_the_folder_of_sockets_is_the_users_where_that_is_short_and_private(monk
     short.mkdir()
     try:
         monkeypatch.setenv("RAY_TMPDIR", str(short))
-        with _own_folder() as folder:
+        with own_folder("halora-") as folder:
             assert Path(folder).parent == short
             assert Path(folder).stat().st_mode & 0o777 == 0o700
         assert not list(short.iterdir())
@@ -57,8 +57,8 @@ def test_the_folder_of_sockets_is_the_users_where_that_is_short_and_private(monk
 
 
 def test_where_no_folder_is_short_enough_the_way_out_is_told(monkeypatch):
-    monkeypatch.setattr("halora.sweep.cluster.session._LONGEST_PARENT", 3)
-    with pytest.raises(UserError, match=r"3 bytes at most; tried .*set RAY_TMPDIR"), _own_folder():
+    monkeypatch.setattr("halora.sweep.cluster.session._LONGEST_FOLDER", 19)
+    with pytest.raises(UserError, match=r"3 bytes at most; tried .*set RAY_TMPDIR"), own_folder("halora-"):
         pass
 
 
@@ -75,7 +75,7 @@ reference_point: {{accuracy: 0.0, energy_uj_per_token: 6.0}}
 def test_a_sweep_that_cannot_start_does_not_take_its_name(halora, monkeypatch, tiny_models, tiny_task, tmp_path):
     file = tmp_path / "short.yaml"
     file.write_text(_SWEEP.format(model=tiny_models["llama"], task=tiny_task))
-    monkeypatch.setattr("halora.sweep.cluster.session._LONGEST_PARENT", 3)
+    monkeypatch.setattr("halora.sweep.cluster.session._LONGEST_FOLDER", 19)
     code, _, err = halora(f"sweep launch {file} --store {tmp_path / 'store'}")
     assert code == 2
     assert "Ray's sockets need a folder" in err

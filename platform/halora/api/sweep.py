@@ -136,17 +136,20 @@ class Sweep:
     def status(self) -> dict[str, Any]:
         """Its name, whether it is `running`, `ended` or `interrupted`, and its trials by state.
 
+        While it runs also since when, in UTC, and in which `job` of Slurm, where it is one.
+
         Raises:
             UserError: It was not launched, or its files cannot be read.
         """
-        from halora.sweep.run.state import is_running, load_core
+        from halora.sweep.run.state import driver_of, is_running, load_core
 
         config, core = load_core(self.name, self.store.place)
         counts = core.counts()
         ended = counts["waiting"] == counts["unfinished"] == 0
-        running = is_running(self.store.place.sweep(self.name))
-        state = "running" if running else "ended" if ended else "interrupted"
-        return {"sweep": self.name, "state": state, "trials": config.trials, **counts}
+        folder = self.store.place.sweep(self.name)
+        state = "running" if is_running(folder) else "ended" if ended else "interrupted"
+        driver = {key: value for key, value in driver_of(folder).items() if key in ("job", "since") and value}
+        return {"sweep": self.name, "state": state, "trials": config.trials, **counts, **driver}
 
     def front(self, *, objectives: Sequence[str] = ()) -> "Front":
         """Its Pareto front as recorded now, see `Store.front`."""

@@ -86,6 +86,9 @@ def launch(
     wheel: WheelOption = None,
     follow: FollowOption = None,
     metrics_port: MetricsPortOption = None,
+    or_resume: Annotated[
+        bool, typer.Option("--or-resume", help="Resume this very sweep where it was launched before: for batch jobs.")
+    ] = False,
 ) -> None:
     """Run a sweep to its end, on this machine or in a cluster, and print its front. SWEEP `-` is read from stdin."""
     cluster = Cluster.at(address, wheel)
@@ -107,7 +110,13 @@ def launch(
         if probe:
             _probe(described.config, place, cluster)
         return
-    outcome = described.launch(simulate, address=address, wheel=wheel, metrics_port=metrics_port)
+    if or_resume and place.sweep(described.name).sweep_file.exists():
+        from halora.sweep.run.state import check_same
+
+        check_same(described.config, place.sweep(described.name))
+        outcome = described.resume(address=address, wheel=wheel, metrics_port=metrics_port)
+    else:
+        outcome = described.launch(simulate, address=address, wheel=wheel, metrics_port=metrics_port)
     _close(described.name, place, outcome)
 
 

@@ -10,6 +10,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from importlib.util import find_spec
@@ -325,14 +326,15 @@ def _embedded_folder(model: str, dtype: Dtype = "fp32") -> Path:
     cache_dir().mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=cache_dir()))
     try:
-        if dtype == "bf16":
-            _save_in_bf16(_embedded_folder(model), scratch)
-        elif model.endswith("-qwen2"):
-            _save_as_qwen2(_embedded_folder(model.removesuffix("-qwen2")), scratch)
-        elif model.endswith("-outliers"):
-            _save_with_outliers(_embedded_folder(model.removesuffix("-outliers")), scratch)
-        else:
-            _save_from_gguf(Path(spec.submodule_search_locations[0]), scratch)
+        with redirect_stdout(sys.stderr):  # DeepSpeed talks, which saving a model imports
+            if dtype == "bf16":
+                _save_in_bf16(_embedded_folder(model), scratch)
+            elif model.endswith("-qwen2"):
+                _save_as_qwen2(_embedded_folder(model.removesuffix("-qwen2")), scratch)
+            elif model.endswith("-outliers"):
+                _save_with_outliers(_embedded_folder(model.removesuffix("-outliers")), scratch)
+            else:
+                _save_from_gguf(Path(spec.submodule_search_locations[0]), scratch)
         sync_folder(scratch)
         try:
             scratch.rename(folder)

@@ -28,9 +28,11 @@ NAMESPACE = "halora"
 
 _STARTS = 3
 _LISTENING_S = 10.0
-_LONGEST_PARENT = 107 - 85
-"""Bytes of the path of the folder that Ray's is made in. A socket's path has 107 bytes (AF_UNIX), of which our folder's
-name, that of Ray's session (`session_2026-11-30_02-50-19_123456_1234567`) and the socket's take up to 85."""
+_LONGEST_FOLDER = 107 - 69
+"""Bytes of the path of Ray's folder. A socket's path has 107 bytes (AF_UNIX), of which the names of Ray's session
+(`session_2026-11-30_02-50-19_123456_1234567`) and of the socket take up to 69."""
+OBJECT_STORE_BYTES = 100 * 2**20
+"""Of a Ray that runs nothing but sweeps: what it holds are adapters."""
 
 # Read by Ray when it starts.
 _RAY_SETTINGS = {
@@ -62,7 +64,7 @@ def ray_session(processes: int, *, cpus: int | None = None, cluster: Cluster = L
     share = max(cores // processes, 1)
     environment = {"TOKENIZERS_PARALLELISM": "false"}
     if not cluster.address:
-        with only_this_machine(), _own_folder() as folder:
+        with only_this_machine(), own_folder("halora-") as folder:
             _start(
                 folder,
                 num_cpus=cores if cpus else processes,
@@ -93,7 +95,7 @@ def _start(folder: str, **options: Any) -> None:
                     log_to_driver=False,
                     logging_level="ERROR",
                     namespace=NAMESPACE,
-                    object_store_memory=100 * 2**20,
+                    object_store_memory=OBJECT_STORE_BYTES,
                     _temp_dir=folder,
                     **options,
                 )
@@ -118,20 +120,24 @@ def _end_processes(folder: str) -> None:
 
 
 @contextmanager
-def _own_folder() -> Iterator[str]:
-    """A new folder for the sockets, logs and spilled objects of this machine's own Ray, removed after the block.
+def own_folder(prefix: str) -> Iterator[str]:
+    """A new folder for the sockets, logs and spilled objects of a Ray of our own, removed after the block.
 
     It is in `RAY_TMPDIR`, `TMPDIR` or `/tmp`, the first whose path leaves room for a socket's.
+
+    Args:
+        prefix: What its name begins with.
 
     Raises:
         UserError: There is none.
     """
     parents = dict.fromkeys(filter(None, (os.environ.get("RAY_TMPDIR"), gettempdir(), "/tmp", "/var/tmp")))
+    longest = _LONGEST_FOLDER - len(f"/{prefix}12345678")
     for parent in parents:
-        if len(os.fsencode(os.path.abspath(parent))) > _LONGEST_PARENT:
+        if len(os.fsencode(os.path.abspath(parent))) > longest:
             continue
         try:
-            folder = mkdtemp(prefix="halora-", dir=os.path.abspath(parent))
+            folder = mkdtemp(prefix=prefix, dir=os.path.abspath(parent))
         except OSError:
             continue
         try:
@@ -140,7 +146,7 @@ def _own_folder() -> Iterator[str]:
             shutil.rmtree(folder, ignore_errors=True)
         return
     raise UserError(
-        f"Ray's sockets need a folder that can be written, with a path of {_LONGEST_PARENT} bytes at most; "
+        f"Ray's sockets need a folder that can be written, with a path of {longest} bytes at most; "
         f"tried {', '.join(parents)}",
         "set RAY_TMPDIR to one",
     )

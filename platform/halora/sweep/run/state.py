@@ -4,10 +4,12 @@ import fcntl
 import json
 import os
 import shutil
+import socket
 import struct
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from typing import Any
 from uuid import uuid4
 
@@ -20,6 +22,7 @@ from halora.records.store import Store, SweepFolder
 from halora.settings.trial import TrialConfig
 from halora.spaces.mistakes import describe
 from halora.spaces.sweep import SweepConfig
+from halora.sweep.cluster.slurm import job_name
 from halora.sweep.search.core import DecisionCore
 from halora.sweep.search.problem import problem_of
 from halora.sweep.search.samplers import fitting_trials, kept_of
@@ -150,6 +153,31 @@ def is_running(folder: SweepFolder) -> bool:
     return bool(struct.unpack(_FLOCK, held)[0] != fcntl.F_UNLCK)
 
 
+def driver_of(folder: SweepFolder) -> dict[str, Any]:
+    """What runs the sweep: `host`, `process`, `job` of Slurm where it is one, and `since` when, in UTC."""
+    with suppress(OSError, ValueError):  # it has ended, or writes this now
+        told = json.loads(folder.lock_file.read_text(encoding="utf-8"))
+        if is_running(folder) and isinstance(told, dict):
+            return told
+    return {}
+
+
+def check_same(sweep: SweepConfig, folder: SweepFolder) -> None:
+    """Refuse to take a launched sweep for another one of its name.
+
+    Raises:
+        UserError: With what differs.
+    """
+    other = {"launch", "folders", "shapes", "chips_read"}  # of a launch, not of what was asked for
+    here = sweep.model_dump(mode="json", exclude=other)
+    there = load_sweep_of(folder).model_dump(mode="json", exclude=other)
+    if differing := [name for name in here if here[name] != there[name]]:
+        raise UserError(
+            f"sweep '{folder.name}' was launched before with another {', '.join(differing)}",
+            f"resume it as it is with `halora sweep resume {folder.name}`, or launch under another name with --name",
+        )
+
+
 @contextmanager
 def only_driver(folder: SweepFolder) -> Iterator[None]:
     """Hold the sweep's lock; the system releases it when the process ends, however it ends.
@@ -165,8 +193,11 @@ def only_driver(folder: SweepFolder) -> Iterator[None]:
                 f"sweep '{folder.name}' is running in another process",
                 f"watch it with `halora sweep status {folder.name}`",
             ) from None
+        since = datetime.now(UTC).isoformat(timespec="seconds")
         lock.truncate(0)
-        lock.write(str(os.getpid()))
+        lock.write(
+            json.dumps({"host": socket.gethostname(), "process": os.getpid(), "job": job_name(), "since": since})
+        )
         lock.flush()
         yield
 
