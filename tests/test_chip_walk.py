@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from halora.hardware.addressing import NoiseKey, Role
-from halora.hardware.chip import LAYER_FIELDS, Chip, load_chip, merge, preset_names
+from halora.hardware.chip import LAYER_FIELDS, Chip, load_chip
+from halora.hardware.chip_files import merge, preset_names
 from halora.hardware.energy import EnergyBreakdown, energy_per_token
 from halora.hardware.instance import ChipInstance
 from halora.hardware.layers import dotted

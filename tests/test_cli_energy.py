@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from halora.hardware.chip import load_chip, preset_names
+from halora.hardware.chip import load_chip
+from halora.hardware.chip_files import preset_names
 from halora.hardware.energy import energy_per_token
 from halora.hardware.latency import Phase
 from halora.hardware.shapes import named_shapes

@@ -14,7 +14,8 @@ import yaml
 
 from halora.hardware.addressing import NoiseKey, Role
 from halora.hardware.cell_arrays import write_verify_factor
-from halora.hardware.chip import load_chip, preset_names
+from halora.hardware.chip import load_chip
+from halora.hardware.chip_files import preset_names
 from halora.hardware.error_curves import stated_cell_error
 from halora.hardware.noise import noise_to_signal_db, programmed_weight
 from halora.training.models import load_base

@@ -7,7 +7,8 @@ from pydantic import ValidationError
 
 from halora.errors import UserError
 from halora.hardware.addressing import NoiseKey, Role
-from halora.hardware.chip import PRESETS, load_chip, merge, preset_names
+from halora.hardware.chip import load_chip
+from halora.hardware.chip_files import PRESETS, merge, preset_names
 from halora.hardware.converters import full_scale, tilewise_product
 from halora.hardware.energy import energy_per_token
 from halora.hardware.mapping import Mapping, Placement

@@ -9,7 +9,8 @@ import pytest
 
 from halora.errors import UserError
 from halora.hardware.baselines import baseline_energy_uj_per_token, baselines, default_baseline, named_baseline
-from halora.hardware.chip import Chip, load_chip, merge
+from halora.hardware.chip import Chip, load_chip
+from halora.hardware.chip_files import merge
 from halora.hardware.costs import adc_cost, constant_names, energy_constants
 from halora.hardware.energy import energy_per_token
 from halora.hardware.latency import Phase

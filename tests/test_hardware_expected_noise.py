@@ -8,7 +8,8 @@ import torch
 from sampled_reads import sampled_read_error
 
 from halora.hardware.addressing import NoiseKey, Role
-from halora.hardware.chip import load_chip, preset_names
+from halora.hardware.chip import load_chip
+from halora.hardware.chip_files import preset_names
 from halora.hardware.expected_noise import expected_noise
 
 

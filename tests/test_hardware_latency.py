@@ -7,7 +7,8 @@ from itertools import pairwise
 import pytest
 
 from halora.errors import UserError
-from halora.hardware.chip import Chip, load_chip, merge
+from halora.hardware.chip import Chip, load_chip
+from halora.hardware.chip_files import merge
 from halora.hardware.costs import energy_constants
 from halora.hardware.energy import COSTS, energy_per_token
 from halora.hardware.latency import Latency, Phase

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from halora.hardware.addressing import NoiseKey, Role
 from halora.hardware.cell_arrays import cell_arrays, write_verify_factor
-from halora.hardware.chip import load_chip, preset_names
+from halora.hardware.chip import load_chip
+from halora.hardware.chip_files import preset_names
 from halora.hardware.converters import drive, full_scale, noise_power
 from halora.hardware.noise import Programming, ir_drop_gain, mean_db, noise_to_signal_db, programmed_weight
 from halora.hardware.read_noise import read_noise, slow_deviation_us

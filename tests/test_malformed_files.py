@@ -18,7 +18,7 @@ from malformed import attack, damaged_bytes, damaged_values, yaml_text
 from safetensors.numpy import save
 
 from halora.cli.arguments import chip_from, overrides_from
-from halora.hardware.chip import PRESETS, preset_names
+from halora.hardware.chip_files import PRESETS, preset_names
 from halora.hardware.measured_states import read_states
 from halora.hardware.shapes import known_shape
 from halora.spaces.sweep import SHIPPED, SweepConfig, load_sweep, load_trial, shipped_sweeps

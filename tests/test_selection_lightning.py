@@ -14,7 +14,8 @@ from services import required
 
 from halora.hardware.addressing import NoiseKey, Role
 from halora.hardware.cell_arrays import write_verify_factor
-from halora.hardware.chip import load_chip, preset_names
+from halora.hardware.chip import load_chip
+from halora.hardware.chip_files import preset_names
 from halora.hardware.converters import full_scale, tilewise_product
 from halora.hardware.noise import programmed_weight
 from halora.hardware.variation import Variation

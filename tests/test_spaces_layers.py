@@ -4,7 +4,8 @@ import jsonschema
 import pytest
 
 from halora.errors import UserError
-from halora.hardware.chip import load_chip, merge
+from halora.hardware.chip import load_chip
+from halora.hardware.chip_files import merge
 from halora.pricing import trial_energy
 from halora.spaces.ranked import ranked_points
 from halora.spaces.recipes import first_points

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import yaml
 
-from halora.hardware.chip import preset_names
+from halora.hardware.chip_files import preset_names
 from halora.pricing import trial_energy
 from halora.spaces.starting import starting_file
 from halora.spaces.sweep import load_sweep

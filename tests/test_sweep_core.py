@@ -10,7 +10,7 @@ import pytest
 from halora.errors import UserError
 from halora.events import Failed, OutOfMemory, Reported, Scored, WorkerLost
 from halora.files import write_json
-from halora.hardware.chip import preset_names
+from halora.hardware.chip_files import preset_names
 from halora.pricing import trial_energy
 from halora.records.store import Store
 from halora.spaces.recipes import first_points

@@ -17,7 +17,8 @@ from halora.analysis.trial_charts import beside_chart
 from halora.dashboard.site import Site, is_fragment
 from halora.errors import UserError
 from halora.hardware.baselines import baselines
-from halora.hardware.chip import Chip, expand_chip, preset_names
+from halora.hardware.chip import Chip
+from halora.hardware.chip_files import expand_chip, preset_names
 from halora.hardware.energy import EnergyBreakdown, energy_per_token
 from halora.hardware.expected_noise import ExpectedNoise, expected_noise
 from halora.hardware.layers import changed_by

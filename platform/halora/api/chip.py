@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from halora.errors import UserError
 from halora.hardware import chip as hardware
+from halora.hardware.chip_files import expand_chip
 from halora.spaces.language import with_values
 from halora.spaces.mistakes import describe
 
@@ -103,7 +104,7 @@ class Chip:
 
 def _described(source: Any, overrides: Mapping[str, Any]) -> hardware.Chip:
     try:
-        content = hardware.expand_chip(source)
+        content = expand_chip(source)
         if not isinstance(content, Mapping):
             raise UserError(f"a chip is a name, a path or a mapping, got {type(source).__name__}")
         return hardware.Chip.model_validate(with_values(content, overrides))

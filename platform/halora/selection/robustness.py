@@ -10,7 +10,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from halora.errors import UserError
-from halora.hardware.chip import Chip, merge
+from halora.hardware.chip import Chip
+from halora.hardware.chip_files import merge
 from halora.spaces.mistakes import describe
 
 TIMES_S = {"1 second": 1.0, "1 day": 86_400.0, "1 year": 365.25 * 86_400, "10 years": 3652.5 * 86_400}

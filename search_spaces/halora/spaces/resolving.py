@@ -9,7 +9,8 @@ from pydantic import ValidationError
 
 from halora.errors import UserError
 from halora.hardware.cell_models import MeasuredNoise
-from halora.hardware.chip import Chip, expand_chip, merge
+from halora.hardware.chip import Chip
+from halora.hardware.chip_files import expand_chip, merge
 from halora.settings.names import as_sum, located
 from halora.settings.trial import TrialConfig
 from halora.spaces.expressions import Expression
