@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from halora.analysis.summary import FrontView, view_front
 from halora.analysis.table import table
-from halora.analysis.trials import RecordedTrial
+from halora.analysis.trials import Objective, RecordedTrial, sweep_objectives
 from halora.errors import UserError
 from halora.records import store as records
 from halora.records.index import read_sweep_state
@@ -102,10 +102,15 @@ class Store:
             UserError: There is no such sweep.
         """
         found = {name: self.trials(name) for name in sweeps or self.sweeps()}
-        views = {name: view_front(points) for name, points in found.items()}
+        views = {name: view_front(points, self._objectives(name)) for name, points in found.items()}
         return data_frame(
             self.place, [(name, point, views[name]) for name, points in found.items() for point in points]
         )
+
+    def _objectives(self, sweep: str) -> tuple[Objective, ...]:
+        from halora.sweep.run.state import load_sweep_of
+
+        return sweep_objectives(load_sweep_of(self.place.sweep(sweep)))
 
     def export(self, file: str | Path, *sweeps: str) -> int:
         """Write what `to_pandas` gives to a new `.csv` or `.parquet` file; the number of trials.

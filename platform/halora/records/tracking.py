@@ -34,6 +34,7 @@ from halora.evaluation.damage import Damage
 from halora.events import BasesProbed, Began, Compared, Event, Scored
 from halora.files import locked
 from halora.records import names
+from halora.records.delivery import keep_delivered
 from halora.records.moving import follow
 from halora.records.store import Store
 from halora.spaces.sweep import SweepConfig
@@ -193,6 +194,7 @@ class MlflowSweep:
                 metrics = []
                 self._state(run_id, event)
         self._metrics(run_id, metrics)
+        keep_delivered(self._folder, events)
 
     def publish(self, folder: Path) -> None:
         """Put the files of a folder on the parent run, in the place of older ones."""

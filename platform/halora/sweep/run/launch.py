@@ -10,7 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from halora.analysis.trials import RecordedTrial, grouped
+from halora.analysis.front import front
+from halora.analysis.trials import RecordedTrial, grouped, sweep_objectives
 from halora.errors import UserError, check_all
 from halora.evaluation.damage import described
 from halora.events import BasesProbed, Compared, Failed, JobEvent, OutOfMemory, Reported, Scored, WorkerLost
@@ -311,18 +312,21 @@ class _Recording:
     ) -> None:
         self._sweep, self._core, self._recorder, self._watcher = sweep, core, recorder, watcher
         self._files, self._folder = files, folder
+        self._objectives = sweep_objectives(sweep)
         self._begun: set[int] = set()
         self._to_prune, self._cannot_prune = True, ""
 
     def points(self) -> list[RecordedTrial]:
         """Finished trials of this sweep that break no constraint, earlier runs included."""
-        return grouped(self._recorder.points).feasible
+        return grouped(self._recorder.points, self._objectives).feasible
 
     def prune(self) -> None:
         """Remove what nobody needs again of trials that ended; what cannot be removed now is left for the next time."""
-        settled = not self._sweep.racing or self._core.over
+        points = self.points()
+        if not self._sweep.racing or self._core.over:  # else a race may bring any of them there
+            points = front(points, self._objectives)
         try:
-            self._files.prune(self._core.trials(), self.points(), settled=settled)
+            self._files.prune(self._core.trials(), {point.number for point in points})
             self._to_prune = False
         except UserError as error:
             if str(error) != self._cannot_prune:
