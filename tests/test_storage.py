@@ -28,7 +28,7 @@ from halora.records.store import Store, SweepFolder
 from halora.settings.trial import Goal
 from halora.storage import TrialStorage, WorkFolder, check_storage, read_adapter
 from halora.sweep.run.trial_files import TrialFiles
-from halora.sweep.search.core import Job
+from halora.sweep.search.jobs import Job
 from halora.sweep.search.study import State, Trial
 from halora.trial_folder import OPTIMIZER_FILE, adapter_folder, latest_checkpoint
 from halora.url_folder import UrlFolder, checked_url

@@ -53,7 +53,7 @@ def render_report(summary: SweepSummary) -> str:
 
 def _ended(summary: SweepSummary) -> list[RecordedTrial]:
     groups = summary.front.groups
-    return [*groups.feasible, *groups.violating, *groups.unscored, *groups.stopped, *groups.failed]
+    return [*groups.feasible, *groups.violating, *groups.unscored, *groups.stopped, *groups.failed, *groups.discarded]
 
 
 def _ratios(summary: SweepSummary) -> list[dict[str, Any]]:

@@ -73,7 +73,8 @@ class Front:
         groups = self.view.groups
         shown = self.view.members
         if everything:
-            parts = (groups.feasible, groups.violating, groups.unscored, groups.failed, groups.stopped, groups.open)
+            ended = (groups.failed, groups.stopped, groups.discarded)
+            parts = (groups.feasible, groups.violating, groups.unscored, *ended, groups.open)
             shown = sorted((point for part in parts for point in part), key=lambda point: point.number)
         return data_frame(self._store.place, [(self.sweep, point, self.view) for point in shown])
 

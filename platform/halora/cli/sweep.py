@@ -31,6 +31,7 @@ from halora.sweep.cluster.cluster import Cluster
 
 if TYPE_CHECKING:
     from halora.api.sweep import Sweep
+    from halora.records.store import SweepFolder
     from halora.spaces.sweep import SweepConfig
     from halora.sweep.run.launch import Outcome
 
@@ -165,18 +166,23 @@ def status(
 
 
 @app.command("list")
-def list_(form: FormatOption = Format.TABLE, store: StoreOption = None, address: AddressOption = None) -> None:
+def list_(
+    every: Annotated[bool, typer.Option("--all", help="Archived sweeps as well.")] = False,
+    form: FormatOption = Format.TABLE,
+    store: StoreOption = None,
+    address: AddressOption = None,
+) -> None:
     """Sweeps of the store, newest last, with the best they found and what MLflow still lacks of them."""
     elsewhere(Cluster.at(address))
     from halora.analysis.front import front
     from halora.analysis.trials import grouped, sweep_objectives
     from halora.records.delivery import refused, undelivered
     from halora.records.index import read_sweep_state
-    from halora.sweep.run.state import is_running, load_sweep_of
+    from halora.sweep.run.state import load_sweep_of
 
     place = open_store(store)
     rows: list[dict[str, Any]] = []
-    for name in place.sweeps():
+    for name in place.sweeps(archived=every):
         try:
             recorded, waiting = read_sweep_state(place, name), undelivered(place, name)
             objectives = sweep_objectives(load_sweep_of(place.sweep(name)))
@@ -189,7 +195,7 @@ def list_(form: FormatOption = Format.TABLE, store: StoreOption = None, address:
         rows.append(
             {
                 "sweep": name,
-                "state": "running" if is_running(place.sweep(name)) else recorded.sweep_state,
+                "state": _state_of(place.sweep(name), recorded.sweep_state),
                 "finished": len(groups.feasible) + len(groups.violating) + len(groups.unscored),
                 "failed": len(groups.failed),
                 "front": len(members),
@@ -203,6 +209,14 @@ def list_(form: FormatOption = Format.TABLE, store: StoreOption = None, address:
         show_rows(rows, form)
     else:
         talk.print(f"no sweep in '{place.root}' yet", markup=False)
+
+
+def _state_of(folder: "SweepFolder", recorded: str) -> str:
+    from halora.sweep.run.state import is_running
+
+    if folder.archive_file.exists():
+        return "archived"
+    return "running" if is_running(folder) else recorded
 
 
 def _tell_unreadable(name: str, error: UserError, *, alone: bool = False) -> None:

@@ -11,7 +11,7 @@ from halora.events import Reported
 from halora.files import write_whole
 from halora.records.store import SweepFolder
 from halora.storage import TrialStorage, prune_folder
-from halora.sweep.search.core import Job
+from halora.sweep.search.jobs import Job
 from halora.sweep.search.study import State, Trial
 from halora.trial_folder import latest_checkpoint, past_reports
 from halora.url_folder import UrlFolder
@@ -104,7 +104,9 @@ class TrialFiles:
             UserError: A checkpoint is damaged.
             StorageError: The storage cannot be written.
         """
-        ended = [trial for trial in trials if trial.state in (State.FINISHED, State.FAILED, State.STOPPED)]
+        ended = [
+            trial for trial in trials if trial.state in (State.FINISHED, State.FAILED, State.STOPPED, State.DISCARDED)
+        ]
         there = self._stored_trials() if ended and not self._pruned else None  # of earlier drivers, by one listing
         for trial in ended:
             kept = trial.state is State.FINISHED and trial.number in wanted
