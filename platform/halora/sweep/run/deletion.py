@@ -122,6 +122,7 @@ def delete(name: str, store: Store, say: Callable[[str], None], *, with_adapters
         folder.root.rename(place.root)
         sync_folder(store.root / ".deleted" / found.launch)
     _remove(place, store, say)
+    _remove_empty(store)
 
 
 def end_deletions(store: Store, say: Callable[[str], None], name: str = "*") -> int:
@@ -135,6 +136,7 @@ def end_deletions(store: Store, say: Callable[[str], None], name: str = "*") -> 
     for folder in left:
         say(f"ending the deletion of sweep '{folder.name}', launch {folder.root.parent.name}, which was interrupted")
         _remove(folder, store, say)
+    _remove_empty(store)
     return len(left)
 
 
@@ -156,9 +158,14 @@ def _remove(folder: SweepFolder, store: Store, say: Callable[[str], None]) -> No
                 if path not in (folder.sweep_file, folder.lock_file):
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
             folder.sweep_file.unlink()
-    shutil.rmtree(folder.root.parent)
-    with suppress(OSError):  # there are others
-        folder.root.parent.parent.rmdir()
+    shutil.rmtree(folder.root)
+
+
+def _remove_empty(store: Store) -> None:
+    """Remove the folders that folders of deleted launches were in."""
+    for folder in (*(store.root / ".deleted").glob("*"), store.root / ".deleted"):
+        with suppress(OSError):  # there is something in it, or it is gone
+            folder.rmdir()
 
 
 @contextmanager

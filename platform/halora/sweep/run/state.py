@@ -53,6 +53,7 @@ def load_study(name: str, store: Store) -> tuple[SweepConfig, SweepStudy]:
 def _readable(name: str) -> Iterator[None]:
     try:
         yield
+        return
     except ValidationError as error:
         problems = describe(error, TrialConfig)
     except (ValueError, KeyError, TypeError, OSError) as error:  # what Optuna raises at a damaged journal

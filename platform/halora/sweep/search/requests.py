@@ -76,7 +76,8 @@ def clone(sweep: SweepConfig, study: SweepStudy, number: int, changes: Mapping[s
         return own
 
     values = chosen_values(space, choose)
-    problems += [f"{path}: not searched together with the other values" for path in changes if path not in values]
+    useless = [path for path in changes if path in space and path not in values]
+    problems += [f"{path}: not searched together with the other values" for path in useless]
     if not problems:
         problems = _contradictions(sweep, values)
     if not problems and (same := _same(study, values)):
