@@ -88,6 +88,8 @@ def test_the_recorded_names_are_frozen():
         "VERSION": "halora.version",
         "COMMIT": "halora.commit",
         "STATE": "halora.state",
+        "CLONE_OF": "halora.clone_of",
+        "CUT_SHORT_AT": "halora.cut_short_at",
         "STRENGTH_METRIC": "accuracy_at.",
         "RUNG_METRIC": "rung_{score}",
         "RUNG_SCORES": ("accuracy", "clean_accuracy", "margin"),
