@@ -6,6 +6,7 @@ from test_sweep_core import _scores, _sweep
 from halora.errors import UserError
 from halora.events import Discarded, Failed, Reported, Scored
 from halora.records.store import Store
+from halora.sweep.cluster.session import gpus_per_trial
 from halora.sweep.run.state import load_study, open_core, write_sweep
 from halora.sweep.search.jobs import Decision
 from halora.sweep.search.requests import clone, cut_short, discard
@@ -149,6 +150,13 @@ def test_a_clone_that_cannot_be_is_refused_with_every_mistake(asked):
     clone(*other, 0, new)
     with pytest.raises(UserError, match="a trial that was asked for has these values already"):
         clone(*other, 0, new)
+
+
+def test_the_gpus_of_a_trial_are_those_of_all_its_workers(asked):
+    _, (sweep, _) = asked(resources={"gpus": 0.5})
+    assert (sweep.workers, gpus_per_trial(sweep)) == (1, 0.5)
+    two = sweep.model_copy(update={"trial": sweep.trial | {"training": sweep.trial["training"] | {"workers": 2}}})
+    assert gpus_per_trial(two) == 1.0
 
 
 def test_a_spent_budget_keeps_clones_waiting(asked):

@@ -44,8 +44,10 @@ def delete(
 
     place = open_store(store)
     if not place.half_deleted(name):
-        for line in holdings(name, place).lines():
+        found = holdings(name, place)
+        for line in found.lines():
             say(line)
+        found.check(with_adapters=with_adapters)
         if not yes and not sys.stdin.isatty():
             raise UserError("nothing is deleted without a word from you", "say it with --yes")
         if not (yes or typer.confirm("delete it?", err=True)):

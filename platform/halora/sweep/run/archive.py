@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
 
 from halora.analysis.front import front
 from halora.analysis.trials import grouped, sweep_objectives
@@ -20,9 +19,6 @@ from halora.records.store import Store, SweepFolder
 from halora.storage import TrialStorage
 from halora.sweep.run.state import load_sweep_of, only_driver
 from halora.trial_folder import adapter_folder
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
 
 _ASIDE = "archived-"
 """Before the name of a checkpoint's folder whose adapter is in MLflow alone."""
@@ -36,15 +32,13 @@ def archive(name: str, store: Store, say: Callable[[str], None]) -> None:
         UserError: There is no such sweep, it is running, or MLflow lacks records of it.
         UnreachableError: MLflow or the storage does not answer; to be repeated.
     """
-    from halora.records.tracking import open_client
-
     folder = store.existing(name)
     with only_driver(folder):
         if left := undelivered(store, name):
             told = f"MLflow lacks {left} records of sweep '{name}', which it would get from here"
             raise UserError(told, f"deliver: halora sweep resume {name}")
         sweep, points = load_sweep_of(folder), read_sweep_state(store, name).points()
-        client = open_client(store.serving(folder))
+        fetch = _fetching(store, folder, sweep.launch)
         if not folder.archive_file.exists():
             write_json(folder.archive_file, {"at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
         objectives = sweep_objectives(sweep)
@@ -56,7 +50,7 @@ def archive(name: str, store: Store, say: Callable[[str], None]) -> None:
             if url := folder.trial_url(point.number):
                 TrialStorage(url).remove()
             if point.number not in kept:
-                freed += _free(client, sweep.launch, folder, point.number)
+                freed += _free(fetch, folder.trial(point.number), point.number)
         if freed:
             say(f"{freed} adapters off the front are in MLflow alone now")
 
@@ -68,15 +62,13 @@ def unarchive(name: str, store: Store) -> None:
         UserError: There is no such sweep, or MLflow has lost an adapter.
         UnreachableError: MLflow does not answer; to be repeated.
     """
-    from halora.records.tracking import open_client
-
     folder = store.existing(name)
     if not folder.archive_file.exists():
         return
     with only_driver(folder):
-        sweep, client = load_sweep_of(folder), open_client(store.serving(folder))
+        fetch = _fetching(store, folder, load_sweep_of(folder).launch)
         for aside in sorted((folder.root / "trials").glob(f"*/{_ASIDE}step-*")):
-            _bring_back(client, sweep.launch, folder, aside)
+            _bring_back(fetch, aside)
         folder.archive_file.unlink()
 
 
@@ -90,16 +82,27 @@ def check_not_archived(folder: SweepFolder) -> None:
         raise UserError(f"sweep '{folder.name}' is archived", f"bring it back: halora sweep unarchive {folder.name}")
 
 
-def _free(client: "MlflowClient", launch: str, folder: SweepFolder, number: int) -> bool:
-    """Remove a trial's adapter here if MLflow has the same; whether that was done now."""
-    own = folder.trial(number)
+_Fetch = Callable[[int, Path], Path | None]
+
+
+def _fetching(store: Store, folder: SweepFolder, launch: str) -> _Fetch:
+    """A function that copies the adapter of a trial from MLflow into a folder; none where MLflow has none."""
+    from halora.records.queries import download_adapter, trial_run
+    from halora.records.tracking import open_client
+
+    client = open_client(store.serving(folder))
+    return lambda number, into: download_adapter(client, trial_run(client, folder.name, launch, number), into)
+
+
+def _free(fetch: _Fetch, own: Path, number: int) -> bool:
+    """Remove a trial's adapter from its folder if MLflow has the same; whether that was done now."""
     for aside in own.glob(f"{_ASIDE}step-*"):  # of one that was killed
         shutil.rmtree(aside / "adapter", ignore_errors=True)
     adapter = adapter_folder(own)
     if adapter is None or not adapter.exists():
         return False
     with TemporaryDirectory() as scratch:
-        there = _fetched(client, launch, folder, number, Path(scratch))
+        there = fetch(number, Path(scratch))
         if there is None or _digests(there) != _digests(adapter):
             return False
     aside = adapter.parent.rename(own / f"{_ASIDE}{adapter.parent.name}")
@@ -107,21 +110,15 @@ def _free(client: "MlflowClient", launch: str, folder: SweepFolder, number: int)
     return True
 
 
-def _bring_back(client: "MlflowClient", launch: str, folder: SweepFolder, aside: Path) -> None:
-    number = int(aside.parent.name)
-    shutil.rmtree(aside / "adapter", ignore_errors=True)  # what an archiving that was killed left
+def _bring_back(fetch: _Fetch, aside: Path) -> None:
+    for partial in (aside / "adapter", *aside.glob(".fetched-*")):  # of one that was killed
+        shutil.rmtree(partial, ignore_errors=True)
     with TemporaryDirectory(dir=aside, prefix=".fetched-") as scratch:
-        there = _fetched(client, launch, folder, number, Path(scratch))
+        there = fetch(int(aside.parent.name), Path(scratch))
         if there is None:
-            raise UserError(f"MLflow has no adapter of trial '{folder.name}/{number}' any more")
+            raise UserError(f"MLflow has no adapter for '{aside.parent}' any more")
         there.rename(aside / "adapter")
     aside.rename(aside.with_name(aside.name.removeprefix(_ASIDE)))
-
-
-def _fetched(client: "MlflowClient", launch: str, folder: SweepFolder, number: int, scratch: Path) -> Path | None:
-    from halora.records.queries import download_adapter, trial_run
-
-    return download_adapter(client, trial_run(client, folder.name, launch, number), scratch)
 
 
 def _digests(folder: Path) -> dict[str, str]:

@@ -46,6 +46,18 @@ class Holdings:
     checkpoint_url: str
     stored: int
 
+    def check(self, *, with_adapters: bool) -> None:
+        """Refuse to delete what has registered adapters that were not meant.
+
+        Raises:
+            UserError: It has.
+        """
+        if self.adapters and not with_adapters:
+            raise UserError(
+                [f"adapter {each} of sweep '{self.name}' is registered" for each in self.adapters],
+                "delete the adapters too with --with-adapters, or keep the sweep: `halora sweep archive` hides it",
+            )
+
     def lines(self) -> list[str]:
         """What would be removed, and what would stay, for a person."""
         study = ["its study in the database of studies"] if self.study_in_database else []
@@ -110,14 +122,11 @@ def delete(name: str, store: Store, say: Callable[[str], None], *, with_adapters
         if name in store.sweeps(archived=True):
             say(f"the sweep '{name}' that is there now is of another launch, and stays; delete it by another call")
         return
-    found = holdings(name, store)
-    if found.adapters and not with_adapters:
-        raise UserError(
-            [f"adapter {each} of sweep '{name}' is registered" for each in found.adapters],
-            "delete the adapters too with --with-adapters, or keep the sweep: `halora sweep archive` hides it",
-        )
-    folder, place = store.sweep(name), store.to_delete(found.launch, name)
+    folder = store.existing(name)
     with only_driver(folder), _no_selection(folder):
+        found = holdings(name, store)
+        found.check(with_adapters=with_adapters)
+        place = store.to_delete(found.launch, name)
         place.root.parent.mkdir(parents=True, exist_ok=True)
         folder.root.rename(place.root)
         sync_folder(store.root / ".deleted" / found.launch)

@@ -13,16 +13,14 @@ from dataclasses import replace
 from itertools import islice
 from math import ceil, floor, isfinite
 
-import numpy as np
-
 from halora.analysis.promotion import promotion_order
-from halora.analysis.racing import chip_estimates, front_probabilities, value_of_a_chip
 from halora.events import Discarded, Failed, JobEvent, OutOfMemory, Reported, Scored, WorkerLost
 from halora.hardware.energy import COSTS
 from halora.settings.trial import Goal
 from halora.spaces.language import grid, size
 from halora.sweep.search.jobs import Decision, Job
 from halora.sweep.search.problem import Problem, worst_scores
+from halora.sweep.search.race import Race, objectives_of
 from halora.sweep.search.samplers import BLIND, History, Proposal, make_sampler, propose
 from halora.sweep.search.spending import Spending
 from halora.sweep.search.study import AskedPoint, State, SweepStudy, Trial, point_key
@@ -31,7 +29,6 @@ _RE_ASKS = 20  # points that are skipped, or known already, before one is drawn 
 _RANDOM_DRAWS = 200
 _ENOUGH_TRIALS = 10  # finished ones, before a configuration is called unreachable
 MOST_LOST = 3  # workers a trial may lose without a report between; the last of them fails it
-_DECIDED = 0.01  # a place on the front is decided when its probability is this close to 0 or 1
 
 
 class DecisionCore:
@@ -248,7 +245,7 @@ class DecisionCore:
             quota = (ceil if search_ends else floor)(len(reached) / self._problem.reduction_factor)
             if sum(trial.rung > rung for trial in reached) >= quota:
                 continue  # else every newcomer that reorders the best would promote one more
-            table = self._objectives_of([replace(trial, scores=trial.scores[: rung + 1]) for trial in reached])
+            table = objectives_of(self._problem, [replace(trial, scores=trial.scores[: rung + 1]) for trial in reached])
             floors = dict.fromkeys(islice(self._scores, 1), self._problem.accuracy_floor)
             for i in promotion_order(table, self._problem.objectives, self._problem.reference, quota, floors):
                 trial = reached[i]
@@ -360,59 +357,22 @@ class DecisionCore:
         broken = [c for c in self._problem.constraints if c.metric in costs and c.violation(costs) > 0]
         return " and ".join(f"{costs[c.metric]:.4g} breaks {c}" for c in broken)
 
-    def _objectives_of(self, trials: Sequence[Trial]) -> np.ndarray:
-        """Objectives at the last level that each trial reached, (trials, objectives)."""
-        rows = [[trial.metrics[each.metric] for each in self._problem.objectives] for trial in trials]
-        return np.array(rows, dtype=float)
-
     def _tell(self, trial: Trial) -> None:
         self._study.tell(trial, {str(each): each.violation(trial.metrics) for each in self._problem.constraints})
 
     def _race(self, trials: Sequence[Trial]) -> Job | None:
         """More chips for the finished trial that may decide most about the front."""
-        racing = self._problem.racing
-        if racing is None:
+        race = Race(self._problem, trials, lambda trial: self._goals_of(trial)[-1])
+        found = race.next_goal(self._out_of_race)
+        if found is None:
             return None
-        finished = self._racers(trials)
-        if not finished:
-            return None
-        spent = sum(_chips(trial) - self._goals_of(trial)[-1].chip_instances for trial in finished)
-        means, errors = chip_estimates([trial.scores[-1].accuracy_by_chip for trial in finished])
-        signs = [-1 if each.maximise else 1 for each in self._problem.objectives]
-        besides = [i for i, each in enumerate(self._problem.objectives) if each.metric != "accuracy"]
-        losses = (self._objectives_of(finished) * signs)[:, besides]
-        chances = front_probabilities(means, errors, losses)
-        if spent >= racing.extra or (np.minimum(chances, 1 - chances) < _DECIDED).all():
-            return None
-        values = value_of_a_chip(means, errors, losses, np.array([_chips(trial) for trial in finished]))
-        racers = {
-            i: values[i]
-            for i, trial in enumerate(finished)
-            if values[i] > 0 and _chips(trial) < racing.most and trial.number not in self._out_of_race
-        }
-        if not racers:
-            return None
-        trial = finished[max(racers, key=racers.__getitem__)]
-        whole = self._goals_of(trial)[-1]
-        chips = min(_chips(trial) + racing.at_once, racing.most, _chips(trial) + racing.extra - spent)
-        goal = replace(whole, chip_instances=chips, first_chip=_chips(trial))
-        name = f"{trial.number:05d}-chips-{chips}"
+        trial, goal = found
+        name = f"{trial.number:05d}-chips-{goal.chip_instances}"
         return Job(trial.number, trial.values, trial.costs, goal, True, name, trial.halvings)
 
     def estimates(self) -> dict[int, float]:
-        """Accuracies of finished trials as the race compares them, by number; none where nothing raced.
-
-        What chips that only some of the trials met do to all alike is taken out, see `chip_estimates`.
-        """
-        finished = self._racers(self._study.trials())
-        by_chip = [trial.scores[-1].accuracy_by_chip for trial in finished]
-        if len(set(map(len, by_chip))) < 2:
-            return {}
-        means, _ = chip_estimates(by_chip)
-        return {trial.number: float(mean) for trial, mean in zip(finished, means, strict=True)}
-
-    def _racers(self, trials: Sequence[Trial]) -> list[Trial]:
-        return [trial for trial in trials if trial.state is State.FINISHED and trial.violation <= 0]
+        """Accuracies of finished trials as the race compares them, see `Race.estimates`."""
+        return Race(self._problem, self._study.trials(), lambda trial: self._goals_of(trial)[-1]).estimates()
 
     def _job(self, trial: Trial) -> Job:
         goals = self._goals_of(trial)
@@ -457,7 +417,3 @@ def _begun(trials: Sequence[Trial]) -> int:
 def _skipped_last(trials: Sequence[Trial]) -> int:
     """Number of trials that were skipped since one was trained."""
     return next((i for i, trial in enumerate(reversed(trials)) if trial.state is not State.SKIPPED), len(trials))
-
-
-def _chips(trial: Trial) -> int:
-    return len(trial.scores[-1].accuracy_by_chip)
