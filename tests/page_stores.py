@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from recorded_sweeps import begin, finish, generated_event_log, made_up_sweep
 
+from halora.analysis.gates import certified_gates
 from halora.events import BasesProbed, Failed, Reported
 from halora.files import write_json
 from halora.records.index import read_sweep_state
@@ -18,7 +19,6 @@ from halora.records.store import Store
 from halora.selection.attempts import open_attempt
 from halora.selection.certificate import Certificate
 from halora.selection.claims import Certification, RobustnessLine
-from halora.selection.gates import certified_gates
 from halora.spaces.gates import Gates
 from halora.spaces.sweep import SweepConfig
 from halora.sweep.run.state import load_sweep_of

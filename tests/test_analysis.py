@@ -16,7 +16,9 @@ from halora.analysis import charts, uncertainty
 from halora.analysis.figures import front_figure
 from halora.analysis.front import best, front, hypervolume, hypervolume_history, knee
 from halora.analysis.importance import importances
-from halora.analysis.summary import SweepSummary, view_front
+from halora.analysis.recommendation import Recommendation
+from halora.analysis.report import SweepSummary
+from halora.analysis.summary import view_front
 from halora.analysis.trials import (
     ACCURACY,
     DEFAULT_OBJECTIVES,
@@ -123,6 +125,8 @@ def test_the_knee_is_furthest_from_the_chord():
     assert knee(members) is members[furthest]
     assert furthest in (1, 2)
     assert knee(members[:2]) is None
+    hollow = [_point(i, a, e) for i, (a, e) in enumerate([(0.367, 2.18), (0.5, 3.238), (0.667, 3.6)])]
+    assert knee(front(hollow)) is None  # the one between lies on the wrong side of the line
     assert knee([]) is None
 
 
@@ -410,6 +414,7 @@ def _summary(points, **more):
         "baselines": {},
         "comparison": None,
         "damage": [],
+        "recommendation": Recommendation(None, (), ("what to <take>",)),
     }
     fixed = {"name": "s", "family": "f", "description": "d", "trials": 9, "time": "now"}
     return SweepSummary(front=view, **fixed, **(given | more))
@@ -444,7 +449,7 @@ def test_charts_are_valid_plotly_figures_and_hold_every_trial(count):
         charts.noise_chart(points, "noise_strength", "level"),
         charts.noise_chart(points, "noise_db", "dB"),
         charts.energy_chart(summary.front),
-        charts.importance_chart(summary),
+        charts.importance_chart(summary.importance),
         charts.hypervolume_chart(summary.hypervolume),
     ]
     for chart in drawn:

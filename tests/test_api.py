@@ -30,7 +30,12 @@ from halora.spaces.sweep import load_sweep
 
 SURFACE = Path(__file__).parent / "surface.txt"
 HEAVY = {"torch", "ray", "mlflow", "transformers", "peft", "deepspeed", "datasets", "matplotlib", "pandas", "scipy"}
-RESULTS = ("halora.api.energy.ModelEnergy", "halora.api.noise.Noise", "halora.api.evaluation.Evaluation")
+RESULTS = (
+    "halora.api.energy.ModelEnergy",
+    "halora.api.noise.Noise",
+    "halora.api.evaluation.Evaluation",
+    "halora.analysis.recommendation.Recommendation",
+)
 
 
 # The surface as a whole.

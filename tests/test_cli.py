@@ -94,6 +94,7 @@ def test_mlflow_holds_the_whole_sweep(zoo, store, tiny_models):
         "front.json",
         "front.csv",
         "front.png",
+        "summary.md",
         "report.html",
         "comparison.json",
         "damage.json",

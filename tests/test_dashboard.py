@@ -1,7 +1,9 @@
 """Oracles: an HTML parser; brute force over the recorded trials; the command line's figures; the files of a store."""
 
+import html
 import json
 import re
+import shlex
 import socket
 from html.parser import HTMLParser
 from math import log10
@@ -90,11 +92,27 @@ def _qualifying(page):
 
 
 SHOWN = {
-    "zero": ["0 of 4trials finished", "No trial has been scored yet"],
+    "zero": [
+        "0 of 4trials finished",
+        "Nothing to recommend yet: no trial has finished.",
+        "No trial has been scored yet",
+    ],
     "one": ["1 of 4trials finished", "1 of 1 finished trials qualify"],
-    "dozen": ["11 of 12trials finished", "1failed", "out of memory", "clean_accuracy by 0.1"],
-    "infeasible": ["3break a constraint", "0 of 3 finished trials qualify", "energy_uj_per_token by 1.5"],
-    "failed": ["3failed", "No trial has been scored yet"],
+    "dozen": [
+        "11 of 12trials finished",
+        "Take trial 9 (lora, rank 4)",
+        "Not certified.",
+        "1failed",
+        "out of memory",
+        "clean_accuracy by 0.1",
+    ],
+    "infeasible": [
+        "No trial qualifies. Trial 0 comes nearest",
+        "3break a constraint",
+        "0 of 3 finished trials qualify",
+        "energy_uj_per_token by 1.5",
+    ],
+    "failed": ["Nothing to recommend: all 3 trials failed", "3failed", "No trial has been scored yet"],
     "numberless": ["3without a score", "No trial has been scored yet"],
     "hostile": ["4 of 4trials finished"],
     "large": [f"{LARGE} of {LARGE}trials finished"],
@@ -391,7 +409,7 @@ def test_a_page_follows_a_running_sweep(tmp_path, tiny_models, tiny_task):
     fill(store, tiny_models["llama"], tiny_task, ["zero"])
     folder = store.sweep("zero")
     client = TestClient(create_app(store), base_url="http://127.0.0.1")
-    assert "every 5s" not in client.get("/sweeps/zero").text
+    assert 'data-every="30"' in client.get("/sweeps/zero").text  # it may be resumed
     sweep = load_sweep_of(folder)
     with only_driver(folder):
         recorder = SweepRecorder(folder, sweep)
@@ -399,7 +417,7 @@ def test_a_page_follows_a_running_sweep(tmp_path, tiny_models, tiny_task):
         begin(recorder, sweep, 1)
         recorder.record(Reported(trial=1, step=6, metrics={"train_loss": 1.25}))
         page = client.get("/sweeps/zero")
-        (poll,) = re.findall(r'hx-get="([^"]*version=[^"]*)" hx-trigger="every 5s"', page.text)
+        (poll,) = re.findall(r'hx-get="([^"]*version=[^"]*)" [^>]*data-every="5"', page.text)
         poll, asked = poll.replace("&amp;", "&"), {"hx-request": "true"}
         assert client.get(poll, headers=asked).status_code == 204
         varied_trial(recorder, sweep, folder.root, 2)
@@ -412,8 +430,62 @@ def test_a_page_follows_a_running_sweep(tmp_path, tiny_models, tiny_task):
         assert "html" not in parsed.opened
         recorder.close()
     stopped = client.get(poll, headers=asked)
-    assert "every 5s" not in stopped.text
+    assert 'data-every="30"' in stopped.text
     assert "interrupted" in stopped.text
+
+
+def test_pages_are_sent_again_only_where_there_is_anything_new(tmp_path, tiny_models, tiny_task):
+    store = Store(tmp_path / "store")
+    fill(store, tiny_models["llama"], tiny_task, ["dozen", "zero"])
+    client = TestClient(create_app(store), base_url="http://127.0.0.1")
+    asked = {"hx-request": "true"}
+
+    def poll(address):
+        (found,) = re.findall(r'hx-get="([^"]*version=[^"]*)"', client.get(address).text)
+        return found.replace("&amp;", "&")
+
+    waiting = [poll(address) for address in ("/", "/sweeps/zero", "/sweeps/dozen/trials/9")]
+    assert [client.get(address, headers=asked).status_code for address in waiting] == [204] * 3
+    certify_made_up(store, "dozen", 9)  # begun: eight chips are scored
+    assert [client.get(address, headers=asked).status_code for address in waiting] == [204, 204, 200]
+    recorder = SweepRecorder(store.sweep("zero"), load_sweep_of(store.sweep("zero")))
+    varied_trial(recorder, load_sweep_of(store.sweep("zero")), store.sweep("zero").root, 0)
+    recorder.close()
+    assert [client.get(address, headers=asked).status_code for address in waiting[:2]] == [200, 200]
+    renewed = client.get(waiting[1], headers=asked).text
+    (methods,) = re.findall(r'<label id="by-method"[^>]*hx-swap-oob="true".*?</label>', renewed, re.DOTALL)
+    assert re.findall(r'<option value="([^"]+)">', methods) == ["lora"]  # the form learns of what is new
+    assert "lora.rank" in re.findall(r'<datalist id="fields">(.*?)</datalist>', renewed, re.DOTALL)[0]
+
+
+@pytest.mark.parametrize(
+    ("query", "options"),
+    [
+        ("pick=4", ["--trial", "4", "--min-accuracy", "0.5"]),
+        (
+            "pick=4&pick=9&accuracy=0.4&energy=3",
+            ["--filter", "trial=4|9", "--min-accuracy", "0.4", "--max-energy", "3"],
+        ),
+        ("pick=4&drop=0.1", ["--trial", "4", "--min-accuracy", "0.5", "--set", "max_drop=0.1"]),
+        ("pick=4&accuracy=%3B+rm", ["--trial", "4", "--min-accuracy", "; rm"]),
+    ],
+)
+def test_the_command_that_certifies_has_the_shortlist_and_the_constraints(client, store, query, options):
+    text = html.unescape(client.get(f"/sweeps/dozen?{query}").text)
+    (command,) = re.findall(r"halora adapter select dozen .*(?=</pre>)", text)
+    assert shlex.split(command)[4:] == [*options, "--store", str(store.root)]
+
+
+def test_a_simulated_sweep_is_marked_and_offers_no_certificate(tmp_path, tiny_models, tiny_task):
+    store = Store(tmp_path / "store")
+    fill(store, tiny_models["llama"], tiny_task, ["dozen"])
+    store.sweep("dozen").curves_file.write_text("trial,step\n")
+    client = TestClient(create_app(store), base_url="http://127.0.0.1")
+    page = _page(client, "/sweeps/dozen?pick=4")
+    assert "simulated" in page.text
+    assert "there is no adapter to deploy" in page.text
+    assert "adapter select" not in page.text
+    assert "simulated" in _page(client, "/").text
 
 
 def test_a_fragment_puts_the_state_into_the_address(client):
@@ -461,7 +533,7 @@ def test_a_card_tells_gates_certificate_and_how_far_it_is(certified):
     assert ["min_yield", "FAIL"] in [[row[0], row[3]] for row in failed.rows if len(row) == 4]
     assert f"8 of {of_the_third} chips scored" in begun.text
     assert "begun 3 certifications" in none.text
-    assert "halora adapter select dozen --dry-run" in none.text
+    assert "halora adapter select dozen --trial 0" in none.text
     for page in (passed, failed, begun, none):
         assert "button" in page.opened
         assert page.text.count("Register") == 0  # this server was not asked to
@@ -493,7 +565,7 @@ def test_accuracy_over_time_is_drawn_as_certified_or_said_to_be_unknown(certifie
 def test_damaged_certifications_are_told(certified):
     (certified.sweep("dozen").selection / "attempt-01" / "attempt.json").write_text("{")
     client = TestClient(create_app(certified), base_url="http://127.0.0.1")
-    assert "certifications cannot be read" in _page(client, "/sweeps/dozen/trials/4").text
+    assert "cannot be read" in _page(client, "/sweeps/dozen/trials/4").text
 
 
 OWN = "http://127.0.0.1"

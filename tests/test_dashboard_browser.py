@@ -22,6 +22,7 @@ from selenium.webdriver.support.wait import WebDriverWait
 from services import axe_core, chrome
 
 from halora.analysis.parallel import parallel_axes
+from halora.analysis.summary import view_front
 from halora.analysis.trials import DEFAULT_OBJECTIVES, grouped
 from halora.dashboard.app import create_app
 from halora.records.exporter import recording
@@ -404,6 +405,18 @@ def test_a_brush_on_an_axis_filters_every_view(browser, address, store):
     assert int(_text(browser, "#qualifying")) == len(points)
 
 
+def test_every_point_of_the_front_shortlists_itself_among_near_ties(browser, address, store):
+    """Two thousand trials, dominated ones a pixel beside the front's."""
+    view = view_front(read_sweep_state(store, "large").points())
+    _open(browser, f"{address}/sweeps/large")
+    clicked = set()
+    for member in view.members:
+        with _redrawn(browser):
+            _in_plane(browser, [_pixel(browser, member.energy_uj_per_token, member.accuracy)])
+        clicked.add(member.number)
+        assert _picked(browser) == clicked
+
+
 def test_a_running_sweep_renews_itself_and_keeps_the_zoom(browser, address, store):
     folder = store.sweep("zero")
     sweep = load_sweep_of(folder)
@@ -422,7 +435,7 @@ def test_a_running_sweep_renews_itself_and_keeps_the_zoom(browser, address, stor
         assert kept == [0.1, 0.9]
         assert len([url for url in _requests(browser) if url.endswith("/sweeps/zero")]) == 1
         recorder.close()
-    _until(browser, lambda b: not b.find_elements(By.ID, "poll"))  # it has ended: no more renewal
+    _until(browser, lambda b: b.find_element(By.ID, "poll").get_attribute("data-every") == "30")  # it has ended
 
 
 def test_the_chip_s_sliders_answer_at_once(browser, address):

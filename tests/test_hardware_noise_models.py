@@ -16,9 +16,10 @@ from pydantic import TypeAdapter, ValidationError
 from halora.errors import UserError
 from halora.hardware.addressing import NoiseKey, Role
 from halora.hardware.chip import Chip, load_chip
-from halora.hardware.noise import programmed_weight
+from halora.hardware.noise import Programming, programmed_weight
 from halora.hardware.noise_models import NoiseModel
 from halora.hardware.noise_settings import AgeingSetting, NoiseSetting
+from halora.hardware.outliers import in_rram
 
 DAY = 86400.0
 KEY = NoiseKey(role=Role.SEARCH, chip_seed=0, module="layer", purpose="conformance")
@@ -239,6 +240,37 @@ def test_unknown_fields_and_numbers_out_of_range_are_refused(case):
         with pytest.raises(ValidationError) as caught:
             read({**case.setting, **wrong}, case.ages)
         assert [error["loc"][-1] for error in caught.value.errors()] == list(wrong)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("by", ["weight", "column", "tile", "singular"])
+def test_a_share_of_the_weights_in_sram_leaves_the_rest_to_the_model(case, by):
+    """Nothing in SRAM is the chip without outliers; a few weights there, and the rest errs by less than the whole."""
+    ages = {"retention": {"ageing": case.setting, "refresh_interval_s": case.times[-1]}}
+    cells = {} if case.setting["kind"] == "gaussian" else {"g_min_us": case.low, "g_max_us": case.high}
+    chip = {"preset": "ideal", **(ages if case.ages else {"noise": case.setting}), "cells": cells, "tile": {"rows": 32}}
+    generator = torch.Generator().manual_seed(4)
+    weight = torch.randn(48, 40, generator=generator) ** 3
+
+    def held(share):
+        drawn = load_chip({**chip, "mapping": {"outliers": {"share": share, "by": by, "weight_bits": 16}}})
+        rest, side = in_rram(weight, drawn, "layer")
+        level = drawn.noise.level if drawn.noise else 0.0
+        found = Programming.of(rest, drawn, level).held(rest, KEY).clone()
+        disturbed = found - rest
+        if side is not None:
+            side.add_to(found)
+        return found, disturbed, rest
+
+    without = load_chip(chip)
+    level = without.noise.level if without.noise else 0.0
+    plain = Programming.of(weight, without, level).held(weight, KEY)
+    assert torch.equal(held(0.0)[0], plain)
+    _, disturbed, rest = held(0.02)
+    assert disturbed.abs().max() > 0
+    assert rest.abs().max() < weight.abs().max()
+    most = (plain - weight).square().mean()  # an absolute sigma follows no weight: as much
+    assert disturbed.square().mean() < most * (1.0001 if case.setting.get("reference") == "absolute" else 1)
 
 
 def test_a_model_states_its_lifetime_and_domain(case):

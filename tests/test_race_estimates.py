@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from recorded_sweeps import SCORES, begin, made_up_sweep
 
+from halora.analysis.candidates import standings
 from halora.analysis.summary import view_front
 from halora.events import Scored
 from halora.records.event_log import read
 from halora.records.recorder import SweepRecorder
 from halora.records.store import Store
 from halora.records.sweep_state import SweepState
-from halora.selection.candidates import standings
 from halora.spaces.gates import Gates
 
 

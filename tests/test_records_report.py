@@ -61,7 +61,7 @@ def _draw(sweep, store, story):
     story(recorder, folder.root)
     recorder.finish(interrupted=False)
     recorder.close()
-    publish(sweep, read_sweep_state(store, sweep.name), folder.published)
+    publish(sweep, read_sweep_state(store, sweep.name), folder)
     page = folder.published / "report.html"
     return page, _Page(page.read_text())
 

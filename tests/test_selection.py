@@ -6,12 +6,12 @@ import pytest
 from pydantic import ValidationError
 from scipy.stats import binom
 
+from halora.analysis.gates import Gate, branch_gates, certified_gates, search_gates
 from halora.analysis.trials import RecordedTrial
 from halora.errors import UserError
 from halora.hardware.chip import load_chip
 from halora.records.names import registered_name
 from halora.selection.certificate import Certificate, chips_needed, yield_lower_bound
-from halora.selection.gates import Gate, branch_gates, certified_gates, search_gates
 from halora.selection.robustness import scenarios
 from halora.spaces.gates import Gates
 
@@ -181,10 +181,10 @@ POINTS = [
 
 @pytest.mark.parametrize(
     ("prefer", "order"),
-    [("knee", [1, 0, 2, 3]), ("accuracy", [2, 1, 0, 3]), ("energy", [0, 1, 2, 3])],
+    [("knee", [1, 2, 0, 3]), ("accuracy", [2, 1, 0, 3]), ("energy", [0, 1, 2, 3])],
 )
 def test_candidates_come_front_by_front_in_the_preferred_order(prefer, order):
-    from halora.selection.candidates import standings
+    from halora.analysis.candidates import standings
 
     found = standings(POINTS, Gates(min_accuracy=0.25, max_energy_uj_per_token=5), prefer)
     assert [each.point.number for each in found if each.qualifies] == order
@@ -198,8 +198,15 @@ def test_candidates_come_front_by_front_in_the_preferred_order(prefer, order):
     }
 
 
+def test_where_nothing_lies_beyond_the_line_between_the_extremes_the_most_accurate_is_preferred():
+    from halora.analysis.candidates import standings
+
+    points = [_point(3, 0.367, 2.18), _point(5, 0.5, 3.238), _point(1, 0.667, 3.6)]  # of a demo
+    assert [each.point.number for each in standings(points, Gates())] == [1, 3, 5]
+
+
 def test_without_trials_nobody_stands():
-    from halora.selection.candidates import standings
+    from halora.analysis.candidates import standings
 
     assert standings([], Gates()) == []
 

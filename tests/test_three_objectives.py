@@ -12,6 +12,7 @@ from starlette.testclient import TestClient
 
 from benchmarks.analytic import FUNCTIONS, OF_THREE, AnalyticCurves
 from benchmarks.search import _optuna_directly, search, volume
+from halora.analysis.candidates import standings
 from halora.analysis.charts import front_charts
 from halora.analysis.figures import front_figure
 from halora.analysis.front import front, hypervolume, knee
@@ -27,7 +28,6 @@ from halora.records.event_log import read
 from halora.records.publishing import publish
 from halora.records.recorder import SweepRecorder
 from halora.records.store import Store
-from halora.selection.candidates import standings
 from halora.settings.trial import Goal
 from halora.spaces.gates import Gates
 from halora.spaces.search import Constraint, Racing, SearchSettings
@@ -330,7 +330,7 @@ def test_records_report_page_and_command_line_go_by_the_sweeps_objectives(
     assert volumes[-1] == pytest.approx(hypervolume(points, (0.0, 6.0, 20.0), THREE))
     recorder.close()
 
-    publish(sweep, recorder.recorded, folder.published)
+    publish(sweep, recorder.recorded, folder)
     rows = json.loads((folder.published / "front.json").read_text())
     assert sorted(row["number"] for row in rows if row["on_front"]) == sorted(members)
     assert set(THREE_NAMES) <= rows[0].keys()

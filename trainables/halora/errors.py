@@ -93,5 +93,6 @@ def check_all(*checks: Callable[[], object]) -> None:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the known name closest to `name`, or nothing."""
-    matches = get_close_matches(name, list(known), n=1)
-    return f"; did you mean '{matches[0]}'?" if matches else ""
+    spelled = {each.lower(): each for each in known}
+    matches = get_close_matches(name.lower(), list(spelled), n=1)
+    return f"; did you mean '{spelled[matches[0]]}'?" if matches else ""

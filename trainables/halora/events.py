@@ -42,6 +42,12 @@ class Answers:
         """Number of chips and of rows."""
         return self.chips, self.rows
 
+    @property
+    def array(self) -> np.ndarray:
+        """Whether each answer was right, as booleans (chips, rows)."""
+        bits = np.frombuffer(self.packed, dtype=np.uint8)
+        return np.unpackbits(bits, count=self.chips * self.rows).astype(bool).reshape(self.shape)
+
     @cached_property
     def packed(self) -> bytes:
         """The bits as bytes."""

@@ -1,8 +1,11 @@
-"""What a trial's configuration takes per token: energy and time, and the chip's area."""
+"""What a token takes on a trial's chip, energy, time and area, and the energy it takes elsewhere."""
 
 from collections.abc import Mapping
 
+from halora.errors import UserError
+from halora.hardware.baselines import baselines
 from halora.hardware.energy import EnergyBreakdown, energy_per_token
+from halora.hardware.shapes import ModelShape
 from halora.settings.trial import TrialConfig
 from halora.training.models import estimated_shape, model_shape
 
@@ -30,3 +33,21 @@ def trial_energy(
         phase=config.evaluation.phase,
         sequences=config.evaluation.sequences,
     )
+
+
+def baseline_energies(config: TrialConfig, shape: ModelShape | None = None) -> dict[str, float]:
+    """Energy per token of the named baselines that have a figure for a trial's model, in microjoule.
+
+    Args:
+        config: The trial.
+        shape: Dimensions of its model; looked up where they are not given, on the hub if need be.
+    """
+    try:
+        shape = shape or model_shape(config.model)
+    except UserError:
+        return {}
+    found = {
+        name: baseline.energy_uj_per_token(shape, config.chip, config.evaluation.context_tokens)
+        for name, baseline in baselines().items()
+    }
+    return {name: energy for name, energy in found.items() if energy is not None}

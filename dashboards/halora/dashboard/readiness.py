@@ -11,16 +11,16 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from halora.analysis.candidates import Standing, standings
+from halora.analysis.gates import Gate
 from halora.analysis.trials import RecordedTrial
 from halora.dashboard.reading import Snapshot
 from halora.dashboard.security import is_token
 from halora.dashboard.site import Site
 from halora.errors import UserError
 from halora.selection.attempts import Attempt, attempts_of
-from halora.selection.candidates import Standing, standings
 from halora.selection.certification import certifications_of
 from halora.selection.claims import Certification
-from halora.selection.gates import Gate
 
 _LARGEST_FORM = 4096  # bytes
 
@@ -55,10 +55,10 @@ def readiness(snapshot: Snapshot, point: RecordedTrial) -> Readiness:
     """How a trial's adapter stands."""
     (standing,) = standings([point], snapshot.sweep.gates, objectives=snapshot.view.objectives)
     try:
-        attempts = attempts_of(snapshot.folder)
         finished = certifications_of(snapshot.folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return Readiness(standing, None, None, 0, 0, f"certifications cannot be read: {type(error).__name__}: {error}")
+    except UserError as error:
+        return Readiness(standing, None, None, 0, 0, str(error))
+    attempts = attempts_of(snapshot.folder)
     own = [attempt for attempt in attempts if attempt.trial == point.number]
     certified = [finished[attempt.number] for attempt in own if attempt.number in finished]
     under_way = next((attempt for attempt in own if attempt.number not in finished), None)
@@ -68,6 +68,8 @@ def readiness(snapshot: Snapshot, point: RecordedTrial) -> Readiness:
 
 def failed_gates(snapshot: Snapshot, point: RecordedTrial) -> tuple[str, ...]:
     """Why a trial is not a candidate, by the sweep's gates; none for a candidate."""
+    if snapshot.folder.simulated:
+        return ("it is simulated: there is no adapter",)
     return standings([point], snapshot.sweep.gates, objectives=snapshot.view.objectives)[0].reasons
 
 

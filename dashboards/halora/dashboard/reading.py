@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from halora.analysis.recommendation import Progress, Recommendation, named_baselines, recommend
 from halora.analysis.summary import FrontView, view_front, volumes
 from halora.analysis.trials import ACCURACY, Objective, RecordedTrial, sweep_objectives
 from halora.errors import UserError
@@ -13,6 +14,7 @@ from halora.records import event_log
 from halora.records.index import read_sweep_state
 from halora.records.store import Store, SweepFolder
 from halora.records.sweep_state import SweepState
+from halora.selection.certification import certified_trials
 from halora.spaces.sweep import SweepConfig
 from halora.sweep.run.state import is_running, load_sweep_of
 
@@ -38,6 +40,7 @@ class Snapshot:
         self.folder, self.sweep, self.recorded, self.version, self.running = folder, sweep, recorded, version, running
         self.points = recorded.points()
         self.by_number = {point.number: point for point in self.points}
+        self._recommended: tuple[dict[int, bool], Recommendation] | None = None
 
     @property
     def name(self) -> str:
@@ -58,6 +61,18 @@ class Snapshot:
     def view(self) -> FrontView:
         """The front over the sweep's objectives."""
         return view_front(self.points, sweep_objectives(self.sweep))
+
+    def recommendation(self) -> Recommendation | None:
+        """Which trial to take, how sure that is and what is left to do; none where certifications cannot be read."""
+        try:
+            certified = certified_trials(self.folder)
+        except UserError:
+            return None
+        if self._recommended is None or self._recommended[0] != certified:
+            progress = Progress(self.running, self.folder.simulated, self.recorded.comparison, certified)
+            found = recommend(self.sweep, self.view, progress, named_baselines(self.sweep, self.view))
+            self._recommended = certified, found
+        return self._recommended[1]
 
     @cached_property
     def clean_view(self) -> FrontView:

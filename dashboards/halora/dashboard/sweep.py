@@ -1,5 +1,6 @@
 """One sweep: choose an adapter by constraints, on the front, in a table and over the searched fields."""
 
+import shlex
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any
@@ -57,12 +58,15 @@ def routes(site: Site) -> APIRouter:
             "direction": sort_direction,
             "why_not": {point.number: failed_gates(snapshot, point) for point in choice.picked},
             "failures": failures(snapshot),
+            "fields": form_fields(snapshot),
+            "fragment": is_fragment(request),
+            "command": select_command(site, snapshot, query, choice.picked),
             "progress": hypervolume_chart(snapshot.volumes, snapshot.view.objectives)
             if len(snapshot.volumes) > 1
             else None,
         }
         if not is_fragment(request):
-            return site.page(request, "sweep", fields=form_fields(snapshot), **content)
+            return site.page(request, "sweep", **content)
         answer: HTMLResponse = site.page(request, "sweep_view", **content)
         if "version" not in request.query_params:
             answer.headers["hx-push-url"] = request.url.path + (query.url() if query != SweepQuery() else "")
@@ -135,6 +139,23 @@ def choose(snapshot: Snapshot, query: SweepQuery) -> Choice:
         picked=picked,
         hidden=[point.number for point in picked if point.number not in shown],
     )
+
+
+def select_command(site: Site, snapshot: Snapshot, query: SweepQuery, picked: list[RecordedTrial]) -> str:
+    """The command that certifies a shortlisted trial under the constraints of the page; empty where none is."""
+    if not picked or snapshot.folder.simulated:
+        return ""
+    options = ["--trial", str(picked[0].number)]
+    if len(picked) > 1:
+        options = ["--filter", f"trial={'|'.join(str(point.number) for point in picked)}"]
+    gates = snapshot.sweep.gates
+    if query.accuracy:
+        options += ["--min-accuracy", query.accuracy]
+    elif not gates.min_accuracy:
+        options += ["--min-accuracy", "0.5"]
+    options += ["--max-energy", query.energy] if query.energy else []
+    options += ["--set", f"max_drop={query.drop}"] if query.drop else []
+    return shlex.join(["halora", "adapter", "select", snapshot.name, *options, "--store", str(site.store.root)])
 
 
 def form_fields(snapshot: Snapshot) -> dict[str, list[str]]:

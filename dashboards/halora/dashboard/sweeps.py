@@ -1,11 +1,13 @@
 """The list of a store's sweeps."""
 
+import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
-from starlette.responses import HTMLResponse
+from starlette.responses import Response
 
-from halora.dashboard.reading import Snapshot
+from halora.dashboard.reading import Snapshot, Unreadable
 from halora.dashboard.site import Site, is_fragment
 from halora.records.delivery import undelivered
 
@@ -17,14 +19,28 @@ def routes(site: Site) -> APIRouter:
     router = APIRouter()
 
     @router.get("/")
-    def index(request: Request) -> HTMLResponse:
+    def index(request: Request) -> Response:
         found = site.reader.all()
+        version = _version(site, found)
+        if request.query_params.get("version") == version:
+            return Response(status_code=204)  # htmx leaves the page as it is
         rows = [_row(site, each) if isinstance(each, Snapshot) else each for each in found]
         template = "sweeps_view" if is_fragment(request) else "sweeps"
         live = any(isinstance(each, Snapshot) and each.running for each in found)
-        return site.page(request, template, path="/", rows=rows, live=live)
+        return site.page(request, template, path="/", rows=rows, live=live, version=version)
 
     return router
+
+
+def _version(site: Site, found: Sequence[Snapshot | Unreadable]) -> str:
+    """Differs once there is anything new to show."""
+    shown = [
+        (each.name, each.version, undelivered(site.store, each.name))
+        if isinstance(each, Snapshot)
+        else (each.name, each.problem)
+        for each in found
+    ]
+    return hashlib.sha256(repr(shown).encode()).hexdigest()[:16]
 
 
 def _row(site: Site, snapshot: Snapshot) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from fastapi import APIRouter, Request
 from starlette.responses import RedirectResponse, Response
 
@@ -17,9 +16,9 @@ from halora.dashboard.site import Site
 from halora.dashboard.sweep import log_tail
 from halora.errors import UserError
 from halora.events import Answers, Began, Reported, Scored
+from halora.pricing import baseline_energies
 from halora.records.event_log import events_of
 from halora.records.names import ENERGY, is_score
-from halora.records.publishing import baseline_energies
 from halora.selection.robustness import TIMES_S
 from halora.settings.trial import TrialConfig
 
@@ -36,9 +35,13 @@ def routes(site: Site) -> APIRouter:
         point = snapshot.point(number)
         against, problem = _against(request.query_params.get("against", ""), snapshot, point)
         ready = readiness(snapshot, point)
+        version = f"{snapshot.version}-{ready.attempts}-{ready.scored}-{ready.certification is not None}"
+        if request.query_params.get("version") == version:
+            return Response(status_code=204)  # htmx leaves the page as it is
         return site.page(
             request,
             "trial",
+            version=version,
             snapshot=snapshot,
             point=point,
             card=card(snapshot, point, ready),
@@ -115,9 +118,7 @@ def card(snapshot: Snapshot, point: RecordedTrial, ready: Readiness) -> Card:
 
 def accuracy_by_chip(correct: Answers) -> list[float]:
     """Accuracy on each chip instance."""
-    chips, rows = correct.shape
-    bits = np.unpackbits(np.frombuffer(correct.packed, dtype=np.uint8), count=chips * rows)
-    return [float(share) for share in bits.reshape(chips, rows).mean(axis=1)]
+    return [float(share) for share in correct.array.mean(axis=1)]
 
 
 def differences(one: RecordedTrial, other: RecordedTrial) -> list[tuple[str, Any, Any]]:

@@ -11,7 +11,7 @@ from typing import Any
 from halora.analysis.figures import METHOD_COLOURS, OTHER_COLOUR
 from halora.analysis.formats import searched_values
 from halora.analysis.front import front
-from halora.analysis.summary import FrontView, SweepSummary
+from halora.analysis.summary import FrontView
 from halora.analysis.trials import ACCURACY, DEFAULT_OBJECTIVES, Objective, RecordedTrial, projections
 from halora.hardware.energy import COSTS
 
@@ -210,11 +210,11 @@ def energy_chart(view: FrontView) -> Chart:
     return {"data": data, "layout": layout}
 
 
-def importance_chart(summary: SweepSummary) -> Chart:
-    """Share of each searched field, for every objective."""
+def importance_chart(importance: Mapping[str, Mapping[str, float]]) -> Chart:
+    """Share of each searched field, by metric of the objective."""
     paths = sorted(
-        {path for shares in summary.importance.values() for path in shares},
-        key=lambda path: sum(shares.get(path, 0) for shares in summary.importance.values()),
+        {path for shares in importance.values() for path in shares},
+        key=lambda path: sum(shares.get(path, 0) for shares in importance.values()),
     )
     data = [
         {
@@ -225,7 +225,7 @@ def importance_chart(summary: SweepSummary) -> Chart:
             "y": [escape(path) for path in paths],
             "marker": {"color": colour},
         }
-        for (metric, shares), colour in zip(summary.importance.items(), _COMPONENT_COLOURS, strict=False)
+        for (metric, shares), colour in zip(importance.items(), _COMPONENT_COLOURS, strict=False)
         if shares
     ]
     layout = chart_layout("share of the importance", "") | {"barmode": "group", "height": 140 + 44 * len(paths)}

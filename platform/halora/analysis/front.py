@@ -7,6 +7,9 @@ import numpy as np
 
 from halora.analysis.trials import DEFAULT_OBJECTIVES, Objective, RecordedTrial
 
+_SAME = 1e-9
+"""Difference of two gains that is one of rounding."""
+
 
 def values(points: Sequence[RecordedTrial], objectives: Sequence[Objective]) -> np.ndarray:
     """Objectives of the points, in the shape (points, objectives)."""
@@ -80,11 +83,15 @@ def knee(
     """The member of a front furthest beyond the plane through its extremes (Das, Structural Optimization 1999).
 
     With objectives scaled to the front's own range that is the one with the largest sum of gains. None where fewer
-    than three different points leave nothing between the extremes.
+    than three different points leave nothing between the extremes, or where of two objectives nothing lies beyond the
+    line: each extreme has a gain of 1.
     """
     if len(np.unique(values(members, objectives), axis=0)) < 3:
         return None
-    return members[int(knee_gains(members, objectives).argmax())]
+    gains = knee_gains(members, objectives)
+    if len(objectives) == 2 and gains.max() <= 1 + _SAME:
+        return None
+    return members[int(gains.argmax())]
 
 
 def knee_gains(members: Sequence[RecordedTrial], objectives: Sequence[Objective] = DEFAULT_OBJECTIVES) -> np.ndarray:
@@ -96,8 +103,8 @@ def knee_gains(members: Sequence[RecordedTrial], objectives: Sequence[Objective]
 
 
 def best(points: Sequence[RecordedTrial]) -> RecordedTrial | None:
-    """The most accurate point; the larger mean margin decides a tie."""
-    return max(points, key=lambda p: (p.accuracy, p.margin), default=None)
+    """The most accurate point; the larger mean margin decides a tie, where it is recorded."""
+    return max(points, key=lambda p: (p.accuracy, p.metrics.get("margin", 0.0)), default=None)
 
 
 def _loss(point: RecordedTrial, each: Objective) -> float:

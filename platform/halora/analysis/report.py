@@ -1,5 +1,7 @@
 """A sweep's report: one HTML page that needs nothing but itself."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
@@ -8,13 +10,46 @@ from markupsafe import Markup
 
 from halora.analysis import charts
 from halora.analysis.formats import number, script_json
-from halora.analysis.summary import SweepSummary
-from halora.analysis.trials import RecordedTrial
+from halora.analysis.recommendation import Recommendation
+from halora.analysis.summary import FrontView
 
 _TEMPLATE = "report.html.jinja"
 _SIDES = ("front", "front_2", "front_3")
 _MOST_ROWS = 200
 """Rows of a table; the page says how many it leaves out."""
+
+
+@dataclass(frozen=True)
+class SweepSummary:
+    """A sweep as its report tells it.
+
+    Attributes:
+        name: Name of the sweep.
+        family: Its MLflow experiment.
+        description: What it is for, in its author's words.
+        trials: Number of trials asked for.
+        front: Its trials and their front.
+        importance: Share of each searched field, by metric of the objective.
+        hypervolume: The hypervolume after each finished trial that breaks no constraint, in the order they ended.
+        baselines: Energy per token of named GPU baselines in microjoule, by model and name.
+        comparison: The closing comparison, in plain values; none where there is none.
+        recommendation: Which trial to take, how sure that is and what is left to do.
+        damage: What the chips do to the untrained bases, in lines; warnings among them.
+        time: When this was put together, as text.
+    """
+
+    name: str
+    family: str
+    description: str
+    trials: int
+    front: FrontView
+    importance: dict[str, dict[str, float]]
+    hypervolume: list[float]
+    baselines: Mapping[str, Mapping[str, float]]
+    comparison: Mapping[str, Any] | None
+    recommendation: Recommendation
+    damage: Sequence[str]
+    time: str
 
 
 def render_report(summary: SweepSummary) -> str:
@@ -30,7 +65,7 @@ def render_report(summary: SweepSummary) -> str:
         "noise_strength": several if len(strengths) > 1 else None,
         "noise_db": charts.noise_chart(scored, "noise_db", "realised noise to signal of the weights (dB)"),
         "energy": charts.energy_chart(view),
-        "importance": charts.importance_chart(summary),
+        "importance": charts.importance_chart(summary.importance),
         "hypervolume": charts.hypervolume_chart(summary.hypervolume, view.objectives) if summary.hypervolume else None,
     }
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -47,13 +82,8 @@ def render_report(summary: SweepSummary) -> str:
         plotly=Markup(get_plotlyjs().replace("</script", "<\\/script")),
         most=_MOST_ROWS,
         ratios=_ratios(summary),
-        seconds=sum(max(point.ended_ms - point.began_ms, 0) for point in _ended(summary)) / 1000,
+        seconds=sum(max(p.ended_ms - p.began_ms, 0) for p in view.groups.all if p.ended_ms) / 1000,
     )
-
-
-def _ended(summary: SweepSummary) -> list[RecordedTrial]:
-    groups = summary.front.groups
-    return [*groups.feasible, *groups.violating, *groups.unscored, *groups.stopped, *groups.failed, *groups.discarded]
 
 
 def _ratios(summary: SweepSummary) -> list[dict[str, Any]]:

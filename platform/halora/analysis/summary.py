@@ -1,6 +1,6 @@
-"""A sweep in numbers: what the report, the front's files and the command line show."""
+"""Trials as a front shows them: the report, the page, the front's files and the command line."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any
@@ -46,37 +46,6 @@ class FrontView:
             }
             for point in ranked
         ]
-
-
-@dataclass(frozen=True)
-class SweepSummary:
-    """A sweep as its report tells it.
-
-    Attributes:
-        name: Name of the sweep.
-        family: Its MLflow experiment.
-        description: What it is for, in its author's words.
-        trials: Number of trials asked for.
-        front: Its trials and their front.
-        importance: Share of each searched field, by metric of the objective.
-        hypervolume: The hypervolume after each finished trial that breaks no constraint, in the order they ended.
-        baselines: Energy per token of named GPU baselines in microjoule, by model and name.
-        comparison: The closing comparison, in plain values; none where there is none.
-        damage: What the chips do to the untrained bases, in lines; warnings among them.
-        time: When this was put together, as text.
-    """
-
-    name: str
-    family: str
-    description: str
-    trials: int
-    front: FrontView
-    importance: dict[str, dict[str, float]]
-    hypervolume: list[float]
-    baselines: Mapping[str, Mapping[str, float]]
-    comparison: Mapping[str, Any] | None
-    damage: Sequence[str]
-    time: str
 
 
 def view_front(points: Sequence[RecordedTrial], objectives: Sequence[Objective] = DEFAULT_OBJECTIVES) -> FrontView:

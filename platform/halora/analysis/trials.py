@@ -187,6 +187,12 @@ class Groups:
     discarded: list[RecordedTrial]
     open: list[RecordedTrial]
 
+    @property
+    def all(self) -> list[RecordedTrial]:
+        """All of them, by number."""
+        parts = (self.feasible, self.violating, self.unscored, self.failed, self.stopped, self.discarded, self.open)
+        return sorted((point for part in parts for point in part), key=lambda point: point.number)
+
 
 def grouped(points: Sequence[RecordedTrial], objectives: Sequence[Objective] = DEFAULT_OBJECTIVES) -> Groups:
     """Trials apart by how they stand."""
@@ -227,7 +233,8 @@ def filtered(points: Sequence[RecordedTrial], conditions: Sequence[str]) -> list
     numbers, `true` and `false` as booleans. A trial without the field meets only `!=`.
 
     Raises:
-        UserError: A condition is malformed, no trial has its field, or the last part names several.
+        UserError: A condition is malformed, no trial has its field, the last part names several, or the value is none
+            that the field could have.
     """
     if not conditions:
         return list(points)
@@ -248,10 +255,38 @@ def filtered(points: Sequence[RecordedTrial], conditions: Sequence[str]) -> list
             problems.append(f"filter '{condition}': no trial has a field '{name}'{nearest(name, known)}")
         if len(meant := sorted(paths.get(name, ()))) > 1:
             problems.append(f"filter '{condition}': '{name}' may be {' or '.join(meant)}; write it whole")
+        elif problem := _unlike(name, comparison, wanted, [own[name] for own in fields if own.get(name) is not None]):
+            problems.append(f"filter '{condition}': {problem}")
         tests.append((name, comparison, wanted))
     if problems:
         raise UserError(problems)
     return [point for point, own in zip(points, fields, strict=True) if all(_meets(own, *test) for test in tests)]
+
+
+def _unlike(name: str, comparison: str, wanted: str, values: Sequence[Any]) -> str:
+    """What is wrong with a value that is compared with those of a field; empty where nothing is."""
+    if wanted[:1] in ("<", ">", "=", "!"):
+        return f"write {name}{wanted[0]}={wanted[1:]}" if wanted[0] != "=" else f"write {name}={wanted[1:]}"
+    alternatives = wanted.split("|") if comparison in ("=", "!=") else [wanted]
+    if not values or wanted in map(str, values):
+        return ""
+    if all(isinstance(value, bool) for value in values):
+        wrong = [each for each in alternatives if each.lower() not in ("true", "false")]
+        return f"'{wrong[0]}' is neither true nor false" if wrong else ""
+    if all(isinstance(value, int | float) for value in values):
+        wrong = [each for each in alternatives if not _is_number(each)]
+        return f"'{wrong[0]}' is not a number" if wrong else ""
+    known = {str(value) for value in values}
+    wrong = [each for each in alternatives if each not in known] if comparison in ("=", "!=") else []
+    return f"no trial has the value '{wrong[0]}'{nearest(wrong[0], known)}" if wrong else ""
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def condition_parts(condition: str) -> tuple[str, str, str] | None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ValidationError
 
-from halora.analysis.trials import RecordedTrial
+from halora.analysis.trials import RecordedTrial, filtered
 from halora.api.evaluation import Evaluation, base_of, evaluated, found_adapter
 from halora.api.store import Store
 from halora.errors import UserError
@@ -18,7 +18,7 @@ from halora.spaces.mistakes import describe
 from halora.spaces.sweep import SweepConfig
 
 if TYPE_CHECKING:
-    from halora.selection.candidates import Preference, Standing
+    from halora.analysis.candidates import Preference, Standing
     from halora.selection.claims import Certification
     from halora.selection.selecting import Selection
 
@@ -101,11 +101,10 @@ class Adapter:
         if self._trial is None:
             raise UserError(f"'{self.source}' is not a trial of a store", "certify one by SWEEP/NUMBER")
         from halora.api.progress import say
-        from halora.records.index import recorded_trial
 
         sweep, number = self._trial
         tell = say if progress else _silent
-        chosen = Choice.of(self.store.place, sweep, gates or {}, [recorded_trial(self.store.place, sweep, number)])
+        chosen = Choice.of(self.store.place, sweep, gates or {}, trial=number)
         found = chosen.certify("knee", tell)
         if not found.certifications:
             (standing,) = found.standings
@@ -241,13 +240,17 @@ class Choice:
         place: records.Store,
         name: str,
         asked: Mapping[str, Any],
-        points: Sequence[RecordedTrial] | None = None,
+        *,
+        trial: int | None = None,
+        conditions: Sequence[str] = (),
     ) -> "Choice":
-        """Some trials of a sweep, all where none are given, and its gates with others in their places.
+        """One trial of a sweep, or all that meet conditions, and its gates with others in their places.
 
         Raises:
-            UserError: There is no such sweep, it has no trial yet, a gate is wrong, or none bounds the accuracy.
+            UserError: There is no such sweep or trial, none meets the conditions, a condition or a gate is wrong, or no
+                gate bounds the accuracy.
         """
+        from halora.records.index import recorded_trial
         from halora.sweep.run.state import load_sweep_of
 
         sweep = load_sweep_of(place.existing(name))
@@ -255,9 +258,14 @@ class Choice:
             gates = Gates.model_validate(sweep.gates.model_dump() | dict(asked))
         except ValidationError as error:
             raise UserError([f"gates.{problem}" for problem in describe(error, Gates)]) from None
-        found = Store(place).trials(name) if points is None else points
-        if not found:
+        if place.sweep(name).simulated:
+            raise UserError(f"sweep '{name}' is simulated from recorded curves: there is no adapter to certify")
+        points = Store(place).trials(name) if trial is None else [recorded_trial(place, name, trial)]
+        if not points:
             raise UserError(f"sweep '{name}' has no trial yet")
+        found = filtered(points, conditions)
+        if not found:
+            raise UserError(f"no trial of sweep '{name}' meets {' and '.join(conditions)}")
         if not gates.min_accuracy:
             raise UserError(
                 "gates.min_accuracy: 0, which every chip reaches; a certificate says something only above it",
@@ -267,8 +275,8 @@ class Choice:
 
     def standings(self, prefer: "Preference") -> "list[Standing]":
         """All trials, candidates first in the order they are preferred."""
+        from halora.analysis.candidates import standings
         from halora.analysis.trials import sweep_objectives
-        from halora.selection.candidates import standings
 
         return standings(self.points, self.gates, prefer, sweep_objectives(self.sweep))
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
+    from halora.analysis.recommendation import Recommendation
     from halora.api.adapter import Adapter
 
 
@@ -50,19 +51,36 @@ class Front:
         return Front(self._store, self.sweep, self._named, (*self._conditions, *conditions))
 
     def knee(self) -> RecordedTrial | None:
-        """The member furthest beyond the line through the front's ends; none of an empty front."""
+        """The member furthest beyond the line through the front's ends; none where nothing lies beyond it."""
         return self.view.knee
 
-    def adapter(self, trial: int | None = None) -> "Adapter":
-        """The adapter of a trial; of the knee where none is named.
+    def recommendation(self) -> "Recommendation":
+        """Which of the trials to take, how sure that is and what to run next; `text` has it in words.
 
         Raises:
-            UserError: The front is empty, or there is no such trial.
+            UserError: What is kept of the sweep's certifications is damaged.
+        """
+        from halora.analysis.recommendation import Progress, named_baselines, recommend
+        from halora.records.index import read_sweep_state
+        from halora.selection.certification import certified_trials
+        from halora.sweep.run.state import is_running
+
+        folder = self._store.place.existing(self.sweep)
+        sweep, recorded = load_sweep_of(folder), read_sweep_state(self._store.place, self.sweep)
+        progress = Progress(is_running(folder), folder.simulated, recorded.comparison, certified_trials(folder))
+        return recommend(sweep, self.view, progress, named_baselines(sweep, self.view))
+
+    def adapter(self, trial: int | None = None) -> "Adapter":
+        """The adapter of a trial; of the recommended one where none is named.
+
+        Raises:
+            UserError: There is no such trial, or none to recommend.
         """
         if trial is None:
-            if self.view.knee is None:
-                raise UserError(f"the front of '{self.sweep}' is empty")
-            trial = self.view.knee.number
+            recommended = self.recommendation()
+            if recommended.trial is None:
+                raise UserError(f"sweep '{self.sweep}': {recommended.text}")
+            trial = recommended.trial.number
         return self._store.adapter(f"{self.sweep}/{trial}")
 
     def to_pandas(self, *, everything: bool = False) -> "DataFrame":
@@ -70,12 +88,7 @@ class Front:
 
         Filtered, the trials that meet the conditions.
         """
-        groups = self.view.groups
-        shown = self.view.members
-        if everything:
-            ended = (groups.failed, groups.stopped, groups.discarded)
-            parts = (groups.feasible, groups.violating, groups.unscored, *ended, groups.open)
-            shown = sorted((point for part in parts for point in part), key=lambda point: point.number)
+        shown = self.view.groups.all if everything else self.view.members
         return data_frame(self._store.place, [(self.sweep, point, self.view) for point in shown])
 
     def figure(self) -> "Figure":

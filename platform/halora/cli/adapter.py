@@ -7,15 +7,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from halora.cli.arguments import overrides_from
-from halora.cli.output import Format, FormatOption, ServerOption, StoreOption, open_store, say, show_rows, talk
+from halora.cli.arguments import FilterOption, overrides_from
+from halora.cli.output import (
+    ColumnsOption,
+    Format,
+    FormatOption,
+    ServerOption,
+    SortOption,
+    StoreOption,
+    open_store,
+    say,
+    show_rows,
+    talk,
+)
 from halora.errors import UserError
 from halora.records.store import Store
 
 if TYPE_CHECKING:
+    from halora.analysis.candidates import Standing
     from halora.records.registry import RegisteredAdapter
     from halora.records.tracking import MlflowClient
-    from halora.selection.candidates import Standing
     from halora.selection.claims import Certification
     from halora.spaces.gates import Gates
     from halora.spaces.sweep import SweepConfig
@@ -62,6 +73,10 @@ def select(
         typer.Option("--set", metavar="GATE=VALUE", help="Any other of the sweep's gates, e.g. max_drop=0.1."),
     ] = None,
     prefer: Annotated[Preference, typer.Option(help="Which candidate is certified first.")] = Preference.KNEE,
+    trial: Annotated[
+        int | None, typer.Option(min=0, help="Certify this trial and no other.", show_default=False)
+    ] = None,
+    filter_: FilterOption = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say who qualifies and what certifying takes; touch nothing.")
     ] = False,
@@ -81,7 +96,7 @@ def select(
         "confidence": confidence,
     }
     asked = overrides_from(set_, example="max_drop=0.1") | {k: value for k, value in asked.items() if value is not None}
-    choice = Choice.of(open_store(store), sweep, asked)
+    choice = Choice.of(open_store(store), sweep, asked, trial=trial, conditions=filter_ or ())
     _tell_chips(choice.place, choice.sweep, choice.gates)
     if dry_run:
         show_rows(_standing_rows(choice.standings(prefer.value), form), form, f"candidates of {sweep}")
@@ -102,13 +117,19 @@ def select(
 
 
 @app.command("list")
-def list_(form: FormatOption = Format.TABLE, store: StoreOption = None, tracking_uri: ServerOption = None) -> None:
+def list_(
+    columns: ColumnsOption = None,
+    sort: SortOption = None,
+    form: FormatOption = Format.TABLE,
+    store: StoreOption = None,
+    tracking_uri: ServerOption = None,
+) -> None:
     """Registered adapters."""
     from halora.records.registry import registered_adapters
 
     rows = [_registered_row(each) for each in registered_adapters(_client(store, tracking_uri)[1])]
     if rows or form is not Format.TABLE:
-        show_rows(rows, form)
+        show_rows(rows, form, columns=columns, sort=sort)
     else:
         talk.print("no adapter is registered yet; `halora adapter select SWEEP` certifies one", markup=False)
 

@@ -23,6 +23,15 @@ SweepSetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="PATH=VALUE", help="Override a value of the file, e.g. trial.training.steps=40."),
 ]
+FilterOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--filter",
+        metavar="FIELD=VALUE",
+        help="Only trials for which this holds; = != < <= > >= over method, model, chip, task, noise, "
+        "noise_strength, searched values and metrics. Can be given several times.",
+    ),
+]
 
 
 def overrides_from(settings: list[str] | None, example: str = "trial.training.steps=40") -> dict[str, Any]:

@@ -1,13 +1,24 @@
 """`halora front`: the non-dominated trials of a sweep."""
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from halora.analysis.formats import searched_values
-from halora.cli.output import Format, FormatOption, StoreOption, open_store, show_rows, talk
+from halora.analysis.table import PARAM
+from halora.cli.arguments import FilterOption
+from halora.cli.output import (
+    ColumnsOption,
+    Format,
+    FormatOption,
+    SortOption,
+    StoreOption,
+    open_store,
+    say,
+    show_rows,
+    talk,
+)
 from halora.records.store import Store
 
 if TYPE_CHECKING:
@@ -20,15 +31,7 @@ app = typer.Typer(help="The front of accuracy against energy.", no_args_is_help=
 def show(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a launched sweep.")],
     all_: Annotated[bool, typer.Option("--all", help="Dominated trials too.")] = False,
-    filter_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--filter",
-            metavar="FIELD=VALUE",
-            help="Only trials for which this holds; = != < <= > >= over method, model, chip, task, noise, "
-            "noise_strength, searched values and metrics. Can be given several times.",
-        ),
-    ] = None,
+    filter_: FilterOption = None,
     objective: Annotated[
         list[str] | None,
         typer.Option(
@@ -38,11 +41,14 @@ def show(
             "METRIC:max or METRIC:min where the name does not tell which is better.",
         ),
     ] = None,
+    columns: ColumnsOption = None,
+    sort: SortOption = None,
     form: FormatOption = Format.TABLE,
     store: StoreOption = None,
 ) -> None:
     """Trials no other trial beats in every objective, the best in the last objective first."""
-    print_front(name, open_store(store), form, everything=all_, conditions=filter_ or (), objectives=objective or ())
+    place, asked = open_store(store), {"columns": columns, "sort": sort}
+    print_front(name, place, form, everything=all_, conditions=filter_ or (), objectives=objective or (), **asked)
 
 
 def print_front(
@@ -53,23 +59,33 @@ def print_front(
     everything: bool = False,
     conditions: Sequence[str] = (),
     objectives: Sequence[str] = (),
+    columns: str | None = None,
+    sort: str | None = None,
 ) -> None:
-    """Print a sweep's front.
+    """Print a sweep's front, and which of its trials to take.
 
     Raises:
-        UserError: A condition or an objective does not fit the recorded trials.
+        UserError: A condition, an objective or a column does not fit the recorded trials.
     """
     from halora.api.front import Front
     from halora.api.store import Store as Surface
 
-    view = Front(Surface(store), name, objectives, conditions).view
+    found = Front(Surface(store), name, objectives, conditions)
+    view = found.view
     rows = _rows(view, form, everything)
     if rows or form is not Format.TABLE:
         feasible = len(view.groups.feasible)
-        show_rows(rows, form, f"front of {name}: {len(view.members)} of {feasible} finished trials")
-    else:
-        talk.print(f"sweep '{name}' has no finished trial yet", markup=False)
+        title = f"front of {name}: {len(view.members)} of {feasible} finished trials"
+        show_rows(rows, form, title, columns=columns, sort=sort, keep=["params"])
+    elif conditions and not view.groups.all:
+        talk.print(f"no trial of sweep '{name}' meets {' and '.join(conditions)}", markup=False, highlight=False)
+        return
     _tell_apart(view)
+    if form is Format.TABLE:
+        recommended = found.recommendation()
+        say(f"\n{recommended.text}")
+        if recommended.command:
+            say(f"next: {recommended.command}")
 
 
 def _rows(view: "FrontView", form: Format, everything: bool) -> list[dict[str, Any]]:
@@ -85,7 +101,11 @@ def _rows(view: "FrontView", form: Format, everything: bool) -> list[dict[str, A
         row |= {each.metric: round(p.metrics[each.metric], 4) for each in reversed(view.objectives)}
         if {"accuracy", "accuracy_low", "accuracy_high"} <= p.metrics.keys():
             row["accuracy"] = round(p.accuracy, 4)
-            row["interval"] = f"{p.metrics['accuracy_low']:.3f}..{p.metrics['accuracy_high']:.3f}"
+            low, high = p.metrics["accuracy_low"], p.metrics["accuracy_high"]
+            if form is Format.TABLE:
+                row["interval"] = f"{low:.3f}..{high:.3f}"
+            else:
+                row |= {"accuracy_low": round(low, 4), "accuracy_high": round(high, 4)}
         row["p_front"] = round(view.probability[p.number], 2)
         columns = {"margin": "margin", "clean": "clean_accuracy"}
         columns |= {"per_byte": "accuracy_per_byte", "summed": "accuracy_summed"}
@@ -94,7 +114,7 @@ def _rows(view: "FrontView", form: Format, everything: bool) -> list[dict[str, A
                 row[column] = round(p.metrics[metric], 4)
         if everything:
             row["front"] = p.number in members
-        row["params"] = _params(p.params, form)
+        row |= _params(p.params, form)
         rows.append(row)
     return rows
 
@@ -109,12 +129,12 @@ def _tell_apart(view: "FrontView") -> None:
         talk.print("; ".join(told), markup=False, highlight=False)
 
 
-def _params(params: Any, form: Format) -> Any:
-    """Searched values; in a table on one line: last part of the path, numbers to three digits."""
+def _params(params: Mapping[str, Any], form: Format) -> dict[str, Any]:
+    """Searched values: in a table on one line, in CSV in columns of their own."""
     match form:
         case Format.JSON:
-            return params
+            return {"params": params}
         case Format.CSV:
-            return json.dumps(params)
+            return {f"{PARAM}{path}": value for path, value in params.items()}
         case Format.TABLE:
-            return searched_values(params)
+            return {"params": searched_values(params)}

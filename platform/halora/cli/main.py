@@ -34,6 +34,7 @@ from halora.sweep.cluster.interrupts import signals_as_interrupt
 app = typer.Typer(
     help="Search HaLoRA finetuning under simulated RRAM noise for the Pareto front of accuracy against energy.",
     no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 for command in (ending.archive, ending.unarchive, ending.delete):

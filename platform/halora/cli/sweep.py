@@ -13,9 +13,11 @@ from halora.cli.arguments import SweepArgument, SweepSetOption, overrides_from
 from halora.cli.comparison import print_comparison
 from halora.cli.output import (
     CheckpointUrlOption,
+    ColumnsOption,
     Format,
     FormatOption,
     ServerOption,
+    SortOption,
     StoreOption,
     SweepProgress,
     open_store,
@@ -143,6 +145,8 @@ def stop(name: NameArgument, store: StoreOption = None, address: AddressOption =
 @app.command()
 def status(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="A launched sweep; default: all.")] = None,
+    columns: ColumnsOption = None,
+    sort: SortOption = None,
     form: FormatOption = Format.TABLE,
     store: StoreOption = None,
     address: AddressOption = None,
@@ -160,7 +164,7 @@ def status(
             _tell_unreadable(each, error, alone=name is not None)
             rows.append({"sweep": each, "state": "unreadable"})
     if rows or form is not Format.TABLE:
-        show_rows(rows, form)
+        show_rows(rows, form, columns=columns, sort=sort)
     else:
         talk.print(f"no sweep in '{place.root}' yet; shipped: {', '.join(shipped_sweeps())}", markup=False)
 
@@ -168,6 +172,8 @@ def status(
 @app.command("list")
 def list_(
     every: Annotated[bool, typer.Option("--all", help="Archived sweeps as well.")] = False,
+    columns: ColumnsOption = None,
+    sort: SortOption = None,
     form: FormatOption = Format.TABLE,
     store: StoreOption = None,
     address: AddressOption = None,
@@ -206,7 +212,7 @@ def list_(
             }
         )
     if rows or form is not Format.TABLE:
-        show_rows(rows, form)
+        show_rows(rows, form, columns=columns, sort=sort)
     else:
         talk.print(f"no sweep in '{place.root}' yet", markup=False)
 
@@ -262,7 +268,7 @@ def report(name: NameArgument, store: StoreOption = None, address: AddressOption
 
     place = open_store(store)
     folder = place.existing(name)
-    publish(load_sweep_of(folder), read_sweep_state(place, name), folder.published)
+    publish(load_sweep_of(folder), read_sweep_state(place, name), folder)
     print(folder.published / names.REPORT_FILE)
 
 

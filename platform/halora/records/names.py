@@ -97,6 +97,7 @@ ADAPTER = "adapter"  # the logged model that holds a trial's adapter
 SWEEP_FILE = "sweep.yaml"
 FRONT_JSON = "front.json"
 FRONT_CSV = "front.csv"
+SUMMARY_FILE = "summary.md"
 FRONT_PNG = "front.png"
 REPORT_FILE = "report.html"
 COMPARISON_FILE = "comparison.json"

@@ -3,35 +3,33 @@
 import csv
 import io
 import json
+import re
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from halora.analysis.figures import front_figure
+from halora.analysis.formats import number, searched_values
 from halora.analysis.importance import importance_of
-from halora.analysis.report import render_report
-from halora.analysis.summary import SweepSummary, view_front, volumes
+from halora.analysis.recommendation import Progress, named_baselines, recommend
+from halora.analysis.report import SweepSummary, render_report
+from halora.analysis.summary import view_front, volumes
 from halora.analysis.trials import sweep_objectives
-from halora.errors import UserError
 from halora.evaluation.damage import described
 from halora.files import write_whole
-from halora.hardware.baselines import baselines
-from halora.hardware.shapes import ModelShape
 from halora.records import names
 from halora.records.store import SweepFolder
 from halora.records.sweep_state import SweepState
-from halora.settings.trial import TrialConfig
 from halora.spaces.sweep import SweepConfig
-from halora.training.models import model_shape
 
 _RENEWAL_S = 30.0
 
 
-def summarise(sweep: SweepConfig, recorded: SweepState) -> SweepSummary:
+def summarise(sweep: SweepConfig, recorded: SweepState, *, simulated: bool) -> SweepSummary:
     """A sweep as its report tells it."""
     view = view_front(recorded.points(), sweep_objectives(sweep))
-    models = {str(point.labels["model"]) for point in view.groups.feasible if "model" in point.labels}
+    named = named_baselines(sweep, view)
+    progress = Progress(recorded.sweep_state == "running", simulated, recorded.comparison)
     return SweepSummary(
         name=sweep.name,
         family=sweep.family,
@@ -40,20 +38,19 @@ def summarise(sweep: SweepConfig, recorded: SweepState) -> SweepSummary:
         front=view,
         importance=importance_of(view),
         hypervolume=volumes(view, sweep.reference),
-        baselines={
-            model: baseline_energies(sweep.resolve({"model": model}), sweep.shape(model)) for model in sorted(models)
-        },
+        baselines=named,
         comparison=recorded.comparison,
         damage=described(recorded.damage or ()),
+        recommendation=recommend(sweep, view, progress, named),
         time=time.strftime("%Y-%m-%d %H:%M:%S %Z"),
     )
 
 
-def publish(sweep: SweepConfig, recorded: SweepState, folder: Path) -> None:
-    """Draw the front and the report into a folder, which is made."""
-    summary = summarise(sweep, recorded)
+def publish(sweep: SweepConfig, recorded: SweepState, folder: SweepFolder) -> None:
+    """Draw the front and the report into the sweep's folder for them, which is made."""
+    summary = summarise(sweep, recorded, simulated=folder.simulated)
     rows = summary.front.rows()
-    folder.mkdir(exist_ok=True)
+    folder.published.mkdir(exist_ok=True)
     picture, scored = io.BytesIO(), len(summary.front.groups.feasible)
     front_figure(summary.front, f"{sweep.name}: {scored} trials").savefig(picture, format="png")
     files: dict[str, str | bytes] = {
@@ -61,9 +58,39 @@ def publish(sweep: SweepConfig, recorded: SweepState, folder: Path) -> None:
         names.FRONT_CSV: front_csv(rows),
         names.REPORT_FILE: render_report(summary),
         names.FRONT_PNG: picture.getvalue(),
+        names.SUMMARY_FILE: summary_text(summary),
     }
     for name, content in files.items():
-        write_whole(folder / name, content, durable=False)  # drawn anew from the event log at any time
+        write_whole(folder.published / name, content, durable=False)  # drawn anew from the event log at any time
+
+
+def summary_text(summary: SweepSummary, most: int = 20) -> str:
+    """A sweep in Markdown: what it is for, what to make of it, and its front up to a number of trials."""
+    view, recommended = summary.front, summary.recommendation
+    parts = [summary.description[:1000], f"**{_plain_text(recommended.text)}**"]
+    if recommended.command:
+        parts.append(f"Next: `{recommended.command}`")
+    if view.members:
+        heads = ["trial", *(each.words for each in view.objectives), "P(front)", "searched values"]
+        rows = [
+            [
+                str(p.number),
+                *(number(p.metrics[each.metric]) for each in view.objectives),
+                f"{view.probability[p.number]:.2f}",
+                _plain_text(searched_values(p.params)[:120]),
+            ]
+            for p in view.members[:most]
+        ]
+        lines = [heads, ["---"] * len(heads), *rows]
+        parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+    if len(view.members) > most:
+        parts.append(f"and {len(view.members) - most} more, in {names.FRONT_CSV}")
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _plain_text(text: str) -> str:
+    """A text that Markdown shows as it is, on one line of a table."""
+    return re.sub(r"([\\`*_{}\[\]<>|#])", r"\\\1", " ".join(text.split()))
 
 
 class Publisher:
@@ -92,7 +119,7 @@ class Publisher:
         """Draw what the records say now, unless the files do."""
         now, began = self._recorded.milestones, time.monotonic()
         if now != self.drawn:
-            publish(self._sweep, self._recorded, self._folder.published)
+            publish(self._sweep, self._recorded, self._folder)
             self.drawn, self._at = now, time.monotonic()
             self._took_s = self._at - began
 
@@ -111,21 +138,3 @@ def front_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     writer.writeheader()
     writer.writerows(flat)
     return text.getvalue()
-
-
-def baseline_energies(config: TrialConfig, shape: ModelShape | None = None) -> dict[str, float]:
-    """Energy per token of the named baselines that have a figure for a trial's model, in microjoule.
-
-    Args:
-        config: The trial.
-        shape: Dimensions of its model; looked up where they are not given, on the hub if need be.
-    """
-    try:
-        shape = shape or model_shape(config.model)
-    except UserError:
-        return {}
-    found = {
-        name: baseline.energy_uj_per_token(shape, config.chip, config.evaluation.context_tokens)
-        for name, baseline in baselines().items()
-    }
-    return {name: energy for name, energy in found.items() if energy is not None}

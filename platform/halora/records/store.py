@@ -180,6 +180,11 @@ class SweepFolder:
         return self.root / "curves.csv"
 
     @property
+    def simulated(self) -> bool:
+        """Whether recorded curves stand for training."""
+        return self.curves_file.exists()
+
+    @property
     def event_log_file(self) -> Path:
         """Everything learned, in the order it was."""
         return self.root / "events.jsonl"

@@ -44,6 +44,8 @@ logging.getLogger("mlflow").setLevel(logging.ERROR)
 _PARENT_TAG = "mlflow.parentRunId"
 _NAME_TAG = "mlflow.runName"
 _NOTE_TAG = "mlflow.note.content"
+_LONGEST_NOTE = 5000
+"""Characters; MLflow's older databases take no longer tag."""
 _STATUS = {
     "running": "RUNNING",
     "finished": "FINISHED",
@@ -200,8 +202,11 @@ class MlflowSweep:
         keep_delivered(self._folder, events)
 
     def publish(self, folder: Path) -> None:
-        """Put the files of a folder on the parent run, in the place of older ones."""
-        self._client.log_artifacts(self._run(None, 0), str(folder))
+        """Put the files of a folder on the parent run, in the place of older ones; its summary as the description."""
+        run_id = self._run(None, 0)
+        self._client.log_artifacts(run_id, str(folder))
+        summary = (folder / names.SUMMARY_FILE).read_text(encoding="utf-8")
+        self._client.set_tag(run_id, _NOTE_TAG, summary[:_LONGEST_NOTE])
 
     def remove_duplicates(self) -> None:
         """Delete runs that a request made though its answer was lost."""

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
 
-from scipy.stats import beta
+from scipy.special import betaincinv
 
 from halora.errors import UserError
 
@@ -32,7 +32,7 @@ def yield_lower_bound(chips: int, failures: int, error: float) -> float:
     """
     assert 0 <= failures <= chips
     assert 0 < error < 1
-    return float(beta.ppf(error, chips - failures, failures + 1)) if failures < chips else 0.0
+    return float(betaincinv(chips - failures, failures + 1, error)) if failures < chips else 0.0
 
 
 @cache

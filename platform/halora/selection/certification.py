@@ -39,13 +39,32 @@ _CHIPS_PER_JOB = 4
 
 
 def certifications_of(folder: SweepFolder) -> dict[int, Certification]:
-    """Certifications of a sweep that are finished, by attempt."""
-    files = {a.number: a.folder(folder) / names.CERTIFICATION_FILE for a in attempts_of(folder)}
-    return {
-        number: Certification.from_json(json.loads(file.read_text(encoding="utf-8")))
-        for number, file in files.items()
-        if file.exists()
-    }
+    """Certifications of a sweep that are finished, by attempt.
+
+    Raises:
+        UserError: One of their files is damaged.
+    """
+    try:
+        files = {a.number: a.folder(folder) / names.CERTIFICATION_FILE for a in attempts_of(folder)}
+        return {
+            number: Certification.from_json(json.loads(file.read_text(encoding="utf-8")))
+            for number, file in files.items()
+            if file.exists()
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"certifications in '{folder.selection}' cannot be read: {type(error).__name__}: {error}"
+        ) from None
+
+
+def certified_trials(folder: SweepFolder) -> dict[int, bool]:
+    """Whether the last finished certification of a trial of the sweep was passed, by the trial's number.
+
+    Raises:
+        UserError: A file of its certifications is damaged.
+    """
+    finished = certifications_of(folder)
+    return {finished[attempt].certificate.trial: finished[attempt].passed for attempt in sorted(finished)}
 
 
 def logged_certification(client: "MlflowClient", adapter: "RegisteredAdapter") -> Certification:

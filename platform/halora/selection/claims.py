@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from pydantic import ConfigDict
 
+from halora.analysis.gates import Gate, branch_gates, certified_gates
 from halora.hardware.energy import COSTS
-from halora.pricing import trial_energy
-from halora.records.publishing import baseline_energies
+from halora.pricing import baseline_energies, trial_energy
 from halora.selection.certificate import Certificate, yield_lower_bound
-from halora.selection.gates import Gate, branch_gates, certified_gates
 from halora.selection.robustness import Scenario, scenarios, strength_name
 from halora.settings.trial import TrialConfig
 from halora.spaces.gates import Gates

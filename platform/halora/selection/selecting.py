@@ -4,13 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from halora.analysis.candidates import Preference, Standing, standings
 from halora.analysis.trials import RecordedTrial, sweep_objectives
 from halora.errors import UserError
 from halora.files import locked
 from halora.records import names
 from halora.records.store import Store
 from halora.selection.attempts import only_selection
-from halora.selection.candidates import Preference, Standing, standings
 from halora.selection.certification import certify
 from halora.selection.claims import Certification
 from halora.spaces.gates import Gates

@@ -108,6 +108,20 @@
     form().requestSubmit();
   }
 
+  // Ask whether there is anything new as often as the page says, while somebody looks at it.
+  let due;
+  function ask() {
+    const poll = document.getElementById("poll");
+    if (poll) window.htmx.trigger(poll, "renew");
+    wait();
+  }
+  function wait() {
+    clearTimeout(due);
+    const poll = document.getElementById("poll");
+    if (poll && window.htmx && document.visibilityState === "visible") due = setTimeout(ask, 1000 * poll.dataset.every);
+  }
+  document.addEventListener("visibilitychange", () => (document.visibilityState === "visible" ? ask() : wait()));
+
   document.addEventListener("pointerdown", (event) => {
     const grab = event.target.closest && event.target.closest("[data-axis]");
     if (!grab) return;
@@ -161,8 +175,12 @@
     const typed = document.querySelector("#constraints input[list]");
     if (typed && typed !== document.activeElement) typed.value = "";
     drawAll();
+    wait();
   });
-  document.addEventListener("DOMContentLoaded", drawAll);
+  document.addEventListener("DOMContentLoaded", () => {
+    drawAll();
+    wait();
+  });
   addEventListener("resize", spaced);
   for (const media of ["(prefers-color-scheme: dark)", "print"]) matchMedia(media).addEventListener("change", drawAll);
 })();

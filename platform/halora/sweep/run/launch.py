@@ -144,7 +144,7 @@ def resume(
     if store.server:
         write_whole(folder.server_file, store.server)
     sweep = load_sweep_of(folder)
-    if folder.curves_file.exists():
+    if folder.simulated:
         return _run(sweep, store.serving(name), watcher, nullcontext(), metrics_port, notify)
     check_unchanged(sweep)
     _check_workers(sweep, store, cluster, store.checkpoint_url or folder.checkpoint_url)
@@ -227,7 +227,7 @@ def _run(
     folder = store.sweep(sweep.name)
     with only_driver(folder):
         watcher = DriverLog(folder.log_file, sweep.name, watcher)
-        simulated, clock = folder.curves_file.exists(), SimulatedClock()
+        simulated, clock = folder.simulated, SimulatedClock()
         core = open_core(sweep, store, clock) if simulated else open_core(sweep, store, say=watcher.say)
         if simulated:
             core.spending.gpus = (sweep.resources.gpus or 1.0) * sweep.workers

@@ -132,13 +132,8 @@ def _scored(curves: Curves, job: Job, step: int) -> Scored:
     mean, spread = fmean(by_chip), stdev(by_chip) if len(by_chip) > 1 else 0.0
     found = crossed(np.array(by_chip)[:, None]).interval()  # over chips: curves rest on no rows
     low, high = found.low, found.high
-    known = {"margin": mean, "margin_low": low, "margin_high": high, "noise_db": 0.0}
     clean = curves.clean(job.values, step)
-    metrics = {
-        **known,
-        "clean_accuracy_low": clean["clean_accuracy"],
-        "clean_accuracy_high": clean["clean_accuracy"],
-        "clean_margin": clean["clean_accuracy"],
+    metrics = {  # what a table does not hold is left out: margins, noise of the weights, intervals of the clean score
         **clean,
         "accuracy": mean,
         "accuracy_low": low,

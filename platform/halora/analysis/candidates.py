@@ -1,12 +1,12 @@
 """Which trials of a sweep may be certified, in the order they are preferred, and why the others may not. Pure."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from halora.analysis.front import front, knee_gains
+from halora.analysis.gates import Gate, search_gates
 from halora.analysis.trials import DEFAULT_OBJECTIVES, Objective, RecordedTrial, grouped
-from halora.selection.gates import Gate, search_gates
 from halora.spaces.gates import Gates
 
 Preference = Literal["knee", "accuracy", "energy"]
@@ -42,22 +42,33 @@ def standings(
 
     A trial that another candidate beats in all objectives is a candidate like any other, but comes after those
     of the front. `knee` prefers what lies furthest beyond the line through the front's extremes (see
-    `halora.analysis.front.knee`), `accuracy` the most accurate, `energy` the cheapest.
+    `halora.analysis.front.knee`) and, where nothing lies beyond it, the most accurate; `accuracy` the most accurate,
+    `energy` the cheapest.
     """
-    groups = grouped(points, objectives)
-    feasible = {point.number for point in groups.feasible}
-    found = {point.number: _standing(point, gates, point.number in feasible) for point in points}
+    found = _standings(points, gates, objectives)
     chosen = [each.point for each in found.values() if each.qualifies]
-    ordered = _ordered(chosen, prefer, objectives)
     others = sorted(number for number, each in found.items() if not each.qualifies)
-    return [found[point.number] for point in ordered] + [found[number] for number in others]
+    return [found[point.number] for point in _ordered(chosen, prefer, objectives)] + [found[n] for n in others]
+
+
+def preferred(
+    points: Sequence[RecordedTrial], gates: Gates, objectives: Sequence[Objective] = DEFAULT_OBJECTIVES
+) -> tuple[RecordedTrial | None, dict[int, Standing]]:
+    """The candidate that `standings` has first where the knee is preferred, and how all trials stand, by number."""
+    found = _standings(points, gates, objectives)
+    chosen = [each.point for each in found.values() if each.qualifies]
+    return next(_ordered(chosen, "knee", objectives), None), found
+
+
+def _standings(points: Sequence[RecordedTrial], gates: Gates, objectives: Sequence[Objective]) -> dict[int, Standing]:
+    feasible = {point.number for point in grouped(points, objectives).feasible}
+    return {point.number: _standing(point, gates, point.number in feasible) for point in points}
 
 
 def _ordered(
     chosen: Sequence[RecordedTrial], prefer: Preference, objectives: Sequence[Objective]
-) -> list[RecordedTrial]:
+) -> Iterator[RecordedTrial]:
     """Candidates from the most preferred to the least, front after front."""
-    ordered: list[RecordedTrial] = []
     rest = list(chosen)
     while rest:
         members = front(rest, objectives)
@@ -65,14 +76,14 @@ def _ordered(
             case "accuracy":
                 members = sorted(members, key=lambda point: -point.accuracy)
             case "knee":
-                gains = dict(zip((point.number for point in members), knee_gains(members, objectives), strict=True))
-                members = sorted(members, key=lambda point: -gains[point.number])
+                found = knee_gains(members, objectives).round(9)
+                gains = {point.number: gain for point, gain in zip(members, found, strict=True)}
+                members = sorted(members, key=lambda point: (-gains[point.number], -point.accuracy))
             case "energy":
                 members = sorted(members, key=lambda point: point.energy_uj_per_token)
-        ordered += members
+        yield from members
         taken = {point.number for point in members}
         rest = [point for point in rest if point.number not in taken]
-    return ordered
 
 
 def _standing(point: RecordedTrial, gates: Gates, feasible: bool) -> Standing:
