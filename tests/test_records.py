@@ -157,6 +157,7 @@ def test_the_recorded_names_are_frozen():
         "SWEEP_FILE": "sweep.yaml",
         "FRONT_JSON": "front.json",
         "FRONT_CSV": "front.csv",
+        "SUMMARY_FILE": "summary.md",
         "FRONT_PNG": "front.png",
         "REPORT_FILE": "report.html",
         "COMPARISON_FILE": "comparison.json",
