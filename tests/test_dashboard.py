@@ -108,7 +108,7 @@ SHOWN = {
     ],
     "infeasible": [
         "No trial qualifies. Trial 0 comes nearest",
-        "3break a constraint",
+        "3violate a constraint",
         "0 of 3 finished trials qualify",
         "energy_uj_per_token by 1.5",
     ],

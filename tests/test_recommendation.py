@@ -153,7 +153,7 @@ def test_what_the_comparison_and_the_certification_say_follows():
             [_trial(0, 0.5, 3.0, metrics={"constraint_violation.energy_uj_per_token": 1.5})],
             Progress(),
             {},
-            "No trial qualifies. Trial 0 comes nearest: breaks energy_uj_per_token by 1.5.",
+            "No trial qualifies. Trial 0 comes nearest: violates energy_uj_per_token by 1.5.",
         ),
         (
             [_trial(0, 0.4, 3.0), _trial(1, 0.45, 3.0)],

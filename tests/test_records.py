@@ -1,6 +1,7 @@
 """Oracles: a literal list of every recorded name; MLflow's own tables, row by row beside the event log; MLflow's own
 answers on a real SQLite store."""
 
+import getpass
 import json
 import math
 import os
@@ -271,8 +272,16 @@ def test_a_trial_has_its_adapter_as_a_logged_model_and_its_rows_as_data_sets(
     assert queries.download_adapter(client, failed, tmp_path) is None
     (output,) = run.outputs.model_outputs
     model = client.get_logged_model(output.model_id)
-    assert (model.name, str(model.status), model.source_run_id) == ("adapter", "READY", run.info.run_id)
+    assert (model.name, str(model.status), model.source_run_id) == ("trial-0", "READY", run.info.run_id)
+    linked = {metric.key: metric.value for metric in model.metrics}
+    assert linked == {name: run.data.metrics[name] for name in linked}
+    assert linked.keys() >= {"accuracy", "clean_accuracy", "noise_db"}
     assert model.tags["halora.trial"] == "0"
+    assert client.get_experiment(run.info.experiment_id).tags["mlflow.experimentKind"] == "custom_model_development"
+    assert (run.data.tags["mlflow.user"], run.data.tags["mlflow.source.name"]) == (getpass.getuser(), "halora")
+    note = queries.parent_run(client, sweep.name, sweep.launch).data.tags["mlflow.note.content"]
+    assert note.startswith("what it is for\n\n**Take trial 0")
+    assert "| trial | accuracy under noise | energy per token (µJ) | P(front) | searched values |" in note
     datasets = {item.tags[0].value: item.dataset for item in run.inputs.dataset_inputs}
     assert set(datasets) == {"train", "validation"}
     assert {dataset.name for dataset in datasets.values()} == {sweep.trial["task"]}
@@ -452,7 +461,8 @@ def test_the_parent_run_keeps_the_front(client, store, sweep, folder, said, tmp_
     assert volumes[1] < volumes[2] == volumes[3] == pytest.approx(expected)
 
     files = {item.path for item in client.list_artifacts(run_id)}
-    assert files == {"sweep.yaml", "front.json", "front.csv", "front.png", "report.html", "comparison.json"}
+    drawn = {"front.json", "front.csv", "front.png", "report.html", "summary.md"}
+    assert files == {"sweep.yaml", *drawn, "comparison.json"}
     copy = Path(client.download_artifacts(run_id, "", str(tmp_path)))
     header, *lines = (copy / "front.csv").read_text().splitlines()
     assert header.split(",")[-1] == "lora.rank"
@@ -461,7 +471,7 @@ def test_the_parent_run_keeps_the_front(client, store, sweep, folder, said, tmp_
     assert yaml.safe_load((copy / "sweep.yaml").read_text())["name"] == sweep.name
     assert "<title>the_parent" not in (copy / "report.html").read_text()
     assert f"<title>{sweep.name}</title>" in (copy / "report.html").read_text()
-    assert parent.data.tags["mlflow.note.content"] == "what it is for"
+    assert parent.data.tags["mlflow.note.content"] == (copy / "summary.md").read_text()
 
 
 _COMPARISON = {"reference": "untrained", "rows": 8, "chip_instances": 2, "seeds": 1, "cells": []}

@@ -120,7 +120,7 @@ def _many(recorder, folder, sweep):
     [
         (None, ["0 of 12", "No trial has been scored yet"]),
         (_one, ["1 of 12", "cheapest"]),
-        (_all_infeasible, ["3 of 12", "breaks a constraint", "Break a constraint", "energy_uj_per_token by 1.5"]),
+        (_all_infeasible, ["3 of 12", "violates a constraint", "Violate a constraint", "energy_uj_per_token by 1.5"]),
         (_all_failed, ["0 of 12", "Failed", HOSTILE]),
         (_not_numbers, ["3 of 12", "Finished without a score that is a number", "No trial has a score"]),
         (
@@ -174,7 +174,7 @@ def test_front_show_filters_and_takes_other_objectives(store, sweep, command):
     rows = json.loads(out)
     assert [row["trial"] for row in rows if row["front"]] != []
     assert {row["trial"] for row in rows} == {0, 1, 2, 4, 6, 8, 9, 10}
-    assert "2 failed; 1 broke a constraint" in err
+    assert "2 failed; 1 violate a constraint" in err
     assert all(0 <= row["p_front"] <= 1 for row in rows)
 
     chosen = json.loads(command("front show made-up --all --filter method=halora --filter rank>=4 --format json")[1])

@@ -192,7 +192,7 @@ def test_candidates_come_front_by_front_in_the_preferred_order(prefer, order):
     assert reasons == {
         4: ("min_accuracy 0.1 < 0.25",),
         5: ("max_energy_uj_per_token 9 > 5 uJ/token",),
-        6: ("breaks area by 0.5",),
+        6: ("violates area by 0.5",),
         7: ("it is failed: NaN loss",),
         8: ("no_nan 1 > 0 metrics",),
     }

@@ -71,7 +71,7 @@ def test_a_dry_run_prints_the_plan_and_launches_nothing(halora, tmp_path):
     code, out, err = halora(f"sweep launch quickstart --dry-run --set trials=7 --store {tmp_path / 'store'}")
     assert code == 0
     assert "trials: 7" in out
-    assert "minutes each" in out
+    assert "time each" in out
     assert "4 of 7 trials are points tried first" in err
     assert "memory of a trial: about" in err
     assert not (tmp_path / "store").exists()

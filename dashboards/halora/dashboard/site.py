@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse
 
 from halora.analysis.charts import described
-from halora.analysis.formats import number, script_json
+from halora.analysis.formats import duration, number, script_json
 from halora.dashboard.reading import SweepReader
 from halora.dashboard.security import new_token
 from halora.records.store import Store
@@ -60,14 +60,6 @@ def decibel(value: float | None) -> str:
     if value is None or value != value:
         return "–"
     return f"{value:.1f}" if value > -200 else "none"
-
-
-def duration(seconds: float) -> str:
-    """Seconds in the unit a person would choose."""
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.0f} s"
 
 
 def moment(time_ms: int) -> str:

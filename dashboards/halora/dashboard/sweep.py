@@ -31,10 +31,10 @@ COLUMNS: dict[str, str] = {
     "area_mm2": "mm²",
     "accuracy": "accuracy",
     "clean_accuracy": "clean",
-    "drop": "drop",
+    "drop": "accuracy drop",
     "margin": "margin (nats)",
     "p_front": "P(front)",
-    "noise_db": "noise (dB)",
+    "noise_db": "weight noise-to-signal (dB)",
 }
 """Columns of the tables that can be sorted by, with their headings."""
 

@@ -91,7 +91,7 @@ def _standing(point: RecordedTrial, gates: Gates, feasible: bool) -> Standing:
         return Standing(point, (), (f"it is {point.state}" + (f": {point.cause}" if point.cause else ""),))
     found = tuple(search_gates(point, gates))
     reasons = [str(gate) for gate in found if not gate.passed]
-    reasons += [f"breaks {name} by {by:.3g}" for name, by in point.violated.items()]
+    reasons += [f"violates {name} by {by:.3g}" for name, by in point.violated.items()]
     if not feasible and not reasons:
         reasons.append("it has no score")
     return Standing(point, found, tuple(reasons))

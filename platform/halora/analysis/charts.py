@@ -95,7 +95,12 @@ def front_chart(
         trace |= {"name": trace["legendgroup"], "showlegend": True}  # one entry for a label: its trials on the front
     if view.groups.violating:
         broken = _trials(
-            view.groups.violating[:most], "breaks a constraint", "", view, pair, _Style(opacity=0.8, size=8, bars=False)
+            view.groups.violating[:most],
+            "violates a constraint",
+            "",
+            view,
+            pair,
+            _Style(opacity=0.8, size=8, bars=False),
         )
         broken["marker"] |= {"symbol": "x-thin", "line": {"width": 2, "color": "#D55E00"}}
         data.append(broken)

@@ -20,6 +20,14 @@ def number(value: float | None, digits: int = 4) -> str:
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
+def duration(seconds: float) -> str:
+    """Seconds in the unit a person would choose."""
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{number(seconds / length, 2)} {unit}"
+    return f"{seconds:.0f} s"
+
+
 def searched_values(params: Mapping[str, Any]) -> str:
     """Searched values on one line: the last part of each path, numbers to three digits."""
     return " ".join(

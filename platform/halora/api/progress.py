@@ -6,6 +6,8 @@ from contextlib import AbstractContextManager, nullcontext
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
+from halora.analysis.formats import duration
+
 talk = Console(stderr=True)
 
 
@@ -92,4 +94,4 @@ class SweepProgress:
             return ""
         remaining = self._trials - self._done - self._failed
         seconds = (time.monotonic() - self._began) / self._ended_here * remaining
-        return f" · about {seconds / 60:.0f} min left" if remaining else ""
+        return f" · about {duration(seconds)} left" if remaining else ""

@@ -122,7 +122,7 @@ def _rows(view: "FrontView", form: Format, everything: bool) -> list[dict[str, A
 def _tell_apart(view: "FrontView") -> None:
     """Say on stderr which trials the front leaves out, and which one is its knee."""
     groups = view.groups
-    apart = {"failed": groups.failed, "broke a constraint": groups.violating, "have no score": groups.unscored}
+    apart = {"failed": groups.failed, "violate a constraint": groups.violating, "have no score": groups.unscored}
     told = [f"{len(points)} {what}" for what, points in apart.items() if points]
     told += [f"knee: trial {view.knee.number}"] if view.knee else []
     if told:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from halora.analysis.formats import duration
 from halora.cli.arguments import SweepArgument, SweepSetOption, overrides_from
 from halora.cli.comparison import print_comparison
 from halora.cli.output import (
@@ -334,7 +335,7 @@ def _print_plan(sweep: "SweepConfig") -> None:
             "rows": each.goal.rows or "all",
             "chips": each.goal.chip_instances,
             "trials": each.trials,
-            "minutes each": each.seconds / 60,
+            "time each": duration(each.seconds),
         }
         for i, each in enumerate(planned.goals)
     ]
@@ -346,7 +347,7 @@ def _print_plan(sweep: "SweepConfig") -> None:
         f"memory of a trial: about {gib:.1f} GiB{processes}",
         f"at once: {planned.concurrent} as the sweep asks; {planned.fit} would fit on this machine now",
         *([f"the closing comparison trains {planned.trained_anew} adapters anew"] if planned.trained_anew else []),
-        f"the whole sweep: about {planned.hours:.2g} hours of training and scoring, good to a factor of two",
+        f"the whole sweep: about {duration(3600 * planned.hours)} of training and scoring, good to a factor of two",
     ):
         talk.print(line, markup=False, highlight=False, soft_wrap=True)
 

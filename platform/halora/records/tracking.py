@@ -4,13 +4,15 @@ Delivering an event twice leaves what delivering it once does: metrics keep thei
 MLflow tells rows apart; everything else is looked for before it is made.
 """
 
+import getpass
 import json
 import logging
 import os
 import threading
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import cached_property
+from math import isfinite
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -36,6 +38,7 @@ from halora.files import locked
 from halora.records import names
 from halora.records.delivery import keep_delivered
 from halora.records.moving import follow
+from halora.records.provenance import program
 from halora.records.store import Store
 from halora.spaces.sweep import SweepConfig
 
@@ -43,6 +46,8 @@ logging.getLogger("mlflow").setLevel(logging.ERROR)
 
 _PARENT_TAG = "mlflow.parentRunId"
 _NAME_TAG = "mlflow.runName"
+_KIND_TAGS = {"mlflow.experimentKind": "custom_model_development"}
+"""Without it MLflow's page takes logged adapters for versions of an agent."""
 _NOTE_TAG = "mlflow.note.content"
 _LONGEST_NOTE = 5000
 """Characters; MLflow's older databases take no longer tag."""
@@ -258,6 +263,7 @@ class MlflowSweep:
         found = self._find(number)
         if not found:
             tags = self._tags(number)
+            tags |= _origin()
             tags[_NAME_TAG] = self._sweep.name if number is None else f"{self._sweep.name}/{number}"
             if number is not None:
                 tags[_PARENT_TAG] = self._run(None, began_ms)
@@ -294,7 +300,7 @@ class MlflowSweep:
         served = self._store.tracking_uri.startswith("http")
         location = None if served else (self._store.artifacts / family).as_uri()
         try:
-            return str(self._client.create_experiment(family, artifact_location=location))
+            return str(self._client.create_experiment(family, artifact_location=location, tags=_KIND_TAGS))
         except MlflowException as error:
             if error.error_code == "RESOURCE_ALREADY_EXISTS" and (
                 found := self._client.get_experiment_by_name(family)
@@ -333,7 +339,7 @@ class MlflowSweep:
             found[0]
             if found
             else self._client.create_logged_model(
-                self._experiment, names.ADAPTER, run_id, tags=tags, model_type="peft adapter"
+                self._experiment, f"trial-{event.trial}", run_id, tags=tags, model_type="peft adapter"
             )
         )
         if str(model.status) != "READY":
@@ -342,6 +348,15 @@ class MlflowSweep:
         outputs = self._client.get_run(run_id).outputs
         if not any(output.model_id == model.model_id for output in (outputs.model_outputs if outputs else ())):
             self._client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=event.step)])
+        linked = {"model_id": model.model_id, "run_id": run_id}
+        self._metrics(
+            run_id,
+            [
+                Metric(name, float(value), event.time_ms, event.step, **linked)
+                for name, value in names.metrics_of(event).items()
+                if names.is_score(name) and isfinite(value)
+            ],
+        )
 
     def _damage(self, run_id: str, outcomes: Sequence[Mapping[str, Any]]) -> None:
         self._client.log_text(run_id, json.dumps(outcomes, indent=1), names.DAMAGE_FILE)
@@ -361,6 +376,15 @@ class MlflowSweep:
     def _metrics(self, run_id: str, metrics: Sequence[Metric]) -> None:
         for start in range(0, len(metrics), _LARGEST_BATCH):
             self._client.log_batch(run_id, metrics=metrics[start : start + _LARGEST_BATCH])
+
+
+def _origin() -> dict[str, str]:
+    """Who made a run and with what, by the tags that MLflow's own pages show."""
+    told = {"mlflow.source.name": "halora", "mlflow.source.type": "LOCAL"}
+    with suppress(KeyError, OSError):  # a user without a name
+        told["mlflow.user"] = getpass.getuser()
+    commit = program()["commit"].removesuffix("+")
+    return told | ({"mlflow.source.git.commit": commit} if commit else {})
 
 
 def _number(run: Run) -> int:
