@@ -51,7 +51,8 @@ from halora.events import Failed, JobEvent, Reported, Scored
 from halora.hardware.energy import ENERGY
 from halora.settings.trial import Goal
 from halora.spaces.search import Racing, Sampler, SearchSettings
-from halora.sweep.search.core import DecisionCore, Job
+from halora.sweep.search.core import DecisionCore
+from halora.sweep.search.jobs import Job
 from halora.sweep.search.problem import Problem
 from halora.sweep.search.samplers import make_sampler
 from halora.sweep.search.study import State, SweepStudy, directions_of

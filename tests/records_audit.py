@@ -21,6 +21,7 @@ STATES = {
     **dict.fromkeys(("sweep_interrupted", "interrupted"), "interrupted"),
     "stopped": "stopped",
     "failed": "failed",
+    "discarded": "discarded",
 }
 """Where an event says that its trial, or the sweep, stands."""
 _STATUS = {
@@ -29,6 +30,7 @@ _STATUS = {
     "stopped": "FINISHED",
     "failed": "FAILED",
     "interrupted": "KILLED",
+    "discarded": "KILLED",
 }
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import sqlalchemy
 
 if TYPE_CHECKING:
     from selenium import webdriver
@@ -129,6 +130,15 @@ def postgres() -> Iterator[str]:
     """A PostgreSQL server with an empty database; its SQLAlchemy URI."""
     with postgres_server() as server:
         yield server.uri
+
+
+def new_database(uri: str, name: str) -> str:
+    """Another database on the server that `uri` names; its SQLAlchemy URI."""
+    engine = sqlalchemy.create_engine(uri, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(sqlalchemy.text(f'create database "{name}"'))
+    engine.dispose()
+    return sqlalchemy.make_url(uri).set(database=name).render_as_string(hide_password=False)
 
 
 class MlflowServer:

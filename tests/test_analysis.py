@@ -4,6 +4,7 @@ decoded picture; Plotly's own validation of its figures."""
 import csv
 import io
 import random
+from dataclasses import replace
 from math import erf
 
 import matplotlib.image
@@ -235,6 +236,7 @@ def test_trials_are_kept_apart_by_how_they_stand():
         RecordedTrial(number=7),
         RecordedTrial(number=8, state="stopped", metrics={"accuracy": 1.0, "energy_uj_per_token": 0.1}),
         _point(9, 0.9, 1.0, metrics={"constraint_violation": 0.25}),
+        replace(_point(10, 0.99, 0.1), state="discarded"),  # the best of all, and on no front
     ]
     groups = grouped(points)
     found = {name: [p.number for p in getattr(groups, name)] for name in vars(groups)}
@@ -244,6 +246,7 @@ def test_trials_are_kept_apart_by_how_they_stand():
         "unscored": [2, 7],
         "failed": [4],
         "stopped": [8],
+        "discarded": [10],
         "open": [5, 6],
     }
     assert points[1].violated == {"energy_uj_per_token": 0.5}

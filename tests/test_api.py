@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 import halora as surface
 from halora.analysis.table import IDENTITY, LABELS, METRICS
 from halora.api.progress import SweepProgress
+from halora.events import Estimated, Reported
 from halora.records import names
 from halora.records.index import read_sweep_state
 from halora.records.recorder import SweepRecorder
@@ -291,6 +292,25 @@ def test_a_table_has_the_same_columns_whatever_is_in_it(tmp_path, tiny_models, t
         halora.export(tmp_path / "two.csv")
     with pytest.raises(surface.UserError, match="must end in"):
         halora.export(tmp_path / "two.xlsx")
+
+
+def test_a_table_says_who_is_on_the_front_by_the_sweep_s_own_objectives(tmp_path, tiny_models, tiny_task):
+    """Accuracy and energy are not among them; trial 1 has less of both, and the least area. Each sweep by its own."""
+    place = Place.at(tmp_path / "store")
+    own = {"objectives": ["clean_accuracy", "area_mm2"], "reference_point": {"clean_accuracy": 0.0, "area_mm2": 99.0}}
+    for name, more in (("own", own), ("usual", {})):
+        sweep = made_up_sweep(place, name, tiny_models["llama"], tiny_task, **more)
+        recorder = SweepRecorder(place.sweep(name), sweep)
+        for number, (accuracy, area) in enumerate(((0.6, 5.0), (0.3, 2.0))):
+            begin(recorder, sweep, number)
+            recorder.record(Reported(trial=number, step=1, metrics={"train_loss": 1.0}))
+            finish(recorder, place.sweep(name).root, number, accuracy, clean_accuracy=0.5)
+            recorder._write(Estimated(trial=number, step=4, metrics={"area_mm2": area}))
+        recorder.close()
+    table = surface.Store(place).to_pandas()
+    assert table.groupby("sweep")["on_front"].apply(list).to_dict() == {"own": [False, True], "usual": [True, False]}
+    surface.Store(place).export(tmp_path / "own.csv", "own")
+    assert pd.read_csv(tmp_path / "own.csv")["on_front"].tolist() == [False, True]
 
 
 def test_progress_is_lines_where_there_is_no_terminal(capsys, monkeypatch):

@@ -134,6 +134,7 @@ def test_status_and_trial_tell_what_is_recorded(zoo, store):
         "failed": 0,
         "stopped": 0,
         "skipped": 0,
+        "discarded": 0,
         "unfinished": 0,
         "waiting": 0,
     }

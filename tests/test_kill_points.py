@@ -10,6 +10,8 @@ from collections import Counter
 import pytest
 
 from halora import files
+from halora.analysis.front import front
+from halora.analysis.trials import grouped
 from halora.events import Estimated
 from halora.pricing import trial_energy
 from halora.records.event_log import EventLog, read
@@ -17,10 +19,11 @@ from halora.records.recorder import SweepRecorder
 from halora.records.store import Store
 from halora.records.sweep_state import SweepState
 from halora.spaces.sweep import SweepConfig
-from halora.sweep.run.launch import _Recording
 from halora.sweep.run.reconcile import record_as_studied
-from halora.sweep.run.state import is_running, only_driver, open_core
+from halora.sweep.run.state import _study, is_running, only_driver, open_core
 from halora.sweep.run.trial_files import TrialFiles
+from halora.sweep.run.trial_records import TrialRecords
+from halora.sweep.search.requests import clone, cut_short, discard
 from halora.sweep.search.study_storage import PatientStorage, StudyFile
 from halora.sweep.simulation.simulator import SimulatedClock, simulate
 
@@ -116,14 +119,14 @@ def sweep(tiny_models, tiny_task):
     return SweepConfig.model_validate(content | {"constraints": bounds})
 
 
-def _drive(sweep, store, curves=None):
+def _drive(sweep, store, curves=None, listening=TrialRecords):
     """What a launch and a resume do with a simulated sweep, but for the delivery to MLflow."""
     folder = store.sweep(sweep.name)
     with only_driver(folder):
         clock = SimulatedClock()
         core, recorder, trial_files = open_core(sweep, store, clock), SweepRecorder(folder, sweep), TrialFiles(folder)
         try:
-            listener = _Recording(sweep, core, recorder, _Quiet(), trial_files, folder)
+            listener = listening(sweep, core, recorder, _Quiet(), trial_files, folder)
             simulate(core, curves or _Curves(), clock, report_every=2, listener=listener, folder=folder)
             record_as_studied(core.trials(), recorder)
             recorder.record_estimates(core.estimates())
@@ -170,15 +173,15 @@ def _place(tmp_path, name):
     return store
 
 
-def _killed_and_resumed(axe, sweep, store, at):
+def _killed_and_resumed(axe, sweep, store, at, listening=TrialRecords):
     axe.left = at
     try:
         with pytest.raises(_Killed):
-            _drive(sweep, store)
+            _drive(sweep, store, listening=listening)
     finally:
         axe.left = None
     assert not is_running(store.sweep(sweep.name))
-    _drive(sweep, store)
+    _drive(sweep, store, listening=listening)
     return _outcome(sweep, store)
 
 
@@ -218,6 +221,65 @@ def test_a_kill_at_any_write_loses_and_repeats_nothing(sweep, tmp_path, monkeypa
     in_study = [at for at in range(1, len(writes)) if {*writes[at - 1 : at + 1]} == {"append_logs"}]
     for at in sorted({*range(0, len(writes), every), *in_study}):
         found = _killed_and_resumed(axe, sweep, _place(tmp_path, f"{at}"), at)
+        for what, expected in whole.items():
+            assert found[what] == expected, f"{what}, killed at write {at}, after {writes[max(at - 3, 0) : at]}"
+
+
+def _asking(axe, store):
+    """A listener to whose sweep somebody asks something at three moments, each time from another process."""
+
+    class Asking(TrialRecords):
+        def told(self, job, event):
+            super().told(job, event)
+            study = _study(self._sweep, store)
+            left, axe.left = axe.left, None  # the other process is not killed
+            writes = len(axe.writes)
+            match (job.number, event.kind, getattr(event, "step", 0)):
+                case (0, "reported", 2):
+                    cut_short(self._sweep, study, 0)
+                case (0, "scored", 2) if not study.asked() and not any(t.asked_as for t in study.trials()):
+                    bits = job.values["chip.adc.bits"]
+                    clone(self._sweep, study, 0, {"chip.adc.bits": bits - 1 if bits > 4 else bits + 1})
+                case (2, "reported", 2):
+                    discard(self._sweep, study, 2)
+            del axe.writes[writes:]
+            axe.left = left
+
+    return Asking
+
+
+@pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_kill_at_any_write_leaves_a_trial_stopped_discarded_or_cloned_as_asked(sweep, tmp_path, monkeypatch, every):
+    """Trial 0 is stopped at its first report, before the rung; the next is its clone; another is discarded."""
+    plain = sweep.model_copy(update={"constraints": (), "early_stopping": None, "racing": None, "trials": 3})
+    axe, store = _Axe(monkeypatch), _place(tmp_path, "whole")
+    _drive(plain, store, listening=_asking(axe, store))
+    writes, whole = list(axe.writes), _outcome(plain, store)
+    trials = open_core(plain, store).trials()
+    assert [(trial.state, trial.clone_of) for trial in trials[:2]] == [("finished", None), ("finished", 0)]
+    assert [trial.state for trial in trials].count("discarded") == 1
+    assert len(trials) == plain.trials + 1
+    assert (trials[0].scores[-1].step, trials[0].last_step, trials[1].scores[-1].step) == (2, 2, 6)
+    changed = {path for path, value in trials[1].values.items() if trials[0].values[path] != value}
+    assert changed == {"chip.adc.bits"}
+    assert [trial.frozen.state.name for trial in trials] == ["COMPLETE", "COMPLETE", "PRUNED", "COMPLETE"]
+    recorded = SweepState()
+    recorded.take(read(store.sweep(plain.name).event_log_file)[0])
+    points = recorded.points()
+    assert [point.state for point in points] == [trial.state for trial in trials]
+    assert [(point.cut_short_at, point.clone_of) for point in points] == [
+        (2, None),
+        (None, 0),
+        (None, None),
+        (None, None),
+    ]
+    assert [point.number for point in front(grouped(points).feasible)] == [
+        point.number for point in front([points[0], points[1], points[3]])
+    ]
+    assert not list(store.sweep(plain.name).trial(2).glob("step-*"))  # its checkpoint
+    for at in range(0, len(writes), every):
+        place = _place(tmp_path, f"{at}")
+        found = _killed_and_resumed(axe, plain, place, at, _asking(axe, place))
         for what, expected in whole.items():
             assert found[what] == expected, f"{what}, killed at write {at}, after {writes[max(at - 3, 0) : at]}"
 

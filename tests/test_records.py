@@ -17,11 +17,13 @@ from pathlib import Path
 
 import matplotlib.image
 import pytest
+import typer
 import yaml
 from recorded_sweeps import SCORES, begin, finish, made_up_sweep
 from records_audit import differences, logged_events
 
 from halora.analysis.front import front, hypervolume
+from halora.cli.sweep import _close
 from halora.errors import UnreachableError, UserError
 from halora.events import Compared, Failed, Interrupted, Reported, Scored, Stopped
 from halora.pricing import trial_energy
@@ -38,6 +40,7 @@ from halora.records.store import Store
 from halora.records.tracking import MlflowClient, MlflowSweep, open_client
 from halora.settings.trial import TrialConfig
 from halora.spaces.mistakes import field_paths
+from halora.sweep.run.launch import Outcome
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +89,8 @@ def test_the_recorded_names_are_frozen():
         "VERSION": "halora.version",
         "COMMIT": "halora.commit",
         "STATE": "halora.state",
+        "CLONE_OF": "halora.clone_of",
+        "CUT_SHORT_AT": "halora.cut_short_at",
         "STRENGTH_METRIC": "accuracy_at.",
         "RUNG_METRIC": "rung_{score}",
         "RUNG_SCORES": ("accuracy", "clean_accuracy", "margin"),
@@ -513,6 +518,34 @@ def test_what_mlflow_refuses_is_kept_and_told_and_holds_nothing_up(client, store
     (lost,) = differences(store.tracking_uri, sweep.name, folder.event_log_file)
     assert lost.startswith("lost: (0, 'bad$name', ")
     assert undelivered(store, sweep.name) == 0
+
+
+def test_what_was_refused_and_is_delivered_later_is_refused_no_more(store, sweep, folder, said, capsys):
+    """The command that ends a sweep has exit code 1 while a record is refused, and 0 once all are delivered."""
+    ended = Outcome(complete=True, failed=0, comparison=None)
+    with recording(store, sweep, said.append) as recorder:
+        begin(recorder, sweep, 0)
+        finish(recorder, folder.root, 0, accuracy=0.5)
+        recorder.finish(interrupted=False)
+    for there, refused in ((False, [0]), (False, [0]), (True, [])):  # twice without the adapter's folder
+        place = folder.trial(0) if there else folder.root / "elsewhere"
+        if not place.exists():
+            (folder.root / "elsewhere" if there else folder.trial(0)).rename(place)
+        folder.sent_file.unlink()  # as for another server, all is sent again
+        with recording(store, sweep, said.append):
+            pass
+        assert list(refused_of(folder)) == refused
+        assert folder.refused_file.exists() == bool(refused)
+        if refused:
+            (line,) = folder.refused_file.read_text().splitlines()
+            assert json.loads(line)["event"]["kind"] == "scored"
+            with pytest.raises(typer.Exit) as code:
+                _close(sweep.name, store, ended)
+            assert code.value.exit_code == 1
+            assert "records of trial 0 are not in MLflow, which refused them" in capsys.readouterr().err
+        else:
+            _close(sweep.name, store, ended)
+            assert "which refused them" not in capsys.readouterr().err
 
 
 def test_a_locked_database_costs_only_delay(client, store, sweep, folder, said):

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from recorded_sweeps import begin, finish, made_up_sweep
 from records_audit import differences
-from services import mlflow_server, postgres
+from services import mlflow_server, new_database
 
 from halora.events import Reported
 from halora.records import queries
@@ -26,9 +26,8 @@ from halora.records.tracking import open_client
 
 
 @pytest.fixture(scope="module")
-def database():
-    with postgres() as uri:
-        yield uri
+def database(postgresql):
+    return new_database(postgresql, "records")  # of its own, as Optuna's and MLflow's tables share a name
 
 
 @pytest.fixture(scope="module")

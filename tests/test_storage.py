@@ -22,14 +22,13 @@ from optuna.trial import create_trial
 from services import free_port
 
 import halora.storage
-from halora.analysis.trials import RecordedTrial
 from halora.errors import StorageError, UnreachableError, UserError
 from halora.hardware.energy import ENERGY
 from halora.records.store import Store, SweepFolder
 from halora.settings.trial import Goal
 from halora.storage import TrialStorage, WorkFolder, check_storage, read_adapter
 from halora.sweep.run.trial_files import TrialFiles
-from halora.sweep.search.core import Job
+from halora.sweep.search.jobs import Job
 from halora.sweep.search.study import State, Trial
 from halora.trial_folder import OPTIMIZER_FILE, adapter_folder, latest_checkpoint
 from halora.url_folder import UrlFolder, checked_url
@@ -315,10 +314,10 @@ def test_unfinished_trials_move_with_their_sweep(base, tmp_path):
 
 
 def test_a_trial_that_ended_keeps_what_a_race_needs_and_no_more(base, tmp_path):
-    """Two finished trials, one of them better in both, a failed and a running one."""
+    """Two finished trials, one of which is wanted in the end, a failed and a running one."""
     folder = SweepFolder(tmp_path / "sweeps" / "ended")
     folder.root.mkdir(parents=True)
-    files, trials, points = TrialFiles(folder), [], []
+    files, trials = TrialFiles(folder), []
     files.keep_at(base, "0" * 32, [])
     states = (State.FINISHED, State.FINISHED, State.FAILED, State.RUNNING)
     jobs = [Job(number, {}, {ENERGY: 1.0 + number}, Goal(4, 2), True, "") for number in range(4)]
@@ -331,17 +330,15 @@ def test_a_trial_that_ended_keeps_what_a_race_needs_and_no_more(base, tmp_path):
         trials.append(Trial(job.number, {}, job.costs, state=state, frozen=create_trial(value=0.0), **kept_as))
         if state is State.FINISHED:
             files.fetch(job)
-            metrics = {"accuracy": 0.9 - job.number / 10, "energy_uj_per_token": job.energy_uj_per_token}
-            points.append(RecordedTrial(number=job.number, metrics=metrics))
 
     def kept(number):
         return {name.rpartition("/")[2] for name in _objects(folder.trial_url(number))}
 
     whole = kept(3)
-    files.prune(trials, points, settled=False)
+    files.prune(trials, {0, 1})
     assert [kept(number) for number in range(4)] == [whole - {OPTIMIZER_FILE}, whole - {OPTIMIZER_FILE}, set(), whole]
     for driver in (files, TrialFiles(folder)):  # the second of a resume
-        driver.prune(trials, points, settled=True)
+        driver.prune(trials, {0})
         assert [kept(number) for number in range(4)] == [whole - {OPTIMIZER_FILE}, set(), set(), whole]
     race = Job(1, {}, {ENERGY: 2.0}, Goal(4, 3, first_chip=2), True, "")
     files.provide(race)
@@ -353,7 +350,7 @@ def test_a_trial_that_ended_keeps_what_a_race_needs_and_no_more(base, tmp_path):
     own = SweepFolder(tmp_path / "sweeps" / "without")  # no storage: the sweep's folder alone
     for trial in trials:
         _checkpoint(own.trial(trial.number), 4)
-    TrialFiles(own).prune(trials, points, settled=True)
+    TrialFiles(own).prune(trials, {0})
     moments = {int(path.parts[-3]) for path in own.root.rglob(OPTIMIZER_FILE)}
     adapters = {number for number in range(4) if adapter_folder(own.trial(number))}
     assert (moments, adapters) == ({3}, {0, 1, 3})

@@ -16,7 +16,7 @@ from halora.records.store import Store
 from halora.spaces.recipes import first_points
 from halora.spaces.sweep import SweepConfig, load_sweep
 from halora.sweep.run.state import check_not_launched, is_running, only_driver, open_core, warm_start, write_sweep
-from halora.sweep.search.core import Decision
+from halora.sweep.search.jobs import Decision
 from halora.sweep.search.problem import free_knobs
 from halora.sweep.search.study import SweepStudy
 from halora.sweep.search.study_storage import storage_of
@@ -81,7 +81,7 @@ def _run_out(core):
 
 def test_the_points_of_the_file_come_first_and_the_budget_is_kept(sweep, store):
     core = open_core(sweep, store)
-    none = {"finished": 0, "failed": 0, "stopped": 0, "skipped": 0, "unfinished": 0}
+    none = {"finished": 0, "failed": 0, "stopped": 0, "skipped": 0, "discarded": 0, "unfinished": 0}
     assert core.counts() == none | {"waiting": 6}
     done = _run_out(core)
     assert [job.number for job in done] == list(range(6))

@@ -14,7 +14,7 @@ from halora.settings.trial import Goal
 from halora.spaces.sweep import Comparison
 from halora.sweep.run.comparison import _cells
 from halora.sweep.run.seeds import _claim, _SeedWork
-from halora.sweep.search.core import Decision, Job
+from halora.sweep.search.jobs import Decision, Job
 
 
 def _jobs(count, values=None):

@@ -251,6 +251,62 @@ def test_budgets_of_steps_and_hours_end_the_search():
     assert core.ended == "the budget of 0.0277778 hours is spent"
 
 
+class _Slow(AnalyticCurves):
+    """Takes its time."""
+
+    def step_s(self, values):
+        return 100.0
+
+    def chip_s(self, values):
+        return 5.0
+
+
+class _Timed:
+    """Seconds that jobs were in hand, by the simulation's own clock."""
+
+    def __init__(self, clock, until=None):
+        self.clock, self.until, self.began_s, self.spent_s = clock, until, {}, 0.0
+
+    def began(self, job):
+        self.began_s[job.number] = self.clock()
+
+    def told(self, job, event):
+        if not isinstance(event, Reported):
+            self.spent_s += self.clock() - self.began_s.pop(job.number)
+        elif self.until is not None and self.clock() >= self.until:
+            raise KeyboardInterrupt  # the driver ends here, with jobs in hand
+
+
+def test_gpu_hours_are_those_that_jobs_have_gpus_set_aside_over_all_drivers_of_a_sweep():
+    """Two drivers, three jobs at once, 1.5 GPUs each: the sum over jobs, but for less than a minute at the kill."""
+    slow, storage, budget = (
+        _Slow(FUNCTIONS["zdt1"], steps=27),
+        InMemoryStorage(),
+        Budget(gpu_hours=1.5 * 12 * 2700 / 3600),
+    )
+    problem = _problem(slow, trials=40, budget=budget)
+    clock, spent_s = SimulatedClock(), 0.0
+    for until in (4000.0, None):
+        study = SweepStudy("sim", storage)
+        core, timed = DecisionCore(problem, study, clock_s=clock), _Timed(clock, until)
+        core.spending.gpus = 1.5
+        before_s = clock()
+        try:
+            simulate(core, slow, clock, concurrent=3, report_every=3, listener=timed)
+        except KeyboardInterrupt:
+            spent_s += sum(clock() - at for at in timed.began_s.values())
+            clock.now_s += 5000.0  # nobody drives it
+            assert before_s < 4000.0
+        spent_s += timed.spent_s
+        lost = 3 * 300.0 if until else 0.0  # a report's time of each job, as each is counted when it is heard
+        counted_s = 3600 * study.gpu_hours / 1.5
+        assert spent_s - lost <= counted_s <= spent_s + 1e-6
+        spent_s = counted_s
+    assert core.ended == f"the budget of {budget.gpu_hours:g} GPU hours is spent"
+    assert budget.gpu_hours <= study.gpu_hours < budget.gpu_hours + 1.5 * 3 * 2800 / 3600
+    assert core.counts()["unfinished"] == 0
+
+
 def test_the_sampler_sees_the_best_and_the_latest_of_many_trials():
     core, _ = _run(_problem(trials=150))
     trials = core.trials()

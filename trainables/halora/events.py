@@ -205,7 +205,14 @@ class Failed(TrialEvent):
     cause: str
 
 
-type JobEvent = Reported | Scored | WorkerLost | OutOfMemory | Failed
+@dataclass(frozen=True, kw_only=True)
+class Discarded(TrialEvent):
+    """Somebody took a trial out of the sweep: it is on no front, whatever it scored."""
+
+    state: ClassVar[str] = "discarded"
+
+
+type JobEvent = Reported | Scored | WorkerLost | OutOfMemory | Failed | Discarded
 """What can become of a job."""
 
 
@@ -235,6 +242,7 @@ class Began(TrialEvent):
         config: Its resolved configuration.
         datasets: Rows it trains on and is scored on, by `name`, `split`, `rows` and `digest`.
         program: Version and commit of this program.
+        clone_of: The trial that somebody had it begun like, with some values changed; none for what the search chose.
     """
 
     state: ClassVar[str] = "running"
@@ -245,6 +253,7 @@ class Began(TrialEvent):
     config: Mapping[str, Any]
     datasets: Sequence[Mapping[str, str]]
     program: Mapping[str, str]
+    clone_of: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,6 +275,17 @@ class Stopped(TrialEvent):
     """Early stopping ended a trial."""
 
     state: ClassVar[str] = "stopped"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CutShort(TrialEvent):
+    """Somebody ended a trial's training before its last step; it is scored as it is there.
+
+    Attributes:
+        step: Its last optimiser step.
+    """
+
+    step: int
 
 
 @dataclass(frozen=True, kw_only=True)

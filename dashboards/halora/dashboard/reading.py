@@ -117,6 +117,7 @@ class Snapshot:
             "finished": len(groups.feasible) + len(groups.violating) + len(groups.unscored),
             "failed": len(groups.failed),
             "stopped": len(groups.stopped),
+            "discarded": len(groups.discarded),
             "open": len(groups.open),
             "front": len(self.view.members),
         }

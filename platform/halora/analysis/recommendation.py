@@ -222,7 +222,7 @@ def _why_none(sweep: SweepConfig, view: FrontView, progress: Progress, standings
         nearest = min(scored, key=distance)
         reasons = "; ".join(standings[nearest.number].reasons)
         return f"{prefix}o trial qualifies. Trial {nearest.number} comes nearest: {reasons}."
-    if groups.failed and not groups.open and not groups.unscored and not groups.stopped:
+    if groups.failed and not (groups.open or groups.unscored or groups.stopped or groups.discarded):
         last = max(groups.failed, key=lambda point: point.ended_ms)
         return (
             f"{prefix}othing to recommend: all {len(groups.failed)} trials failed, the last of them with: {last.cause}."

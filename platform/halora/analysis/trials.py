@@ -41,7 +41,7 @@ class RecordedTrial:
 
     Attributes:
         number: Number of the trial in its sweep.
-        state: running, finished, stopped (early), failed or interrupted.
+        state: running, finished, stopped (early), failed, interrupted or discarded (by somebody).
         cause: Why it failed, else empty.
         params: Searched values by dotted path.
         labels: What it is, by `method`, `model`, `chip`, `task`, `noise` and `noise_strength`.
@@ -49,6 +49,8 @@ class RecordedTrial:
         began_ms: When it first began, in milliseconds since 1970; 0 where not recorded.
         ended_ms: When it last ended.
         correct: What it answered rightly, to resample its accuracy with that of others; none where not recorded.
+        clone_of: The trial that somebody had it begun like; none for a point of the search's own.
+        cut_short_at: Optimiser step at which somebody ended its training; none where nobody did.
     """
 
     number: int
@@ -60,6 +62,8 @@ class RecordedTrial:
     began_ms: int = 0
     ended_ms: int = 0
     correct: Answers | None = None
+    clone_of: int | None = None
+    cut_short_at: int | None = None
 
     @property
     def accuracy(self) -> float:
@@ -171,6 +175,7 @@ class Groups:
         unscored: Finished with an objective that is missing or not a number.
         failed: They ended in a failure.
         stopped: Early stopping ended them before their scores.
+        discarded: Somebody took them out.
         open: Not ended yet, or interrupted.
     """
 
@@ -179,23 +184,26 @@ class Groups:
     unscored: list[RecordedTrial]
     failed: list[RecordedTrial]
     stopped: list[RecordedTrial]
+    discarded: list[RecordedTrial]
     open: list[RecordedTrial]
 
     @property
     def all(self) -> list[RecordedTrial]:
         """All of them, by number."""
-        parts = (self.feasible, self.violating, self.unscored, self.failed, self.stopped, self.open)
+        parts = (self.feasible, self.violating, self.unscored, self.failed, self.stopped, self.discarded, self.open)
         return sorted((point for part in parts for point in part), key=lambda point: point.number)
 
 
 def grouped(points: Sequence[RecordedTrial], objectives: Sequence[Objective] = DEFAULT_OBJECTIVES) -> Groups:
     """Trials apart by how they stand."""
-    groups = Groups([], [], [], [], [], [])
+    groups = Groups([], [], [], [], [], [], [])
     for point in points:
         if point.state == "failed":
             groups.failed.append(point)
         elif point.state == "stopped":
             groups.stopped.append(point)
+        elif point.state == "discarded":
+            groups.discarded.append(point)
         elif point.state != "finished":
             groups.open.append(point)
         elif not all(isfinite(point.metrics.get(each.metric, float("nan"))) for each in objectives):

@@ -179,7 +179,7 @@ def _silent(text: str) -> None:
 def _trial_of(reference: str, place: records.Store) -> tuple[str, int] | None:
     """Sweep and number of a trial of the store; nothing where the reference is none."""
     sweep, _, number = reference.rpartition("/")
-    if not number.isdecimal() or sweep not in place.sweeps():
+    if not number.isdecimal() or sweep not in place.sweeps(archived=True):
         return None
     from halora.records.index import recorded_trial
 

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from halora.analysis.summary import FrontView, view_front
 from halora.analysis.table import table
-from halora.analysis.trials import RecordedTrial
+from halora.analysis.trials import Objective, RecordedTrial, sweep_objectives
+from halora.api.progress import say
 from halora.errors import UserError
 from halora.records import store as records
 from halora.records.index import read_sweep_state
@@ -46,9 +47,48 @@ class Store:
         else:
             self.place = records.Store.at(None if folder is None else Path(folder), tracking_uri, checkpoint_url)
 
-    def sweeps(self) -> list[str]:
-        """Names of the sweeps in the store, newest last."""
-        return self.place.sweeps()
+    def sweeps(self, *, archived: bool = False) -> list[str]:
+        """Names of the sweeps in the store, newest last; with `archived` those that are, too."""
+        return self.place.sweeps(archived=archived)
+
+    def archive(self, sweep: str) -> None:
+        """Put a sweep aside: lists and the page leave it out, and what MLflow has as well is freed here.
+
+        Raises:
+            UserError: There is no such sweep, it is running, or MLflow lacks records of it.
+            UnreachableError: MLflow or the storage does not answer; to be repeated.
+        """
+        from halora.sweep.run.archive import archive
+
+        archive(sweep, self.place, say)
+
+    def unarchive(self, sweep: str) -> None:
+        """Bring an archived sweep back as it was.
+
+        Raises:
+            UserError: There is no such sweep, or MLflow has lost an adapter.
+            UnreachableError: MLflow does not answer; to be repeated.
+        """
+        from halora.sweep.run.archive import unarchive
+
+        unarchive(sweep, self.place)
+
+    def delete(self, sweep: str, *, with_adapters: bool = False) -> None:
+        """Delete a sweep: its folder, study, runs in MLflow with their artifacts, and checkpoints. Nobody is asked.
+
+        Interrupted, it is to be repeated; the name is free from its first moment on.
+
+        Args:
+            sweep: Its name.
+            with_adapters: Delete its registered adapters as well.
+
+        Raises:
+            UserError: There is no such sweep, it is running or being certified, or adapters of it are registered.
+            UnreachableError: MLflow, the study's database or the storage does not answer; to be repeated.
+        """
+        from halora.sweep.run.deletion import delete
+
+        delete(sweep, self.place, say, with_adapters=with_adapters)
 
     def sweep(self, name: str) -> "Sweep":
         """A launched sweep, to be resumed, stopped or looked at.
@@ -102,10 +142,15 @@ class Store:
             UserError: There is no such sweep.
         """
         found = {name: self.trials(name) for name in sweeps or self.sweeps()}
-        views = {name: view_front(points) for name, points in found.items()}
+        views = {name: view_front(points, self._objectives(name)) for name, points in found.items()}
         return data_frame(
             self.place, [(name, point, views[name]) for name, points in found.items() for point in points]
         )
+
+    def _objectives(self, sweep: str) -> tuple[Objective, ...]:
+        from halora.sweep.run.state import load_sweep_of
+
+        return sweep_objectives(load_sweep_of(self.place.sweep(sweep)))
 
     def export(self, file: str | Path, *sweeps: str) -> int:
         """Write what `to_pandas` gives to a new `.csv` or `.parquet` file; the number of trials.

@@ -133,8 +133,59 @@ class Sweep:
             core.request_stop()
         return running
 
+    def stop_trial(self, number: int) -> None:
+        """End a trial's training at its next report; it is scored there, and takes its place among the finished.
+
+        Of a sweep that nobody runs, that happens when it is resumed.
+
+        Raises:
+            UserError: There is no such trial, or it has ended.
+        """
+        from halora.sweep.run.state import load_study
+        from halora.sweep.search.requests import cut_short
+
+        cut_short(*load_study(self.name, self.store.place), number)
+
+    def discard_trial(self, number: int) -> None:
+        """Take a trial out for good: it ends at its next report, its checkpoints go, and it is on no front.
+
+        Records of a sweep that nobody runs are brought up to that at once.
+
+        Raises:
+            UserError: There is no such trial, or it was never trained.
+            UnreachableError: MLflow does not answer.
+        """
+        from halora.sweep.run.reconcile import close_records
+        from halora.sweep.run.state import is_running, load_study
+        from halora.sweep.search.requests import discard
+
+        place = self.store.place
+        discard(*load_study(self.name, place), number)
+        if not is_running(place.sweep(self.name)):
+            close_records(self.name, place, lambda text: None)
+
+    def clone_trial(self, number: int, overrides: Mapping[str, Any]) -> dict[str, Any]:
+        """Have a trial begun next that is like another but for some searched values, beside the number asked for.
+
+        Of a sweep that nobody runs, that happens when it is resumed.
+
+        Args:
+            number: The other trial.
+            overrides: Values by dotted path.
+
+        Returns:
+            All its values.
+
+        Raises:
+            UserError: With every mistake.
+        """
+        from halora.sweep.run.state import load_study
+        from halora.sweep.search.requests import clone
+
+        return clone(*load_study(self.name, self.store.place), number, overrides)
+
     def status(self) -> dict[str, Any]:
-        """Its name, whether it is `running`, `ended` or `interrupted`, and its trials by state.
+        """Its name, whether it is `running`, `ended` or `interrupted`, its trials by state, and GPU hours of a budget.
 
         While it runs also since when, in UTC, and in which `job` of Slurm, where it is one.
 
@@ -149,7 +200,8 @@ class Sweep:
         folder = self.store.place.sweep(self.name)
         state = "running" if is_running(folder) else "ended" if ended else "interrupted"
         driver = {key: value for key, value in driver_of(folder).items() if key in ("job", "since") and value}
-        return {"sweep": self.name, "state": state, "trials": config.trials, **counts, **driver}
+        spent = {"gpu_hours": core.spending.gpu_hours} if config.budget.gpu_hours else {}
+        return {"sweep": self.name, "state": state, "trials": config.trials, **counts, **spent, **driver}
 
     def front(self, *, objectives: Sequence[str] = ()) -> "Front":
         """Its Pareto front as recorded now, see `Store.front`."""

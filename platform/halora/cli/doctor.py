@@ -67,8 +67,10 @@ def doctor(
 
 
 def _reconcile(place: Store, form: Format) -> None:
+    from halora.sweep.run.deletion import end_deletions
     from halora.sweep.run.reconcile import reconcile_store
 
+    end_deletions(place, say)
     if not place.sweeps():
         raise UserError(f"no sweep in '{place.root}' yet", "name another store with --store")
     found, left = reconcile_store(place, say)

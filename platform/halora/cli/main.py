@@ -10,7 +10,21 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from halora.cli import adapter, cluster, dashboard, doctor, energy, front, init, noise, space, sweep, train, trial
+from halora.cli import (
+    adapter,
+    cluster,
+    dashboard,
+    doctor,
+    ending,
+    energy,
+    front,
+    init,
+    noise,
+    space,
+    sweep,
+    train,
+    trial,
+)
 from halora.cli.output import talk
 from halora.cli.remote_commands import check_client
 from halora.errors import UnreachableError, UserError
@@ -23,6 +37,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
+for command in (ending.archive, ending.unarchive, ending.delete):
+    sweep.app.command()(command)
 app.add_typer(sweep.app, name="sweep")
 app.add_typer(space.app, name="space")
 app.add_typer(front.app, name="front")

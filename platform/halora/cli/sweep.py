@@ -34,6 +34,7 @@ from halora.sweep.cluster.cluster import Cluster
 
 if TYPE_CHECKING:
     from halora.api.sweep import Sweep
+    from halora.records.store import SweepFolder
     from halora.spaces.sweep import SweepConfig
     from halora.sweep.run.launch import Outcome
 
@@ -180,6 +181,7 @@ def status(
 
 @app.command("list")
 def list_(
+    every: Annotated[bool, typer.Option("--all", help="Archived sweeps as well.")] = False,
     columns: ColumnsOption = None,
     sort: SortOption = None,
     form: FormatOption = Format.TABLE,
@@ -192,11 +194,11 @@ def list_(
     from halora.analysis.trials import grouped, sweep_objectives
     from halora.records.delivery import refused, undelivered
     from halora.records.index import read_sweep_state
-    from halora.sweep.run.state import is_running, load_sweep_of
+    from halora.sweep.run.state import load_sweep_of
 
     place = open_store(store)
     rows: list[dict[str, Any]] = []
-    for name in place.sweeps():
+    for name in place.sweeps(archived=every):
         try:
             recorded, waiting = read_sweep_state(place, name), undelivered(place, name)
             objectives = sweep_objectives(load_sweep_of(place.sweep(name)))
@@ -209,7 +211,7 @@ def list_(
         rows.append(
             {
                 "sweep": name,
-                "state": "running" if is_running(place.sweep(name)) else recorded.sweep_state,
+                "state": _state_of(place.sweep(name), recorded.sweep_state),
                 "finished": len(groups.feasible) + len(groups.violating) + len(groups.unscored),
                 "failed": len(groups.failed),
                 "front": len(members),
@@ -223,6 +225,14 @@ def list_(
         show_rows(rows, form, columns=columns, sort=sort)
     else:
         talk.print(f"no sweep in '{place.root}' yet", markup=False)
+
+
+def _state_of(folder: "SweepFolder", recorded: str) -> str:
+    from halora.sweep.run.state import is_running
+
+    if folder.archive_file.exists():
+        return "archived"
+    return "running" if is_running(folder) else recorded
 
 
 def _tell_unreadable(name: str, error: UserError, *, alone: bool = False) -> None:

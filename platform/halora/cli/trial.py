@@ -6,15 +6,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from halora.cli.output import Format, FormatOption, StoreOption, open_store, show_rows, talk
+from halora.cli.arguments import overrides_from
+from halora.cli.output import Format, FormatOption, StoreOption, open_store, say, show_rows, talk
+from halora.cli.remote_commands import AddressOption, elsewhere
 from halora.errors import UserError
 from halora.records.store import Store
+from halora.sweep.cluster.cluster import Cluster
 
 if TYPE_CHECKING:
     from halora.analysis.trials import RecordedTrial
+    from halora.api.sweep import Sweep
 
 app = typer.Typer(help="Single trials.", no_args_is_help=True)
 
+CloneSetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="PATH=VALUE", help="A searched value of the clone, e.g. lora.rank=8."),
+]
 TrialArgument = Annotated[str, typer.Argument(metavar="ID", help="SWEEP/NUMBER, for example quickstart/3.")]
 
 
@@ -36,6 +44,8 @@ def show(
     place, sweep, point = _find(trial, store)
     rows: list[dict[str, Any]] = [{"name": "state", "value": point.state}]
     rows += [{"name": "cause", "value": point.cause}] if point.cause else []
+    asked = {"clone of trial": point.clone_of, "stopped by somebody at step": point.cut_short_at}
+    rows += [{"name": name, "value": value} for name, value in asked.items() if value is not None]
     rows += [{"name": name, "value": value} for name, value in sorted(point.labels.items())]
     rows += [{"name": name, "value": value} for name, value in sorted(point.params.items())]
     rows += [{"name": name, "value": round(value, 6)} for name, value in sorted(point.metrics.items())]
@@ -63,6 +73,68 @@ def logs(
         talk.print(f"trial {trial} left no log in '{folder.root}'", markup=False)
 
 
+@app.command()
+def stop(trial: TrialArgument, store: StoreOption = None, address: AddressOption = None) -> None:
+    """End a trial's training at its next report; it is scored there, and takes its place among the finished."""
+    elsewhere(Cluster.at(address))
+    sweep, number = _named(trial)
+    launched = _launched(sweep, store)
+    launched.stop_trial(number)
+    _tell(launched, f"trial {trial} ends its training at its next report and is scored there")
+
+
+@app.command()
+def discard(trial: TrialArgument, store: StoreOption = None, address: AddressOption = None) -> None:
+    """Take a trial out for good: it ends at its next report, its checkpoints go, and it is on no front."""
+    elsewhere(Cluster.at(address))
+    sweep, number = _named(trial)
+    _launched(sweep, store).discard_trial(number)
+    say(f"trial {trial} is discarded")
+
+
+@app.command()
+def clone(
+    trial: TrialArgument,
+    set_: CloneSetOption = None,
+    store: StoreOption = None,
+    address: AddressOption = None,
+) -> None:
+    """Have a trial begun next that is like another but for some searched values, beside the number asked for."""
+    elsewhere(Cluster.at(address))
+    sweep, number = _named(trial)
+    launched = _launched(sweep, store)
+    values = launched.clone_trial(number, overrides_from(set_, example="lora.rank=8"))
+    told = ", ".join(f"{path}={value}" for path, value in values.items())
+    _tell(launched, f"asked for a trial like {trial}: {told}")
+
+
+def _launched(name: str, folder: Path | None) -> "Sweep":
+    from halora.api.store import Store as Surface
+
+    return Surface(open_store(folder)).sweep(name)
+
+
+def _tell(sweep: "Sweep", text: str) -> None:
+    later = (
+        ""
+        if sweep.status()["state"] == "running"
+        else f"; '{sweep.name}' is not running: halora sweep resume {sweep.name}"
+    )
+    say(text + later)
+
+
+def _named(trial: str) -> tuple[str, int]:
+    """Sweep and number of an id.
+
+    Raises:
+        UserError: The id is malformed.
+    """
+    sweep, _, number = trial.rpartition("/")
+    if not sweep or not number.isdecimal():
+        raise UserError(f"'{trial}' is not a trial: write SWEEP/NUMBER, for example quickstart/3")
+    return sweep, int(number)
+
+
 def _find(trial: str, folder: Path | None) -> "tuple[Store, str, RecordedTrial]":
     """The store, the sweep and the trial of an id.
 
@@ -71,12 +143,10 @@ def _find(trial: str, folder: Path | None) -> "tuple[Store, str, RecordedTrial]"
     """
     from halora.records.index import recorded_trial
 
-    sweep, _, number = trial.rpartition("/")
-    if not sweep or not number.isdecimal():
-        raise UserError(f"'{trial}' is not a trial: write SWEEP/NUMBER, for example quickstart/3")
+    sweep, number = _named(trial)
     place = open_store(folder)
     place.existing(sweep)
-    return place, sweep, recorded_trial(place, sweep, int(number))
+    return place, sweep, recorded_trial(place, sweep, number)
 
 
 def _agrees(store: Store, sweep: str, point: "RecordedTrial") -> bool:

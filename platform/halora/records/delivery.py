@@ -1,8 +1,11 @@
 """How far a sweep's event log is delivered."""
 
 import json
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from typing import Any
 
+from halora.events import Event
 from halora.files import write_whole
 from halora.records import event_log
 from halora.records.store import Store, SweepFolder
@@ -46,9 +49,39 @@ def undelivered(store: Store, sweep: str) -> int:
 def refused(folder: SweepFolder) -> dict[int | None, str]:
     """Why MLflow refused records of a sweep, by the trial they are of; none for the sweep itself.
 
-    It would refuse them again; they are kept in the sweep's `refused_file`.
+    They are kept in the sweep's `refused_file` until they are delivered after all, perhaps to another MLflow.
     """
+    return {each["event"]["trial"]: str(each["error"]) for each in _refused(folder)}
+
+
+def keep_refused(folder: SweepFolder, event: Event, error: str) -> None:
+    """Keep an event and why it was refused, once, however often it is."""
+    others = [each for each in _refused(folder) if _text(each["event"]) != _text(event.to_json())]
+    _write_refused(folder, [*others, {"event": event.to_json(), "error": error}])
+
+
+def keep_delivered(folder: SweepFolder, events: Sequence[Event]) -> None:
+    """Forget that events were refused which now are delivered."""
+    if kept := _refused(folder):
+        delivered = {_text(event.to_json()) for event in events}
+        left = [each for each in kept if _text(each["event"]) not in delivered]
+        if len(left) < len(kept):
+            _write_refused(folder, left)
+
+
+def _text(event: Mapping[str, Any]) -> str:
+    """The same for the same event, where a metric is not a number too."""
+    return json.dumps(event, sort_keys=True)
+
+
+def _refused(folder: SweepFolder) -> list[dict[str, Any]]:
     if not folder.refused_file.exists():
-        return {}
-    kept = [json.loads(line) for line in folder.refused_file.read_text(encoding="utf-8").splitlines()]
-    return {each["event"]["trial"]: str(each["error"]) for each in kept}
+        return []
+    return [json.loads(line) for line in folder.refused_file.read_text(encoding="utf-8").splitlines()]
+
+
+def _write_refused(folder: SweepFolder, kept: Sequence[Mapping[str, Any]]) -> None:
+    if kept:
+        write_whole(folder.refused_file, "".join(f"{json.dumps(each)}\n" for each in kept))
+    else:
+        folder.refused_file.unlink()

@@ -4,18 +4,15 @@ A thread of its own reads the event log from where it last got to and delivers i
 is tried again, later and later; the trials never wait for it.
 """
 
-import json
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from halora.events import Event
-from halora.files import write_whole
 from halora.records import event_log, tracking
-from halora.records.delivery import DeliveryOffset
+from halora.records.delivery import DeliveryOffset, keep_refused
 from halora.records.publishing import Publisher
 from halora.records.recorder import SweepRecorder
 from halora.records.store import Store, SweepFolder
@@ -165,15 +162,8 @@ class MlflowExporter(threading.Thread):
                 return
             what = f"a record of {'the sweep' if number is None else f'trial {number}'}"
             said = f"MLflow refused {what}" if is_refusal(error) else f"{what} cannot be delivered"
-            self._keep_refused({"event": events[0].to_json(), "error": str(error) or first_line(error)})
+            keep_refused(self._folder, events[0], str(error) or first_line(error))
             self._say(f"{said}, kept in {self._folder.refused_file}: {first_line(error)}")
-
-    def _keep_refused(self, content: dict[str, Any]) -> None:
-        """Keep an event and why it was refused, once, however often it is delivered."""
-        file, line = self._folder.refused_file, json.dumps(content)
-        kept = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-        if line not in kept:
-            write_whole(file, "".join(f"{each}\n" for each in (*kept, line)))
 
     @contextmanager
     def _answer_awaited(self) -> Iterator[None]:

@@ -6,7 +6,7 @@ The file is a cache: it follows the event logs from where it last read them, and
 import json
 import sqlite3
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 
 from halora.analysis.trials import RecordedTrial
 from halora.errors import UserError
@@ -14,7 +14,7 @@ from halora.records import event_log
 from halora.records.store import Store, SweepFolder
 from halora.records.sweep_state import SweepState
 
-_VERSION = 4
+_VERSION = 5
 _TABLES = """
 create table log (sweep text primary key, identity text not null, offset integer not null) without rowid;
 create table trial (sweep text, number integer, content text not null, primary key (sweep, number)) without rowid;
@@ -50,6 +50,14 @@ def recorded_trial(store: Store, sweep: str, number: int) -> RecordedTrial:
         known = ", ".join(map(str, list(points)[:20])) + (", ..." if len(points) > 20 else "") or "none"
         raise UserError(f"no trial '{sweep}/{number}' (numbers of '{sweep}': {known})", "see `halora front show`")
     return points[number]
+
+
+def forget(store: Store, sweep: str) -> None:
+    """Drop what is kept of a sweep; of one that is there it is read again."""
+    if store.index_file.exists():
+        with suppress(sqlite3.Error), _database(store) as database:
+            for table in ("log", "trial"):
+                database.execute(f"delete from {table} where sweep = ?", (sweep,))
 
 
 @contextmanager

@@ -31,7 +31,7 @@ def trial_run(client: MlflowClient, sweep: str, launch: str, number: int) -> Run
     Raises:
         UserError: It is not there, or not yet.
     """
-    found = list(_runs(client, names.query(names.identity(launch, number))))
+    found = list(runs(client, names.query(names.identity(launch, number))))
     if not found:
         raise UserError(f"MLflow has no run of trial '{sweep}/{number}' yet", f"deliver: halora sweep resume {sweep}")
     return found[0]
@@ -43,7 +43,7 @@ def parent_run(client: MlflowClient, sweep: str, launch: str) -> Run:
     Raises:
         UserError: Nothing is recorded of it.
     """
-    found = list(_runs(client, names.query(names.identity(launch, None))))
+    found = list(runs(client, names.query(names.identity(launch, None))))
     if not found:
         raise UserError(f"nothing is recorded of sweep '{sweep}'")
     return found[0]
@@ -90,7 +90,8 @@ def _text(client: MlflowClient, run_id: str, name: str) -> str:
             raise UserError(f"run {run_id} has no '{name}'; it did not get that far") from None
 
 
-def _runs(client: MlflowClient, query: str) -> Iterator[Run]:
+def runs(client: MlflowClient, query: str) -> Iterator[Run]:
+    """The runs of all experiments that a search finds, but for those marked as deleted."""
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     token = None
     while True:

@@ -18,6 +18,8 @@ from halora.errors import UserError
 from halora.events import (
     Answers,
     Began,
+    CutShort,
+    Discarded,
     Estimated,
     Event,
     Finished,
@@ -66,7 +68,14 @@ class SweepRecorder:
         """Evaluated trials, by number."""
         return [point for point in self.recorded.points() if point.state == "finished"]
 
-    def begin_trial(self, number: int, config: TrialConfig, params: Mapping[str, Any], energy: EnergyBreakdown) -> None:
+    def begin_trial(
+        self,
+        number: int,
+        config: TrialConfig,
+        params: Mapping[str, Any],
+        energy: EnergyBreakdown,
+        clone_of: int | None = None,
+    ) -> None:
         """Record that a trial runs, and once what is known before training: values, configuration, costs."""
         if not self.recorded.begun(number):
             metrics = energy.metrics | {
@@ -81,6 +90,7 @@ class SweepRecorder:
                 config=config.model_dump(mode="json"),
                 datasets=_datasets(config),
                 program=program(),
+                clone_of=clone_of,
             )
             self._write(began)
         elif self.recorded.state(number) != "running":
@@ -103,6 +113,13 @@ class SweepRecorder:
                 self._record_scores(event)
                 self._write(Finished(trial=event.trial))
                 self._record_front()
+            case CutShort():
+                if self.recorded.last_step_asked(event.trial) != event.step:
+                    self._write(event)
+            case Discarded():
+                if self.recorded.state(event.trial) != "discarded":
+                    self._write(event)
+                    self._record_front()
             case _:
                 self._write(event)
 

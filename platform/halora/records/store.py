@@ -59,9 +59,9 @@ class Store:
         """Whether the tracking URI is that of a server, and not of a file of this machine."""
         return bool(urlsplit(self.tracking_uri).hostname)
 
-    def serving(self, sweep: str) -> "Store":
+    def serving(self, sweep: "str | SweepFolder") -> "Store":
         """This store with the server that a sweep is recorded in, where none was asked for."""
-        file = self.sweep(sweep).server_file
+        file = (self.sweep(sweep) if isinstance(sweep, str) else sweep).server_file
         return replace(self, server=file.read_text(encoding="utf-8")) if not self.server and file.exists() else self
 
     @property
@@ -83,10 +83,19 @@ class Store:
         """The folder of a sweep, which need not exist."""
         return SweepFolder(self.root / "sweeps" / name)
 
-    def sweeps(self) -> list[str]:
-        """Names of the sweeps in the store, newest last."""
+    def sweeps(self, *, archived: bool = False) -> list[str]:
+        """Names of the sweeps in the store, newest last; with `archived` those that are, too."""
         found = sorted((self.root / "sweeps").glob("*/sweep.yaml"), key=lambda path: path.stat().st_mtime)
-        return [path.parent.name for path in found]
+        folders = [SweepFolder(path.parent) for path in found]
+        return [folder.name for folder in folders if archived or not folder.archive_file.exists()]
+
+    def to_delete(self, launch: str, name: str) -> "SweepFolder":
+        """Where the folder of a launch goes whose deletion begins."""
+        return SweepFolder(self.root / ".deleted" / launch / name)
+
+    def half_deleted(self, name: str = "*") -> list["SweepFolder"]:
+        """Folders of launches of a name, of all names where none is given, whose deletion has begun and not ended."""
+        return [SweepFolder(path) for path in sorted((self.root / ".deleted").glob(f"*/{name}"))]
 
     def existing(self, name: str) -> "SweepFolder":
         """The folder of a sweep that was launched.
@@ -94,10 +103,10 @@ class Store:
         Raises:
             UserError: There is none of that name.
         """
-        if name not in self.sweeps():
-            known = ", ".join(self.sweeps()) or "none yet"
+        if name not in (there := self.sweeps(archived=True)):
+            known = ", ".join(there) or "none yet"
             raise UserError(
-                f"no sweep '{name}' in '{self.root}' (there: {known}){nearest(name, self.sweeps())}",
+                f"no sweep '{name}' in '{self.root}' (there: {known}){nearest(name, there)}",
                 "name one of these, or another store with --store",
             )
         return self.sweep(name)
@@ -156,6 +165,11 @@ class SweepFolder:
         return self.root / "study.journal"
 
     @property
+    def archive_file(self) -> Path:
+        """There while it is archived."""
+        return self.root / "archived.json"
+
+    @property
     def database_mark(self) -> Path:
         """There for a sweep whose study is in a database instead."""
         return self.root / "study.database"
@@ -184,6 +198,11 @@ class SweepFolder:
     def refused_file(self) -> Path:
         """Entries that MLflow refused, with its reason."""
         return self.root / "refused.jsonl"
+
+    @property
+    def notified_file(self) -> Path:
+        """How much of the event log somebody was notified of."""
+        return self.root / "notified.json"
 
     @property
     def server_file(self) -> Path:

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from halora.analysis.trials import RecordedTrial
-from halora.events import Answers, BasesProbed, Began, Compared, Event, FrontMoved, Reported, Scored
+from halora.events import Answers, BasesProbed, Began, Compared, CutShort, Event, FrontMoved, Reported, Scored
 from halora.records.names import metrics_of
 
 Content = dict[str, Any]
@@ -110,6 +110,10 @@ class SweepState:
         """Steps of the rungs of early stopping at which the trial's scores are recorded."""
         return set(self.contents.get(number, {}).get("rungs", ()))
 
+    def last_step_asked(self, number: int) -> int | None:
+        """Where somebody ended the trial's training; none where nobody did."""
+        return self.contents.get(number, {}).get("cut_short_at")
+
     def answers(self, number: int) -> Answers | None:
         """The answers behind the trial's recorded scores; none before it is scored, or where it was simulated."""
         return _answers(self.contents.get(number, {}))
@@ -122,6 +126,9 @@ def _after(content: Content | None, event: Event) -> Content:
     match event:
         case Began():
             now |= {"params": event.params, "labels": event.labels, "began_ms": event.time_ms}
+            now |= {"clone_of": event.clone_of}
+        case CutShort():
+            now["cut_short_at"] = event.step
         case Reported():
             now["last_step"] = max(now.get("last_step", 0), event.step)
         case Scored(final=False):
@@ -155,4 +162,6 @@ def _point(number: int, content: Content) -> RecordedTrial:
         began_ms=content.get("began_ms", 0),
         ended_ms=content.get("ended_ms", 0),
         correct=_answers(content),
+        clone_of=content.get("clone_of"),
+        cut_short_at=content.get("cut_short_at"),
     )

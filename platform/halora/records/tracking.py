@@ -33,9 +33,10 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from halora.errors import UnreachableError, UserError
 from halora.evaluation.damage import Damage
-from halora.events import BasesProbed, Began, Compared, Event, Scored
+from halora.events import BasesProbed, Began, Compared, CutShort, Event, Scored
 from halora.files import locked
 from halora.records import names
+from halora.records.delivery import keep_delivered
 from halora.records.moving import follow
 from halora.records.provenance import program
 from halora.records.store import Store
@@ -56,6 +57,7 @@ _STATUS = {
     "stopped": "FINISHED",
     "failed": "FAILED",
     "interrupted": "KILLED",
+    "discarded": "KILLED",
 }
 _REFUSALS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE", "BAD_REQUEST"}
 _MOST_RUNS = 50_000  # MLflow's own limit of one search
@@ -191,6 +193,8 @@ class MlflowSweep:
                     self._metrics(run_id, metrics)  # first: a file may be gone
                     metrics = []
                     self._artifacts(run_id, event)
+                case CutShort():
+                    self._client.set_tag(run_id, names.CUT_SHORT_AT, str(event.step))
                 case Compared():
                     self._client.log_text(run_id, json.dumps(event.comparison, indent=1), names.COMPARISON_FILE)
                 case BasesProbed():
@@ -200,6 +204,7 @@ class MlflowSweep:
                 metrics = []
                 self._state(run_id, event)
         self._metrics(run_id, metrics)
+        keep_delivered(self._folder, events)
 
     def publish(self, folder: Path) -> None:
         """Put the files of a folder on the parent run, in the place of older ones; its summary as the description."""
@@ -308,6 +313,8 @@ class MlflowSweep:
         tags[names.CHIP_HASH] = event.chip_hash
         told = {names.VERSION: event.program.get("version"), names.COMMIT: event.program.get("commit")}
         tags |= {name: value for name, value in told.items() if value}
+        if event.clone_of is not None:
+            tags[names.CLONE_OF] = str(event.clone_of)
         self._client.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])
         params = [Param(name, str(value)) for name, value in event.params.items()]
         for start in range(0, len(params), _MOST_PARAMS):

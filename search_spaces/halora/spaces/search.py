@@ -136,3 +136,5 @@ class Budget(StrictModel):
     """Optimiser steps over all trials."""
     hours: float | None = Field(default=None, gt=0)
     """Hours the sweep has run, resumed runs together."""
+    gpu_hours: float | None = Field(default=None, gt=0)
+    """Hours of its trials times the GPUs that Ray sets aside for each, resumed runs together; needs GPUs."""

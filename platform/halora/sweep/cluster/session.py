@@ -234,3 +234,8 @@ def worker_share(sweep: SweepConfig) -> dict[str, float]:
         there = int(ray.cluster_resources().get("GPU", 0))
         gpus = 1 / max(ceil(sweep.concurrent * sweep.workers / there), 1) if there else 0
     return {"CPU": float(sweep.resources.cpus or 1), "GPU": float(gpus)}
+
+
+def gpus_per_trial(sweep: SweepConfig) -> float:
+    """GPUs that Ray sets aside for a trial, all its workers together; see `worker_share`."""
+    return worker_share(sweep)["GPU"] * sweep.workers

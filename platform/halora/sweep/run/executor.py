@@ -24,7 +24,7 @@ from halora.spaces.sweep import SweepConfig
 from halora.storage import read_adapter
 from halora.sweep.cluster.session import worker_share
 from halora.sweep.run.probing import Base, Probing
-from halora.sweep.search.core import Decision
+from halora.sweep.search.jobs import Decision
 from halora.sweep.search.running import JobListener, JobSource, RunningJobs
 from halora.trainable import HaloraTrainable
 from halora.trial_runner import ScoringJob

@@ -3,28 +3,26 @@
 MLflow, Ray and torch are imported once nothing is left to refuse.
 """
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from halora.analysis.trials import RecordedTrial, grouped
 from halora.errors import UserError, check_all
 from halora.evaluation.damage import described
-from halora.events import BasesProbed, Compared, Failed, JobEvent, OutOfMemory, Reported, Scored, WorkerLost
+from halora.events import BasesProbed, Compared
 from halora.files import write_json, write_whole
-from halora.pricing import trial_energy
-from halora.records.names import VIOLATION
 from halora.records.store import Store, SweepFolder
-from halora.spaces.search import total_violation
 from halora.spaces.sweep import SweepConfig
 from halora.storage import check_storage
 from halora.sweep.cluster.cluster import LOCAL, RUNS, Cluster
+from halora.sweep.run.archive import check_not_archived
 from halora.sweep.run.comparison import ClosingComparison, check_rows, check_rows_left, compare, contestants
 from halora.sweep.run.driver_log import DriverLog, Watcher
 from halora.sweep.run.launched import as_launched, check_unchanged
+from halora.sweep.run.notifying import Notify, notifying
 from halora.sweep.run.probing import Probing, bases
 from halora.sweep.run.reconcile import record_as_studied
 from halora.sweep.run.state import (
@@ -37,12 +35,12 @@ from halora.sweep.run.state import (
     write_sweep,
 )
 from halora.sweep.run.trial_files import TrialFiles
-from halora.sweep.search.core import DecisionCore, Job
+from halora.sweep.run.trial_records import TrialRecords
+from halora.sweep.search.core import DecisionCore
 from halora.sweep.search.study_storage import check_database
 from halora.sweep.simulation.simulator import SimulatedClock, simulate
 from halora.sweep.simulation.table import read_table
 from halora.training.models import check_available
-from halora.trial_folder import RESULT_FILE, adapter_folder
 
 if TYPE_CHECKING:
     from halora.evaluation.chips import ChipScores
@@ -89,7 +87,7 @@ def launch(
         UnreachableError: MLflow, the study's database, the storage or the cluster does not answer, or one of the nodes
             could not run a trial.
     """
-    folder = store.sweep(sweep.name)
+    folder, notify = store.sweep(sweep.name), Notify.from_environment()
     store.check_writable()
     check_not_launched(folder)
     training = (
@@ -122,7 +120,7 @@ def launch(
             write_sweep(new, sweep)
 
         claim(folder, write)
-        return _run(sweep, store, watcher, workers, metrics_port)
+        return _run(sweep, store, watcher, workers, metrics_port, notify)
 
 
 def resume(
@@ -141,15 +139,16 @@ def resume(
         UserError: There is no such sweep, another process is running it, or its models or tasks have changed.
         UnreachableError: The storage or the cluster does not answer, or one of its nodes could not run a trial.
     """
-    folder = store.existing(name)
+    folder, notify = store.existing(name), Notify.from_environment()
+    check_not_archived(folder)
     if store.server:
         write_whole(folder.server_file, store.server)
     sweep = load_sweep_of(folder)
     if folder.simulated:
-        return _run(sweep, store.serving(name), watcher, nullcontext(), metrics_port)
+        return _run(sweep, store.serving(name), watcher, nullcontext(), metrics_port, notify)
     check_unchanged(sweep)
     _check_workers(sweep, store, cluster, store.checkpoint_url or folder.checkpoint_url)
-    return _run(sweep, store.serving(name), watcher, _workers(sweep, cluster), metrics_port)
+    return _run(sweep, store.serving(name), watcher, _workers(sweep, cluster), metrics_port, notify)
 
 
 def probe(sweep: SweepConfig, store: Store, watcher: Watcher, *, cluster: Cluster = LOCAL) -> None:
@@ -195,11 +194,22 @@ def _check_workers(sweep: SweepConfig, store: Store, cluster: Cluster, storage: 
     check_cluster(cluster, store, storage, models)
 
 
-def _workers(sweep: SweepConfig, cluster: Cluster) -> AbstractContextManager[None]:
-    """Ray with room for a sweep's workers, from when it is entered."""
-    from halora.sweep.cluster.session import ray_session
+@contextmanager
+def _workers(sweep: SweepConfig, cluster: Cluster) -> Iterator[None]:
+    """Ray with room for a sweep's workers, from when it is entered.
 
-    return ray_session(sweep.concurrent * sweep.workers, cpus=sweep.resources.cpus, cluster=cluster)
+    Raises:
+        UserError: The sweep has a budget of GPU hours, and its trials get no GPU.
+    """
+    from halora.sweep.cluster.session import gpus_per_trial, ray_session
+
+    with ray_session(sweep.concurrent * sweep.workers, cpus=sweep.resources.cpus, cluster=cluster):
+        if sweep.budget.gpu_hours and not gpus_per_trial(sweep):
+            raise UserError(
+                f"budget.gpu_hours: {sweep.budget.gpu_hours:g}, but no GPU is set aside for a trial here",
+                "give a budget.hours or budget.steps instead, or run it where there are GPUs",
+            )
+        yield
 
 
 def _run(
@@ -208,6 +218,7 @@ def _run(
     watcher: Watcher,
     workers: AbstractContextManager[Any],
     metrics_port: int | None,
+    notify: Notify | None,
 ) -> Outcome:
     from halora.records.delivery import undelivered
     from halora.records.exporter import recording
@@ -218,18 +229,21 @@ def _run(
         watcher = DriverLog(folder.log_file, sweep.name, watcher)
         simulated, clock = folder.simulated, SimulatedClock()
         core = open_core(sweep, store, clock) if simulated else open_core(sweep, store, say=watcher.say)
+        if simulated:
+            core.spending.gpus = (sweep.resources.gpus or 1.0) * sweep.workers
         core.request_stop(False)
         files = TrialFiles(folder)
         if store.checkpoint_url and not simulated:
             files.keep_at(store.checkpoint_url, sweep.launch, core.unfinished)
         with (
+            notifying(folder, sweep, notify, watcher.say),
             recording(store, sweep, watcher.say) as recorder,
             serving_metrics(
                 metrics_port, SweepCollector(sweep.name, recorder.recorded, lambda: undelivered(store, sweep.name))
             ),
         ):
             ended = False
-            listener = _Recording(sweep, core, recorder, watcher, files, folder)
+            listener = TrialRecords(sweep, core, recorder, watcher, files, folder)
             comparison = None
             try:
                 if simulated:
@@ -268,7 +282,7 @@ def _train(
     sweep: SweepConfig,
     folder: SweepFolder,
     core: DecisionCore,
-    listener: "_Recording",
+    listener: TrialRecords,
     recorder: "SweepRecorder",
     watcher: Watcher,
     workers: AbstractContextManager[Any],
@@ -276,10 +290,12 @@ def _train(
     """Run the core's jobs on Ray, and the closing comparison after them; whether both came to their end."""
     import torch
 
+    from halora.sweep.cluster.session import gpus_per_trial
     from halora.sweep.run.executor import run_trials  # imports Ray
 
     torch.set_num_threads(1)  # the cores are the workers'
     with workers:
+        core.spending.gpus = gpus_per_trial(sweep)
         watcher.say(f"{RUNS} on up to {sweep.concurrent * sweep.workers} workers; each loads the model once")
         unknown = bases(sweep, watcher.say) if recorder.recorded.damage is None else []
 
@@ -295,102 +311,3 @@ def _train(
         if comparison is not None:
             recorder.record(Compared(comparison=comparison.to_json()))
         return comparison is not None, comparison
-
-
-class _Recording:
-    """Passes what happens to trials on to the records and to whoever watches."""
-
-    def __init__(
-        self,
-        sweep: SweepConfig,
-        core: DecisionCore,
-        recorder: "SweepRecorder",
-        watcher: Watcher,
-        files: TrialFiles,
-        folder: SweepFolder,
-    ) -> None:
-        self._sweep, self._core, self._recorder, self._watcher = sweep, core, recorder, watcher
-        self._files, self._folder = files, folder
-        self._begun: set[int] = set()
-        self._to_prune, self._cannot_prune = True, ""
-
-    def points(self) -> list[RecordedTrial]:
-        """Finished trials of this sweep that break no constraint, earlier runs included."""
-        return grouped(self._recorder.points).feasible
-
-    def prune(self) -> None:
-        """Remove what nobody needs again of trials that ended; what cannot be removed now is left for the next time."""
-        settled = not self._sweep.racing or self._core.over
-        try:
-            self._files.prune(self._core.trials(), self.points(), settled=settled)
-            self._to_prune = False
-        except UserError as error:
-            if str(error) != self._cannot_prune:
-                self._watcher.say(f"checkpoints are not pruned: {error}")
-            self._cannot_prune = str(error)
-
-    def began(self, job: Job) -> None:
-        if self._to_prune:  # the study has by now what was told here
-            self.prune()
-        if job.goal.first_chip:
-            self._recorder.record_estimates(self._core.estimates())  # of the race so far
-            with suppress(UserError):  # its worker will say so
-                self._files.provide(job)
-        if job.number not in self._begun and not job.goal.first_chip:
-            config = self._sweep.resolve(job.values)
-            self._recorder.begin_trial(job.number, config, job.values, trial_energy(config))
-            # A worker may have gone on for a moment after an earlier driver ended.
-            with suppress(UserError):  # its worker will say so
-                for report in self._files.reports(job.number):
-                    self._recorder.record(report)
-                self._begun.add(job.number)
-        goal = f"up to step {job.goal.steps}" if not job.goal.first_chip else f"on {job.goal.chip_instances} chips"
-        self._watcher.trial(job.number, "running", f"{goal}, {job.energy_uj_per_token:.2f} µJ/token")
-
-    def told(self, job: Job, event: JobEvent) -> None:
-        match event:
-            case Reported():
-                self._recorder.record(event)
-                loss = f", loss {event.metrics['train_loss']:.2f}" if "train_loss" in event.metrics else ""
-                self._watcher.trial(job.number, "training", f"step {event.step}/{job.goal.steps}{loss}", event.node)
-            case Scored(final=False):
-                self._recorder.record(event)
-                reached = f"accuracy {event.metrics['accuracy']:.3f} at step {event.step}"
-                self._watcher.trial(job.number, "paused", reached)
-            case Scored():
-                self._finish(job, event)
-            case WorkerLost():
-                self._begun.discard(job.number)  # its last report may not have been heard
-                self._recorder.record(event)
-                self._watcher.say(f"trial {job.number} resumes from its checkpoint: {event.cause}")
-            case OutOfMemory():
-                self._recorder.record(replace(event, cause=f"{event.cause}; continued with half"))
-                self._watcher.say(
-                    f"trial {job.number} resumes from its checkpoint with half the micro-batch: {event.cause}"
-                )
-            case Failed() if job.goal.first_chip:
-                self._watcher.say(f"trial {job.number} stays on {job.goal.first_chip} chips: {event.cause}")
-            case Failed():
-                self._recorder.record(event)
-                self._to_prune = True
-                self._watcher.trial(job.number, "failed", event.cause)
-
-    def _finish(self, job: Job, event: Scored) -> None:
-        """Record final scores with their file and the adapter, and by how much they break the constraints."""
-        self._files.fetch(job)
-        self._to_prune = True
-        metrics = {**event.metrics, **job.costs}
-        if self._sweep.constraints:
-            metrics[VIOLATION] = total_violation(each.violation(metrics) for each in self._sweep.constraints)
-        folder = self._folder.trial(job.number)
-        adapter = None if job.goal.first_chip else adapter_folder(folder)
-        whole = replace(
-            event,
-            metrics=metrics,
-            scores_file=str((folder / RESULT_FILE).relative_to(self._folder.root)),
-            adapter=str(adapter.relative_to(self._folder.root)) if adapter and adapter.exists() else "",
-        )
-        self._recorder.record(whole)
-        point = self._recorder.recorded.point(job.number)
-        told = f"accuracy {point.accuracy:.3f}, {point.energy_uj_per_token:.2f} µJ/token"
-        self._watcher.trial(job.number, "finished", told)

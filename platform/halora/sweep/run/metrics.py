@@ -12,7 +12,7 @@ from halora.errors import UserError
 from halora.records import names
 from halora.records.sweep_state import SweepState
 
-_STATES = ("running", "finished", "failed", "stopped", "interrupted")
+_STATES = ("running", "finished", "failed", "stopped", "interrupted", "discarded")
 
 
 class SweepCollector(Collector):

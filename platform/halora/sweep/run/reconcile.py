@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from halora.errors import UnreachableError, UserError
-from halora.events import Failed, Finished, Interrupted, Stopped
+from halora.events import Discarded, Failed, Finished, Interrupted, Stopped
 from halora.records.store import Store
 from halora.sweep.run.state import is_running, load_core, only_driver
 from halora.sweep.search.study import State, Trial
@@ -23,6 +23,7 @@ _RECORDED_AS = {
     State.STOPPED: "stopped",
     State.FAILED: "failed",
     State.SKIPPED: "",
+    State.DISCARDED: "discarded",
 }
 """What the records say of a trial while no process runs its sweep; nothing of one that was never trained."""
 
@@ -129,6 +130,8 @@ def _record(trial: Trial, recorder: "SweepRecorder") -> None:
     match trial.state:
         case State.FAILED:
             recorder.record(Failed(trial=trial.number, cause="its worker or its driver ended"))
+        case State.DISCARDED:
+            recorder.record(Discarded(trial=trial.number))
         case State.STOPPED:
             recorder.record(Stopped(trial=trial.number))
         case State.RUNNING | State.PAUSED:

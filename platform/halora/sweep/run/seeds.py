@@ -18,7 +18,8 @@ from halora.records.store import SweepFolder
 from halora.settings.trial import Goal
 from halora.spaces.sweep import SweepConfig
 from halora.storage import TrialStorage
-from halora.sweep.search.core import MOST_LOST, Decision, Job
+from halora.sweep.search.core import MOST_LOST
+from halora.sweep.search.jobs import Decision, Job
 from halora.trial_folder import adapter_folder, latest_checkpoint
 
 _PLAN_FILE = "training.json"

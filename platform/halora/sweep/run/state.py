@@ -40,9 +40,23 @@ def load_core(name: str, store: Store) -> tuple[SweepConfig, DecisionCore]:
         UserError: There is no such sweep, or its files cannot be read.
         UnreachableError: The database that its study is in does not answer.
     """
+    with _readable(name):
+        sweep, study = load_study(name, store)
+        return sweep, DecisionCore(problem_of(sweep), study)
+
+
+def load_study(name: str, store: Store) -> tuple[SweepConfig, SweepStudy]:
+    """A launched sweep and its study, to be asked something; see `load_core`."""
     sweep = load_sweep_of(store.existing(name))
+    with _readable(name):
+        return sweep, _study(sweep, store)
+
+
+@contextmanager
+def _readable(name: str) -> Iterator[None]:
     try:
-        return sweep, DecisionCore(problem_of(sweep), _study(sweep, store))
+        yield
+        return
     except ValidationError as error:
         problems = describe(error, TrialConfig)
     except (ValueError, KeyError, TypeError, OSError) as error:  # what Optuna raises at a damaged journal
@@ -93,9 +107,14 @@ def warm_start(sweep: SweepConfig, store: Store) -> list[dict[str, Any]]:
     return [kept for source in sources for kept in kept_of(_study(source, store).trials())]
 
 
+def study_name(sweep: SweepConfig) -> str:
+    """Name of a launch's study; it has the identity, so that stores that share a database never meet."""
+    return f"{sweep.name}-{sweep.launch}"
+
+
 def _study(sweep: SweepConfig, store: Store, say: Callable[[str], None] = lambda text: None) -> SweepStudy:
-    """The study of a launch; its name has the identity, so that stores that share a database never meet."""
-    return SweepStudy(f"{sweep.name}-{sweep.launch}", storage_of(store.sweep(sweep.name), say), sweep_objectives(sweep))
+    """The study of a launch."""
+    return SweepStudy(study_name(sweep), storage_of(store.sweep(sweep.name), say), sweep_objectives(sweep))
 
 
 def check_not_launched(folder: SweepFolder) -> None:
@@ -193,6 +212,8 @@ def only_driver(folder: SweepFolder) -> Iterator[None]:
                 f"sweep '{folder.name}' is running in another process",
                 f"watch it with `halora sweep status {folder.name}`",
             ) from None
+        if not (folder.lock_file.exists() and os.path.samestat(os.fstat(lock.fileno()), folder.lock_file.stat())):
+            raise UserError(f"sweep '{folder.name}' was deleted meanwhile")
         since = datetime.now(UTC).isoformat(timespec="seconds")
         lock.truncate(0)
         lock.write(

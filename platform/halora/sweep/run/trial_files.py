@@ -4,16 +4,14 @@ The sweep's own folder keeps every finished trial's adapter and scores. So a tri
 when it ended, and be filled again for a race.
 """
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
-from halora.analysis.front import front
-from halora.analysis.trials import RecordedTrial
 from halora.errors import StorageError, UserError
 from halora.events import Reported
 from halora.files import write_whole
 from halora.records.store import SweepFolder
 from halora.storage import TrialStorage, prune_folder
-from halora.sweep.search.core import Job
+from halora.sweep.search.jobs import Job
 from halora.sweep.search.study import State, Trial
 from halora.trial_folder import latest_checkpoint, past_reports
 from halora.url_folder import UrlFolder
@@ -93,26 +91,25 @@ class TrialFiles:
         if not (adapter and scores):
             raise StorageError(f"storage '{self._folder.checkpoint_url}' lacks what trial {job.number} left there")
 
-    def prune(self, trials: Sequence[Trial], points: Sequence[RecordedTrial], *, settled: bool) -> None:
+    def prune(self, trials: Sequence[Trial], wanted: Container[int]) -> None:
         """Remove what nobody needs again of trials that ended; to be repeated, which does no harm.
 
-        Moments of finished trials go everywhere, checkpoints of failed and stopped ones too. The storage keeps the
-        adapters on the front, and those that a race may bring there.
+        Moments of finished trials go everywhere, checkpoints of failed and stopped ones too.
 
         Args:
             trials: All trials.
-            points: Finished ones that break no constraint.
-            settled: Whether no race can change scores any more.
+            wanted: Numbers of the finished ones whose adapters the storage keeps.
 
         Raises:
             UserError: A checkpoint is damaged.
             StorageError: The storage cannot be written.
         """
-        ended = [trial for trial in trials if trial.state in (State.FINISHED, State.FAILED, State.STOPPED)]
-        members = {point.number for point in (front(points) if settled else points)}
+        ended = [
+            trial for trial in trials if trial.state in (State.FINISHED, State.FAILED, State.STOPPED, State.DISCARDED)
+        ]
         there = self._stored_trials() if ended and not self._pruned else None  # of earlier drivers, by one listing
         for trial in ended:
-            kept = trial.state is State.FINISHED and trial.number in members
+            kept = trial.state is State.FINISHED and trial.number in wanted
             if self._pruned.get(trial.number) == kept:
                 continue
             prune_folder(self._folder.trial(trial.number), finished=trial.state is State.FINISHED)

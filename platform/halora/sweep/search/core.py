@@ -9,65 +9,26 @@ core continues where another ended.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from enum import StrEnum
+from dataclasses import replace
 from itertools import islice
 from math import ceil, floor, isfinite
-from typing import Any
-
-import numpy as np
 
 from halora.analysis.promotion import promotion_order
-from halora.analysis.racing import chip_estimates, front_probabilities, value_of_a_chip
-from halora.events import Failed, JobEvent, OutOfMemory, Reported, Scored, WorkerLost
-from halora.hardware.energy import COSTS, ENERGY
+from halora.events import Discarded, Failed, JobEvent, OutOfMemory, Reported, Scored, WorkerLost
+from halora.hardware.energy import COSTS
 from halora.settings.trial import Goal
 from halora.spaces.language import grid, size
+from halora.sweep.search.jobs import Decision, Job
 from halora.sweep.search.problem import Problem, worst_scores
+from halora.sweep.search.race import Race, objectives_of
 from halora.sweep.search.samplers import BLIND, History, Proposal, make_sampler, propose
-from halora.sweep.search.study import State, SweepStudy, Trial, point_key
+from halora.sweep.search.spending import Spending
+from halora.sweep.search.study import AskedPoint, State, SweepStudy, Trial, point_key
 
 _RE_ASKS = 20  # points that are skipped, or known already, before one is drawn at random
 _RANDOM_DRAWS = 200
 _ENOUGH_TRIALS = 10  # finished ones, before a configuration is called unreachable
 MOST_LOST = 3  # workers a trial may lose without a report between; the last of them fails it
-_DECIDED = 0.01  # a place on the front is decided when its probability is this close to 0 or 1
-
-
-class Decision(StrEnum):
-    """What to do with a trial after a report."""
-
-    CONTINUE = "continue"
-    PAUSE = "pause"
-    """Stop it at its checkpoint; a resume starts from there."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """A trial to bring to a goal.
-
-    Attributes:
-        number: The trial.
-        values: Its searched values by dotted path.
-        costs: Energy, time and what else is known before it is trained, by metric.
-        goal: What to bring it to.
-        final: Whether its training ends there.
-        name: Tells it from the trial's other jobs.
-        halvings: How often the trial's micro-batch is halved, as it ran out of memory.
-    """
-
-    number: int
-    values: Mapping[str, Any]
-    costs: Mapping[str, float]
-    goal: Goal
-    final: bool
-    name: str
-    halvings: int = 0
-
-    @property
-    def energy_uj_per_token(self) -> float:
-        """Its energy per token in microjoule."""
-        return self.costs[ENERGY]
 
 
 class DecisionCore:
@@ -92,7 +53,8 @@ class DecisionCore:
         self._history = History(problem.settings.history, problem.objectives, problem.reference, earlier)
         self._in_flight: dict[int, Job] = {}
         self._goals: dict[int, Sequence[Goal]] = {}
-        self._clock_s, self._looked_s = clock_s, clock_s()
+        self.spending = Spending(problem.budget, study, clock_s)
+        """What the search has spent; its GPUs are those set aside for one job."""
         self._over, self._completed = False, False
         self._out_of_race: set[int] = set()
 
@@ -103,12 +65,14 @@ class DecisionCore:
         """
         if self._study.stopping:
             return None
+        self.spending.count(len(self._in_flight))
         if not self._completed:
             self.complete()
+        self._heed(self._study.trials())
         trials = self._study.trials()
         job = self._unfinished(trials)
         if job is None and self._within_budget(trials):
-            job = self._promotion(trials) or self._new(trials)
+            job = self._asked_for() or self._promotion(trials) or self._new(trials)
         if job is None and not self._in_flight:
             job = self._promotion(trials, search_ends=True) if self._within_budget(trials) else None
         if job is None and not self._in_flight:
@@ -128,6 +92,15 @@ class DecisionCore:
                 self._tell(trial)
         self._completed = True
 
+    def _heed(self, trials: Sequence[Trial]) -> None:
+        """Do with trials that no worker has what somebody asked for."""
+        to_cut = self._study.to_cut
+        for trial in trials:
+            if trial.state is State.DISCARDED and not trial.told and trial.number not in self._in_flight:
+                self._study.stopped(trial)
+            elif trial.state is State.PAUSED and trial.number in to_cut:
+                self._study.end_at(trial, trial.scores[-1].step)
+
     @property
     def waiting(self) -> bool:
         """Whether jobs are running whose end may bring new ones."""
@@ -139,7 +112,12 @@ class DecisionCore:
         return self._over
 
     def judged(self, event: JobEvent) -> JobEvent:
-        """What an event amounts to: one worker lost too many, or an objective that is not a number, is a failure."""
+        """What an event amounts to: one worker lost too many, or an objective that is not a number, is a failure.
+
+        Whatever happens to a trial that somebody has discarded, it is that.
+        """
+        if event.trial in self._study.discarded:
+            return Discarded(trial=event.trial)
         match event:
             case Scored():
                 for name in dict.fromkeys(("accuracy", *self._scores)):
@@ -156,13 +134,14 @@ class DecisionCore:
         """Take a judged event. A finished trial whose race failed stays as it was."""
         trial = self.trial(event.trial)
         if isinstance(event, Reported):
-            if trial.lost_workers:
-                self._study.count_lost_workers(trial, 0)
-            return Decision.PAUSE if self._study.stopping else Decision.CONTINUE
-        if isinstance(event, Scored):
-            self._spend_time()
+            return self._take_report(trial, event)
+        self.spending.count(len(self._in_flight))
         job = self._in_flight.pop(event.trial, None)
         match event:
+            case Discarded():
+                if not trial.told:
+                    self._study.stopped(trial)
+                return Decision.PAUSE
             case Scored() if trial.state is State.FINISHED:
                 self._study.raced(trial, event)
             case Scored() if job and job.final:
@@ -180,6 +159,20 @@ class DecisionCore:
                 self._study.failed(trial.number)
         return Decision.CONTINUE
 
+    def _take_report(self, trial: Trial, event: Reported) -> Decision:
+        self.spending.count_running(len(self._in_flight))
+        if trial.lost_workers:
+            self._study.count_lost_workers(trial, 0)
+        if self._study.stopping:
+            return Decision.PAUSE
+        job = self._in_flight.get(trial.number)
+        ends = trial.number in self._study.to_cut and trial.state is State.RUNNING and trial.last_step is None
+        if job is None or not ends or (job.final and event.step >= job.goal.steps):
+            return Decision.CONTINUE
+        self._study.end_at(trial, event.step)
+        del self._in_flight[trial.number]  # to be scored by a job of its own
+        return Decision.PAUSE
+
     def trial(self, number: int) -> Trial:
         """A trial that was begun before."""
         return self._study.trial(number)
@@ -187,6 +180,15 @@ class DecisionCore:
     def trials(self) -> list[Trial]:
         """All trials, by number."""
         return self._study.trials()
+
+    def holds(self, number: int) -> bool:
+        """Whether a job of a trial is in hand."""
+        return number in self._in_flight
+
+    @property
+    def discarded(self) -> frozenset[int]:
+        """Trials that somebody took out."""
+        return self._study.discarded
 
     @property
     def unfinished(self) -> list[int]:
@@ -204,15 +206,17 @@ class DecisionCore:
 
     def counts(self) -> dict[str, int]:
         """Number of trials by state; `waiting` are those not begun yet."""
-        states = [trial.state for trial in self.trials()]
-        begun = len(states) - states.count(State.SKIPPED)
+        trials = self.trials()
+        states = [trial.state for trial in trials]
+        waiting = 0 if self._study.ended else max(self._problem.trials - _begun(trials), 0)
         return {
             "finished": states.count(State.FINISHED),
             "failed": states.count(State.FAILED),
             "stopped": states.count(State.STOPPED),
             "skipped": states.count(State.SKIPPED),
             "unfinished": states.count(State.RUNNING) + states.count(State.PAUSED),
-            "waiting": 0 if self._study.ended else max(self._problem.trials - begun, 0),
+            "discarded": states.count(State.DISCARDED),
+            "waiting": waiting + len(self._study.asked()),
         }
 
     @property
@@ -237,11 +241,11 @@ class DecisionCore:
     def _promotion(self, trials: Sequence[Trial], *, search_ends: bool = False) -> Job | None:
         """The best paused trial of the highest rung that has one among those to go on."""
         for rung in sorted({trial.rung for trial in trials if trial.state is State.PAUSED}, reverse=True):
-            reached = [t for t in trials if len(t.scores) > rung and t.state is not State.FAILED]
+            reached = [t for t in trials if len(t.scores) > rung and t.state not in (State.FAILED, State.DISCARDED)]
             quota = (ceil if search_ends else floor)(len(reached) / self._problem.reduction_factor)
             if sum(trial.rung > rung for trial in reached) >= quota:
                 continue  # else every newcomer that reorders the best would promote one more
-            table = self._objectives_of([replace(trial, scores=trial.scores[: rung + 1]) for trial in reached])
+            table = objectives_of(self._problem, [replace(trial, scores=trial.scores[: rung + 1]) for trial in reached])
             floors = dict.fromkeys(islice(self._scores, 1), self._problem.accuracy_floor)
             for i in promotion_order(table, self._problem.objectives, self._problem.reference, quota, floors):
                 trial = reached[i]
@@ -250,16 +254,24 @@ class DecisionCore:
                     return self._job(replace(trial, rung=rung + 1))
         return None
 
+    def _asked_for(self) -> Job | None:
+        """The next point that somebody asked for; one more than the sweep's number of trials."""
+        for asked in self._study.asked()[:1]:
+            trials, space = self._study.trials(), self._problem.space
+            sampler = make_sampler("random", space, self._problem.seed, len(trials))
+            proposal = propose(space, sampler, fixed=asked.values)
+            return self._job(self.trial(self._begin(proposal, self._problem.costs(proposal.values), asked=asked)))
+        return None
+
     def _new(self, trials: Sequence[Trial]) -> Job | None:
-        begun = sum(trial.state is not State.SKIPPED for trial in trials)
-        if begun >= self._problem.trials or self._study.ended:
+        if _begun(trials) >= self._problem.trials or self._study.ended:
             return None
         known = {trial.key for trial in trials}
         asked = _skipped_last(trials)  # of these, by an earlier process: what is suggested follows from the study alone
         repeated = 0
         while asked + repeated < _RE_ASKS:
             proposal = self._proposal(trials, repeated)
-            if point_key(proposal.values) in known and len(trials) >= len(self._problem.first):
+            if point_key(proposal.values) in known and _chosen(trials) >= len(self._problem.first):
                 repeated += 1
                 continue
             costs, refused = self._priced(proposal)
@@ -292,7 +304,7 @@ class DecisionCore:
         costs, refused = self._priced(proposal)
         if point_key(proposal.values) in known or refused or self._over_constraint(costs):
             return None
-        number = self._begin(proposal, costs, "")
+        number = self._begin(proposal, costs)
         return self._job(self._study.trial(number))
 
     def _priced(self, proposal: Proposal) -> tuple[Mapping[str, float], str]:
@@ -306,11 +318,14 @@ class DecisionCore:
     def _proposal(self, trials: Sequence[Trial], attempt: int) -> Proposal:
         problem, number = self._problem, len(trials)
         sampler = make_sampler(problem.settings.sampler, problem.space, problem.seed, number, attempt)
-        first = problem.first[number] if number < len(problem.first) else None
+        chosen = _chosen(trials)
+        first = problem.first[chosen] if chosen < len(problem.first) else None
         seen = () if problem.settings.sampler in BLIND else self._history.seen(trials)
         return propose(problem.space, sampler, seen, fixed=first, objectives=problem.objectives)
 
-    def _begin(self, proposal: Proposal, costs: Mapping[str, float], skipped: str) -> int:
+    def _begin(
+        self, proposal: Proposal, costs: Mapping[str, float], skipped: str = "", asked: AskedPoint | None = None
+    ) -> int:
         constraints = {str(c): c.violation(costs) for c in self._problem.constraints if c.metric in costs}
         return self._study.begin(
             proposal.values,
@@ -319,6 +334,7 @@ class DecisionCore:
             system_attrs=proposal.system_attrs,
             constraints=constraints,
             skipped=skipped,
+            asked=asked,
         )
 
     def _reason_to_skip(self, costs: Mapping[str, float], trials: Sequence[Trial]) -> str:
@@ -341,80 +357,42 @@ class DecisionCore:
         broken = [c for c in self._problem.constraints if c.metric in costs and c.violation(costs) > 0]
         return " and ".join(f"{costs[c.metric]:.4g} breaks {c}" for c in broken)
 
-    def _objectives_of(self, trials: Sequence[Trial]) -> np.ndarray:
-        """Objectives at the last level that each trial reached, (trials, objectives)."""
-        rows = [[trial.metrics[each.metric] for each in self._problem.objectives] for trial in trials]
-        return np.array(rows, dtype=float)
-
     def _tell(self, trial: Trial) -> None:
         self._study.tell(trial, {str(each): each.violation(trial.metrics) for each in self._problem.constraints})
 
     def _race(self, trials: Sequence[Trial]) -> Job | None:
         """More chips for the finished trial that may decide most about the front."""
-        racing = self._problem.racing
-        if racing is None:
+        race = Race(self._problem, trials, lambda trial: self._goals_of(trial)[-1])
+        found = race.next_goal(self._out_of_race)
+        if found is None:
             return None
-        finished = self._racers(trials)
-        if not finished:
-            return None
-        spent = sum(_chips(trial) - self._goals_of(trial)[-1].chip_instances for trial in finished)
-        means, errors = chip_estimates([trial.scores[-1].accuracy_by_chip for trial in finished])
-        signs = [-1 if each.maximise else 1 for each in self._problem.objectives]
-        besides = [i for i, each in enumerate(self._problem.objectives) if each.metric != "accuracy"]
-        losses = (self._objectives_of(finished) * signs)[:, besides]
-        chances = front_probabilities(means, errors, losses)
-        if spent >= racing.extra or (np.minimum(chances, 1 - chances) < _DECIDED).all():
-            return None
-        values = value_of_a_chip(means, errors, losses, np.array([_chips(trial) for trial in finished]))
-        racers = {
-            i: values[i]
-            for i, trial in enumerate(finished)
-            if values[i] > 0 and _chips(trial) < racing.most and trial.number not in self._out_of_race
-        }
-        if not racers:
-            return None
-        trial = finished[max(racers, key=racers.__getitem__)]
-        whole = self._goals_of(trial)[-1]
-        chips = min(_chips(trial) + racing.at_once, racing.most, _chips(trial) + racing.extra - spent)
-        goal = replace(whole, chip_instances=chips, first_chip=_chips(trial))
-        name = f"{trial.number:05d}-chips-{chips}"
+        trial, goal = found
+        name = f"{trial.number:05d}-chips-{goal.chip_instances}"
         return Job(trial.number, trial.values, trial.costs, goal, True, name, trial.halvings)
 
     def estimates(self) -> dict[int, float]:
-        """Accuracies of finished trials as the race compares them, by number; none where nothing raced.
-
-        What chips that only some of the trials met do to all alike is taken out, see `chip_estimates`.
-        """
-        finished = self._racers(self._study.trials())
-        by_chip = [trial.scores[-1].accuracy_by_chip for trial in finished]
-        if len(set(map(len, by_chip))) < 2:
-            return {}
-        means, _ = chip_estimates(by_chip)
-        return {trial.number: float(mean) for trial, mean in zip(finished, means, strict=True)}
-
-    def _racers(self, trials: Sequence[Trial]) -> list[Trial]:
-        return [trial for trial in trials if trial.state is State.FINISHED and trial.violation <= 0]
+        """Accuracies of finished trials as the race compares them, see `Race.estimates`."""
+        return Race(self._problem, self._study.trials(), lambda trial: self._goals_of(trial)[-1]).estimates()
 
     def _job(self, trial: Trial) -> Job:
         goals = self._goals_of(trial)
         final = trial.rung == len(goals) - 1
         name = f"{trial.number:05d}" if final else f"{trial.number:05d}-rung-{trial.rung}"
-        return Job(trial.number, trial.values, trial.costs, goals[trial.rung], final, name, trial.halvings)
+        if cut_short := trial.last_step is not None:
+            name = f"{trial.number:05d}-step-{trial.last_step}"
+        goal = goals[trial.rung]
+        return Job(
+            trial.number, trial.values, trial.costs, goal, final, name, trial.halvings, cut_short, trial.clone_of
+        )
 
     def _goals_of(self, trial: Trial) -> Sequence[Goal]:
         if trial.number not in self._goals:
             self._goals[trial.number] = self._problem.goals(trial.values)
-        return self._goals[trial.number]
+        goals = self._goals[trial.number]
+        return goals if trial.last_step is None else [*goals[: trial.rung], replace(goals[-1], steps=trial.last_step)]
 
     def _within_budget(self, trials: Sequence[Trial]) -> bool:
-        budget = self._problem.budget
-        self._spend_time()
-        spent = ""
-        if budget.steps and self._steps(trials) >= budget.steps:
-            spent = f"the budget of {budget.steps} steps is spent"
-        if budget.hours and self._study.hours >= budget.hours:
-            spent = f"the budget of {budget.hours:g} hours is spent"
-        if spent:
+        if spent := self.spending.over(self._steps(trials)):
             self._study.end(spent)
         return not spent
 
@@ -425,17 +403,17 @@ class DecisionCore:
             if t.scores or t.number in self._in_flight
         )
 
-    def _spend_time(self) -> None:
-        if self._problem.budget.hours:
-            now_s = self._clock_s()
-            self._study.spend(self._study.hours + (now_s - self._looked_s) / 3600)
-            self._looked_s = now_s
+
+def _chosen(trials: Sequence[Trial]) -> int:
+    """Number of points that the search chose, skipped ones too."""
+    return sum(trial.clone_of is None for trial in trials)
+
+
+def _begun(trials: Sequence[Trial]) -> int:
+    """Number of trials that count for how many the sweep asks for."""
+    return sum(trial.clone_of is None and trial.state is not State.SKIPPED for trial in trials)
 
 
 def _skipped_last(trials: Sequence[Trial]) -> int:
     """Number of trials that were skipped since one was trained."""
     return next((i for i, trial in enumerate(reversed(trials)) if trial.state is not State.SKIPPED), len(trials))
-
-
-def _chips(trial: Trial) -> int:
-    return len(trial.scores[-1].accuracy_by_chip)

@@ -4,7 +4,7 @@ from typing import Protocol
 
 from halora.errors import StorageError
 from halora.events import JobEvent, Reported, Scored, WorkerLost
-from halora.sweep.search.core import Decision, Job
+from halora.sweep.search.jobs import Decision, Job
 
 
 class JobSource(Protocol):

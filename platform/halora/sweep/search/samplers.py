@@ -31,7 +31,7 @@ from halora.sweep.search.study import State, Trial, directions_of
 BLIND: frozenset[Sampler] = frozenset({"random", "qmc"})
 """Samplers that look at no trial."""
 
-_NEVER_SEEN = {State.FAILED}
+_NEVER_SEEN = {State.FAILED, State.DISCARDED}
 _Values = tuple[float, ...]
 _FIXED = "fixed_params"  # Optuna's own note of a point it was told to take
 

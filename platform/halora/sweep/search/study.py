@@ -8,11 +8,13 @@ Every decision is one write. A trial is finished once its final scores are writt
 from them, so whoever finds it missing tells it then (docs/decisions/021).
 """
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
 from typing import Any
+from uuid import uuid4
 
 import optuna
 from optuna.distributions import BaseDistribution
@@ -35,8 +37,14 @@ _SKIPPED = "skipped"  # why a trial was never trained
 _LOST = "lost_workers"  # that a trial lost since its last report
 _HALVINGS = "halvings"  # of its micro-batch
 _RACED = "raced "  # and a number, of the study: scores of a finished trial on more chips
+_LAST_STEP = "last step"  # where somebody ended its training
+_CLONE = "clone"  # of which trial it is, and the request's key
+_TO_CUT = "cut short "  # and a number, of the study: its training is to end at its next report
+_DISCARDED = "discarded "  # and a number, of the study
+_ASKED = "asked "  # and a key, of the study: a point that somebody asked for
 _STOP = "stop_requested"
 _HOURS = "hours"
+_GPU_HOURS = "gpu hours"
 _ENDED = "ended"
 
 
@@ -53,6 +61,23 @@ class State(StrEnum):
     SKIPPED = "skipped"
     """Never trained, for its energy or because its values contradict each other."""
     FAILED = "failed"
+    DISCARDED = "discarded"
+    """Taken out by somebody, wherever it stood."""
+
+
+@dataclass(frozen=True)
+class AskedPoint:
+    """A point that somebody asked for beside those that the search chooses.
+
+    Attributes:
+        key: Tells it from all others.
+        values: Its values by dotted path.
+        clone_of: The trial it is like.
+    """
+
+    key: str
+    values: Mapping[str, Any]
+    clone_of: int
 
 
 @dataclass(frozen=True)
@@ -71,6 +96,9 @@ class Trial:
         halvings: How often its micro-batch was halved, as it ran out of memory.
         violation: Sum by which it breaks its constraints, as far as known.
         frozen: Optuna's own record.
+        last_step: Where somebody ended its training; none where it goes as far as the sweep says.
+        clone_of: The trial that somebody had it begun like; none for a point of the search's own.
+        asked_as: Key of that request, else empty.
     """
 
     number: int
@@ -84,6 +112,9 @@ class Trial:
     halvings: int
     violation: float
     frozen: FrozenTrial
+    last_step: int | None = None
+    clone_of: int | None = None
+    asked_as: str = ""
 
     @cached_property
     def key(self) -> str:
@@ -152,6 +183,8 @@ class SweepStudy:
             if name.startswith(_RACED):
                 trial = trials[int(name.removeprefix(_RACED))]
                 trials[trial.number] = replace(trial, scores=(*trial.scores[:-1], Scored.from_json(scores)))
+        for number in self.discarded:
+            trials[number] = replace(trials[number], state=State.DISCARDED)
         return trials
 
     def trial(self, number: int) -> Trial:
@@ -178,9 +211,12 @@ class SweepStudy:
         system_attrs: Mapping[str, Any],
         constraints: Mapping[str, float],
         skipped: str = "",
+        asked: AskedPoint | None = None,
     ) -> int:
         """Write a new trial, running or skipped, all its values at once; its number."""
         attrs: dict[str, Any] = {_COSTS: dict(costs), _RUNG: 0}
+        if asked:
+            attrs[_CLONE] = {"of": asked.clone_of, "key": asked.key}
         if skipped:
             attrs[_SKIPPED] = skipped
         trial = optuna.create_trial(
@@ -227,6 +263,10 @@ class SweepStudy:
                 opened.set_constraint(name, violation)
         self._study.tell(trial.number, [trial.metrics[each.metric] for each in self._objectives])
 
+    def end_at(self, trial: Trial, step: int) -> None:
+        """Keep that a trial's training ends at a step; what is left is to score it there."""
+        self._opened(trial).set_user_attr(_LAST_STEP, step)
+
     def stopped(self, trial: Trial) -> None:
         """Tell a trial pruned; it carries no values."""
         self._study.tell(trial.number, state=TrialState.PRUNED)
@@ -244,6 +284,55 @@ class SweepStudy:
         """Ask whoever runs the sweep to pause its trials and end."""
         if self.stopping != stop:
             self._study.set_user_attr(_STOP, stop)
+
+    @property
+    def to_cut(self) -> frozenset[int]:
+        """Trials whose training somebody asked to end at the next report."""
+        return self._numbers(_TO_CUT)
+
+    def cut_short(self, number: int) -> None:
+        """Ask whoever runs the sweep to end a trial's training at its next report."""
+        self._study.set_user_attr(f"{_TO_CUT}{number}", True)
+
+    @property
+    def discarded(self) -> frozenset[int]:
+        """Trials that somebody took out."""
+        return self._numbers(_DISCARDED)
+
+    def discard(self, number: int) -> None:
+        """Take a trial out, wherever it stands; for good."""
+        self._study.set_user_attr(f"{_DISCARDED}{number}", True)
+
+    def _numbers(self, prefix: str) -> frozenset[int]:
+        return frozenset(int(name.removeprefix(prefix)) for name in self._study.user_attrs if name.startswith(prefix))
+
+    def asked(self) -> list[AskedPoint]:
+        """Points that somebody asked for and that are not begun, in the order they were asked for."""
+        begun = {trial.asked_as for trial in self.trials()}
+        found = [
+            (request["at_ms"], name.removeprefix(_ASKED), request)
+            for name, request in self._study.user_attrs.items()
+            if name.startswith(_ASKED)
+        ]
+        return [
+            AskedPoint(key, request["values"], int(request["clone_of"]))
+            for _, key, request in sorted(found, key=lambda each: each[:2])
+            if key not in begun
+        ]
+
+    def ask_for(self, values: Mapping[str, Any], clone_of: int) -> None:
+        """Ask whoever runs the sweep to begin a trial of these values next."""
+        request = {"values": dict(values), "clone_of": clone_of, "at_ms": int(time.time() * 1000)}
+        self._study.set_user_attr(f"{_ASKED}{uuid4().hex}", request)
+
+    @property
+    def gpu_hours(self) -> float:
+        """GPU hours of the sweep's trials so far."""
+        return float(self._study.user_attrs.get(_GPU_HOURS, 0.0))
+
+    def spend_gpus(self, hours: float) -> None:
+        """Set the GPU hours of the sweep's trials."""
+        self._study.set_user_attr(_GPU_HOURS, hours)
 
     @property
     def hours(self) -> float:
@@ -272,6 +361,9 @@ def _read(frozen: FrozenTrial) -> Trial:
     attrs = frozen.user_attrs
     scores = _scores(attrs)
     rung = int(attrs.get(_RUNG, 0))
+    if (last_step := attrs.get(_LAST_STEP)) is not None:
+        rung = len(scores) - (_FINAL_SCORES in attrs)  # its next goal is the last
+    clone = attrs.get(_CLONE, {})
     match frozen.state:
         case TrialState.FAIL:
             state = State.FAILED
@@ -293,6 +385,9 @@ def _read(frozen: FrozenTrial) -> Trial:
         halvings=int(attrs.get(_HALVINGS, 0)),
         violation=total_violation(frozen.constraints.values()),
         frozen=frozen,
+        last_step=last_step,
+        clone_of=clone.get("of"),
+        asked_as=str(clone.get("key", "")),
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import optuna
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
@@ -47,6 +48,31 @@ def storage_of(folder: SweepFolder, say: Callable[[str], None] = lambda text: No
     storage = _opened(url, say)
     folder.database_mark.touch()
     return storage
+
+
+def check_study(folder: SweepFolder) -> None:
+    """Open the database that a sweep's study is in, if it is in one; see `storage_of` for errors."""
+    if folder.database_mark.exists():
+        storage_of(folder)
+
+
+def remove_study(folder: SweepFolder, name: str) -> None:
+    """Remove a study from the database that it is in; one in a journal goes with the sweep's folder. To be repeated.
+
+    Raises:
+        UserError: It is in a database, and the variable is not set.
+        UnreachableError: The database cannot be opened, or has gone.
+    """
+    if not folder.database_mark.exists():
+        return
+    storage = storage_of(folder)
+    try:
+        optuna.delete_study(study_name=name, storage=storage)
+    except KeyError:
+        pass  # removed before
+    except (StorageInternalError, SQLAlchemyError) as error:
+        told = f"the study's database refuses, or has gone: {_cause(error, os.environ.get(STUDY_URL, ''))}"
+        raise UnreachableError(told, "repeat the command: it goes on where it was") from None
 
 
 def check_database() -> None:

@@ -13,7 +13,8 @@ from halora.evaluation.intervals import crossed
 from halora.events import Reported, Scored
 from halora.files import write_json
 from halora.records.store import SweepFolder
-from halora.sweep.search.core import Decision, DecisionCore, Job
+from halora.sweep.search.core import DecisionCore
+from halora.sweep.search.jobs import Decision, Job
 from halora.sweep.search.running import JobListener, RunningJobs
 from halora.trial_folder import REPORTS_FILE, RESULT_FILE, latest_checkpoint
 
