@@ -15,7 +15,7 @@ import pytest
 from halora.analysis import charts, uncertainty
 from halora.analysis.figures import front_figure
 from halora.analysis.front import best, front, hypervolume, hypervolume_history, knee
-from halora.analysis.importance import importances
+from halora.analysis.importance import doubts, importances
 from halora.analysis.recommendation import Recommendation
 from halora.analysis.report import SweepSummary
 from halora.analysis.summary import view_front
@@ -358,6 +358,22 @@ def test_the_field_that_decides_the_objective_is_the_important_one():
     assert importances(points[:7], ACCURACY) == {}
 
 
+def test_shares_that_may_mislead_say_so():
+    """The review's case: plain LoRA reaches less, and the sampler has nearly stopped drawing it."""
+    methods = ["lora"] * 6 + ["noise_lora"] * 194
+    points = [
+        _point(i, 0.39 if method == "lora" else 0.54, 1.0, params={"training.method": method, "lora.rank": 4})
+        for i, method in enumerate(methods)
+    ]
+    (said,) = doubts(view_front(points))
+    assert said.startswith("Of 200 trials with training.method, so few have 'lora' 6:")
+    (few,) = doubts(view_front([_point(i, i / 20, 1.0, params={"a.flag": i % 2 == 0}) for i in range(8)]))
+    assert few == "8 trials are few: another seed may order the fields anew."
+    assert doubts(view_front([])) == []
+    even = [_point(i, i / 40, 1.0, params={"a.flag": i % 2 == 0}) for i in range(40)]
+    assert doubts(view_front(even)) == []
+
+
 # Pictures and tables.
 
 
@@ -414,6 +430,7 @@ def _summary(points, **more):
         "baselines": {},
         "comparison": None,
         "damage": [],
+        "doubts": [],
         "recommendation": Recommendation(None, (), ("what to <take>",)),
     }
     fixed = {"name": "s", "family": "f", "description": "d", "trials": 9, "time": "now"}

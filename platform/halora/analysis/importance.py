@@ -1,5 +1,6 @@
 """Which searched fields matter for an objective. Computed by Optuna (PED-ANOVA, Watanabe et al., IJCAI 2023)."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,10 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 _FEWEST = 8
 """Trials below which an importance would say nothing."""
+_ENOUGH = 30
+"""Trials from which on shares keep their order from seed to seed, about: a quarter of them is the better part."""
+_RARE = 0.1
+"""Share of the trials below which a value counts as hardly tried."""
 _BETTER = 0.25
 """Share of the trials whose settings are told apart from those of all."""
 
@@ -44,6 +49,27 @@ def importance_of(view: FrontView) -> dict[str, dict[str, float]]:
     """Shares of the searched fields for each objective, over all trials that have it."""
     scored = [*view.groups.feasible, *view.groups.violating]
     return {each.metric: importances(scored, each) for each in view.objectives}
+
+
+def doubts(view: FrontView) -> list[str]:
+    """Why the shares may mislead, in words: too few trials, or values that the sampler hardly tried."""
+    scored = [*view.groups.feasible, *view.groups.violating]
+    if not scored:
+        return []
+    said = [] if len(scored) >= _ENOUGH else [f"{len(scored)} trials are few: another seed may order the fields anew."]
+    counts: dict[str, Counter[str]] = {}
+    for point in scored:
+        for path, value in point.params.items():
+            if isinstance(value, str | bool):
+                counts.setdefault(path, Counter())[str(value)] += 1
+    for path, tried in sorted(counts.items()):
+        rare = [f"'{value}' {count}" for value, count in sorted(tried.items()) if count < _RARE * tried.total()]
+        if rare and len(tried) > 1:
+            said.append(
+                f"Of {tried.total()} trials with {path}, so few have {', '.join(rare)}: a value that the sampler left "
+                "early hardly counts, however bad or good it is."
+            )
+    return said
 
 
 def _distribution(values: Sequence[Any]) -> BaseDistribution:

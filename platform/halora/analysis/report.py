@@ -30,6 +30,7 @@ class SweepSummary:
         trials: Number of trials asked for.
         front: Its trials and their front.
         importance: Share of each searched field, by metric of the objective.
+        doubts: Why these shares may mislead, in words.
         hypervolume: The hypervolume after each finished trial that breaks no constraint, in the order they ended.
         baselines: Energy per token of named GPU baselines in microjoule, by model and name.
         comparison: The closing comparison, in plain values; none where there is none.
@@ -44,6 +45,7 @@ class SweepSummary:
     trials: int
     front: FrontView
     importance: dict[str, dict[str, float]]
+    doubts: Sequence[str]
     hypervolume: list[float]
     baselines: Mapping[str, Mapping[str, float]]
     comparison: Mapping[str, Any] | None

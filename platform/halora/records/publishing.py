@@ -10,7 +10,7 @@ from typing import Any
 
 from halora.analysis.figures import front_figure
 from halora.analysis.formats import number, searched_values
-from halora.analysis.importance import importance_of
+from halora.analysis.importance import doubts, importance_of
 from halora.analysis.recommendation import Progress, named_baselines, recommend
 from halora.analysis.report import SweepSummary, render_report
 from halora.analysis.summary import view_front, volumes
@@ -37,6 +37,7 @@ def summarise(sweep: SweepConfig, recorded: SweepState, *, simulated: bool) -> S
         trials=sweep.trials,
         front=view,
         importance=importance_of(view),
+        doubts=doubts(view),
         hypervolume=volumes(view, sweep.reference),
         baselines=named,
         comparison=recorded.comparison,
