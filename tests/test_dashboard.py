@@ -488,6 +488,11 @@ def test_the_command_that_certifies_has_the_shortlist_and_the_constraints(client
     assert shlex.split(command)[4:] == [*options, "--store", str(store.root)]
 
 
+def test_adapters_are_listed_and_looking_for_them_makes_nothing(client, store):
+    assert "No adapter is registered yet" in _page(client, "/adapters").text
+    assert not store.database_file.exists()
+
+
 def test_a_simulated_sweep_is_marked_and_offers_no_certificate(tmp_path, tiny_models, tiny_task):
     store = Store(tmp_path / "store")
     fill(store, tiny_models["llama"], tiny_task, ["dozen"])

@@ -202,6 +202,7 @@ VIEWS = {
     "hostile-card": "/sweeps/hostile/trials/0",
     "compare": "/compare?sweep=dozen&sweep=large",
     "chip": "/chip",
+    "adapters": "/adapters",
     "error": "/sweeps/none",
 }
 LAYOUT = """
@@ -492,6 +493,10 @@ def test_an_adapter_is_picked_and_registered(browser, tmp_path, tiny_models, tin
         _follow(browser, browser.find_element(By.CSS_SELECTOR, "form[method=post] button"), "/register")
         name, _, alias = _text(browser, "#registered").partition("@")
         assert alias == "candidate"
+        _open(browser, f"{address}/adapters")
+        assert _text(browser, "tbody th") == name
+        assert f"halora adapter export {name}@candidate bundle" in _text(browser, "tbody pre")
+        _follow(browser, browser.find_element(By.CSS_SELECTOR, "tbody a"), "/sweeps/whole/trials/1")
         assert _foreign(browser, address) == []
         browser.get("about:blank")
     version = client.get_model_version_by_alias(name, "candidate")

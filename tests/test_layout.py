@@ -46,7 +46,7 @@ LAYERS = (
     {"__init__"},
 )
 """A module imports from its own layer and from those before it."""
-PAGES = ("chip", "compare", "readiness", "sweep", "sweeps", "trial")
+PAGES = ("adapters", "chip", "compare", "readiness", "sweep", "sweeps", "trial")
 
 
 def _modules():
@@ -124,7 +124,17 @@ def test_no_packages_import_each_other_in_a_circle():
             "fastapi",
             {
                 f"dashboard.{page}"
-                for page in ["app", "chip", "compare", "mlflow_app", "readiness", "sweep", "sweeps", "trial"]
+                for page in [
+                    "adapters",
+                    "app",
+                    "chip",
+                    "compare",
+                    "mlflow_app",
+                    "readiness",
+                    "sweep",
+                    "sweeps",
+                    "trial",
+                ]
             },
         ),
         (

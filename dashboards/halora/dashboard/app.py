@@ -7,7 +7,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import FileResponse, Response
 
-from halora.dashboard import chip, compare, readiness, sweep, sweeps, trial
+from halora.dashboard import adapters, chip, compare, readiness, sweep, sweeps, trial
 from halora.dashboard.security import Guard
 from halora.dashboard.site import PLOTLY, STATIC, Site
 from halora.errors import UnreachableError, UserError
@@ -26,7 +26,7 @@ def create_app(store: Store, *, hosts: Collection[str] | None = (), allow_regist
     """
     site = Site(store, allow_register)
     app = FastAPI(title="HaLoRA Sweep", docs_url=None, redoc_url=None, openapi_url=None)
-    for part in (sweeps, sweep, trial, readiness, chip, compare):
+    for part in (sweeps, sweep, trial, readiness, adapters, chip, compare):
         app.include_router(part.routes(site))
 
     @app.get("/static/{name}")
