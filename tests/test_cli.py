@@ -120,6 +120,7 @@ def test_mlflow_holds_the_whole_sweep(zoo, store, tiny_models):
         ".csv",
         ".png",
         ".html",
+        ".md",
         ".safetensors",
     }
 
