@@ -128,8 +128,12 @@ def _sorted(rows: Sequence[Mapping[str, Any]], by: str, *, falling: bool) -> lis
 
 
 def _print_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], title: str, keep: Sequence[str]) -> None:
-    """A table no wider than the terminal: headings break at underscores, texts between words, whole columns go last."""
-    console = Console(width=None if sys.stdout.isatty() else _PIPED_WIDTH)
+    """A table no wider than the terminal: headings break at underscores, texts between words, whole columns go last.
+
+    Into a pipe it is as wide as it takes, so that no heading breaks.
+    """
+    terminal = sys.stdout.isatty()
+    console = Console(width=None if terminal else _PIPED_WIDTH)
     texts = {name: [cell(row.get(name)) for row in rows] for name in columns}
     headings = {name: name for name in columns}
     shown = list(columns)
@@ -140,7 +144,9 @@ def _print_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], titl
     def fits(found: Mapping[str, int]) -> bool:
         return sum(found.values()) + _GAP * (len(found) - 1) <= console.width
 
-    if not fits(widths(_longest_line)):
+    if not terminal:
+        console.width = max(console.width, sum(widths(_longest_word).values()) + _GAP * len(columns))
+    elif not fits(widths(_longest_line)):
         headings |= {name: _broken(name, max(_HEADING, *map(_longest_word, texts[name]))) for name in columns}
     droppable = [name for name in columns[1:] if name not in keep]
     while droppable and not fits(widths(_longest_word)):
