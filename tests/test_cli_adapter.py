@@ -16,11 +16,14 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 from safetensors.torch import load_file, save_file
+from starlette.testclient import TestClient
 
+from halora.dashboard.app import create_app
 from halora.errors import UserError
 from halora.files import sha256_of
 from halora.records import registry
 from halora.records.names import CERTIFICATION_FILE
+from halora.records.store import Store
 from halora.selection.bundle import CHECKSUMS_FILE, FILES, write_checksums
 from halora.selection.verify import verify as verify_bundle
 from halora.training.tasks import load_rows
@@ -441,3 +444,22 @@ def test_another_launch_has_an_identity_and_certified_chips_of_its_own(store, re
         for name in ("tiny", "again")
     ]
     assert not set(noise[0]) & set(noise[1])  # the same base on the same description: only the chips differ
+
+
+@pytest.mark.slow
+def test_the_page_certifies_and_registers_a_trial(store, registered):
+    """Comes last: it registers another version."""
+    app = create_app(Store.at(store), allow_certify=True)
+    client, origin = TestClient(app, base_url="http://127.0.0.1"), {"origin": "http://127.0.0.1"}
+    (number,) = {0, 1} - {int(registered[1].tags["halora.trial"])}
+    card = f"/sweeps/tiny/trials/{number}"
+    (token,) = re.findall(r'name="token" value="([^"]+)"', client.get(card).text)
+    client.post(f"{card}/certify", data={"token": token, "confirm": "yes"}, headers=origin)
+    job = app.state.certifier.last
+    assert job.process.wait(timeout=1200) == 0, job.log.read_text()
+    said = client.get(card).text
+    assert "Certification started here: passed and registered" in said
+    assert "registered: " in said  # what the command said
+    versions = MlflowClient(f"sqlite:///{store / 'mlflow.db'}").search_model_versions(f"name = '{registered[0].name}'")
+    assert {int(version.tags["halora.trial"]) for version in versions} == {0, 1}
+    assert f'href="{card}"' in client.get("/adapters").text

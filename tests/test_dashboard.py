@@ -2,8 +2,10 @@
 
 import html
 import json
+import os
 import re
 import shlex
+import signal
 import socket
 from html.parser import HTMLParser
 from math import log10
@@ -615,3 +617,56 @@ def test_registering_is_refused_without_all_that_it_takes(certified, allowed, or
     assert reason in answer.text
     assert client.get(path).status_code == 405
     assert not (certified.root / "mlflow.db").exists()
+
+
+@pytest.mark.parametrize(
+    ("allowed", "origin", "number", "change", "status", "reason"),
+    [
+        (False, OWN, 0, {}, 403, "without --allow-certify"),
+        (True, "http://evil.example", 0, {}, 403, "only this page itself"),
+        (True, OWN, 0, {"token": "wrong"}, 403, "another run of this server"),
+        (True, OWN, 0, {"confirm": ""}, 409, "mark the box"),
+        (True, OWN, 0, {"min_accuracy": ""}, 409, "say which accuracy a chip needs"),
+        (True, OWN, 0, {"min_accuracy": "0.4; rm"}, 409, "is not a number above 0 and up to 1"),
+        (True, OWN, 0, {"min_accuracy": "nan"}, 409, "is not a number above 0 and up to 1"),
+        (True, OWN, 5, {}, 409, "trial 5 does not qualify: violates clean_accuracy"),
+        (True, OWN, 99, {}, 404, "no trial 99"),
+    ],
+)
+def test_certifying_is_refused_without_all_that_it_takes(certified, allowed, origin, number, change, status, reason):
+    app = create_app(certified, allow_certify=allowed)
+    client = TestClient(app, base_url=OWN)
+    tokens = re.findall(r'name="token" value="([^"]+)"', client.get("/sweeps/dozen/trials/0").text)
+    assert bool(tokens) == allowed
+    form = {"token": tokens[0] if tokens else "", "confirm": "yes", "min_accuracy": "0.3", **change}
+    answer = client.post(f"/sweeps/dozen/trials/{number}/certify", data=form, headers={"origin": origin})
+    assert answer.status_code == status
+    assert reason in html.unescape(answer.text)
+    assert app.state.certifier.last is None
+
+
+def test_a_certification_is_started_followed_and_cancelled_from_its_card(certified):
+    """The process is real; it is cancelled before it has scored the made-up adapter."""
+    app = create_app(certified, allow_certify=True)
+    client, card = TestClient(app, base_url=OWN, follow_redirects=False), "/sweeps/dozen/trials/0"
+    (token,) = re.findall(r'name="token" value="([^"]+)"', client.get(card).text)
+    form = {"token": token, "confirm": "yes", "min_accuracy": "0.3"}
+    started = client.post(f"{card}/certify", data=form, headers={"origin": OWN})
+    assert (started.status_code, started.headers["location"]) == (303, f"{card}#gates")
+    job = app.state.certifier.last
+    assert (job.sweep, job.trial) == ("dozen", 0)
+    os.kill(job.process.pid, signal.SIGSTOP)  # it is there as long as it is looked at
+    running = _page(client, card)
+    assert "Certifying, on this server" in running.text
+    other = client.post("/sweeps/dozen/trials/1/certify", data=form, headers={"origin": OWN})
+    assert other.status_code == 409
+    assert "trial dozen/0 is being certified; wait, or cancel that" in html.unescape(other.text)
+    assert "dozen/0 is being certified" in _page(client, "/sweeps/dozen/trials/1").text
+    os.kill(job.process.pid, signal.SIGCONT)
+    cancelled = client.post(f"{card}/cancel", data={"token": token}, headers={"origin": OWN})
+    assert cancelled.status_code == 303
+    assert not job.running
+    ended = _page(client, card)
+    assert f"Certification started here: {job.outcome}" in ended.text
+    assert job.outcome in ("cancelled", "ended with an error")
+    assert "Certify" in ended.text  # again

@@ -16,16 +16,20 @@ from halora.records.store import Store
 _FOREVER = "public, max-age=31536000, immutable"  # the address changes with the content
 
 
-def create_app(store: Store, *, hosts: Collection[str] | None = (), allow_register: bool = False) -> FastAPI:
+def create_app(
+    store: Store, *, hosts: Collection[str] | None = (), allow_register: bool = False, allow_certify: bool = False
+) -> FastAPI:
     """The application.
 
     Args:
         store: The store to show.
         hosts: Names it is asked for by, besides addresses and `localhost`; none where a server around it checks that.
         allow_register: Whether adapters can be registered from the page.
+        allow_certify: Whether they can be certified from the page, which registers those that pass.
     """
-    site = Site(store, allow_register)
+    site = Site(store, allow_register, allow_certify)
     app = FastAPI(title="HaLoRA Sweep", docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.certifier = site.certifier
     for part in (sweeps, sweep, trial, readiness, adapters, chip, compare):
         app.include_router(part.routes(site))
 

@@ -4,12 +4,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, quote
 
 from fastapi import APIRouter, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
-from starlette.responses import Response
+from starlette.responses import RedirectResponse, Response
 
 from halora.analysis.candidates import Standing, standings
 from halora.analysis.gates import Gate
@@ -74,7 +74,7 @@ def failed_gates(snapshot: Snapshot, point: RecordedTrial) -> tuple[str, ...]:
 
 
 def routes(site: Site) -> APIRouter:
-    """The address that registers."""
+    """The addresses that register, certify, and end a certification."""
     router = APIRouter()
 
     @router.post("/sweeps/{name}/trials/{number}/register")
@@ -82,17 +82,66 @@ def routes(site: Site) -> APIRouter:
         form = await _form(request)
         return await run_in_threadpool(_register, site, request, name, number, form)
 
+    @router.post("/sweeps/{name}/trials/{number}/certify")
+    async def certify(request: Request, name: str, number: int) -> Response:
+        form = await _form(request)
+        return await run_in_threadpool(_certify, site, request, name, number, form)
+
+    @router.post("/sweeps/{name}/trials/{number}/cancel")
+    async def cancel(request: Request, name: str, number: int) -> Response:
+        _check(site, await _form(request), allowed=site.allow_certify, option="--allow-certify")
+        await run_in_threadpool(site.certifier.cancel)
+        return _back(request, name, number)
+
     return router
+
+
+def _check(site: Site, form: Mapping[str, str], *, allowed: bool, option: str) -> None:
+    if not allowed:
+        raise HTTPException(403, f"this server was started without {option}")
+    if not is_token(form.get("token", ""), site.token):
+        raise HTTPException(403, "the form is from another run of this server: load the page again")
+
+
+def _back(request: Request, name: str, number: int) -> Response:
+    """To the trial's card."""
+    address = f"{request.scope.get('root_path', '')}/sweeps/{quote(name, safe='')}/trials/{number}#gates"
+    return RedirectResponse(address, 303)
+
+
+def _certify(site: Site, request: Request, name: str, number: int, form: Mapping[str, str]) -> Response:
+    _check(site, form, allowed=site.allow_certify, option="--allow-certify")
+    snapshot = site.reader.snapshot(name)
+    point = snapshot.point(number)
+    least = form.get("min_accuracy", "").strip()
+    problems = [f"trial {number} does not qualify: {reason}" for reason in failed_gates(snapshot, point)]
+    try:
+        asked = float(least) if least else None
+        if asked is not None and not 0 < asked <= 1:
+            raise ValueError
+    except ValueError:
+        asked = None
+        problems.append(f"accuracy that a chip needs: '{least[:40]}' is not a number above 0 and up to 1")
+    if asked is None and not problems and not snapshot.sweep.gates.min_accuracy:
+        problems.append("say which accuracy a chip needs: the sweep asks for none")
+    if form.get("confirm") != "yes":
+        problems.append("mark the box beside the button: a certification uses up a part of the error level")
+    try:
+        if not problems:
+            site.certifier.start(name, number, asked)
+    except UserError as error:
+        problems += error.problems
+    if problems:
+        told = {"snapshot": snapshot, "point": point, "problems": problems, "adapter": None, "what": "certified"}
+        return site.page(request, "registered", 409, **told)
+    return _back(request, name, number)
 
 
 def _register(site: Site, request: Request, name: str, number: int, form: Mapping[str, str]) -> Response:
     from halora.records.tracking import open_client
     from halora.selection.selecting import register_certified
 
-    if not site.allow_register:
-        raise HTTPException(403, "this server was started without --allow-register")
-    if not is_token(form.get("token", ""), site.token):
-        raise HTTPException(403, "the form is from another run of this server: load the page again")
+    _check(site, form, allowed=site.allow_register, option="--allow-register")
     snapshot = site.reader.snapshot(name)
     point = snapshot.point(number)
     found = readiness(snapshot, point)

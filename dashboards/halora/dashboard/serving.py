@@ -12,7 +12,7 @@ from halora.errors import UserError
 from halora.records.store import Store
 
 
-def serve(store: Store, host: str, port: int, *, allow_register: bool = False) -> None:
+def serve(store: Store, host: str, port: int, *, allow_register: bool = False, allow_certify: bool = False) -> None:
     """Serve until interrupted.
 
     Args:
@@ -20,6 +20,7 @@ def serve(store: Store, host: str, port: int, *, allow_register: bool = False) -
         host: Address or name to listen on; also what browsers may call it by.
         port: Port; 0 for any free one.
         allow_register: Whether adapters can be registered from the page.
+        allow_certify: Whether they can be certified there, which registers those that pass.
 
     Raises:
         UserError: The address is taken, or not of this machine.
@@ -27,12 +28,15 @@ def serve(store: Store, host: str, port: int, *, allow_register: bool = False) -
     listening = _listen(host, port)
     listening.listen()  # whoever reads the address below may come at once
     names = {host, socket.gethostname(), socket.getfqdn()}
-    app = create_app(store, hosts=names, allow_register=allow_register)
+    app = create_app(store, hosts=names, allow_register=allow_register, allow_certify=allow_certify)
     shown = f"[{host}]" if ":" in host else host
     print(f"http://{shown}:{listening.getsockname()[1]}/", file=sys.stderr, flush=True)
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, lambda *_: None)  # uvicorn's own, which it raises again once it has ended, end nothing more
-    uvicorn.Server(uvicorn.Config(app, log_level="warning", server_header=False, lifespan="off")).run([listening])
+    try:
+        uvicorn.Server(uvicorn.Config(app, log_level="warning", server_header=False, lifespan="off")).run([listening])
+    finally:
+        app.state.certifier.cancel()
 
 
 def is_loopback(host: str) -> bool:

@@ -16,6 +16,7 @@ from starlette.responses import HTMLResponse
 
 from halora.analysis.charts import described
 from halora.analysis.formats import duration, number, script_json
+from halora.dashboard.certifying import Certifier
 from halora.dashboard.reading import SweepReader
 from halora.dashboard.security import new_token
 from halora.records.store import Store
@@ -30,18 +31,23 @@ class Site:
 
     Attributes:
         store: The store.
-        allow_register: Whether the pages may change anything.
+        allow_register: Whether adapters can be registered from the pages.
+        allow_certify: Whether they can be certified from there, which registers those that pass.
         reader: Its sweeps.
+        certifier: What certifies them.
         token: What a form that changes something has to bring along.
     """
 
     store: Store
     allow_register: bool
+    allow_certify: bool = False
     reader: SweepReader = field(init=False)
+    certifier: Certifier = field(init=False)
     token: str = field(default_factory=new_token)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "reader", SweepReader(self.store))
+        object.__setattr__(self, "certifier", Certifier(self.store))
 
     def page(self, request: Request, template: str, status: int = 200, **content: Any) -> HTMLResponse:
         """A page from a template."""

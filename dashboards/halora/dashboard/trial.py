@@ -35,13 +35,16 @@ def routes(site: Site) -> APIRouter:
         point = snapshot.point(number)
         against, problem = _against(request.query_params.get("against", ""), snapshot, point)
         ready = readiness(snapshot, point)
+        job = site.certifier.last
         version = f"{snapshot.version}-{ready.attempts}-{ready.scored}-{ready.certification is not None}"
+        version += f"-{job.version}" if job else ""
         if request.query_params.get("version") == version:
             return Response(status_code=204)  # htmx leaves the page as it is
         return site.page(
             request,
             "trial",
             version=version,
+            job=job,
             snapshot=snapshot,
             point=point,
             card=card(snapshot, point, ready),

@@ -15,6 +15,10 @@ def dashboard(
     allow_register: Annotated[
         bool, typer.Option("--allow-register", help="Let the page register certified adapters.")
     ] = False,
+    allow_certify: Annotated[
+        bool,
+        typer.Option("--allow-certify", help="Let the page certify trials here, and register those that pass."),
+    ] = False,
     store: StoreOption = None,
     tracking_uri: ServerOption = None,
 ) -> None:
@@ -23,4 +27,4 @@ def dashboard(
 
     if not is_loopback(host):
         talk.print(f"note: whoever reaches {host} can read this store", markup=False, highlight=False)
-    serve(open_store(store, tracking_uri), host, port, allow_register=allow_register)
+    serve(open_store(store, tracking_uri), host, port, allow_register=allow_register, allow_certify=allow_certify)
