@@ -344,7 +344,7 @@ class DecisionCore:
         finished = [trial for trial in trials if trial.state is State.FINISHED and trial.violation <= 0]
         if not self._problem.settings.skip_unreachable or len(finished) < _ENOUGH_TRIALS:
             return ""
-        reachable = max(float(trial.scores[-1].metrics["clean_accuracy_high"]) for trial in finished)
+        reachable = max(_clean_at_best(trial.scores[-1].metrics) for trial in finished)
         aims = [each for each in self._problem.objectives if each.metric in COSTS]
         for trial in finished:
             gains = [(costs[each.metric] - trial.costs[each.metric]) * (-1 if each.maximise else 1) for each in aims]
@@ -417,3 +417,8 @@ def _begun(trials: Sequence[Trial]) -> int:
 def _skipped_last(trials: Sequence[Trial]) -> int:
     """Number of trials that were skipped since one was trained."""
     return next((i for i, trial in enumerate(reversed(trials)) if trial.state is not State.SKIPPED), len(trials))
+
+
+def _clean_at_best(metrics: Mapping[str, float]) -> float:
+    """Upper end of the interval of a clean accuracy; the accuracy where it has none, as in a simulation."""
+    return float(metrics.get("clean_accuracy_high", metrics["clean_accuracy"]))
