@@ -272,7 +272,7 @@ def test_a_share_of_the_weights_in_sram_leaves_the_rest_to_the_model(case, by):
 
     def held(share):
         drawn = load_chip({**chip, "mapping": {"outliers": {"share": share, "by": by, "weight_bits": 16}}})
-        rest, side = in_rram(weight, drawn, "layer")
+        rest, side = in_rram(weight, drawn)
         level = drawn.noise.level if drawn.noise else 0.0
         found = Programming.of(rest, drawn, level).held(rest, KEY).clone()
         disturbed = found - rest
