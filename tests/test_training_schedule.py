@@ -254,6 +254,7 @@ CHIPS = {
     "wan-2022": "neurram-2022",
     "milo": {"preset": "halora-2026", "noise": {"kind": "milo"}, "cells": {"g_min_us": 50, "g_max_us": 225}},
     "cmo": AGEING,
+    "pcm": "pcm-like",
     "stuck-at": {"preset": "ideal", "faults": {"stuck_low_rate": 0.05, "stuck_high_rate": 0.01}},
 }
 
