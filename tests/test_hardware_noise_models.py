@@ -159,6 +159,7 @@ def plugin_on_the_path(tmp_path_factory):
     sys.path.insert(0, str(folder))
     yield
     sys.path.remove(str(folder))
+    sys.modules.pop("lab_noise", None)  # other tests have a module of that name
 
 
 @pytest.fixture(scope="module")
