@@ -7,6 +7,7 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
+from halora.dashboard.reading import tail
 from halora.errors import UserError
 from halora.records.store import Store
 
@@ -46,7 +47,7 @@ class Certifying:
     @property
     def tail(self) -> str:
         """The last lines of its log."""
-        return "\n".join(self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL_LINES:])
+        return tail(self.log, _TAIL_LINES)
 
     @property
     def version(self) -> str:

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 from halora.analysis.recommendation import Progress, Recommendation, named_baselines, recommend
 from halora.analysis.summary import FrontView, view_front, volumes
@@ -20,6 +21,7 @@ from halora.sweep.run.state import is_running, load_sweep_of
 
 _MOST_KEPT = 32
 """Sweeps in memory."""
+_TAIL_BYTES = 64 * 1024
 CLEAN = Objective("clean_accuracy", maximise=True)
 
 
@@ -185,6 +187,14 @@ class SweepReader:
             except UserError as error:
                 found.append(Unreadable(name, "; ".join(error.problems)))
         return found
+
+
+def tail(path: Path, lines: int) -> str:
+    """The last lines of a file that may be large and may be growing; empty where it says nothing."""
+    with path.open("rb") as file:
+        file.seek(max(path.stat().st_size - _TAIL_BYTES, 0))
+        text = file.read().decode("utf-8", "replace")
+    return "\n".join(text.splitlines()[-lines:]) if text.strip() else ""
 
 
 def _size(folder: SweepFolder) -> int:

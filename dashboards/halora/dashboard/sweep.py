@@ -15,7 +15,7 @@ from halora.analysis.trials import RecordedTrial, condition_parts, filtered
 from halora.dashboard.parallel_view import ParallelView, parallel_view
 from halora.dashboard.query import SweepQuery, page_of, sort_direction
 from halora.dashboard.readiness import failed_gates
-from halora.dashboard.reading import Snapshot
+from halora.dashboard.reading import Snapshot, tail
 from halora.dashboard.site import Site, is_fragment
 from halora.errors import UserError
 
@@ -109,7 +109,7 @@ class Choice:
 def choose(snapshot: Snapshot, query: SweepQuery) -> Choice:
     """What qualifies, and how it is shown."""
     whole = snapshot.clean_view if query.shown == "clean_accuracy" else snapshot.view
-    scored = [*whole.groups.feasible, *whole.groups.violating]
+    scored = whole.groups.scored
     problems, chosen = list(query.problems), snapshot.points
     if query.conditions:
         try:
@@ -179,11 +179,8 @@ def log_tail(snapshot: Snapshot, number: int, lines: int) -> str:
     """The last lines of the logs of a trial; empty where it left none."""
     tails = []
     for path in snapshot.folder.logs(number):
-        with path.open("rb") as file:
-            file.seek(max(path.stat().st_size - 64 * 1024, 0))
-            text = file.read().decode("utf-8", "replace")
-        if text.strip():
-            tails.append(f"{path.name}:\n" + "\n".join(text.splitlines()[-lines:]))
+        if text := tail(path, lines):
+            tails.append(f"{path.name}:\n{text}")
     return "\n".join(tails)
 
 

@@ -1,7 +1,7 @@
 """The list of a store's sweeps."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -21,10 +21,11 @@ def routes(site: Site) -> APIRouter:
     @router.get("/")
     def index(request: Request) -> Response:
         found = site.reader.all()
-        version = _version(site, found)
+        waiting = {each.name: undelivered(site.store, each.name) for each in found if isinstance(each, Snapshot)}
+        version = _version(found, waiting)
         if request.query_params.get("version") == version:
             return Response(status_code=204)  # htmx leaves the page as it is
-        rows = [_row(site, each) if isinstance(each, Snapshot) else each for each in found]
+        rows = [_row(each, waiting[each.name]) if isinstance(each, Snapshot) else each for each in found]
         template = "sweeps_view" if is_fragment(request) else "sweeps"
         live = any(isinstance(each, Snapshot) and each.running for each in found)
         return site.page(request, template, path="/", rows=rows, live=live, version=version)
@@ -32,18 +33,16 @@ def routes(site: Site) -> APIRouter:
     return router
 
 
-def _version(site: Site, found: Sequence[Snapshot | Unreadable]) -> str:
+def _version(found: Sequence[Snapshot | Unreadable], waiting: Mapping[str, int]) -> str:
     """Differs once there is anything new to show."""
     shown = [
-        (each.name, each.version, undelivered(site.store, each.name))
-        if isinstance(each, Snapshot)
-        else (each.name, each.problem)
+        (each.name, each.version, waiting[each.name]) if isinstance(each, Snapshot) else (each.name, each.problem)
         for each in found
     ]
     return hashlib.sha256(repr(shown).encode()).hexdigest()[:16]
 
 
-def _row(site: Site, snapshot: Snapshot) -> dict[str, Any]:
+def _row(snapshot: Snapshot, waiting: int) -> dict[str, Any]:
     members = snapshot.view.members
     return {
         "name": snapshot.name,
@@ -52,7 +51,7 @@ def _row(site: Site, snapshot: Snapshot) -> dict[str, Any]:
         "best": max((p.accuracy for p in members), default=None),
         "cheapest": min((p.energy_uj_per_token for p in members), default=None),
         "spark": sparkline(snapshot.volumes),
-        "undelivered": undelivered(site.store, snapshot.name),
+        "undelivered": waiting,
     }
 
 

@@ -192,7 +192,7 @@ def _sweep_charts(snapshot: Snapshot, point: RecordedTrial, trial: TrialConfig) 
     shape = snapshot.sweep.shape(str(point.labels.get("model", "")))
     named = baseline_energies(trial, shape) if shape else {}
     groups = snapshot.view.groups
-    scored = [*groups.feasible, *groups.violating]
+    scored = groups.scored
     strengths = {strength for each in scored for strength in each.accuracy_by_strength}
     field, title = (
         ("noise_strength", "noise strength of the chip (unit of its model)")

@@ -70,7 +70,7 @@ def front_chart(
     upwards, rightwards = pair
     sign = -1 if upwards.maximise else 1
     members = {point.number for point in view.members}
-    styles = label_styles([*view.groups.feasible, *view.groups.violating, *others], by)
+    styles = label_styles([*view.groups.scored, *others], by)
     data: list[Chart] = []
     dominated = [p for p in view.groups.feasible if p.number not in members]
     dominated = sorted(dominated, key=lambda p: sign * p.metrics[upwards.metric])[:most]

@@ -40,7 +40,7 @@ def front(points: Sequence[RecordedTrial], objectives: Sequence[Objective] = DEF
     chosen = non_dominated(values(points, objectives), objectives)
     members = [point for point, kept in zip(points, chosen, strict=True) if kept]
     last, first = objectives[-1], objectives[0]
-    return sorted(members, key=lambda p: (_loss(p, last), _loss(p, first), p.number))
+    return sorted(members, key=lambda p: (last.loss(p), first.loss(p), p.number))
 
 
 def hypervolume(
@@ -105,8 +105,3 @@ def knee_gains(members: Sequence[RecordedTrial], objectives: Sequence[Objective]
 def best(points: Sequence[RecordedTrial]) -> RecordedTrial | None:
     """The most accurate point; the larger mean margin decides a tie, where it is recorded."""
     return max(points, key=lambda p: (p.accuracy, p.metrics.get("margin", 0.0)), default=None)
-
-
-def _loss(point: RecordedTrial, each: Objective) -> float:
-    value = point.metrics[each.metric]
-    return -value if each.maximise else value

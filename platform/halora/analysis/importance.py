@@ -47,13 +47,13 @@ def importances(points: Sequence[RecordedTrial], objective: Objective) -> dict[s
 
 def importance_of(view: FrontView) -> dict[str, dict[str, float]]:
     """Shares of the searched fields for each objective, over all trials that have it."""
-    scored = [*view.groups.feasible, *view.groups.violating]
+    scored = view.groups.scored
     return {each.metric: importances(scored, each) for each in view.objectives}
 
 
 def doubts(view: FrontView) -> list[str]:
     """Why the shares may mislead, in words: too few trials, or values that the sampler hardly tried."""
-    scored = [*view.groups.feasible, *view.groups.violating]
+    scored = view.groups.scored
     if not scored:
         return []
     said = [] if len(scored) >= _ENOUGH else [f"{len(scored)} trials are few: another seed may order the fields anew."]

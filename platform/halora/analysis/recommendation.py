@@ -127,15 +127,11 @@ def _tied(best: RecordedTrial, rivals: list[RecordedTrial], objectives: tuple[Ob
         for rival in rivals
         if all(_as_cheap(rival, best, each) for each in costs) and not any(_apart(rival, best, s) for s in scores)
     ]
-    return [point.number for point in sorted(found, key=lambda p: (*(_loss(p, s) for s in scores), p.number))]
-
-
-def _loss(point: RecordedTrial, each: Objective) -> float:
-    return -point.metrics[each.metric] if each.maximise else point.metrics[each.metric]
+    return [point.number for point in sorted(found, key=lambda p: (*(s.loss(p) for s in scores), p.number))]
 
 
 def _as_cheap(rival: RecordedTrial, best: RecordedTrial, cost: Objective) -> bool:
-    return _loss(rival, cost) <= _loss(best, cost) + _AS_CHEAP * abs(best.metrics[cost.metric])
+    return cost.loss(rival) <= cost.loss(best) + _AS_CHEAP * abs(best.metrics[cost.metric])
 
 
 def _apart(one: RecordedTrial, other: RecordedTrial, score: Objective) -> bool:
@@ -213,7 +209,7 @@ def _command(sweep: SweepConfig, best: RecordedTrial, progress: Progress) -> str
 def _why_none(sweep: SweepConfig, view: FrontView, progress: Progress, standings: Mapping[int, Standing]) -> str:
     groups = view.groups
     prefix = "So far n" if progress.running else "N"
-    if scored := [*groups.feasible, *groups.violating]:
+    if scored := groups.scored:
 
         def distance(point: RecordedTrial) -> tuple[int, float]:
             score = point.metrics.get("accuracy", 0.0)

@@ -59,7 +59,7 @@ def render_report(summary: SweepSummary) -> str:
     from plotly.offline import get_plotlyjs
 
     view = summary.front
-    scored = [*view.groups.feasible, *view.groups.violating]
+    scored = view.groups.scored
     strengths = sorted({strength for point in scored for strength in point.accuracy_by_strength})
     several = charts.noise_chart(scored, "noise_strength", "noise strength of the chip (unit of its model)")
     drawn = {

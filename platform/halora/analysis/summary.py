@@ -31,7 +31,7 @@ class FrontView:
     def rows(self) -> list[dict[str, Any]]:
         """Every trial that has all objectives, by number, in plain values; what is not a number becomes none."""
         members = {point.number for point in self.members}
-        ranked = sorted([*self.groups.feasible, *self.groups.violating], key=lambda point: point.number)
+        ranked = sorted(self.groups.scored, key=lambda point: point.number)
         columns = _columns(self.objectives, ranked)
         return [
             {

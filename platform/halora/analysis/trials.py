@@ -71,11 +71,6 @@ class RecordedTrial:
         return self.metrics["accuracy"]
 
     @property
-    def margin(self) -> float:
-        """Mean log-likelihood margin of the right option over chips and rows, in nats."""
-        return self.metrics["margin"]
-
-    @property
     def energy_uj_per_token(self) -> float:
         """Energy per token in microjoule."""
         return self.metrics[ENERGY_METRIC]
@@ -114,6 +109,11 @@ class Objective:
     def words(self) -> str:
         """For people, with its unit."""
         return WORDS.get(self.metric, self.metric.replace("_", " "))
+
+    def loss(self, point: RecordedTrial) -> float:
+        """A trial's value, with the sign that makes less of it better."""
+        value = point.metrics[self.metric]
+        return -value if self.maximise else value
 
 
 ACCURACY = Objective("accuracy", maximise=True)
@@ -186,6 +186,11 @@ class Groups:
     stopped: list[RecordedTrial]
     discarded: list[RecordedTrial]
     open: list[RecordedTrial]
+
+    @property
+    def scored(self) -> list[RecordedTrial]:
+        """Those that have every objective, the feasible first."""
+        return [*self.feasible, *self.violating]
 
     @property
     def all(self) -> list[RecordedTrial]:
